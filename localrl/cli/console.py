@@ -1,0 +1,157 @@
+"""What a person sees of a run: a bar on a terminal, plain lines without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from localrl.evaluate import Evaluation, Shown
+    from localrl.session import Session
+    from localrl.train import RunResult
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between plain lines where there is no terminal."""
+
+
+class Console:
+    """Shows a run on stderr and its result on stdout; satisfies `session.Progress`."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._steps = 0
+        self._limit_s: float | None = None
+        self._started = 0.0
+        self._last_line = 0.0
+
+    def begin(self, session: Session) -> None:
+        """Name the model, the task, the machine and the plan."""
+        config, plan = session.config, session.plan
+        own = config.model.path is None
+        self._steps = config.run.steps
+        self._limit_s = 60 * config.run.minutes if config.run.minutes is not None else None
+        self._line(f"run      {session.folder}")
+        demonstration = "  (embedded, with its own settings: demo.toml beside it)" if own else ""
+        self._line(f"model    {session.model_folder.name}{demonstration}")
+        self._line(f"task     {session.task.name}: {session.task.description}")
+        self._line(
+            f"step     {config.rollout.prompts_per_step} prompts x {plan.group_size} completions of "
+            f"at most {plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
+            f"LoRA rank {config.lora.rank}"
+        )
+        threads = f", {plan.threads} threads" if plan.threads else ""
+        self._line(f"machine  {plan.reason}{threads}")
+        if session.held_out:
+            self._line(f"evaluating on {len(session.held_out)} held-out prompts ...")
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """One line for each evaluation."""
+        when = "before training" if step == 0 else f"after step {step}"
+        self._line(f"{when}: {_score(evaluation)}")
+        if step == 0:
+            self._start_bar()
+
+    def stepped(self, metrics: Mapping[str, Any]) -> None:
+        """Move the bar, or print a plain line now and then."""
+        if self._bar is None:
+            self._start_bar()
+        assert self._bar is not None
+        self._bar.set_postfix_str(_postfix(metrics), refresh=False)
+        self._bar.update()
+        step, now = metrics["step"], time.monotonic()
+        if self._bar.disable and (now - self._last_line > PLAIN_EVERY_S or step == self._steps):
+            self._last_line = now
+            left = self._time_left(step, now)
+            self._line(f"step {step}/{self._steps}  {_postfix(metrics)}, {left} left")
+
+    def warn(self, line: str) -> None:
+        """A warning, beside the bar."""
+        self._line(f"warning: {line}")
+
+    def finish(self, result: RunResult) -> None:
+        """The result: before and after, three completions of each, what to do next."""
+        if self._bar is not None:
+            self._bar.close()
+        if result.base and result.adapter:
+            click.echo("\n" + comparison(result.base, result.adapter))
+        click.echo(f"{result.steps} steps in {result.train_s:.0f} s; all of it is in {result.folder}")
+        click.echo(next_command(result))
+
+    def _start_bar(self) -> None:
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(total=self._steps, unit="step", disable=None, dynamic_ncols=True)
+
+    def _time_left(self, step: int, now: float) -> str:
+        left = (now - self._started) / step * (self._steps - step)
+        if self._limit_s is not None:
+            left = min(left, max(0.0, self._limit_s - (now - self._started)))
+        return tqdm.format_interval(left)
+
+    def _line(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+
+def comparison(base: Evaluation, adapter: Evaluation) -> str:
+    """The before/after table and three held-out prompts with both completions."""
+    lines = [f"{'':10}{'pass@1':>8}{'95 % interval':>18}{'mean reward':>14}{'tokens':>9}"]
+    for name, side in (("base", base), ("adapter", adapter)):
+        low, high = side.ci95 or (None, None)
+        interval = f"{_number(low)} to {_number(high)}"
+        lines.append(
+            f"{name:10}{_number(side.pass_at_1):>8}{interval:>18}"
+            f"{_number(side.mean_reward):>14}{_number(side.mean_completion_tokens, 1):>9}"
+        )
+    for before, after in zip(base.shown, adapter.shown, strict=True):
+        lines += ["", f"prompt    {printable(before.prompt)}   (answer: {before.answer})"]
+        lines += [f"  before  {_completion(before)}", f"  after   {_completion(after)}"]
+    return "\n".join(lines) + "\n"
+
+
+def next_command(result: RunResult) -> str:
+    """What to try now."""
+    adapter = result.folder / "adapter"
+    return (
+        f"adapter: {adapter} (mlx-lm format)\n"
+        "next: localrl train --seed 1        the same with other draws\n"
+        "      localrl train --print-config  every setting there is"
+    )
+
+
+def printable(text: str) -> str:
+    """The text without characters that could drive a terminal."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else "�" for c in text
+    )
+
+
+def _completion(shown: Shown) -> str:
+    verdict = "no reward" if shown.reward is None else f"reward {shown.reward:g}"
+    return f"{printable(shown.completion)}   [{verdict}]"
+
+
+def _score(evaluation: Evaluation) -> str:
+    low, high = evaluation.ci95 or (None, None)
+    return (
+        f"pass@1 {_number(evaluation.pass_at_1)} ({_number(low)} to {_number(high)}) "
+        f"on {evaluation.n} held-out prompts"
+    )
+
+
+def _postfix(metrics: Mapping[str, Any]) -> str:
+    rate = metrics["rollout/tokens"] / metrics["step_time"]
+    memory = metrics["memory/resident_bytes"] or metrics["memory/peak_bytes"]
+    return (
+        f"reward {_number(metrics['reward'])}, "
+        f"informative {metrics['rollout/informative_groups']}/{metrics['rollout/groups']}, "
+        f"{rate:.0f} tok/s, {memory / 2**30:.2f} GiB"
+    )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}"

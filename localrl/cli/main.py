@@ -1,0 +1,62 @@
+"""The `localrl` command: parse, call, print. Heavy imports stay inside command bodies."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from localrl.cli.tasks import tasks
+from localrl.cli.train import train
+from localrl.errors import LocalRLError
+
+INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """Turns localrl's own errors into one line and their exit code, in one place."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LocalRLError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="localrl")
+def cli(debug: bool) -> None:
+    """Teach a small language model a skill on your own machine.
+
+    \b
+      localrl train                    the embedded model, a built-in task, no network
+      localrl train --model DIR ...    a model of your own
+      localrl tasks show steps         what a task looks like to the model
+    """
+
+
+cli.add_command(train)
+cli.add_command(tasks)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point; exits with the codes listed in `localrl.errors`."""
+    try:
+        status = cli.main(args=arguments, prog_name="localrl", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        status = done.exit_code
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        status = INTERRUPTED
+    sys.exit(status if isinstance(status, int) else 0)

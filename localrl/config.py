@@ -1,0 +1,276 @@
+"""Every setting once: its default, unit, range and help; reading, checking and writing them.
+
+Precedence, lowest first: the defaults below, the demonstration's own values (only when no model is
+named), a TOML file, `--set key=value` and flags. An unknown key is an error that names the closest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from localrl.errors import ConfigError
+
+ALIASES = {
+    "model_name_or_path": "model.path",
+    "num_generations": "rollout.group_size",
+    "max_completion_length": "rollout.max_completion_tokens",
+    "temperature": "rollout.temperature",
+    "learning_rate": "learning.lr",
+    "epsilon": "learning.clip_low",
+    "epsilon_high": "learning.clip_high",
+    "num_iterations": "learning.updates_per_step",
+    "max_grad_norm": "learning.max_grad_norm",
+    "lora_r": "lora.rank",
+    "max_steps": "run.steps",
+    "output_dir": "run.out",
+    "seed": "run.seed",
+}
+"""TRL's spellings, accepted wherever a key is."""
+
+
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field of a section: its default, one line of help, and the range it must lie in."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    path: str | None = setting(None, "folder of an MLX or Hugging Face model; unset: the embedded")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapters, on every linear layer of every block."""
+
+    rank: int = setting(16, "rank of the adapters", low=1, high=1024)
+    scale: float = setting(2.0, "factor on the adapter's output (alpha / rank)", low=0.0)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned, and on how many prompts."""
+
+    name: str = setting("steps", "a built-in task: see `localrl tasks list`")
+    train_prompts: int = setting(0, "prompts in the training set; 0: endless", low=0)
+    eval_prompts: int = setting(256, "held-out prompts in each evaluation; 0: none", low=0)
+    reward_timeout_s: float = setting(30.0, "seconds that one reward call may take", low=0.01)
+    reward_memory_mb: int = setting(2048, "megabytes that the reward process may use", low=16)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    prompts_per_step: int = setting(8, "distinct prompts in a step", low=1)
+    group_size: int = setting(8, "completions of one prompt", low=2)
+    max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
+    max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
+    temperature: float = setting(1.0, "of sampling and scoring alike", low=0.01, high=100.0)
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """The objective and the optimizer (Adam)."""
+
+    lr: float = setting(5e-5, "learning rate after warm-up", low=0.0)
+    warmup_steps: int = setting(5, "updates over which the learning rate rises", low=0)
+    clip_low: float = setting(0.2, "the ratio is held above 1 - clip_low", low=0.0, high=1.0)
+    clip_high: float = setting(0.28, "the ratio is held below 1 + clip_high", low=0.0)
+    max_grad_norm: float = setting(1.0, "global norm the gradient is clipped to", low=0.0)
+    updates_per_step: int = setting(1, "optimizer updates on one step's rollouts", low=1)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Sizes that trade memory for speed; none of them changes what is computed."""
+
+    decode_rows: int = setting(0, "sequences decoded at once; 0: the whole step", low=0)
+    micro_rows: int = setting(0, "sequences in one backward pass; 0: chosen", low=0)
+    head_chunk: int = setting(0, "positions whose logits exist at once; 0: chosen", low=0)
+    dequantise: str = setting("auto", "float32 base on CPU: auto, on or off")
+    threads: int = setting(0, "threads of the CPU's matrix products; 0: chosen", low=0)
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Length, seed and place of the run."""
+
+    steps: int = setting(100, "training steps", low=0)
+    minutes: float | None = setting(None, "stop after this many minutes of training", low=0.0)
+    seed: int = setting(0, "every random draw derives from it", low=0)
+    eval_every: int = setting(0, "evaluate every N steps too; 0: only before and after", low=0)
+    out: str | None = setting(None, "run folder; unset: a new one below runs/")
+    rollout_log_limit: int = setting(
+        200_000_000, "bytes of rollouts.jsonl after which only every 10th group is written", low=0
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run. `RunConfig()` holds the defaults for real models."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    run: RunSection = field(default_factory=RunSection)
+
+    @classmethod
+    def create(
+        cls, settings: Mapping[str, Any] | None = None, file: str | Path | None = None
+    ) -> RunConfig:
+        """The configuration from a TOML file and `section.key` settings over the defaults.
+
+        When neither names a model, the demonstration's values for the embedded model come first.
+
+        Raises: ConfigError for an unreadable file, an unknown key or a value out of range.
+        """
+        given = {**(read_toml(Path(file)) if file else {}), **_canonical(settings or {})}
+        if given.get("model.path") is None:
+            given = {**demonstration(), **given}
+        config = cls()
+        for key, value in given.items():
+            config = config.replace(key, value)
+        return config
+
+    def replace(self, key: str, value: Any) -> RunConfig:
+        """This configuration with one `section.key` set to a checked value."""
+        section, _, name = key.partition(".")
+        spec = _spec(key)
+        checked = _check(key, value, spec)
+        changed = dataclasses.replace(getattr(self, section), **{name: checked})
+        return dataclasses.replace(self, **{section: changed})
+
+    def to_toml(self) -> str:
+        """The whole configuration as a commented TOML file that reads back to itself."""
+        lines = []
+        for section in dataclasses.fields(self):
+            values = getattr(self, section.name)
+            lines += [f"[{section.name}]  # {(values.__doc__ or '').strip()}"]
+            for spec in dataclasses.fields(values):
+                value = getattr(values, spec.name)
+                text = f"# {spec.name} =" if value is None else f"{spec.name} = {_toml(value)}"
+                lines.append(f"{text:<36}# {spec.metadata['help']}")
+            lines.append("")
+        return "\n".join(lines)
+
+
+def demonstration() -> dict[str, Any]:
+    """The settings that suit the embedded model, from the file beside it."""
+    from localrl.embedded import embedded_model_path
+
+    return read_toml(embedded_model_path() / "demo.toml")
+
+
+def keys() -> list[str]:
+    """Every `section.key` there is, in order."""
+    sections = dataclasses.fields(RunConfig())
+    return [
+        f"{section.name}.{spec.name}"
+        for section in sections
+        for spec in dataclasses.fields(getattr(RunConfig(), section.name))
+    ]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The `section.key` settings in a TOML file.
+
+    Raises: ConfigError when the file is missing, is not TOML, or holds an unknown key.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": entry for key, entry in value.items()})
+        else:
+            flat[name] = value
+    return _canonical(flat)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`section.key=value` as a pair; the value is read as TOML, else as plain text.
+
+    Raises: ConfigError when there is no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r} has no '='. Write it as --set rollout.group_size=8.")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A sentence naming the known word most like this one, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under their own names; one key under two names is an error."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = ALIASES.get(name, name)
+        _spec(key)
+        if key in result:
+            raise ConfigError(f"{key} is set twice, the second time as {name!r}. Keep one of them.")
+        result[key] = value
+    return result
+
+
+def _spec(key: str) -> dataclasses.Field[Any]:
+    section, _, name = key.partition(".")
+    config = RunConfig()
+    if name and section in {entry.name for entry in dataclasses.fields(config)}:
+        for spec in dataclasses.fields(getattr(config, section)):
+            if spec.name == name:
+                return spec
+    bare = [known for known in keys() if known.endswith(f".{key}")]
+    hint = f" Did you mean {bare[0]!r}?" if bare else closest(key, [*keys(), *ALIASES])
+    raise ConfigError(f"Unknown setting {key!r}.{hint} See `localrl train --print-config`.")
+
+
+def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
+    """The value in the field's type and range. A whole number is a fine float; nothing else bends."""
+    kind = str(spec.type).split(" | ")[0]
+    if value is None and "None" in str(spec.type):
+        return None
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value).__name__ != kind:
+        raise ConfigError(f"{key} is {value!r}; it must be of type {kind} ({_help(spec)}).")
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{key} is {value!r}; it must be {bounds} ({_help(spec)}).")
+    if key == "memory.dequantise" and value not in ("auto", "on", "off"):
+        raise ConfigError(f"{key} is {value!r}; it must be auto, on or off.")
+    return value
+
+
+def _help(spec: dataclasses.Field[Any]) -> str:
+    return spec.metadata["help"]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)

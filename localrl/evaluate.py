@@ -1,0 +1,108 @@
+"""Evaluation: one completion for each held-out prompt, the same prompts and draws every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from localrl.records import Example, Group, ScoredGroup, mean_or_none
+from localrl.rollouts.decode import Decoder
+from localrl.rollouts.flat import sample_groups
+
+Score = Callable[[Sequence[Group]], list[ScoredGroup]]
+
+EVALUATION_SEED = 0x5EED
+"""Evaluations do not depend on the run's seed: they compare policies, not luck."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One held-out prompt with what the model made of it, for people."""
+
+    prompt: str
+    completion: str
+    answer: Any
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy does on held-out prompts, one completion each at temperature 1."""
+
+    n: int
+    """Completions that have a reward; one without, because its function failed, is not counted."""
+    pass_at_1: float | None
+    """Share of completions whose reward is the highest there is."""
+    ci95: tuple[float, float] | None
+    """Wilson interval of pass_at_1."""
+    mean_reward: float | None
+    mean_completion_tokens: float | None
+    shown: tuple[Shown, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers alone, under the names of `eval.json`."""
+        fields = asdict(self)
+        del fields["shown"]
+        fields["pass@1"] = fields.pop("pass_at_1")
+        return fields
+
+
+def evaluate(
+    decoder: Decoder,
+    examples: Sequence[Example],
+    prompts: Sequence[tuple[int, ...]],
+    score: Score,
+    *,
+    highest_reward: float,
+    max_completion_tokens: int,
+) -> Evaluation:
+    """pass@1 of the decoder's policy as it is now. `prompts` holds the examples' token ids."""
+    groups = sample_groups(
+        decoder,
+        examples,
+        prompts,
+        group_size=1,
+        max_completion_tokens=max_completion_tokens,
+        seed=EVALUATION_SEED,
+        step=0,
+        version=0,
+    )
+    scored = score(groups)
+    rewards = [group.rewards[0] for group in scored]
+    known = [reward for reward in rewards if reward is not None]
+    passed = sum(reward >= highest_reward - 1e-9 for reward in known)
+    return Evaluation(
+        n=len(known),
+        pass_at_1=passed / len(known) if known else None,
+        ci95=wilson(passed, len(known)) if known else None,
+        mean_reward=mean_or_none(known),
+        mean_completion_tokens=mean_or_none([len(group.completion(0)) for group in groups]),
+        shown=tuple(_show(group) for group in scored[:3]),
+    )
+
+
+def wilson(passed: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), in 0..1."""
+    z = 1.959964
+    share = passed / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def temperature_one(decoder: Decoder) -> Decoder:
+    """A decoder of the same policy that samples at temperature 1, with counts of its own."""
+    return Decoder(decoder.policy, temperature=1.0, rows=decoder.rows)
+
+
+def _show(scored: ScoredGroup) -> Shown:
+    example = scored.group.example
+    return Shown(
+        prompt=example.messages[-1]["content"],
+        completion=scored.group.leaves[0].text,
+        answer=example.answer,
+        reward=scored.rewards[0],
+    )
+

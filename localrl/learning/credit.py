@@ -1,0 +1,120 @@
+"""Credit: from the rewards of a forest to one advantage and one weight per node.
+
+Each token's coefficient is its node's weight times its node's advantage. On a flat group with
+kappa 0 the advantage is the reward minus the mean of the other rewards (leave-one-out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from localrl.records import Group, ScoredGroup
+
+
+@dataclass(frozen=True)
+class Credit:
+    """One number per node of a group."""
+
+    advantages: tuple[float | None, ...]
+    """Value minus baseline; None below which no completion has a reward."""
+    weights: tuple[float, ...]
+    """omega: a node's share of its prompt. Roots sum to 1 and children to their parent."""
+
+    def coefficient(self, node: int) -> float:
+        """weight * advantage; 0 where nothing is known."""
+        return self.weights[node] * (self.advantages[node] or 0.0)
+
+
+def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0) -> Credit:
+    """Nested values, sibling baselines shrunk toward the parent's, weights that divide at forks.
+
+        V(n) = reward of a leaf, else the weighted mean of the children's V
+        b(n) = (sum of the siblings' V + kappa * b(parent)) / (siblings + kappa)
+        A(n) = V(n) - b(n),   omega(n) = omega(parent) * cond_weight(n)
+
+    Roots have 1 / planned_roots as their weight and `prior` as the baseline above them. A leaf
+    without a reward is left out and the weights of its siblings are scaled to make up for it. A
+    node with no sibling and kappa 0 has no baseline, hence advantage 0.
+    """
+    group = scored.group
+    children = _children(group)
+    shares = _shares(group, children, scored)
+    values = _values(group, children, scored, shares)
+    baselines: list[float] = []
+    advantages: list[float | None] = []
+    weights: list[float] = []
+    for n, node in enumerate(group.nodes):
+        above = baselines[node.parent] if node.parent >= 0 else prior
+        siblings = [values[k] for k in children[node.parent] if k != n]
+        known = [value for value in siblings if value is not None]
+        value, total = values[n], len(known) + kappa
+        # Nothing to compare with: the node is its own baseline.
+        alone = above if value is None else value
+        baselines.append((sum(known) + kappa * above) / total if total > 0 else alone)
+        advantages.append(None if value is None else value - baselines[n])
+        weights.append(shares[n] * (weights[node.parent] if node.parent >= 0 else 1.0))
+    return Credit(tuple(advantages), tuple(weights))
+
+
+def token_coefficients(group: Group, credit: Credit) -> list[np.ndarray]:
+    """The coefficient of every token, (n,) float32 per node; 0 where the model did not write it."""
+    return [
+        np.where(node.sampled, credit.coefficient(n), 0.0).astype(np.float32)
+        for n, node in enumerate(group.nodes)
+    ]
+
+
+def _children(group: Group) -> dict[int, list[int]]:
+    """Children by parent; the roots are the children of -1."""
+    children: dict[int, list[int]] = {n: [] for n in range(-1, len(group.nodes))}
+    for n, node in enumerate(group.nodes):
+        children[node.parent].append(n)
+    return children
+
+
+def _rewards(scored: ScoredGroup) -> dict[int, float | None]:
+    leaves = zip(scored.group.leaves, scored.rewards, strict=True)
+    return {leaf.node: reward for leaf, reward in leaves}
+
+
+def _shares(
+    group: Group, children: dict[int, list[int]], scored: ScoredGroup
+) -> list[float]:
+    """Each node's share of its parent, after nodes without any reward have been left out."""
+    rewards = _rewards(scored)
+    known = [False] * len(group.nodes)
+    for n in reversed(range(len(group.nodes))):
+        known[n] = rewards.get(n) is not None or any(known[k] for k in children[n])
+    shares = [0.0] * len(group.nodes)
+    for parent, family in children.items():
+        planned = [_planned(group, k, parent) for k in family]
+        present = sum(share for k, share in zip(family, planned, strict=True) if known[k])
+        for k, share in zip(family, planned, strict=True):
+            shares[k] = share * sum(planned) / present if known[k] else 0.0
+    return shares
+
+
+def _planned(group: Group, node: int, parent: int) -> float:
+    weight = group.nodes[node].cond_weight
+    return weight / group.planned_roots if parent < 0 else weight
+
+
+def _values(
+    group: Group,
+    children: dict[int, list[int]],
+    scored: ScoredGroup,
+    shares: Sequence[float],
+) -> list[float | None]:
+    values: list[float | None] = [None] * len(group.nodes)
+    rewards = _rewards(scored)
+    for n in reversed(range(len(group.nodes))):
+        family = [(shares[k], values[k]) for k in children[n]]
+        known = [(share, value) for share, value in family if value is not None]
+        if known:
+            values[n] = sum(share * value for share, value in known)
+        else:
+            values[n] = rewards.get(n)
+    return values

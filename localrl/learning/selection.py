@@ -1,0 +1,63 @@
+"""Selection: which rollouts reach the optimizer, and the batch that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localrl.learning.credit import Credit, token_coefficients
+from localrl.records import Batch, BatchNode, ScoredGroup
+
+NEGLIGIBLE = 1e-8
+"""A coefficient this small teaches nothing."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The batch of a step, and what was left out of it."""
+
+    batch: Batch
+    informative: tuple[bool, ...]
+    """Per group: whether some coefficient is more than negligible."""
+
+    def reason(self, group: int) -> str | None:
+        """Why this group was dropped, or None if it was kept."""
+        return None if self.informative[group] else "no coefficient above 0"
+
+
+def select(scored: Sequence[ScoredGroup], credits: Sequence[Credit], z: float) -> Selection:
+    """Keep the groups that have something to teach.
+
+    `z` counts all prompts of the step, kept or not, times the configured length: what is dropped
+    would have added 0 to the sum, so dropping it must not change the quotient.
+    """
+    prompts: list[tuple[int, ...]] = []
+    nodes: list[BatchNode] = []
+    informative = []
+    for group, credit in zip(scored, credits, strict=True):
+        fresh = _batch_nodes(group, credit, prompt=len(prompts), offset=len(nodes))
+        teaches = any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh)
+        informative.append(teaches)
+        if teaches:
+            prompts.append(group.group.prompt_ids)
+            nodes += fresh
+    return Selection(Batch(tuple(prompts), tuple(nodes), z), tuple(informative))
+
+
+def _batch_nodes(
+    scored: ScoredGroup, credit: Credit, *, prompt: int, offset: int
+) -> list[BatchNode]:
+    group = scored.group
+    ends = {leaf.node for leaf in group.leaves}
+    coefficients = token_coefficients(group, credit)
+    return [
+        BatchNode(
+            prompt=prompt,
+            parent=node.parent + offset if node.parent >= 0 else -1,
+            token_ids=node.token_ids,
+            coefficients=coefficients[n],
+            sampled_logprobs=node.sampled_logprobs,
+            finish=n in ends,
+        )
+        for n, node in enumerate(group.nodes)
+    ]

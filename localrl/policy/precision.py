@@ -1,0 +1,73 @@
+"""The number format of the frozen base: what the CPU backend is fast with.
+
+On MLX's CPU backend a 4-bit product handles one row at a time and bfloat16 or float16 activations
+are ten to fifty times slower than float32 ones; a dense float32 product goes to the BLAS. On Metal
+the weights stay as they are stored.
+"""
+
+from __future__ import annotations
+
+import math
+
+from localrl.backend import mx, nn, tree_flatten, tree_unflatten
+from localrl.policy.lora import linear_shape
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes that the quantised layers of the model would take as float32 matrices."""
+    total = 0
+    for _, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            total += 4 * math.prod(linear_shape(module))
+        elif isinstance(module, nn.QuantizedEmbedding):
+            total += 4 * module.num_embeddings * module.dims
+    return total
+
+
+def to_float32(model: nn.Module) -> None:
+    """Cast every floating parameter, quantisation scales included, to float32 in place."""
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+
+
+def dequantise(model: nn.Module) -> None:
+    """Replace quantised linear and embedding layers by dense ones of the same values, in place."""
+    replaced: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            replaced.append((path, _dense_linear(module)))
+        elif isinstance(module, nn.QuantizedEmbedding):
+            replaced.append((path, _dense_embedding(module)))
+    model.update_modules(tree_unflatten(replaced))
+    mx.eval(model.parameters())
+
+
+def _values(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array:
+    return mx.dequantize(
+        module.weight,
+        module.scales,
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
+
+
+def _dense_linear(module: nn.QuantizedLinear) -> nn.Linear:
+    outputs, inputs = linear_shape(module)
+    dense = nn.Linear(inputs, outputs, bias="bias" in module)
+    dense.weight = _values(module)
+    if "bias" in module:
+        dense.bias = module.bias
+    return dense
+
+
+def _dense_embedding(module: nn.QuantizedEmbedding) -> nn.Embedding:
+    dense = nn.Embedding(module.num_embeddings, module.dims)
+    dense.weight = _values(module)
+    return dense
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters as they are held now."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))

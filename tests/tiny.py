@@ -1,0 +1,91 @@
+"""Tiny real models for tests: random weights, a character tokenizer, made in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localrl.backend import mx, nn, tree_flatten
+
+CHARACTERS = " 0123456789abcdefghijklmnopqrstuvwxyz+-=;?#"
+SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>")
+TEMPLATE = (
+    "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 3,
+}
+
+
+def make_folder(folder: Path, *, seed: int = 0, bits: int | None = 4, **changes: Any) -> Path:
+    """A model folder as mlx-lm and Hugging Face write them, quantised unless `bits` is None."""
+    from mlx_lm.models import qwen3
+
+    config = {**CONFIG, **changes}
+    mx.random.seed(seed)
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+        config["quantization"] = {"group_size": 32, "bits": bits}
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<end>",
+        "pad_token": "<pad>",
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_tiny_policy(folder: Path, *, rank: int = 4, seed: int = 0, trained: bool = True) -> Any:
+    """A policy on a tiny model, with adapters that do something unless `trained` is False."""
+    from localrl.policy.model import load_model, make_policy
+
+    policy = make_policy(
+        load_model(make_folder(folder)), rank=rank, scale=2.0, seed=seed, float32=True, dense=True
+    )
+    if trained:
+        stir(policy.model, seed)
+    return policy
+
+
+def stir(model: nn.Module, seed: int, size: float = 0.05) -> None:
+    """Give every adapter a small random second half, so that it changes the model."""
+    draws = np.random.default_rng(seed)
+    weights = [
+        (name, mx.array(draws.normal(0, size, array.shape).astype(np.float32)))
+        for name, array in tree_flatten(model.trainable_parameters())
+        if name.endswith("lora_b")
+    ]
+    model.load_weights(weights, strict=False)
