@@ -53,7 +53,7 @@ def print_large() -> None:
     print(f"| MLX, its own BLAS | 1 | {rate(LARGE, own):.1f} |")
     for threads in THREADS:
         set_threads(threads)
-        lent, numpy = best_times([lambda: mx.eval(mlx_x @ mlx_w), lambda: x @ w], repeat=1)
+        lent, numpy = best_times([lambda: mx.eval(mlx_x @ mlx_w), lambda: x @ w], rounds=40)
         print(f"| MLX, lent BLAS | {threads} | {rate(LARGE, lent):.0f} |")
         print(f"| NumPy | {threads} | {rate(LARGE, numpy):.0f} |")
     print()
@@ -78,7 +78,7 @@ def small_times(rows: int, inner: int, columns: int) -> Iterator[float]:
         for threads in THREADS * 3:
             set_threads(threads)
             # Many products in one graph, since starting an evaluation costs as much as one does.
-            [seconds] = best_times([lambda w=w: mx.eval([x @ w for _ in range(20)])], repeat=20)
+            [seconds] = best_times([lambda w=w: mx.eval([x @ w for _ in range(20)])], 8, 20)
             best[threads] = min(best[threads], seconds)
         yield from best.values()
 
@@ -95,7 +95,7 @@ def print_attention() -> None:
         cells = [reference_time(x_shape, w_shape, rounds=30)]
         for threads in THREADS:
             set_threads(threads)
-            cells += best_times([lambda x=x, w=w: mx.eval(x @ w)], repeat=1)
+            cells += best_times([lambda x=x, w=w: mx.eval(x @ w)], rounds=40)
         print(f"| {name} | {' | '.join(f'{seconds * 1e6:.0f} us' for seconds in cells)} |")
 
 
@@ -106,10 +106,10 @@ def reference_time(x: tuple[int, ...], w: tuple[int, ...], rounds: int) -> float
     return float(child.stdout)
 
 
-def best_times(functions: list[Callable[[], object]], repeat: int) -> list[float]:
+def best_times(functions: list[Callable[[], object]], rounds: int, repeat: int = 1) -> list[float]:
     """Return the least time of one of `repeat` products, for functions that are run in turn."""
     best = [float("inf")] * len(functions)
-    for _ in range(40):
+    for _ in range(rounds):
         for i, function in enumerate(functions):
             start = time.perf_counter()
             function()

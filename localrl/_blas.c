@@ -66,8 +66,7 @@ static void multiply_rows(int trans_a, int trans_b, int m, int n, int k, float a
     const int64_t next_row = plain_a ? lda : 1, next_element = plain_a ? 1 : lda;
     for (int64_t row = 0; row < m; row++) {
         target_sgemv(ROW_MAJOR, plain_b ? TRANS : NO_TRANS, plain_b ? k : n, plain_b ? n : k,
-                     alpha, b, ldb, a + row * next_row, next_element, beta, c + row * ldc,
-                     1);
+                     alpha, b, ldb, a + row * next_row, next_element, beta, c + row * ldc, 1);
     }
 }
 

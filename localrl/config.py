@@ -166,10 +166,8 @@ class RunConfig:
 
 
 def demonstration() -> dict[str, Any]:
-    """The settings that suit the embedded model, from the file beside it."""
-    from localrl.embedded import embedded_model_path
-
-    return read_toml(embedded_model_path() / "demo.toml")
+    """The settings that suit the embedded model."""
+    return read_toml(Path(__file__).with_name("demo.toml"))
 
 
 def keys() -> list[str]:
@@ -247,7 +245,7 @@ def _spec(key: str) -> dataclasses.Field[Any]:
 
 
 def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
-    """The value in the field's type and range. A whole number is a fine float; nothing else bends."""
+    """The value, in the field's type and range; a whole number is a float too, nothing else is."""
     kind = str(spec.type).split(" | ")[0]
     if value is None and "None" in str(spec.type):
         return None

@@ -15,7 +15,7 @@ def embedded_model_path() -> Path:
     Raises `ConfigError` when neither has it.
     """
     package = Path(__file__).resolve().parent
-    places = [parent / "models" / EMBEDDED_MODEL for parent in (package, package.parent)]
+    places = [package / "embedded_model", package.parent / "models" / EMBEDDED_MODEL]
     for folder in places:
         if (folder / "config.json").is_file():
             return folder

@@ -105,4 +105,3 @@ def _show(scored: ScoredGroup) -> Shown:
         answer=example.answer,
         reward=scored.rewards[0],
     )
-

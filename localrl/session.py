@@ -235,7 +235,8 @@ def _policy(config: RunConfig, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
 
 
 def _open_folder(config: RunConfig, overwrite: bool) -> RunFolder:
-    out = Path(config.run.out) if config.run.out else default_run_path(Path("runs"), config.task.name)
+    wish = config.run.out
+    out = Path(wish) if wish else default_run_path(Path("runs"), config.task.name)
     versions = package_versions(PACKAGES)
     machine = backend.describe()
     return open_run(

@@ -1,6 +1,6 @@
 """The loop, in reading order.
 
-    Task -> rollouts -> rewards -> credit -> selection -> update -> run folder
+Task -> rollouts -> rewards -> credit -> selection -> update -> run folder
 """
 
 from __future__ import annotations

@@ -160,10 +160,10 @@ class _Child:
         self._socket.setblocking(False)
         script = Path(__file__).with_name("worker_child.py")
         try:
-            # By path, with -P: neither the user's `__main__` nor a module that happens to lie in
-            # the current folder is imported. Its own session: Ctrl-C is for the parent to handle.
+            # By its path, so that neither the user's `__main__` nor a module that happens to lie
+            # in the current folder is imported. Its own session: Ctrl-C is for the parent.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(script), str(theirs.fileno())],
+                [sys.executable, str(script), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
+from localrl.embedded import EMBEDDED_MODEL
+
 if TYPE_CHECKING:
     from localrl.evaluate import Evaluation, Shown
     from localrl.session import Session
@@ -37,12 +39,14 @@ class Console:
         self._steps = config.run.steps
         self._limit_s = 60 * config.run.minutes if config.run.minutes is not None else None
         self._line(f"run      {session.folder}")
-        demonstration = "  (embedded, with its own settings: demo.toml beside it)" if own else ""
-        self._line(f"model    {session.model_folder.name}{demonstration}")
+        name = EMBEDDED_MODEL if own else session.model_folder
+        demonstration = " (embedded, with the demonstration's settings)" if own else ""
+        self._line(f"model    {name}{demonstration}")
         self._line(f"task     {session.task.name}: {session.task.description}")
+        prompts = config.rollout.prompts_per_step
         self._line(
-            f"step     {config.rollout.prompts_per_step} prompts x {plan.group_size} completions of "
-            f"at most {plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
+            f"step     {prompts} prompts x {plan.group_size} completions of at most "
+            f"{plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
             f"LoRA rank {config.lora.rank}"
         )
         threads = f", {plan.threads} threads" if plan.threads else ""
@@ -80,7 +84,9 @@ class Console:
             self._bar.close()
         if result.base and result.adapter:
             click.echo("\n" + comparison(result.base, result.adapter))
-        click.echo(f"{result.steps} steps in {result.train_s:.0f} s; all of it is in {result.folder}")
+        click.echo(
+            f"{result.steps} steps in {result.train_s:.0f} s; all of it is in {result.folder}"
+        )
         click.echo(next_command(result))
 
     def _start_bar(self) -> None:

@@ -16,6 +16,14 @@ from localrl.errors import LocalRLError
 INTERRUPTED = 130
 
 
+class Failure(click.ClickException):
+    """An error of localrl as click shows it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.status = exit_code
+
+
 class Group(click.Group):
     """Turns localrl's own errors into one line and their exit code, in one place."""
 
@@ -25,9 +33,7 @@ class Group(click.Group):
         except LocalRLError as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
+            raise Failure(str(error), error.exit_code) from error
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = done.exit_code
     except click.ClickException as error:
         error.show()
-        status = error.exit_code
+        status = error.status if isinstance(error, Failure) else error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         status = INTERRUPTED

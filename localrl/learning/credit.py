@@ -80,9 +80,7 @@ def _rewards(scored: ScoredGroup) -> dict[int, float | None]:
     return {leaf.node: reward for leaf, reward in leaves}
 
 
-def _shares(
-    group: Group, children: dict[int, list[int]], scored: ScoredGroup
-) -> list[float]:
+def _shares(group: Group, children: dict[int, list[int]], scored: ScoredGroup) -> list[float]:
     """Each node's share of its parent, after nodes without any reward have been left out."""
     rewards = _rewards(scored)
     known = [False] * len(group.nodes)

@@ -118,11 +118,11 @@ class _Totals:
     tokens: int = 0
 
     def add(self, sums: ObjectiveSums, tokens: int) -> None:
-        self.loss += sums.loss.item()
-        self.clipped_low += sums.clipped_low.item()
-        self.clipped_high += sums.clipped_high.item()
-        self.gap += sums.gap.item()
-        self.gap_max = max(self.gap_max, sums.gap_max.item())
+        self.loss += _number(sums.loss)
+        self.clipped_low += _number(sums.clipped_low)
+        self.clipped_high += _number(sums.clipped_high)
+        self.gap += _number(sums.gap)
+        self.gap_max = max(self.gap_max, _number(sums.gap_max))
         self.tokens += tokens
 
     def stats(self, z: float, norm: float, *, updated: bool) -> StepStats:
@@ -140,5 +140,10 @@ class _Totals:
 
 def global_norm(tree: Any) -> float:
     """Euclidean norm of all arrays of a tree together."""
-    squares = [mx.square(array.astype(mx.float32)).sum() for _, array in tree_flatten(tree)]
-    return float(mx.sqrt(mx.stack(squares).sum()).item())
+    flat: Any = tree_flatten(tree)
+    squares = [mx.square(array.astype(mx.float32)).sum() for _, array in flat]
+    return _number(mx.sqrt(mx.stack(squares).sum()))
+
+
+def _number(scalar: mx.array) -> float:
+    return float(np.array(scalar))

@@ -21,7 +21,7 @@ class LoRALinear(nn.Module):
     one small copy instead of one per activation.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, key: mx.array) -> None:
+    def __init__(self, linear: Any, rank: int, scale: float, key: mx.array) -> None:
         super().__init__()
         outputs, inputs = linear_shape(linear)
         bound = 1 / math.sqrt(inputs)
@@ -35,7 +35,7 @@ class LoRALinear(nn.Module):
         return y + self.scale * ((x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype))
 
 
-def linear_shape(linear: nn.Module) -> tuple[int, int]:
+def linear_shape(linear: Any) -> tuple[int, int]:
     """(outputs, inputs) of a plain or quantised linear layer."""
     outputs, inputs = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
@@ -43,7 +43,7 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def attach(model: nn.Module, *, rank: int, scale: float, seed: int) -> list[str]:
+def attach(model: Any, *, rank: int, scale: float, seed: int) -> list[str]:
     """Freeze the model and put adapters on all linear layers of its blocks.
 
     Returns the module paths inside a block, as mlx-lm's `keys`. The random half of each adapter
@@ -66,7 +66,7 @@ def attach(model: nn.Module, *, rank: int, scale: float, seed: int) -> list[str]
     return list(dict.fromkeys(path for _, path, _ in places))
 
 
-def save_adapter(model: nn.Module, keys: list[str], folder: Path) -> None:
+def save_adapter(model: Any, keys: list[str], folder: Path) -> None:
     """Write `adapters.safetensors` and `adapter_config.json` as mlx-lm reads them.
 
     The configuration holds only what a reader needs: no paths, names or settings of this machine.

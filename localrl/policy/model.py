@@ -41,7 +41,7 @@ class Policy:
         padding = [tokens.shape[1] - length for length in lengths]
         for layer in cache:
             layer.prepare(lengths=list(lengths), right_padding=padding)
-        rows, last = mx.arange(len(lengths)), mx.array(lengths) - 1
+        rows, last = mx.arange(len(lengths)), mx.array(list(lengths)) - 1
         if self.hidden is None or self.head is None:
             logits = self.model(tokens, cache=cache)[rows, last]
         else:
@@ -84,12 +84,10 @@ def read_shape(folder: Path) -> ModelShape:
     config = _read_config(folder)
     text = config.get("text_config", config)
     try:
-        return ModelShape(
-            text["num_hidden_layers"], text["hidden_size"], text["vocab_size"]
-        )
+        return ModelShape(text["num_hidden_layers"], text["hidden_size"], text["vocab_size"])
     except KeyError as missing:
         raise ConfigError(
-            f"{folder / 'config.json'} has no {missing}. Name the folder of a causal language model."
+            f"{folder / 'config.json'} has no {missing}; name the folder of a language model."
         ) from None
 
 
@@ -143,17 +141,12 @@ def split_head(
     Families whose body is `model.model` and whose head is `lm_head` or the tied embedding agree;
     others (scaled or capped logits) do not, and get (None, None): their logits are made whole.
     """
-    body = getattr(model, "model", None)
-    if "lm_head" in model:
-        head = model.lm_head
-    elif hasattr(body, "embed_tokens"):
-        head = body.embed_tokens.as_linear
-    else:
-        return None, None
     probe = mx.array([[1, 2, 3, 4]])
     try:
+        body = model.model
+        head = model.lm_head if "lm_head" in model else body.embed_tokens.as_linear
         parts = head(body(probe))
-    except (TypeError, ValueError, AttributeError):
+    except (AttributeError, TypeError, ValueError):
         return None, None
     whole = model(probe)
     if parts.shape != whole.shape or not mx.allclose(parts, whole, rtol=1e-3, atol=1e-3).item():
@@ -172,4 +165,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.") from None
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from localrl.backend import mx, nn, tree_flatten, tree_unflatten
+from localrl.backend import mx, nn, tree_unflatten
 from localrl.policy.lora import linear_shape
 
 
@@ -66,8 +66,3 @@ def _dense_embedding(module: nn.QuantizedEmbedding) -> nn.Embedding:
     dense = nn.Embedding(module.num_embeddings, module.dims)
     dense.weight = _values(module)
     return dense
-
-
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters as they are held now."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,7 +187,7 @@ class _Waiting:
         self._queue = deque((i, request.prompt) for i, request in enumerate(requests))
         self._prefilled: dict[int, int] = {}  # prompt -> row of the caches below
         self._cache: list[Any] = []
-        self._logits: mx.array | None = None
+        self._logits = mx.array([])
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -199,20 +199,18 @@ class _Waiting:
         batch: list[tuple[int, int]] = []
         while self._queue and len(batch) < free and self._queue[0][1] in self._prefilled:
             batch.append(self._queue.popleft())
-        forks = np.array([self._prefilled[prompt] for _, prompt in batch])
-        started = _Rows(
-            # Gathering rebinds the arrays of the copy; the prefilled ones stay for later rows.
-            cache=copy.deepcopy(self._cache),
-            logits=self._logits,
-            requests=forks,
-            lengths=np.zeros(len(forks), np.int64),
-            alive=np.ones(len(forks), bool),
+        forks = mx.array([self._prefilled[prompt] for _, prompt in batch])
+        # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
+        cache = copy.deepcopy(self._cache)
+        for layer in cache:
+            layer.filter(forks)
+        return _Rows(
+            cache=cache,
+            logits=self._logits[forks],
+            requests=np.array([request for request, _ in batch]),
+            lengths=np.zeros(len(batch), np.int64),
+            alive=np.ones(len(batch), bool),
         )
-        for layer in started.cache:
-            layer.filter(mx.array(forks))
-        started.logits = started.logits[mx.array(forks)]
-        started.requests = np.array([request for request, _ in batch])
-        return started
 
     def _prefill(self, free: int) -> None:
         wanted: dict[int, None] = {}

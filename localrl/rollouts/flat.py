@@ -53,12 +53,13 @@ def _group(
     sampled: Sequence[Sampled],
     version: int,
 ) -> Group:
+    texts = [policy.tokenizer.decode(_body(completion)) for completion in sampled]
     return Group(
         example=example,
         prompt_ids=prompt_ids,
         nodes=tuple(_root(completion, version) for completion in sampled),
         leaves=tuple(
-            Leaf(i, "stop" if completion.stopped else "length", policy.tokenizer.decode(_body(completion)))
+            Leaf(i, "stop" if completion.stopped else "length", texts[i])
             for i, completion in enumerate(sampled)
         ),
         planned_roots=len(sampled),

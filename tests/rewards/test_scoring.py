@@ -176,7 +176,7 @@ def test_tolerated_share_of_failures(worker: Worker) -> None:
         score_levels(worker, at_first)
     score_levels(worker, [0, 0, 0, 0, 1] * 12)
     score_levels(worker, [0] * 100 + [1] * 10)
-    with pytest.raises(RewardError, match="22% of .* last 50 calls"):
+    with pytest.raises(RewardError, match=r"22% of .* last 50 calls"):
         score_levels(worker, [0] * 100 + [1] * 11)
 
 

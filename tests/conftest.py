@@ -1,0 +1,27 @@
+"""Shared fixtures: tiny real models, made once per session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's client
+# Two threads of a BLAS wait for each other: on a busy machine that is slower than one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny policy whose adapters do something; tests must leave it as it is."""
+    return tiny.make_tiny_policy(tmp_path_factory.mktemp("models") / "policy")

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from localrl.config import ALIASES, RunConfig, keys, parse_setting
+from localrl.errors import ConfigError
+
+
+def test_settings_over_file_over_defaults(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[model]\npath = "m"\n[rollout]\ngroup_size = 4\ntemperature = 1\n')
+    config = RunConfig.create({"rollout.group_size": 6}, file=file)
+    assert config.rollout.group_size == 6
+    assert config.rollout.temperature == 1.0
+    assert config.learning.lr == 5e-5
+
+
+def test_the_demonstration_applies_only_without_a_model():
+    assert RunConfig.create({"model.path": "m"}) == RunConfig().replace("model.path", "m")
+    demonstration = RunConfig.create()
+    assert demonstration.task.train_prompts == 256
+    assert demonstration != RunConfig()
+    assert RunConfig.create({"task.train_prompts": 12}).task.train_prompts == 12
+
+
+def test_the_printed_configuration_reads_back(tmp_path):
+    config = RunConfig.create({"model.path": 'a "b" \\ c', "run.minutes": 2, "run.seed": 7})
+    file = tmp_path / "run.toml"
+    file.write_text(config.to_toml())
+    assert RunConfig.create(file=file) == config
+    assert set(tomllib.loads(config.to_toml())) == {key.split(".")[0] for key in keys()}
+
+
+def test_trl_spellings_are_aliases():
+    config = RunConfig.create({"num_generations": 4, "max_completion_length": 9, "model.path": "m"})
+    assert (config.rollout.group_size, config.rollout.max_completion_tokens) == (4, 9)
+    assert set(ALIASES.values()) <= set(keys())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout.groupsize": 4}, "Did you mean 'rollout.group_size'"),
+        ({"group_size": 4}, "Did you mean 'rollout.group_size'"),
+        ({"nonsense": 4}, "Unknown setting 'nonsense'"),
+        ({"rollout": 4}, "Unknown setting 'rollout'"),
+        ({"rollout.group_size": 1}, "rollout.group_size is 1; it must be at least 2"),
+        ({"rollout.group_size": "8"}, "'8'; it must be of type int"),
+        ({"rollout.group_size": True}, "True; it must be of type int"),
+        ({"rollout.group_size": None}, "None; it must be of type int"),
+        ({"learning.clip_low": 1.5}, "between 0.0 and 1.0"),
+        ({"learning.lr": float("nan")}, "nan; it must be at least 0.0"),
+        ({"memory.dequantise": "maybe"}, "must be auto, on or off"),
+        ({"num_generations": 4, "rollout.group_size": 4}, "set twice"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.create({"model.path": "m", **settings})
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("a.b=1", ("a.b", 1)),
+        ("a.b = 1e-5", ("a.b", 1e-5)),
+        ("a.b=true", ("a.b", True)),
+        ("a.b=plain text", ("a.b", "plain text")),
+        ('a.b="x=y"', ("a.b", "x=y")),
+    ],
+)
+def test_parse_setting(text, pair):
+    assert parse_setting(text) == pair
+
+
+@pytest.mark.parametrize("content", [b"[rollout\n", b"\xff\xfe"])
+def test_a_broken_file_is_named(tmp_path, content):
+    file = tmp_path / "run.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML"):
+        RunConfig.create(file=file)
+    with pytest.raises(ConfigError, match="Cannot read"):
+        RunConfig.create(file=tmp_path / "none.toml")

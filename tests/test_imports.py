@@ -1,0 +1,111 @@
+"""Imports go one way, and the command line stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "localrl"
+
+LEVELS = {
+    "cli": 5,
+    "train": 4,
+    "session": 3,
+    "evaluate": 3,
+    "rollouts": 2,
+    "learning": 2,
+    "tasks": 2,
+    "rewards": 2,
+    "runs": 2,
+    "policy": 1,
+    "memory": 1,
+    "worker": 1,
+    "worker_child": 1,
+    "records": 0,
+    "config": 0,
+    "errors": 0,
+    "backend": 0,
+    "embedded": 0,
+}
+"""A module imports from lower levels, or from its own folder. `session` opens what `train` uses,
+`evaluate` samples and scores as the loop does."""
+
+SAME_LEVEL = {
+    ("session", "evaluate"),
+    ("config", "errors"),
+    ("config", "embedded"),
+    ("embedded", "errors"),
+    ("worker", "worker_child"),
+}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def imported(path: Path) -> set[str]:
+    """Names of modules imported anywhere in the file, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "localrl":
+            names |= {f"localrl.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if here == "__init__":
+        return
+    for name in imported(path):
+        there = room(name) if name.startswith("localrl.") else None
+        if there is None or there == here or (here, there) in SAME_LEVEL:
+            continue
+        assert LEVELS[there] < LEVELS[here], f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_mlx_comes_through_the_backend_alone(path):
+    if path.name != "backend.py":
+        assert not {name for name in imported(path) if name.split(".")[0] == "mlx"}
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    return result.stdout
+
+
+def test_help_loads_nothing_heavy():
+    loaded = run_python(
+        "import sys, contextlib\n"
+        "from localrl.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['train', '--help'])\n"
+        "print('LOADED', *sys.modules)"
+    ).split("LOADED")[1]
+    heavy = {"mlx", "mlx.core", "mlx_lm", "transformers", "huggingface_hub", "numpy"}
+    assert not heavy & set(loaded.split())
+
+
+def test_the_public_names_are_there_in_any_order():
+    run_python(
+        "import localrl.train\n"
+        "from localrl import train, RunConfig\n"
+        "import localrl\n"
+        "assert callable(train) and localrl.train is train\n"
+        "assert set(localrl.__all__) == set(localrl._HOMES)\n"
+        "assert all(getattr(localrl, name) is not None for name in localrl.__all__)\n"
+    )
