@@ -229,7 +229,7 @@ def _policy(config: RunConfig, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
         rank=config.lora.rank,
         scale=config.lora.scale,
         seed=config.run.seed,
-        float32=backend.describe().device == "cpu",
+        for_cpu=backend.describe().device == "cpu",
         dense=plan.dequantise,
     )
 

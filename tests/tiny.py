@@ -73,7 +73,7 @@ def make_tiny_policy(folder: Path, *, rank: int = 4, seed: int = 0, trained: boo
     from localrl.policy.model import load_model, make_policy
 
     policy = make_policy(
-        load_model(make_folder(folder)), rank=rank, scale=2.0, seed=seed, float32=True, dense=True
+        load_model(make_folder(folder)), rank=rank, scale=2.0, seed=seed, for_cpu=True, dense=True
     )
     if trained:
         stir(policy.model, seed)

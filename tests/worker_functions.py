@@ -131,3 +131,8 @@ def forks_and_returns():
 def dies_later():
     threading.Timer(0.05, os._exit, [1]).start()
     return os.getpid()
+
+
+def short(completion_ids):
+    """A reward: the fewer tokens, the better."""
+    return [1.0 - len(ids) / 12 for ids in completion_ids]

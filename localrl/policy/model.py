@@ -14,6 +14,7 @@ from typing import Any
 
 from localrl.backend import mx
 from localrl.errors import ConfigError
+from localrl.policy.activations import use_fast_swiglu
 from localrl.policy.lora import attach
 from localrl.policy.precision import dequantise, to_float32
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
@@ -115,16 +116,17 @@ def load_model(folder: Path) -> LoadedModel:
 
 
 def make_policy(
-    loaded: LoadedModel, *, rank: int, scale: float, seed: int, float32: bool, dense: bool
+    loaded: LoadedModel, *, rank: int, scale: float, seed: int, for_cpu: bool, dense: bool
 ) -> Policy:
     """The policy: this very model, its base frozen, with fresh adapters that change nothing yet.
 
-    `float32` casts what floats there are and `dense` unpacks the quantised layers, both for the
-    CPU and both in place: there is one copy of the weights.
+    `for_cpu` casts what floats there are to float32 and takes a faster activation, `dense` unpacks
+    the quantised layers; both in place: there is one copy of the weights.
     """
     model = loaded.model
-    if float32:
+    if for_cpu:
         to_float32(model)
+        use_fast_swiglu(model)
     if dense:
         dequantise(model)
     hidden, head = split_head(model)

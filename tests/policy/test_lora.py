@@ -19,7 +19,7 @@ def logits(model):
 def test_fresh_adapters_change_nothing(tiny_folder, dense):
     bare = load_model(tiny_folder).model
     policy = make_policy(
-        load_model(tiny_folder), rank=4, scale=2.0, seed=0, float32=True, dense=dense
+        load_model(tiny_folder), rank=4, scale=2.0, seed=0, for_cpu=True, dense=dense
     )
     np.testing.assert_allclose(logits(policy.model), logits(bare), atol=2e-5)
 
@@ -37,7 +37,7 @@ def test_all_linear_layers_of_the_blocks_and_nothing_else(policy):
 def test_the_random_half_follows_the_seed(tiny_folder):
     def first(seed):
         policy = make_policy(
-            load_model(tiny_folder), rank=4, scale=2.0, seed=seed, float32=True, dense=True
+            load_model(tiny_folder), rank=4, scale=2.0, seed=seed, for_cpu=True, dense=True
         )
         return np.array(policy.model.layers[0].mlp.up_proj.lora_a)
 
@@ -49,7 +49,7 @@ def test_mlx_lm_reads_the_adapter(tmp_path, tiny_folder):
     from mlx_lm import load
 
     policy = make_policy(
-        load_model(tiny_folder), rank=4, scale=2.0, seed=0, float32=True, dense=True
+        load_model(tiny_folder), rank=4, scale=2.0, seed=0, for_cpu=True, dense=True
     )
     tiny.stir(policy.model, seed=1)
     bare = logits(load_model(tiny_folder).model)

@@ -15,7 +15,7 @@ from localrl.policy.precision import dense_bytes
 def test_dequantised_weights_compute_the_same(tiny_folder):
     tokens = mx.array([[1, 5, 9, 2, 7]])
     packed, dense = (
-        make_policy(load_model(tiny_folder), rank=2, scale=1.0, seed=0, float32=True, dense=d)
+        make_policy(load_model(tiny_folder), rank=2, scale=1.0, seed=0, for_cpu=True, dense=d)
         for d in (False, True)
     )
     assert isinstance(packed.model.layers[0].mlp.up_proj.linear, nn.QuantizedLinear)
