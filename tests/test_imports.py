@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "localrl"
 
 LEVELS = {
+    "__main__": 6,
     "cli": 5,
     "train": 4,
     "session": 3,

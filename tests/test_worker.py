@@ -46,7 +46,9 @@ def is_alive(pid: int) -> bool:
     if sys.platform != "linux":
         return bool(resident_bytes(pid))  # 0 for a zombie
     try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
+        # The main thread is a zombie first; files are closed when the last of the others is gone.
+        return not ("\nState:\tZ" in status and "\nThreads:\t1\n" in status)
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -1,0 +1,146 @@
+"""The command as a user meets it: real processes, exit codes, both output streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=2",
+    "rollout.max_completion_tokens=6",
+    "task.eval_prompts=4",
+)
+
+
+def localrl(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "localrl", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+
+
+def settings():
+    return [part for setting in SMALL for part in ("--set", setting)]
+
+
+def test_a_run_without_a_terminal_prints_plain_lines(tiny_folder, tmp_path):
+    out = tmp_path / "a run"
+    done = localrl("train", "--model", tiny_folder, "--steps", 2, "--out", out, *settings())
+    assert done.returncode == 0, done.stderr
+    assert "before training: pass@1" in done.stderr
+    assert "step 2/2" in done.stderr
+    assert "pass@1" in done.stdout
+    assert done.stdout.count("prompt    ") == 3
+    assert "next: localrl" in done.stdout
+    assert not {"\r", "\x1b"} & set(done.stdout + done.stderr)
+    assert (out / "adapter" / "adapters.safetensors").is_file()
+
+
+def test_without_out_a_new_folder_is_made_each_time(tiny_folder, tmp_path):
+    for _ in range(2):
+        done = localrl("train", "--model", tiny_folder, "--steps", 1, *settings(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"steps-1", "steps-2"}
+
+
+def test_an_existing_folder_is_refused_and_overwrite_keeps_the_old(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("train", "--model", tiny_folder, "--steps", 1, "--out", out, *settings())
+    assert localrl(*arguments).returncode == 0
+    refused = localrl(*arguments)
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    assert localrl(*arguments, "--overwrite").returncode == 0
+    old = [path for path in tmp_path.iterdir() if path.name.startswith("run.old-")]
+    assert len(old) == 1
+    assert (old[0] / "adapter" / "adapters.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "--set", "rollout.groupsize=4"], 2, "Did you mean 'rollout.group_size'"),
+        (["train", "--set", "rollout.group_size=1"], 2, "must be at least 2"),
+        (["train", "--set", "group_size"], 2, "has no '='"),
+        (["train", "--steps", "many"], 2, "not a valid integer"),
+        (["train", "--model", "nowhere"], 2, "no model in nowhere"),
+        (["train", "--task", "sumz"], 2, "did you mean 'sums'"),
+        (["train", "--resume"], 2, "--resume is not built yet"),
+        (["train", "none.toml"], 2, "Cannot read the configuration none.toml"),
+        (["tasks", "show", "sumz"], 2, "did you mean 'sums'"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, arguments, code, message):
+    done = localrl(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = localrl("--debug", "train", "--model", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_print_config_is_a_file_that_reads_back(tmp_path):
+    done = localrl("train", "--set", "rollout.group_size=6", "--seed", 3, "--print-config")
+    assert done.returncode == 0
+    assert tomllib.loads(done.stdout)["rollout"]["group_size"] == 6
+    file = tmp_path / "run.toml"
+    file.write_text(done.stdout)
+    again = localrl("train", file, "--print-config")
+    assert again.stdout == done.stdout
+
+
+def test_flags_win_over_set_and_set_over_the_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[run]\nsteps = 1\nseed = 1\n[rollout]\ngroup_size = 3\n")
+    done = localrl(
+        "train", file, "--set", "run.steps=2", "--set", "run.seed=2", "--seed", 3, "--print-config"
+    )
+    resolved = tomllib.loads(done.stdout)
+    assert resolved["run"]["steps"] == 2
+    assert resolved["run"]["seed"] == 3
+    assert resolved["rollout"]["group_size"] == 3
+
+
+def test_tasks_show_what_the_model_sees(tiny_folder):
+    listed = localrl("tasks", "list")
+    assert "sums" in listed.stdout
+    shown = localrl("tasks", "show", "sums", "-n", 2, "--model", tiny_folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("<user>sum ") == 2
+    assert "answer" in shown.stdout
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(5):
+        start = time.monotonic()
+        assert "train" in localrl("--help").stdout
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.5
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    from localrl.cli.console import printable
+
+    assert printable("a\x1b[31mb\u202ec\n\x07") == "a\ufffd[31mb\ufffdc\n\ufffd"
+
+
+def test_the_installed_command_is_there():
+    assert Path(sys.executable).with_name("localrl").exists()
