@@ -59,8 +59,8 @@ def read(seed: int, out: Path, whole_s: float) -> Run:
 def table(runs: list[Run]) -> str:
     """One row per seed."""
     lines = [
-        "| seed | pass@1 before | pass@1 after | 95 % interval | steps | training, s | whole command, s |"
-        " peak memory of the process, MiB |",
+        "| seed | pass@1 before | pass@1 after | 95 % interval | steps | training, s | command, s "
+        "| process, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in runs:
@@ -68,8 +68,9 @@ def table(runs: list[Run]) -> str:
         low, high = adapter["ci95"]
         memory = max(step["memory/resident_bytes"] or 0 for step in each.steps) / 2**20
         lines.append(
-            f"| {each.seed} | {base['pass@1']:.3f} | {adapter['pass@1']:.3f} | {low:.3f} to {high:.3f} "
-            f"| {len(each.steps)} | {each.train_s:.0f} | {each.whole_s:.0f} | {memory:.0f} |"
+            f"| {each.seed} | {base['pass@1']:.3f} | {adapter['pass@1']:.3f} "
+            f"| {low:.3f} to {high:.3f} | {len(each.steps)} | {each.train_s:.0f} "
+            f"| {each.whole_s:.0f} | {memory:.0f} |"
         )
     return "\n".join(lines)
 
@@ -102,14 +103,16 @@ def page(runs: list[Run], machine: str) -> str:
 
 `localrl train`, no arguments but `--seed`: the embedded model, the task `steps`, 16 prompts x 8
 completions a step. pass@1 is one completion for each of {n} held-out prompts at temperature 1, the
-same prompts and draws for every seed. Measured on: {machine}. Made by `benchmarks/demonstration.py`.
+same prompts and draws for every seed. Measured on: {machine}.
+Made by `benchmarks/demonstration.py`.
 
 {table(runs)}
 
 ![Mean reward and completion length over training](demonstration.png)
 
 Completions grow because the model stops guessing and works every step. "Training" is the sum of the
-step times; "whole command" also holds the start, both evaluations and writing the adapter.
+step times; "command" also holds the start, both evaluations and writing the adapter; "process" is
+the most memory that the process held at the end of a step.
 """
 
 
