@@ -22,16 +22,17 @@ def node(parent: int, tokens: Sequence[int], sampled: Sequence[bool], weight: fl
 
 
 def forest(
-    parents: Sequence[int], leaves: Sequence[int], planned_roots: int, tokens: int = 3
+    parents: Sequence[int],
+    leaves: Sequence[int],
+    planned_roots: int,
+    tokens: int = 3,
+    cond_weights: Sequence[float] | None = None,
 ) -> Group:
-    """Nodes of `tokens` tokens each; a fork is among the children of one parent, drawn alike."""
+    """Nodes of `tokens` tokens each; children of one parent are drawn alike unless said otherwise."""
+    alike = [1.0 if parent < 0 else 1 / list(parents).count(parent) for parent in parents]
+    weights = cond_weights or alike
     nodes = tuple(
-        node(
-            parent,
-            range(4 + n, 4 + n + tokens),
-            [True] * tokens,
-            1.0 if parent < 0 else 1 / list(parents).count(parent),
-        )
+        node(parent, range(4 + n, 4 + n + tokens), [True] * tokens, weights[n])
         for n, parent in enumerate(parents)
     )
     return Group(

@@ -36,8 +36,9 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
         A(n) = V(n) - b(n),   omega(n) = omega(parent) * cond_weight(n)
 
     Roots have 1 / planned_roots as their weight and `prior` as the baseline above them. A leaf
-    without a reward is left out and the weights of its siblings are scaled to make up for it. A
-    node with no sibling and kappa 0 has no baseline, hence advantage 0.
+    without a reward is left out and the weights of its siblings are scaled to make up for it. With
+    kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline, and a root
+    without siblings has none, hence advantage 0.
     """
     group = scored.group
     children = _children(group)
@@ -51,8 +52,7 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
         siblings = [values[k] for k in children[node.parent] if k != n]
         known = [value for value in siblings if value is not None]
         value, total = values[n], len(known) + kappa
-        # Nothing to compare with: the node is its own baseline.
-        alone = above if value is None else value
+        alone = above if node.parent >= 0 or value is None else value
         baselines.append((sum(known) + kappa * above) / total if total > 0 else alone)
         advantages.append(None if value is None else value - baselines[n])
         weights.append(shares[n] * (weights[node.parent] if node.parent >= 0 else 1.0))

@@ -49,6 +49,15 @@ def test_weights_divide_at_forks_and_values_nest():
     assert credit.advantages == pytest.approx([3 / 4, -3 / 4, 1 / 2, -1 / 2, 1, -1])
 
 
+def test_a_survivor_of_pruning_keeps_its_parents_baseline():
+    # Roots a, b; a was to be pruned with probability 1/2 and survived as c.
+    group = forest([-1, -1, 0], leaves=[1, 2], planned_roots=2, cond_weights=[1, 1, 2])
+    credit = assign_credit(scored(group, [0, 0.5]))
+    assert credit.weights == pytest.approx([1 / 2, 1 / 2, 1])
+    # V: c = 1/2, a = 2 * 1/2; b(a) = b's value 0, and so is b(c).
+    assert credit.advantages == pytest.approx([1, -1, 1 / 2])
+
+
 def test_tokens_that_the_model_did_not_write_get_no_coefficient():
     group = flat_group(2, sampled=[True, False, True])
     coefficients = token_coefficients(group, assign_credit(scored(group, [1, 0])))

@@ -1,0 +1,189 @@
+"""Files of the run folder: strict JSON lines that survive a crash, and small files written whole.
+
+Strict means that every JSON reader takes it: NaN and infinity, which JSON does not have, are null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localrl.errors import DataError
+from localrl.records import Leaf, Node, ScoredGroup
+
+ROLLOUTS_FORMAT = 1
+DIGITS = 4
+
+
+def to_json(value: Any, indent: int | None = None) -> bytes:
+    """Strict JSON in UTF-8; numpy values become numbers and lists, NaN and infinity null.
+
+    What JSON cannot carry otherwise (paths, dates) is written as its text.
+    """
+    text = json.dumps(_strict(value), ensure_ascii=False, allow_nan=False, indent=indent)
+    # A lone surrogate has no UTF-8; backslashreplace writes it as the JSON escape that it needs.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and _is_plain(value):
+        return value.tolist()  # the bulk of a rollout: not looked at number by number
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_strict(item) for item in value]
+    return str(value)
+
+
+def _is_plain(array: np.ndarray) -> bool:
+    kind = array.dtype.kind
+    return kind in "biu" or (kind == "f" and bool(np.isfinite(array).all()))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a small file as a whole: after a crash there is the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot, and need not
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class JsonLines:
+    """A file of JSON lines that is only ever appended to, each line flushed when it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, those of earlier processes included."""
+        return self._file.tell()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line."""
+        self._file.write(to_json(record) + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make all lines last through a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; no line can be written any more."""
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines; a last line that a crash has torn is left out.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                if not line.endswith(b"\n"):
+                    return
+                record = None
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{path}, line {number} is not a JSON object: {line[:60]!r}. "
+                    "Remove the line, or take the file from a backup."
+                )
+            yield record
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """What became of a group: the input of one line of rollouts.jsonl."""
+
+    scored: ScoredGroup
+    advantages: Sequence[float | None]
+    """One per node; None for a node without one."""
+    kept: bool
+    reason: str | None = None
+    """Why the group was not kept."""
+
+
+def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
+    """The JSON object of one group; fields at their defaults are left out of its nodes.
+
+    Defaults are: sampled, all true; cond_weight, 1; version, 0.
+    """
+    scored, group = record.scored, record.scored.group
+    nodes = zip(group.nodes, record.advantages, strict=True)
+    return {
+        "format": ROLLOUTS_FORMAT,
+        "step": step,
+        "example": group.example.id,
+        "messages": group.example.messages,
+        "planned_roots": group.planned_roots,
+        "nodes": [_node(node, advantage) for node, advantage in nodes],
+        "leaves": [_leaf(leaf, i, scored) for i, leaf in enumerate(group.leaves)],
+        "kept": record.kept,
+        "reason": record.reason,
+    }
+
+
+def _node(node: Node, advantage: float | None) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "parent": node.parent,
+        "token_ids": node.token_ids,
+        "sampled_logprobs": _rounded(node.sampled_logprobs),
+        "entropies": _rounded(node.entropies),
+        "advantage": advantage,
+    }
+    if not node.sampled.all():
+        line["sampled"] = node.sampled
+    if node.cond_weight != 1.0:
+        line["cond_weight"] = node.cond_weight
+    if node.version:
+        line["version"] = node.version
+    return line
+
+
+def _leaf(leaf: Leaf, index: int, scored: ScoredGroup) -> dict[str, Any]:
+    return {
+        "node": leaf.node,
+        "finish_reason": leaf.finish_reason,
+        "reward": scored.rewards[index],
+        "parts": {name: values[index] for name, values in scored.parts.items()},
+        "text": leaf.text,
+    }
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    # In float64, since 0.1 in float32 prints as 0.10000000149; + 0.0 turns -0.0 into 0.0.
+    return np.round(values.astype(np.float64), DIGITS) + 0.0

@@ -1,0 +1,122 @@
+"""The numbers of a step: one table that says what each means, and the functions that count them.
+
+Names are TRL's where TRL has the metric, `section/name` where it has none. `docs/metrics.md` is
+made from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from localrl.records import ScoredGroup, StepStats, mean_or_none
+
+METRICS: dict[str, tuple[str, str]] = {
+    "step": ("", "training step, from 1"),
+    "epoch": ("epochs", "passes over the training prompts; null for an endless task"),
+    "num_tokens": ("tokens", "completion tokens sampled since the start of training"),
+    "reward": ("reward", "mean over the completions that have a reward"),
+    "reward_std": ("reward", "standard deviation over all those completions"),
+    "rewards/<name>/mean": ("reward", "the same for one reward function, before its weight"),
+    "rewards/<name>/std": ("reward", "the same for one reward function, before its weight"),
+    "frac_reward_zero_std": ("share", "groups whose rewards are all equal"),
+    "rewards/failures": ("calls", "reward calls since the start that left a completion without"),
+    "completions/mean_length": ("tokens", "end token included"),
+    "completions/min_length": ("tokens", "shortest completion"),
+    "completions/max_length": ("tokens", "longest completion"),
+    "completions/clipped_ratio": ("share", "completions cut off at max_completion_tokens"),
+    "entropy": ("nats", "mean over sampled tokens, of the whole distribution"),
+    "loss": ("", "the objective; near 0 on fresh rollouts, where only its gradient matters"),
+    "grad_norm": ("", "global norm of the gradient before clipping"),
+    "learning_rate": ("", "of this step's first update"),
+    "clip_ratio/low_mean": ("share", "trained tokens held at 1 - clip_low"),
+    "clip_ratio/high_mean": ("share", "trained tokens held at 1 + clip_high"),
+    "sampling/sampling_logp_difference/mean": (
+        "nats",
+        "|update's log-probability - sampler's| of trained tokens, before the step's first update",
+    ),
+    "sampling/sampling_logp_difference/max": ("nats", "the largest of these"),
+    "rollout/groups": ("groups", "prompts of the step"),
+    "rollout/informative_groups": ("groups", "groups with a coefficient other than 0"),
+    "rollout/tokens": ("tokens", "completion tokens sampled in the step"),
+    "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
+    "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
+    "rollout/decode_positions": ("positions", "rows decoded, summed over the calls"),
+    "update/trained_tokens": ("tokens", "tokens with a coefficient other than 0"),
+    "update/applied": ("", "whether the adapters changed"),
+    "time/rollout_s": ("s", "sampling"),
+    "time/reward_s": ("s", "reward functions"),
+    "time/update_s": ("s", "gradient and optimizer"),
+    "step_time": ("s", "the whole step"),
+    "memory/peak_bytes": ("bytes", "largest amount MLX held in the step"),
+    "memory/resident_bytes": ("bytes", "what the process held at the step's end; null if unknown"),
+    "eval/pass@1": ("share", "held-out completions with the highest reward"),
+    "eval/n": ("completions", "held-out completions that have a reward"),
+    "eval/mean_reward": ("reward", "mean over them"),
+    "eval/mean_completion_tokens": ("tokens", "mean length of held-out completions"),
+}
+"""Unit and meaning of every key of metrics.jsonl."""
+
+
+def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
+    """What the step's rollouts say by themselves."""
+    completions = [completion for group in scored for completion in group.group.completions()]
+    lengths = [len(completion) for completion in completions]
+    entropies = np.concatenate([completion.entropies for completion in completions])
+    written = np.concatenate([completion.sampled for completion in completions])
+    rewards = _known([reward for group in scored for reward in group.rewards])
+    spreads = [set(_known(group.rewards)) for group in scored]
+    metrics: dict[str, Any] = {
+        "reward": mean_or_none(rewards),
+        "reward_std": _std(rewards),
+        "frac_reward_zero_std": float(np.mean([len(spread) < 2 for spread in spreads])),
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": float(
+            np.mean([completion.finish_reason == "length" for completion in completions])
+        ),
+        "entropy": float(entropies[written].mean()),
+        "rollout/groups": len(scored),
+        "rollout/tokens": int(written.sum()),
+    }
+    for name in scored[0].parts:
+        part = _known([value for group in scored for value in group.parts[name]])
+        metrics[f"rewards/{name}/mean"] = mean_or_none(part)
+        metrics[f"rewards/{name}/std"] = _std(part)
+    return metrics
+
+
+def update_metrics(stats: StepStats) -> dict[str, Any]:
+    """What the update says; null where there was none."""
+    return {
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "clip_ratio/low_mean": stats.clipped_low,
+        "clip_ratio/high_mean": stats.clipped_high,
+        "sampling/sampling_logp_difference/mean": stats.logprob_gap_mean,
+        "sampling/sampling_logp_difference/max": stats.logprob_gap_max,
+        "update/trained_tokens": stats.trained_tokens,
+        "update/applied": stats.updated,
+    }
+
+
+def metrics_page() -> str:
+    """`docs/metrics.md`: the table for people."""
+    rows = [f"| `{name}` | {unit} | {text} |" for name, (unit, text) in METRICS.items()]
+    head = (
+        "# Metrics\n\nEvery key of `metrics.jsonl`, one JSON object per training step; evaluations\n"
+        "add lines of their own with the `eval/` keys. A null is a number that is not known.\n\n"
+        "| key | unit | meaning |\n|---|---|---|\n"
+    )
+    return head + "\n".join(rows) + "\n"
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _std(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
