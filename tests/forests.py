@@ -28,7 +28,7 @@ def forest(
     tokens: int = 3,
     cond_weights: Sequence[float] | None = None,
 ) -> Group:
-    """Nodes of `tokens` tokens each; children of one parent are drawn alike unless said otherwise."""
+    """Nodes of `tokens` tokens; children of one parent are drawn alike unless said otherwise."""
     alike = [1.0 if parent < 0 else 1 / list(parents).count(parent) for parent in parents]
     weights = cond_weights or alike
     nodes = tuple(

@@ -107,8 +107,9 @@ def metrics_page() -> str:
     """`docs/metrics.md`: the table for people."""
     rows = [f"| `{name}` | {unit} | {text} |" for name, (unit, text) in METRICS.items()]
     head = (
-        "# Metrics\n\nEvery key of `metrics.jsonl`, one JSON object per training step; evaluations\n"
-        "add lines of their own with the `eval/` keys. A null is a number that is not known.\n\n"
+        "# Metrics\n\nEvery key of `metrics.jsonl`, one JSON object per training step;\n"
+        "evaluations add lines of their own with the `eval/` keys. A null is a number that is not\n"
+        "known.\n\n"
         "| key | unit | meaning |\n|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n"
