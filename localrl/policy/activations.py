@@ -36,15 +36,16 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return silu(gate) * x
 
 
-@mx.custom_function
-def silu(x: mx.array) -> mx.array:
-    """x / (1 + exp(-x)), elementwise (Elfwing et al. 2017, arXiv 1702.03118)."""
+def _silu(x: mx.array) -> mx.array:
     return x * sigmoid(x)
 
 
+silu: Any = mx.custom_function(_silu)
+"""x / (1 + exp(-x)), elementwise (Elfwing et al. 2017, arXiv 1702.03118)."""
+
+
 @silu.vjp
-def _silu_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> mx.array:
-    x = primals
+def _silu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     gate = mx.where(x == 0, 0.5, output / x)  # the sigmoid again, without another exponential
     return cotangent * (gate + output * (1 - gate))
 
