@@ -22,6 +22,8 @@ ALIASES = {
     "max_completion_length": "rollout.max_completion_tokens",
     "temperature": "rollout.temperature",
     "learning_rate": "learning.lr",
+    "loss_type": "learning.objective",
+    "beta": "learning.kl_coef",
     "epsilon": "learning.clip_low",
     "epsilon_high": "learning.clip_high",
     "num_iterations": "learning.updates_per_step",
@@ -34,9 +36,29 @@ ALIASES = {
 """TRL's spellings, accepted wherever a key is."""
 
 
-def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field of a section: its default, one line of help, and the range it must lie in."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+OBJECTIVES = ("clipped", "grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo")
+"""What `localrl.learning.objectives` defines."""
+
+PROMPT_WEIGHTS = ("none", "mean", "std", "maxrl")
+"""What `localrl.learning.weighting` defines."""
+
+STRATEGIES = ("flat", "tree")
+FORK_RULES = ("entropy", "periodic")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+"""What `localrl.learning.objective` defines."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of a section: its default, one line of help, and the values that it may take."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -70,7 +92,11 @@ class RolloutConfig:
     """How completions are sampled."""
 
     prompts_per_step: int = setting(8, "distinct prompts in a step", low=1)
-    group_size: int = setting(8, "completions of one prompt", low=2)
+    group_size: int = setting(8, "completions of one prompt; of a tree, the most", low=2)
+    strategy: str = setting("flat", "independent completions, or trees", choices=STRATEGIES)
+    roots: int = setting(2, "independent beginnings of a tree", low=1)
+    fork_rule: str = setting("entropy", "where trees fork", choices=FORK_RULES)
+    fork_gap: int = setting(0, "tokens between two forks of a path; 0: chosen", low=0)
     max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
     max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
     temperature: float = setting(1.0, "of sampling and scoring alike", low=0.01, high=100.0)
@@ -82,8 +108,23 @@ class LearningConfig:
 
     lr: float = setting(5e-5, "learning rate after warm-up", low=0.0)
     warmup_steps: int = setting(5, "updates over which the learning rate rises", low=0)
-    clip_low: float = setting(0.2, "the ratio is held above 1 - clip_low", low=0.0, high=1.0)
-    clip_high: float = setting(0.28, "the ratio is held below 1 + clip_high", low=0.0)
+    objective: str = setting("clipped", "the loss: see docs/papers.md", choices=OBJECTIVES)
+    prompt_weight: str | None = setting(
+        None, "which prompts count more; unset: as the paper", choices=PROMPT_WEIGHTS
+    )
+    clip_low: float | None = setting(
+        None, "the ratio is held above 1 - this; unset: as the paper", low=0.0, high=1.0
+    )
+    clip_high: float | None = setting(
+        None, "the ratio is held below 1 + this; unset: as the paper", low=0.0
+    )
+    kl_coef: float = setting(
+        0.0, "weight of the KL from the model without adapters; 0: never computed", low=0.0
+    )
+    kl_estimator: str = setting("k3", "how that KL is estimated", choices=KL_ESTIMATORS)
+    kappa: float | None = setting(
+        None, "weight of the tracker in baselines; unset: 0 for flat groups, 4 for trees", low=0.0
+    )
     max_grad_norm: float = setting(1.0, "global norm the gradient is clipped to", low=0.0)
     updates_per_step: int = setting(1, "optimizer updates on one step's rollouts", low=1)
 
@@ -95,7 +136,7 @@ class MemoryConfig:
     decode_rows: int = setting(0, "sequences decoded at once; 0: the whole step", low=0)
     micro_rows: int = setting(0, "sequences in one backward pass; 0: chosen", low=0)
     head_chunk: int = setting(0, "positions whose logits exist at once; 0: chosen", low=0)
-    dequantise: str = setting("auto", "float32 base on CPU: auto, on or off")
+    dequantise: str = setting("auto", "float32 base on CPU", choices=("auto", "on", "off"))
     threads: int = setting(0, "threads of the CPU's matrix products; 0: chosen", low=0)
 
 
@@ -160,7 +201,7 @@ class RunConfig:
             for spec in dataclasses.fields(values):
                 value = getattr(values, spec.name)
                 text = f"# {spec.name} =" if value is None else f"{spec.name} = {_toml(value)}"
-                lines.append(f"{text:<36}# {spec.metadata['help']}")
+                lines.append(f"{text:<36}# {_comment(spec)}")
             lines.append("")
         return "\n".join(lines)
 
@@ -253,17 +294,23 @@ def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         value = float(value)
     if type(value).__name__ != kind:
         raise ConfigError(f"{key} is {value!r}; it must be of type {kind} ({_help(spec)}).")
-    low, high = spec.metadata["low"], spec.metadata["high"]
+    low, high, choices = (spec.metadata[name] for name in ("low", "high", "choices"))
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{key} is {value!r}; it must be {bounds} ({_help(spec)}).")
-    if key == "memory.dequantise" and value not in ("auto", "on", "off"):
-        raise ConfigError(f"{key} is {value!r}; it must be auto, on or off.")
+    if choices and value not in choices:
+        wanted = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise ConfigError(f"{key} is {value!r}; it must be {wanted} ({_help(spec)}).")
     return value
 
 
 def _help(spec: dataclasses.Field[Any]) -> str:
     return spec.metadata["help"]
+
+
+def _comment(spec: dataclasses.Field[Any]) -> str:
+    choices = spec.metadata["choices"]
+    return f"{_help(spec)} ({', '.join(choices)})" if choices else _help(spec)
 
 
 def _toml(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from localrl.records import Example, Group, ScoredGroup, mean_or_none
 from localrl.rollouts.decode import Decoder
-from localrl.rollouts.flat import sample_groups
+from localrl.rollouts.groups import sample_groups
 
 Score = Callable[[Sequence[Group]], list[ScoredGroup]]
 
@@ -63,7 +63,9 @@ def evaluate(
         decoder,
         examples,
         prompts,
+        roots=1,
         group_size=1,
+        rule=None,
         max_completion_tokens=max_completion_tokens,
         seed=EVALUATION_SEED,
         step=0,

@@ -147,11 +147,18 @@ class BatchNode:
     token_ids: np.ndarray
     """(n,) int32."""
     coefficients: np.ndarray
-    """(n,) float32: weight times advantage; 0 where the model did not write the token."""
+    """(n,) float32: share times advantage; 0 where the model did not write the token."""
     sampled_logprobs: np.ndarray
     """(n,) float32, the anchor of the ratio."""
     finish: bool
     """True when a completion ends here."""
+    kl_weights: np.ndarray
+    """(n,) float32: kl_coef times share; 0 where the model did not write the token."""
+
+    @property
+    def trained(self) -> np.ndarray:
+        """(n,) bool: the tokens that have something to teach."""
+        return (self.coefficients != 0) | (self.kl_weights != 0)
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,8 @@ class Batch:
     prompts: tuple[tuple[int, ...], ...]
     nodes: tuple[BatchNode, ...]
     z: float
-    """Prompts of the step times the *configured* max_completion_tokens; the one denominator."""
+    """The one denominator: by default prompts of the step times the *configured*
+    max_completion_tokens. See `localrl.learning.objectives.denominator`."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,11 @@ class StepStats:
     logprob_gap_mean: float | None
     """Mean |new - sampled| log-probability before the first update of the step."""
     logprob_gap_max: float | None
+    kl: float | None
+    """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
     trained_tokens: int
+    saved_positions: int
+    """Positions not computed again because completions share them, the prompt's included."""
     updated: bool
 
 

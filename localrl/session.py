@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ from localrl.config import RunConfig
 from localrl.embedded import embedded_model_path
 from localrl.errors import ConfigError, DataError
 from localrl.evaluate import Evaluation, evaluate, temperature_one
-from localrl.learning.credit import Credit
+from localrl.learning.credit import Credit, assign_credit
+from localrl.learning.objectives import make_objective, weigh_prompt
 from localrl.learning.selection import Selection
+from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
 from localrl.memory.machine import resident_bytes
 from localrl.memory.plan import make_plan
@@ -25,11 +27,15 @@ from localrl.policy.precision import dense_bytes
 from localrl.records import Example, MemoryPlan, ScoredGroup
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.decode import Decoder
+from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
 from localrl.runs.folder import RunFolder, default_run_path, open_run, package_versions
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.tasks.base import Task
 from localrl.tasks.builtin import load_task
 from localrl.worker import Worker
+
+TREE_KAPPA = 4.0
+"""With two children a lone sibling is a poor baseline: see docs/papers.md and the benchmark."""
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 
@@ -67,12 +73,38 @@ class Session:
     run: RunFolder
     progress: Progress
     held_out: list[Example]
+    rule: EntropyRule | PeriodicRule | None
+    """Where paths fork; None for flat groups."""
+    tracker: Tracker = field(default_factory=Tracker)
     tokens: int = 0
 
     @property
     def folder(self) -> Path:
         """The run folder."""
         return self.run.path
+
+    @property
+    def roots(self) -> int:
+        """Independent completions, or beginnings of them, of each prompt."""
+        return self.config.rollout.roots if self.rule else self.plan.group_size
+
+    def credit(self, scored: ScoredGroup) -> Credit:
+        """The group's credit, from what the tracker knew before and weighted by the objective."""
+        wish = self.config.learning.kappa
+        kappa = wish if wish is not None else TREE_KAPPA if self.rule else 0.0
+        value = self.tracker.value(scored.group.example.tracker_key)
+        credit = (
+            assign_credit(scored)
+            if value is None
+            else assign_credit(scored, kappa=kappa, prior=value)
+        )
+        return weigh_prompt(self.updater.objective, scored, credit)
+
+    def learn(self, scored: Sequence[ScoredGroup], credits: Sequence[Credit]) -> None:
+        """Let the tracker and the fork rule take in a finished step."""
+        self.tracker.update(scored, credits)
+        if self.rule:
+            self.rule.learn([group.group for group in scored])
 
     def encode(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         """Token ids of the examples' prompts.
@@ -190,10 +222,11 @@ def open_session(config: RunConfig, *, overwrite: bool, progress: Progress) -> I
             plan=plan,
             scorer=scorer,
             decoder=Decoder(policy, config.rollout.temperature, plan.decode_rows),
-            updater=Updater(policy, config.learning, config.rollout.temperature),
+            updater=Updater(policy, config.learning, config.rollout.temperature, progress.warn),
             run=run,
             progress=progress,
             held_out=task.evaluation(config.task.eval_prompts),
+            rule=_fork_rule(config),
         )
         if note := backend.describe().note:
             progress.warn(note)
@@ -201,7 +234,39 @@ def open_session(config: RunConfig, *, overwrite: bool, progress: Progress) -> I
         yield session
 
 
+def _fork_rule(config: RunConfig) -> EntropyRule | PeriodicRule | None:
+    rollout = config.rollout
+    if rollout.strategy == "flat":
+        return None
+    # Half of the longest completion, until the first batch has shown better.
+    expected = rollout.max_completion_tokens / 2
+    spacing = Spacing(rollout.roots, rollout.group_size, rollout.fork_gap, expected)
+    return EntropyRule(spacing) if rollout.fork_rule == "entropy" else PeriodicRule(spacing)
+
+
+def _check_trees(config: RunConfig) -> None:
+    rollout, rows = config.rollout, config.memory.decode_rows
+    if rollout.roots > rollout.group_size:
+        raise ConfigError(
+            f"rollout.roots is {rollout.roots}, more than the {rollout.group_size} completions of "
+            "rollout.group_size. Lower it, or raise the group size."
+        )
+    if 0 < rows < rollout.group_size:
+        raise ConfigError(
+            f"memory.decode_rows is {rows}, but a tree may have {rollout.group_size} leaves at "
+            "once. Raise it, or lower rollout.group_size."
+        )
+    if make_objective(config.learning).flat_only:
+        raise ConfigError(
+            f"learning.objective is {config.learning.objective}, which divides by the length of "
+            "the one completion a token belongs to; in a tree completions share tokens. Choose "
+            "another objective, or rollout.strategy=flat."
+        )
+
+
 def _check_sizes(config: RunConfig, task: Task) -> None:
+    if config.rollout.strategy == "tree":
+        _check_trees(config)
     wanted, there = config.rollout.prompts_per_step, task.train_size
     if 0 < there < wanted:
         raise ConfigError(

@@ -12,9 +12,9 @@ from typing import Any
 
 from localrl.config import RunConfig
 from localrl.evaluate import Evaluation
-from localrl.learning.credit import assign_credit
+from localrl.learning.objectives import denominator
 from localrl.learning.selection import select
-from localrl.rollouts.flat import sample_groups
+from localrl.rollouts.groups import sample_groups
 from localrl.runs.metrics import rollout_metrics, update_metrics
 from localrl.session import Progress, Session, Silent, open_session
 from localrl.tasks.order import take
@@ -66,7 +66,9 @@ def train_step(session: Session, step: int) -> None:
         session.decoder,
         examples,
         session.encode(examples),
+        roots=session.roots,
         group_size=plan.group_size,
+        rule=session.rule,
         max_completion_tokens=plan.max_completion_tokens,
         seed=config.run.seed,
         step=step,
@@ -75,11 +77,13 @@ def train_step(session: Session, step: int) -> None:
     clock.lap("time/rollout_s")
     scored = session.scorer.score(groups)
     clock.lap("time/reward_s")
-    credits = [assign_credit(group) for group in scored]
-    z = float(len(groups) * config.rollout.max_completion_tokens)
-    selection = select(scored, credits, z)
+    credits = [session.credit(group) for group in scored]
+    objective = session.updater.objective
+    z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
+    selection = select(scored, credits, z, objective)
     stats = session.updater.update(selection.batch, plan)
     clock.lap("time/update_s")
+    session.learn(scored, credits)
 
     session.log_step(
         step,

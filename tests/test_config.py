@@ -37,6 +37,8 @@ def test_trl_spellings_are_aliases():
     config = RunConfig.create({"num_generations": 4, "max_completion_length": 9, "model.path": "m"})
     assert (config.rollout.group_size, config.rollout.max_completion_tokens) == (4, 9)
     assert set(ALIASES.values()) <= set(keys())
+    learning = RunConfig.create({"loss_type": "dapo", "beta": 0.04, "model.path": "m"}).learning
+    assert (learning.objective, learning.kl_coef) == ("dapo", 0.04)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,10 @@ def test_trl_spellings_are_aliases():
         ({"learning.clip_low": 1.5}, "between 0.0 and 1.0"),
         ({"learning.lr": float("nan")}, "nan; it must be at least 0.0"),
         ({"memory.dequantise": "maybe"}, "must be auto, on or off"),
+        ({"learning.objective": "ppo"}, "must be clipped, grpo, dr_grpo"),
+        ({"learning.prompt_weight": "var"}, "must be none, mean, std or maxrl"),
+        ({"learning.kl_estimator": "k4"}, "must be k1, k2 or k3"),
+        ({"learning.kl_coef": -0.1}, "must be at least 0.0"),
         ({"num_generations": 4, "rollout.group_size": 4}, "set twice"),
     ],
 )

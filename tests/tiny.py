@@ -33,13 +33,42 @@ CONFIG: dict[str, Any] = {
 }
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"model_type": "llama"},
+    # Windows of 8 tokens: prompts and completions of the tests are longer.
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 16,
+    },
+    "lfm2": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 3,
+        "norm_eps": 1e-6,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_ff_dim": 128,
+        "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+}
+"""What differs from CONFIG: full attention, sliding windows, and a hybrid with convolutions."""
+
+
 def make_folder(folder: Path, *, seed: int = 0, bits: int | None = 4, **changes: Any) -> Path:
     """A model folder as mlx-lm and Hugging Face write them, quantised unless `bits` is None."""
-    from mlx_lm.models import qwen3
+    from mlx_lm.utils import _get_classes
 
     config = {**CONFIG, **changes}
     mx.random.seed(seed)
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
     if bits:
         nn.quantize(model, group_size=32, bits=bits)
         config["quantization"] = {"group_size": 32, "bits": bits}
@@ -68,13 +97,14 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def make_tiny_policy(folder: Path, *, rank: int = 4, seed: int = 0, trained: bool = True) -> Any:
+def make_tiny_policy(
+    folder: Path, *, rank: int = 4, seed: int = 0, trained: bool = True, **changes: Any
+) -> Any:
     """A policy on a tiny model, with adapters that do something unless `trained` is False."""
     from localrl.policy.model import load_model, make_policy
 
-    policy = make_policy(
-        load_model(make_folder(folder)), rank=rank, scale=2.0, seed=seed, for_cpu=True, dense=True
-    )
+    loaded = load_model(make_folder(folder, **changes))
+    policy = make_policy(loaded, rank=rank, scale=2.0, seed=seed, for_cpu=True, dense=True)
     if trained:
         stir(policy.model, seed)
     return policy

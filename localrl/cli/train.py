@@ -16,6 +16,7 @@ FLAGS = {
     "seed": "run.seed",
     "eval_every": "run.eval_every",
     "out": "run.out",
+    "rollouts": "rollout.strategy",
 }
 """Flags that are settings under another name."""
 
@@ -29,6 +30,9 @@ FLAGS = {
 @click.option("--seed", type=int, help="Every random draw derives from it.")
 @click.option("--eval-every", type=int, help="Evaluate every N steps too.")
 @click.option("--out", metavar="DIR", help="Run folder; without it a new one below runs/.")
+@click.option(
+    "--rollouts", metavar="STRATEGY", help="flat: independent completions; tree: forking ones."
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
 @click.option("--overwrite", is_flag=True, help="Rename an existing run folder out of the way.")
 @click.option("--resume", is_flag=True, help="Go on with a stopped run (not built yet).")

@@ -38,23 +38,20 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
     Roots have 1 / planned_roots as their weight and `prior` as the baseline above them. A leaf
     without a reward is left out and the weights of its siblings are scaled to make up for it. With
     kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline, and a root
-    without siblings has none, hence advantage 0.
+    without siblings has none, hence advantage 0 for it and for such nodes below it.
     """
     group = scored.group
     children = _children(group)
     shares = _shares(group, children, scored)
     values = _values(group, children, scored, shares)
-    baselines: list[float] = []
+    baselines: list[float | None] = []
     advantages: list[float | None] = []
     weights: list[float] = []
     for n, node in enumerate(group.nodes):
-        above = baselines[node.parent] if node.parent >= 0 else prior
-        siblings = [values[k] for k in children[node.parent] if k != n]
-        known = [value for value in siblings if value is not None]
-        value, total = values[n], len(known) + kappa
-        alone = above if node.parent >= 0 or value is None else value
-        baselines.append((sum(known) + kappa * above) / total if total > 0 else alone)
-        advantages.append(None if value is None else value - baselines[n])
+        above = baselines[node.parent] if node.parent >= 0 else prior if kappa > 0 else None
+        baseline = _baseline([values[k] for k in children[node.parent] if k != n], above, kappa)
+        baselines.append(baseline)
+        advantages.append(_difference(values[n], baseline))
         weights.append(shares[n] * (weights[node.parent] if node.parent >= 0 else 1.0))
     return Credit(tuple(advantages), tuple(weights))
 
@@ -98,6 +95,21 @@ def _shares(group: Group, children: dict[int, list[int]], scored: ScoredGroup) -
 def _planned(group: Group, node: int, parent: int) -> float:
     weight = group.nodes[node].cond_weight
     return weight / group.planned_roots if parent < 0 else weight
+
+
+def _baseline(siblings: Sequence[float | None], above: float | None, kappa: float) -> float | None:
+    """The siblings' mean, shrunk toward the baseline above; None where there is neither."""
+    known = [value for value in siblings if value is not None]
+    if kappa == 0 or above is None:
+        return sum(known) / len(known) if known else above
+    return (sum(known) + kappa * above) / (len(known) + kappa)
+
+
+def _difference(value: float | None, baseline: float | None) -> float | None:
+    """Value minus baseline; 0 where there is none."""
+    if value is None or baseline is None:
+        return None if value is None else 0.0
+    return value - baseline
 
 
 def _values(

@@ -1,10 +1,13 @@
-"""The objective: arrays in, sums out."""
+"""The surrogates and the KL: arrays in, sums out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from localrl.backend import mx
+from localrl.learning.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -17,35 +20,81 @@ class ObjectiveSums:
     gap: mx.array
     """Sum of |new - sampled| log-probability."""
     gap_max: mx.array
+    kl: mx.array
+    """Sum of the KL's values times its weights."""
 
 
-def clipped_objective(
+def policy_sums(
+    objective: Objective,
     logprobs: mx.array,
     sampled_logprobs: mx.array,
     coefficients: mx.array,
-    *,
-    clip_low: float,
-    clip_high: float,
+    rows: np.ndarray,
 ) -> ObjectiveSums:
-    """Clipped token-level policy gradient, summed over tokens; all arrays (N,), nats.
+    """Policy-gradient loss, summed over tokens; all arrays (N,), nats.
 
-        L = - sum_t min(r_t c_t, clip(r_t, 1 - clip_low, 1 + clip_high) c_t)
-        r_t = exp(logprob - sampled logprob)
+        token, sequence   L = - sum_t min(r_t c_t, clip(r_t, 1 - clip_low, 1 + clip_high) c_t)
+        weight            L = - sum_t sg[clip(r_t, 1 - clip_low, 1 + clip_high)] c_t logprob_t
+        none              L = - sum_t c_t logprob_t
 
-    c_t = weight * advantage of the token, so GRPO's 1/G is in it; no division by a group's standard
-    deviation or by a completion's length. Papers: clipping Schulman et al. 2017 (1707.06347); group
-    baseline Shao et al. 2024 (2402.03300); unequal clip Yu et al. 2025 (2503.14476); constant
-    denominator Liu et al. 2025 (2503.20783). The anchor of the ratio is the sampler's own record.
+        r_t = exp(logprob - sampled logprob); for sequence exp(its mean over the completion)
+
+    `rows` says which completion a token belongs to. Papers: PPO, Schulman et al. 2017 (1707.06347);
+    GSPO, Zheng et al. 2025 (2507.18071), whose min(s C, clip(s) C) per completion this is, C being
+    the sum of its coefficients; CISPO, MiniMax 2025 (2506.13585); RLOO, Ahmadian et al. 2024
+    (2402.14740). The anchor of the ratio is the sampler's own record.
     """
     log_ratio = logprobs - sampled_logprobs
-    ratio = mx.exp(log_ratio)
-    held = mx.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = -mx.minimum(ratio * coefficients, held * coefficients).sum()
+    ratio = mx.exp(_row_means(log_ratio, rows) if objective.ratio == "sequence" else log_ratio)
+    lowest, highest = 1 - objective.clip_low, 1 + objective.clip_high
+    held = mx.clip(ratio, lowest, highest)
+    bites_low, bites_high = coefficients < 0, coefficients > 0
+    if objective.ratio == "none":
+        gain = coefficients * logprobs
+        bites_low = bites_high = mx.array(False)
+    elif objective.ratio == "weight":
+        gain = mx.stop_gradient(held) * coefficients * logprobs
+        bites_low = bites_high = coefficients != 0
+    else:
+        gain = mx.minimum(ratio * coefficients, held * coefficients)
     gap = mx.abs(log_ratio)
     return ObjectiveSums(
-        loss=loss,
-        clipped_low=((ratio < 1 - clip_low) & (coefficients < 0)).sum(),
-        clipped_high=((ratio > 1 + clip_high) & (coefficients > 0)).sum(),
+        loss=-gain.sum(),
+        clipped_low=((ratio < lowest) & bites_low).sum(),
+        clipped_high=((ratio > highest) & bites_high).sum(),
         gap=gap.sum(),
         gap_max=gap.max(),
+        kl=mx.array(0.0),
     )
+
+
+def kl_terms(
+    estimator: str, logprobs: mx.array, ref_logprobs: mx.array, sampled_logprobs: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Per token the loss and the value of KL(policy, reference); all arrays (N,), nats.
+
+        d = logprob - ref logprob,   r = exp(logprob - sampled logprob)
+
+              value               loss        its gradient on fresh tokens
+        k1    d                   r sg[d]     d grad logprob             KL(policy, reference)
+        k2    d^2 / 2             the value   d grad logprob             KL(policy, reference)
+        k3    exp(-d) - 1 + d     the value   (1 - exp(-d)) grad logprob KL(reference, policy)
+
+    The last column is what the gradient's mean is the gradient of. As values k1 and k3 are
+    unbiased and k2 is not (Schulman 2020, joschu.net/blog/kl-approx.html). The mean gradient of d
+    itself is 0, so k1 is used as where it comes from, a penalty in the reward, without the future
+    tokens' part; the same on fresh tokens as k2, and corrected by r later on (Liu et al. 2025,
+    2510.01555). k3 as a loss is GRPO's (Shao et al. 2024, 2402.03300).
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return mx.exp(logprobs - sampled_logprobs) * mx.stop_gradient(d), d
+    value = mx.square(d) / 2 if estimator == "k2" else mx.exp(-d) - 1 + d
+    return value, value
+
+
+def _row_means(values: mx.array, rows: np.ndarray) -> mx.array:
+    """The mean over each row, at every place of the row; (N,)."""
+    counts = np.bincount(rows)
+    sums = mx.zeros((len(counts),)).at[mx.array(rows)].add(values)
+    return (sums / mx.array(np.maximum(counts, 1).astype(np.float32)))[mx.array(rows)]

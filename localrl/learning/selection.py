@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from localrl.learning.credit import Credit, token_coefficients
+from localrl.learning.objectives import Objective, token_shares
 from localrl.records import Batch, BatchNode, ScoredGroup
 
 NEGLIGIBLE = 1e-8
@@ -25,31 +28,34 @@ class Selection:
         return None if self.informative[group] else "no coefficient above 0"
 
 
-def select(scored: Sequence[ScoredGroup], credits: Sequence[Credit], z: float) -> Selection:
-    """Keep the groups that have something to teach.
+def select(
+    scored: Sequence[ScoredGroup], credits: Sequence[Credit], z: float, objective: Objective
+) -> Selection:
+    """Keep the groups that have something to teach; with a KL, all that have a reward.
 
-    `z` counts all prompts of the step, kept or not, times the configured length: what is dropped
-    would have added 0 to the sum, so dropping it must not change the quotient.
+    `z` counts all prompts of the step, kept or not: what is dropped would have added 0 to the sum,
+    so dropping it must not change the quotient.
     """
     prompts: list[tuple[int, ...]] = []
     nodes: list[BatchNode] = []
     informative = []
     for group, credit in zip(scored, credits, strict=True):
-        fresh = _batch_nodes(group, credit, prompt=len(prompts), offset=len(nodes))
+        fresh = _batch_nodes(group, credit, objective, prompt=len(prompts), offset=len(nodes))
         teaches = any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh)
         informative.append(teaches)
-        if teaches:
+        if teaches or any(node.kl_weights.any() for node in fresh):
             prompts.append(group.group.prompt_ids)
             nodes += fresh
     return Selection(Batch(tuple(prompts), tuple(nodes), z), tuple(informative))
 
 
 def _batch_nodes(
-    scored: ScoredGroup, credit: Credit, *, prompt: int, offset: int
+    scored: ScoredGroup, credit: Credit, objective: Objective, *, prompt: int, offset: int
 ) -> list[BatchNode]:
     group = scored.group
     ends = {leaf.node for leaf in group.leaves}
-    coefficients = token_coefficients(group, credit)
+    shares = token_shares(objective, group, credit)
+    coefficients = token_coefficients(group, replace(credit, weights=shares))
     return [
         BatchNode(
             prompt=prompt,
@@ -58,6 +64,7 @@ def _batch_nodes(
             coefficients=coefficients[n],
             sampled_logprobs=node.sampled_logprobs,
             finish=n in ends,
+            kl_weights=(node.sampled * (objective.kl_coef * shares[n])).astype(np.float32),
         )
         for n, node in enumerate(group.nodes)
     ]

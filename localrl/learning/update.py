@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,40 @@ import numpy as np
 from localrl.backend import mx, nn, optim, tree_flatten, tree_map
 from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
-from localrl.learning.objective import ObjectiveSums, clipped_objective
+from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
+from localrl.learning.objectives import make_objective
+from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
-from localrl.policy.packing import MicroBatch, Row, micro_batches, rows
-from localrl.policy.scoring import token_logprobs
+from localrl.policy.packing import MicroBatch, forest_batches, row_batches
+from localrl.policy.scoring import forest_agrees, token_logprobs
 from localrl.records import Batch, MemoryPlan, StepStats
+
+LOGGER = logging.getLogger(__name__)
 
 MOST_SKIPPED = 3
 """Updates in a row that may be skipped for a gradient that is not finite."""
 
-NO_UPDATE = StepStats(None, None, None, None, None, None, trained_tokens=0, updated=False)
+NO_UPDATE = StepStats(
+    None, None, None, None, None, None, None, trained_tokens=0, saved_positions=0, updated=False
+)
 
 
 class Updater:
     """Adam on the adapters of a policy; the only thing that changes them."""
 
-    def __init__(self, policy: Policy, config: LearningConfig, temperature: float) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: LearningConfig,
+        temperature: float,
+        warn: Callable[[str], None] = LOGGER.warning,
+    ) -> None:
         self.policy = policy
+        self.shared: bool | None = None
+        """Whether prompts and nodes are computed once; None until the first batch has shown it."""
+        self._warn = warn
         self.config = config
+        self.objective = make_objective(config)
         self.temperature = temperature
         self.updates = 0
         self._skipped = 0
@@ -44,57 +61,81 @@ class Updater:
 
         Raises: LocalRLError when the gradient was not finite several times in a row.
         """
-        sequences = rows(batch)
-        if not sequences:
+        if not any(node.trained.any() for node in batch.nodes):
             return NO_UPDATE
-        first = self._apply(sequences, batch.z, plan)
+        first = self._apply(batch, plan)
         for _ in range(self.config.updates_per_step - 1):
-            self._apply(sequences, batch.z, plan)
+            self._apply(batch, plan)
         return first
 
-    def gradient(self, sequences: Sequence[Row], z: float, plan: MemoryPlan) -> tuple[Any, _Totals]:
-        """Gradient of the objective over these rows, divided once by z; and the sums behind it."""
+    def gradient(self, batch: Batch, plan: MemoryPlan) -> tuple[Any, _Totals]:
+        """Gradient of the objective over the batch, divided once by Z; and the sums behind it."""
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
         total, gradient = _Totals(), None
-        for micro in micro_batches(sequences, plan.micro_rows):
-            (_, sums), grad = value_and_grad(micro, plan.head_chunk)
+        for micro in self._micro_batches(batch, plan):
+            reference = self._reference(micro, plan.head_chunk)
+            (_, sums), grad = value_and_grad(micro, reference, plan.head_chunk)
             gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
             # Frees this micro-batch's graph before the next one is built.
             mx.eval(gradient, *vars(sums).values())
-            total.add(sums, len(micro.targets))
-        return tree_map(lambda g: g / z, gradient), total
+            total.add(sums, micro)
+        return tree_map(lambda g: g / batch.z, gradient), total
 
-    def _loss(self, micro: MicroBatch, head_chunk: int) -> tuple[mx.array, ObjectiveSums]:
-        logprobs = token_logprobs(
-            self.policy,
-            mx.array(micro.tokens),
-            mx.array(micro.sources),
-            mx.array(micro.targets),
-            temperature=self.temperature,
-            head_chunk=head_chunk,
-        )
-        sums = clipped_objective(
-            logprobs,
-            mx.array(micro.sampled_logprobs),
-            mx.array(micro.coefficients),
-            clip_low=self.config.clip_low,
-            clip_high=self.config.clip_high,
-        )
+    def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
+        """The batch as forests, or as plain rows for families that forests do not fit."""
+        if self.shared is None:
+            self.shared = forest_agrees(
+                self.policy, batch, temperature=self.temperature, head_chunk=plan.head_chunk
+            )
+            if not self.shared:
+                self._warn(
+                    "this model's family does not score shared prefixes as it scores whole "
+                    "sequences; the update computes every completion on its own, which is slower"
+                )
+        pack = forest_batches if self.shared else row_batches
+        return pack(batch, plan.micro_rows)
+
+    def _loss(
+        self, micro: MicroBatch, reference: mx.array | None, head_chunk: int
+    ) -> tuple[mx.array, ObjectiveSums]:
+        logprobs, sampled = self._logprobs(micro, head_chunk), mx.array(micro.sampled_logprobs)
+        coefficients = mx.array(micro.coefficients)
+        sums = policy_sums(self.objective, logprobs, sampled, coefficients, micro.rows)
+        if reference is not None:
+            weights = mx.array(micro.kl_weights)
+            loss, value = kl_terms(self.objective.kl_estimator, logprobs, reference, sampled)
+            loss = sums.loss + (weights * loss).sum()
+            sums = replace(sums, loss=loss, kl=(weights * value).sum())
         return sums.loss, sums
 
-    def _apply(self, sequences: Sequence[Row], z: float, plan: MemoryPlan) -> StepStats:
-        gradient, total = self.gradient(sequences, z, plan)
+    def _reference(self, micro: MicroBatch, head_chunk: int) -> mx.array | None:
+        """Log-probabilities (N,) without the adapters; None where the KL has no weight."""
+        if not micro.kl_weights.any():
+            return None
+        with adapters_off(self.policy.model):
+            logprobs = self._logprobs(micro, head_chunk)
+        # Made now, so that this pass's activations are gone before those of the next one.
+        mx.eval(logprobs)
+        return logprobs
+
+    def _logprobs(self, micro: MicroBatch, head_chunk: int) -> mx.array:
+        return token_logprobs(
+            self.policy, micro, temperature=self.temperature, head_chunk=head_chunk
+        )
+
+    def _apply(self, batch: Batch, plan: MemoryPlan) -> StepStats:
+        gradient, total = self.gradient(batch, plan)
         norm = global_norm(gradient)
         if not np.isfinite([norm, total.loss]).all():
             self._skip(norm)
-            return total.stats(z, norm, updated=False)
+            return total.stats(batch.z, norm, updated=False)
         self._skipped = 0
         factor = min(1.0, self.config.max_grad_norm / (norm + 1e-12))
         self._optimizer.learning_rate = self.learning_rate
         self._optimizer.update(self.policy.model, tree_map(lambda g: g * factor, gradient))
         mx.eval(self.policy.model.trainable_parameters(), self._optimizer.state)
         self.updates += 1
-        return total.stats(z, norm, updated=True)
+        return total.stats(batch.z, norm, updated=True)
 
     def _skip(self, norm: float) -> None:
         """Leave the adapters as they are: one bad gradient would ruin them for good."""
@@ -115,15 +156,21 @@ class _Totals:
     clipped_high: float = 0.0
     gap: float = 0.0
     gap_max: float = 0.0
+    kl: float = 0.0
+    kl_weight: float = 0.0
     tokens: int = 0
+    saved_positions: int = 0
 
-    def add(self, sums: ObjectiveSums, tokens: int) -> None:
+    def add(self, sums: ObjectiveSums, micro: MicroBatch) -> None:
         self.loss += _number(sums.loss)
         self.clipped_low += _number(sums.clipped_low)
         self.clipped_high += _number(sums.clipped_high)
         self.gap += _number(sums.gap)
         self.gap_max = max(self.gap_max, _number(sums.gap_max))
-        self.tokens += tokens
+        self.kl += _number(sums.kl)
+        self.kl_weight += float(micro.kl_weights.sum())
+        self.tokens += len(micro.targets)
+        self.saved_positions += micro.saved_positions
 
     def stats(self, z: float, norm: float, *, updated: bool) -> StepStats:
         return StepStats(
@@ -133,7 +180,9 @@ class _Totals:
             clipped_high=self.clipped_high / self.tokens,
             logprob_gap_mean=self.gap / self.tokens,
             logprob_gap_max=self.gap_max,
+            kl=self.kl / self.kl_weight if self.kl_weight > 0 else None,
             trained_tokens=self.tokens,
+            saved_positions=self.saved_positions,
             updated=updated,
         )
 

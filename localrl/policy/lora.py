@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,23 @@ def attach(model: Any, *, rank: int, scale: float, seed: int) -> list[str]:
     for (block, path, module), key in zip(places, seeds, strict=True):
         block.update_modules(tree_unflatten([(path, LoRALinear(module, rank, scale, key))]))
     return list(dict.fromkeys(path for _, path, _ in places))
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Within this context the model is the reference policy: its adapters have scale 0.
+
+    A graph keeps the scale it was made with, so arrays made inside may be evaluated outside.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    scales = [layer.scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
 
 
 def save_adapter(model: Any, keys: list[str], folder: Path) -> None:

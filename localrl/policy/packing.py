@@ -1,4 +1,4 @@
-"""From ragged tokens to rectangles: the only place that pads, shifts and masks.
+"""From ragged tokens to rectangles: with `forest_packing` the only place that pads, shifts, masks.
 
 A row is one root-to-leaf path behind its prompt. Position j of a row predicts token j + 1. A token
 shared by several paths is a target in the first of them only, so it counts once.
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from localrl.policy.forest_packing import Layout, plant
 from localrl.records import Batch
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence of the update, still ragged; the three arrays belong to the same targets."""
+    """One sequence of the update, still ragged; the last three arrays belong to the targets."""
 
     token_ids: np.ndarray
     """(L,) int32, prompt and completion."""
@@ -26,28 +27,59 @@ class Row:
     """(n,) float32."""
     sampled_logprobs: np.ndarray
     """(n,) float32."""
+    kl_weights: np.ndarray
+    """(n,) float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """A rectangle for one forward pass: B rows of padded length L, N trained tokens in all."""
+    """What one forward pass computes, and the N tokens that are trained on it."""
 
-    tokens: np.ndarray
-    """(B, L) int32, padded with 0 on the right; causal attention never looks there."""
+    tokens: np.ndarray | Layout
+    """Rows (B, L) int32, padded with 0 on the right, where causal attention never looks; or the
+    levels of a forest."""
     sources: np.ndarray
-    """(N,) index into the B * L flattened positions: where each target is predicted."""
+    """(N,) index into all positions, flattened: where each target is predicted."""
     targets: np.ndarray
     """(N,) int32, the tokens predicted."""
     coefficients: np.ndarray
     """(N,) float32."""
     sampled_logprobs: np.ndarray
     """(N,) float32."""
+    kl_weights: np.ndarray
+    """(N,) float32."""
+    rows: np.ndarray
+    """(N,) the row, or the tree, in which each target stands, from 0."""
+    saved_positions: int = 0
+    """Positions that the same paths would have taken more, one row each."""
 
 
-def rows(batch: Batch) -> list[Row]:
+def forest_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
+    """The trees of `size` paths at a time, in which each prompt and node is computed once.
+
+    A tree with more paths than that is not cut.
+    """
+    for planting in plant(batch, size):
+        nodes = [(batch.nodes[n], batch.nodes[n].trained) for n in planting.nodes]
+        starts = planting.layout.starts[planting.branches]
+        yield MicroBatch(
+            tokens=planting.layout,
+            sources=np.concatenate(
+                [start + np.flatnonzero(m) for start, (_, m) in zip(starts, nodes, strict=True)]
+            ),
+            targets=np.concatenate([node.token_ids[m] for node, m in nodes]),
+            coefficients=np.concatenate([node.coefficients[m] for node, m in nodes]),
+            sampled_logprobs=np.concatenate([node.sampled_logprobs[m] for node, m in nodes]),
+            kl_weights=np.concatenate([node.kl_weights[m] for node, m in nodes]),
+            rows=np.repeat(planting.trees, [int(m.sum()) for _, m in nodes]),
+            saved_positions=planting.row_positions - planting.layout.positions,
+        )
+
+
+def rows_of(batch: Batch) -> list[Row]:
     """The paths of the batch that have something to teach.
 
-    Targets are the tokens with a coefficient other than 0.
+    Targets are the tokens with a coefficient or a KL weight other than 0.
     """
     result = []
     counted: set[int] = set()
@@ -60,8 +92,9 @@ def rows(batch: Batch) -> list[Row]:
     return result
 
 
-def micro_batches(rows: Sequence[Row], size: int) -> Iterator[MicroBatch]:
+def row_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
     """Rows of similar length, `size` at a time, each batch padded to its own longest row."""
+    rows = rows_of(batch)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].token_ids), i))
     for start in range(0, len(order), size):
         yield pack([rows[i] for i in order[start : start + size]])
@@ -79,6 +112,8 @@ def pack(rows: Sequence[Row]) -> MicroBatch:
         targets=np.concatenate([row.token_ids[row.targets] for row in rows]),
         coefficients=np.concatenate([row.coefficients for row in rows]),
         sampled_logprobs=np.concatenate([row.sampled_logprobs for row in rows]),
+        kl_weights=np.concatenate([row.kl_weights for row in rows]),
+        rows=np.repeat(np.arange(len(rows)), [len(row.targets) for row in rows]),
     )
 
 
@@ -97,13 +132,15 @@ def _row(batch: Batch, path: Sequence[int], counted: set[int]) -> Row:
     tokens = np.concatenate([np.asarray(prompt, np.int32), *(node.token_ids for node in nodes)])
     coefficients = np.zeros(len(tokens), np.float32)
     sampled = np.zeros(len(tokens), np.float32)
+    kl_weights = np.zeros(len(tokens), np.float32)
     start = len(prompt)
     for index, node in zip(path, nodes, strict=True):
         end = start + len(node.token_ids)
         if index not in counted:
             coefficients[start:end] = node.coefficients
             sampled[start:end] = node.sampled_logprobs
+            kl_weights[start:end] = node.kl_weights
             counted.add(index)
         start = end
-    targets = np.flatnonzero(coefficients)
-    return Row(tokens, targets, coefficients[targets], sampled[targets])
+    targets = np.flatnonzero((coefficients != 0) | (kl_weights != 0))
+    return Row(tokens, targets, coefficients[targets], sampled[targets], kl_weights[targets])

@@ -1,7 +1,8 @@
 """Batched decoding: many completions of many prompts, one forward call per token.
 
-Each prompt is prefilled once and its cache forked to all its completions. Finished rows leave the
-batch and waiting ones take their places, so that there are never more than `rows`.
+Each prompt is prefilled once and its cache forked to its completions. A running row is forked the
+same way, by gathering its cache. Finished rows leave and waiting ones take their places, so
+that there are never more than `rows`.
 """
 
 from __future__ import annotations
@@ -10,34 +11,17 @@ import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from localrl.backend import mx
-from localrl.errors import LocalRLError
+from localrl.errors import ConfigError
 from localrl.policy.model import Policy
+from localrl.rollouts.batch import Ledger, Rows, Segment, TreeRequest
 
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to sample."""
-
-    prompt: int
-    """Index of its prompt. Requests of one prompt stand together."""
-    uniforms: np.ndarray
-    """(max_tokens,) numbers in (0, 1), one for each token."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sampled:
-    """One completion as it was drawn; arrays (T,) as in `records.Node`."""
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    entropies: np.ndarray
-    stopped: bool
-    """True when it ended with an end token, which is included; false when cut off."""
+CHILDREN = 2
+"""Rows that a fork makes of one."""
 
 
 @dataclass
@@ -59,32 +43,34 @@ class DecodeCounts:
         }
 
 
-@dataclass(eq=False)
-class _Rows:
-    """The rows being decoded: which request each is, its next logits, and the shared cache."""
+@dataclass(frozen=True, eq=False)
+class LiveView:
+    """All that a fork rule may look at: what has been generated so far. Arrays are (B,)."""
 
-    cache: list[Any]
-    logits: mx.array  # (B, V)
-    requests: np.ndarray  # (B,) index of the request
-    lengths: np.ndarray  # (B,) tokens drawn so far
-    alive: np.ndarray  # (B,) bool
+    trees: np.ndarray
+    """Which tree the row belongs to."""
+    entropies: np.ndarray
+    """Nats, of the distribution of the row's next token."""
+    lengths: np.ndarray
+    """Tokens on the path so far."""
+    since_fork: np.ndarray
+    """Tokens since the last fork on the path, or since its start."""
+    forks: np.ndarray
+    """Forks on the path so far."""
+    leaves_left: np.ndarray
+    """Leaves that the row's tree may still add."""
+    coins: np.ndarray
+    """A number in (0, 1) for each row, for rules that toss a coin."""
+    alive: np.ndarray
+    """False for a finished row."""
 
-    def take(self, keep: np.ndarray) -> None:
-        """Keep these rows only; an index may repeat, which forks the row."""
-        index = mx.array(keep)
-        for layer in self.cache:
-            layer.filter(index)
-        self.logits = self.logits[index]
-        self.requests, self.lengths = self.requests[keep], self.lengths[keep]
-        self.alive = self.alive[keep]
 
-    def extend(self, other: _Rows) -> None:
-        for layer, more in zip(self.cache, other.cache, strict=True):
-            layer.extend(more)
-        self.logits = mx.concatenate([self.logits, other.logits])
-        self.requests = np.concatenate([self.requests, other.requests])
-        self.lengths = np.concatenate([self.lengths, other.lengths])
-        self.alive = np.concatenate([self.alive, other.alive])
+class ForkRule(Protocol):
+    """Decides from a `LiveView` alone, so before the next token is drawn, where paths fork."""
+
+    def choose(self, view: LiveView) -> np.ndarray:
+        """(B,) bool: the rows that fork now; at most `leaves_left` for each tree."""
+        ...
 
 
 @dataclass(eq=False)
@@ -98,70 +84,95 @@ class Decoder:
     counts: DecodeCounts = field(default_factory=DecodeCounts)
 
     def decode(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]
-    ) -> list[Sampled]:
-        """Sample every request from the whole distribution, in the order given.
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[TreeRequest],
+        rule: ForkRule | None = None,
+    ) -> list[Segment]:
+        """Sample every request from the whole distribution; segments in the order they began.
 
-        Raises: LocalRLError when the model's logits are not finite.
+        Raises: ConfigError when a tree may have more leaves than there are rows; LocalRLError when
+        the model's logits are not finite.
         """
+        self._check(requests)
+        ledger = Ledger(requests)
+        waiting = _Waiting(self, prompts, ledger)
         ends = np.array(sorted(self.policy.tokenizer.end_ids))
-        limits = np.array([len(request.uniforms) for request in requests])
-        drawn = _Drawn.empty(len(requests), int(limits.max(initial=0)))
-        waiting = _Waiting(self, prompts, requests)
-        live: _Rows | None = None
+        live: Rows | None = None
         while waiting or live is not None:
             live = self._refill(live, waiting)
-            tokens = self._draw(live, requests, drawn)
-            live.lengths += live.alive
-            done = np.isin(tokens, ends) | (live.lengths >= limits[live.requests])
-            live.alive &= ~done
-            live = self._compact(live, waiting)
-            if live is not None:
-                self._forward(live, drawn)
-        return drawn.results(ends)
+            if rule is not None:
+                self._fork(live, ledger, rule)
+            tokens = self._draw(live, ledger)
+            ledger.finish(live, np.isin(tokens, ends))
+            live = self._forward(live, tokens)
+        return ledger.close()
 
-    def _refill(self, live: _Rows | None, waiting: _Waiting) -> _Rows:
-        """Admit waiting requests to the free places, or go on with what is there."""
-        while waiting and (live is None or len(live.alive) < self.rows):
-            free = self.rows - (0 if live is None else len(live.alive))
-            fresh = waiting.admit(free)
+    def _check(self, requests: Sequence[TreeRequest]) -> None:
+        most = max((r.leaves for r in requests if r.leaves > r.roots), default=0)
+        if most > self.rows:
+            raise ConfigError(
+                f"A tree may have {most} leaves, but only {self.rows} rows are decoded at once. "
+                "Raise memory.decode_rows or lower rollout.group_size."
+            )
+
+    def _refill(self, live: Rows | None, waiting: _Waiting) -> Rows:
+        """Begin waiting roots where there is room, or go on with what is there."""
+        while fresh := waiting.admit(self.rows):
             if live is None:
                 live = fresh
-            else:
-                live.extend(fresh)
+                continue
+            if len(live) + len(fresh) > self.rows:
+                live.take(np.flatnonzero(live.alive))
+            live.extend(fresh)
         assert live is not None
         return live
 
-    def _draw(self, live: _Rows, requests: Sequence[Request], drawn: _Drawn) -> np.ndarray:
-        """Draw the next token of every row and write down those of living rows."""
-        places = np.minimum(live.lengths, [len(requests[i].uniforms) - 1 for i in live.requests])
-        uniforms = [requests[i].uniforms[t] for i, t in zip(live.requests, places, strict=True)]
+    def _fork(self, live: Rows, ledger: Ledger, rule: ForkRule) -> None:
+        """Let the rule's choice of rows become two each; finished rows leave on the way."""
+        entropies = entropy(live.logits, self.temperature)
+        mx.eval(entropies)
+        chosen = rule.choose(_view(live, ledger, np.array(entropies))) & live.alive
+        if not chosen.any():
+            return
+        keep = np.flatnonzero(live.alive)
+        index = np.repeat(keep, np.where(chosen[keep], CHILDREN, 1))
+        segments: list[int] = []
+        for row in keep:
+            parent = int(live.segments[row])
+            forks = chosen[row]
+            length = int(live.lengths[row])
+            segments += ledger.fork(parent, length, CHILDREN) if forks else [parent]
+        live.take(index)
+        live.segments = np.array(segments)
+
+    def _draw(self, live: Rows, ledger: Ledger) -> np.ndarray:
+        """Draw the next token of every row, and write down those of living rows."""
         tokens, logprobs, entropies = draw(
-            live.logits, mx.array(np.array(uniforms, np.float32)), self.temperature
+            live.logits, mx.array(ledger.uniforms(live)), self.temperature
         )
         mx.eval(tokens, logprobs, entropies)
-        return drawn.write(live, np.array(tokens), np.array(logprobs), np.array(entropies))
+        drawn = np.array(tokens)
+        ledger.write(live, drawn, np.array(logprobs), np.array(entropies))
+        return drawn
 
-    def _compact(self, live: _Rows, waiting: _Waiting) -> _Rows | None:
-        """Let finished rows leave, once they are an eighth of the batch.
+    def _forward(self, live: Rows, tokens: np.ndarray) -> Rows | None:
+        """Feed the tokens just drawn, which gives the next logits; None when no row is left.
 
-        Gathering the cache costs as much as several rows' share of a step, so the last few finished
-        rows of a large batch ride along; their tokens are not written down.
+        Finished rows leave once they are an eighth of the batch. Gathering the cache costs as much
+        as several rows' share of a step, so the last few of a large batch ride along.
         """
-        finished = len(live.alive) - int(live.alive.sum())
-        if finished == len(live.alive):
+        finished = len(live) - int(live.alive.sum())
+        if finished == len(live):
             return None
-        if finished and finished * 8 >= len(live.alive):
-            live.take(np.flatnonzero(live.alive))
-        return live
-
-    def _forward(self, live: _Rows, drawn: _Drawn) -> None:
-        """Feed the tokens just drawn; leaves the next logits in `live`."""
-        last = np.maximum(live.lengths - 1, 0)
-        tokens = mx.array(drawn.token_ids[live.requests, last][:, None])  # (B, 1)
-        live.logits = self.policy.model(tokens, cache=live.cache)[:, -1]
+        if finished and finished * 8 >= len(live):
+            keep = np.flatnonzero(live.alive)
+            live.take(keep)
+            tokens = tokens[keep]
+        live.logits = self.policy.model(mx.array(tokens[:, None]), cache=live.cache)[:, -1]
         self.counts.forward_calls += 1
-        self.counts.decode_positions += len(live.alive)
+        self.counts.decode_positions += len(live)
+        return live
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], mx.array]:
         """One forward over all prompts: a cache of as many rows, and their next logits (P, V)."""
@@ -177,14 +188,15 @@ class Decoder:
 
 
 class _Waiting:
-    """Requests not yet started, and the prefilled prompts that some of them still need."""
+    """Roots not yet begun, and the prefilled prompts that some of them still need."""
 
-    def __init__(
-        self, decoder: Decoder, prompts: Sequence[Sequence[int]], requests: Sequence[Request]
-    ) -> None:
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], ledger: Ledger) -> None:
         self._decoder = decoder
         self._prompts = prompts
-        self._queue = deque((i, request.prompt) for i, request in enumerate(requests))
+        self._ledger = ledger
+        self._queue = deque(
+            (tree, n) for tree, request in enumerate(ledger.requests) for n in range(request.roots)
+        )
         self._prefilled: dict[int, int] = {}  # prompt -> row of the caches below
         self._cache: list[Any] = []
         self._logits = mx.array([])
@@ -192,79 +204,67 @@ class _Waiting:
     def __bool__(self) -> bool:
         return bool(self._queue)
 
-    def admit(self, free: int) -> _Rows:
-        """Start up to `free` requests; prefills the prompts they need, each only once."""
-        if self._queue[0][1] not in self._prefilled:
-            self._prefill(free)
-        batch: list[tuple[int, int]] = []
-        while self._queue and len(batch) < free and self._queue[0][1] in self._prefilled:
-            batch.append(self._queue.popleft())
-        forks = mx.array([self._prefilled[prompt] for _, prompt in batch])
+    def admit(self, rows: int) -> Rows | None:
+        """Begin the roots that fit beside those begun; prefills each prompt only once.
+
+        One call uses one prefill; None when nothing fits or nothing waits.
+        """
+        if not self._queue or not self._fits(rows):
+            return None
+        if self._prompt(0) not in self._prefilled:
+            self._prefill(rows - self._ledger.committed())
+        segments: list[int] = []
+        sources: list[int] = []
+        while self._queue and self._prompt(0) in self._prefilled and self._fits(rows):
+            sources.append(self._prefilled[self._prompt(0)])
+            segments.append(self._ledger.begin_root(*self._queue.popleft()))
+        forks = mx.array(sources)
         # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
         cache = copy.deepcopy(self._cache)
         for layer in cache:
             layer.filter(forks)
-        return _Rows(
-            cache=cache,
-            logits=self._logits[forks],
-            requests=np.array([request for request, _ in batch]),
-            lengths=np.zeros(len(batch), np.int64),
-            alive=np.ones(len(batch), bool),
+        count = len(segments)
+        return Rows(
+            cache,
+            self._logits[forks],
+            np.array(segments),
+            np.zeros(count, int),
+            np.ones(count, bool),
         )
 
+    def _fits(self, rows: int) -> bool:
+        """Whether the next root, and the forks of its tree if it is the first, find room."""
+        tree, _ = self._queue[0]
+        request = self._ledger.requests[tree]
+        forks = request.leaves > request.roots
+        begun = self._ledger.leaves[tree] > 0
+        more = (0 if begun else request.leaves) if forks else 1
+        return self._ledger.committed() + more <= rows
+
+    def _prompt(self, place: int) -> int:
+        return self._ledger.requests[self._queue[place][0]].prompt
+
     def _prefill(self, free: int) -> None:
-        wanted: dict[int, None] = {}
-        for _, prompt in list(self._queue)[:free]:
-            wanted[prompt] = None
+        """Prefill the prompts of as many waiting roots as there are free rows."""
+        wanted = dict.fromkeys(self._prompt(i) for i in range(min(max(free, 1), len(self._queue))))
         self._prefilled = {prompt: row for row, prompt in enumerate(wanted)}
         self._cache, self._logits = self._decoder.prefill([self._prompts[p] for p in wanted])
 
 
-@dataclass(eq=False)
-class _Drawn:
-    """Everything drawn so far, one line per request."""
-
-    token_ids: np.ndarray  # (R, T) int32
-    logprobs: np.ndarray  # (R, T) float32
-    entropies: np.ndarray  # (R, T) float32
-    lengths: np.ndarray  # (R,)
-
-    @classmethod
-    def empty(cls, requests: int, tokens: int) -> _Drawn:
-        shape = (requests, tokens)
-        return cls(
-            np.zeros(shape, np.int32),
-            np.zeros(shape, np.float32),
-            np.zeros(shape, np.float32),
-            np.zeros(requests, np.int64),
-        )
-
-    def write(
-        self, live: _Rows, tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray
-    ) -> np.ndarray:
-        """Write down the draws of living rows; returns the tokens."""
-        if not np.isfinite(logprobs[live.alive]).all():
-            raise LocalRLError(
-                "The model's logits are not finite, so nothing can be sampled from them. The "
-                "adapter has diverged (lower learning.lr) or the model's weights are damaged."
-            )
-        place = live.requests[live.alive], live.lengths[live.alive]
-        self.token_ids[place] = tokens[live.alive]
-        self.logprobs[place] = logprobs[live.alive]
-        self.entropies[place] = entropies[live.alive]
-        self.lengths[live.requests[live.alive]] += 1
-        return tokens
-
-    def results(self, ends: np.ndarray) -> list[Sampled]:
-        return [
-            Sampled(
-                self.token_ids[i, :n],
-                self.logprobs[i, :n],
-                self.entropies[i, :n],
-                bool(np.isin(self.token_ids[i, n - 1], ends)),
-            )
-            for i, n in enumerate(self.lengths)
-        ]
+def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
+    trees = ledger.trees(live)
+    most = np.array([request.leaves for request in ledger.requests])
+    segments = [ledger.open[s] for s in live.segments]
+    return LiveView(
+        trees=trees,
+        entropies=entropies,
+        lengths=live.lengths,
+        since_fork=live.lengths - np.array([segment.start for segment in segments]),
+        forks=np.array([segment.forks for segment in segments]),
+        leaves_left=(most - ledger.leaves)[trees],
+        coins=ledger.coins(live),
+        alive=live.alive,
+    )
 
 
 def draw(
@@ -275,15 +275,26 @@ def draw(
     logits (B, V), uniforms (B,) in (0, 1). Returns tokens, their log-probabilities and the entropy
     of the whole distribution, each (B,). One exponential serves all three.
     """
+    shifted, weights, total = _weigh(logits, temperature)
+    cumulative = mx.cumsum(weights, axis=-1)
+    # The first entry above the mark: a token of weight 0 is never it.
+    mark = (uniforms * cumulative[:, -1])[:, None]
+    tokens = mx.argmax(cumulative > mark, axis=-1)
+    log_total = mx.log(total)
+    logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
+    return tokens, logprobs, log_total - (weights * shifted).sum(axis=-1) / total
+
+
+def entropy(logits: mx.array, temperature: float) -> mx.array:
+    """Entropy (B,) in nats of each row's next-token distribution."""
+    shifted, weights, total = _weigh(logits, temperature)
+    return mx.log(total) - (weights * shifted).sum(axis=-1) / total
+
+
+def _weigh(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
     logits = logits.astype(mx.float32) / temperature
     # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
     shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
     weights = mx.exp(shifted)
-    cumulative = mx.cumsum(weights, axis=-1)
-    total = cumulative[:, -1]
-    # The first entry above the mark: a token of weight 0 is never it.
-    tokens = mx.argmax(cumulative > (uniforms * total)[:, None], axis=-1)
-    log_total = mx.log(weights.sum(axis=-1))
-    logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
-    entropies = log_total - (weights * shifted).sum(axis=-1) / weights.sum(axis=-1)
-    return tokens, logprobs, entropies
+    return shifted, weights, weights.sum(axis=-1)

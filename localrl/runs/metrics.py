@@ -28,6 +28,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "completions/max_length": ("tokens", "longest completion"),
     "completions/clipped_ratio": ("share", "completions cut off at max_completion_tokens"),
     "entropy": ("nats", "mean over sampled tokens, of the whole distribution"),
+    "kl": (
+        "nats",
+        "mean over trained tokens, from the model without adapters, weighted as in the loss; "
+        "null when learning.kl_coef is 0",
+    ),
     "loss": ("", "the objective; near 0 on fresh rollouts, where only its gradient matters"),
     "grad_norm": ("", "global norm of the gradient before clipping"),
     "learning_rate": ("", "of this step's first update"),
@@ -44,7 +49,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
     "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
     "rollout/decode_positions": ("positions", "rows decoded, summed over the calls"),
-    "update/trained_tokens": ("tokens", "tokens with a coefficient other than 0"),
+    "tree/saved_tokens": ("tokens", "sampled once, but part of several completions"),
+    "tree/forks_per_path": ("forks", "mean over completions; 0 for flat groups"),
+    "update/saved_positions": ("positions", "not computed again: shared prompts and nodes"),
+    "update/trained_tokens": ("tokens", "tokens with a coefficient or a KL weight other than 0"),
     "update/applied": ("", "whether the adapters changed"),
     "time/rollout_s": ("s", "sampling"),
     "time/reward_s": ("s", "reward functions"),
@@ -66,6 +74,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     lengths = [len(completion) for completion in completions]
     entropies = np.concatenate([completion.entropies for completion in completions])
     written = np.concatenate([completion.sampled for completion in completions])
+    sampled = sum(int(node.sampled.sum()) for group in scored for node in group.group.nodes)
     rewards = _known([reward for group in scored for reward in group.rewards])
     spreads = [set(_known(group.rewards)) for group in scored]
     metrics: dict[str, Any] = {
@@ -80,7 +89,9 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
         ),
         "entropy": float(entropies[written].mean()),
         "rollout/groups": len(scored),
-        "rollout/tokens": int(written.sum()),
+        "tree/saved_tokens": int(written.sum()) - sampled,
+        "tree/forks_per_path": float(np.mean([f for group in scored for f in _forks(group)])),
+        "rollout/tokens": sampled,
     }
     for name in scored[0].parts:
         part = _known([value for group in scored for value in group.parts[name]])
@@ -92,12 +103,14 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
 def update_metrics(stats: StepStats) -> dict[str, Any]:
     """What the update says; null where there was none."""
     return {
+        "kl": stats.kl,
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "clip_ratio/low_mean": stats.clipped_low,
         "clip_ratio/high_mean": stats.clipped_high,
         "sampling/sampling_logp_difference/mean": stats.logprob_gap_mean,
         "sampling/sampling_logp_difference/max": stats.logprob_gap_max,
+        "update/saved_positions": stats.saved_positions,
         "update/trained_tokens": stats.trained_tokens,
         "update/applied": stats.updated,
     }
@@ -113,6 +126,14 @@ def metrics_page() -> str:
         "| key | unit | meaning |\n|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n"
+
+
+def _forks(scored: ScoredGroup) -> list[int]:
+    """Forks on the path to each completion: nodes on it that have siblings."""
+    group = scored.group
+    shared = [n.parent for n in group.nodes if n.parent >= 0]
+    forked = {parent for parent in shared if shared.count(parent) > 1}
+    return [sum(n in forked for n in group.path(leaf.node)) for leaf in group.leaves]
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

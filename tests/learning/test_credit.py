@@ -58,6 +58,14 @@ def test_a_survivor_of_pruning_keeps_its_parents_baseline():
     assert credit.advantages == pytest.approx([1, -1, 1 / 2])
 
 
+@pytest.mark.parametrize("reward", [0, 1])
+def test_a_survivor_below_a_lone_root_has_nothing_to_compare_with(reward):
+    # The root's value is twice its survivor's: as a baseline it would punish a success.
+    group = forest([-1, 0], leaves=[1], planned_roots=1, cond_weights=[1, 2])
+    credit = assign_credit(scored(group, [reward]))
+    assert credit.advantages == (0, 0)
+
+
 def test_tokens_that_the_model_did_not_write_get_no_coefficient():
     group = flat_group(2, sampled=[True, False, True])
     coefficients = token_coefficients(group, assign_credit(scored(group, [1, 0])))

@@ -6,34 +6,15 @@ import numpy as np
 import pytest
 import tiny
 from forests import flat_group, forest, scored
+from steps import TEMPERATURE, plan, relative_difference, selection
 
 from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
 from localrl.learning.credit import assign_credit, token_coefficients
-from localrl.learning.selection import select
+from localrl.learning.objectives import OBJECTIVES, make_objective
 from localrl.learning.update import Updater, global_norm
-from localrl.policy.packing import rows
-from localrl.records import Batch, MemoryPlan
-
-TEMPERATURE = 0.8
-
-
-def plan(micro_rows=3, head_chunk=16):
-    return MemoryPlan(
-        group_size=4,
-        decode_rows=8,
-        micro_rows=micro_rows,
-        head_chunk=head_chunk,
-        max_prompt_tokens=64,
-        max_completion_tokens=40,
-        grad_checkpoint=False,
-        dequantise=True,
-        threads=None,
-        predicted_bytes=None,
-        limit_bytes=None,
-        reason="",
-    )
+from localrl.records import Batch
 
 
 def groups():
@@ -47,12 +28,12 @@ def groups():
 
 
 def make_batch(scored_groups) -> Batch:
-    credits = [assign_credit(group) for group in scored_groups]
-    return select(scored_groups, credits, z=len(scored_groups) * 40.0).batch
+    return selection(OBJECTIVES["clipped"], scored_groups).batch
 
 
 def plain_gradient(policy, scored_groups, config):
     """The design's formula, row by row: every completion alone, full logits, autodiff."""
+    objective = make_objective(config)
 
     def loss(model):
         total = mx.array(0.0)
@@ -72,7 +53,7 @@ def plain_gradient(policy, scored_groups, config):
                         if n not in counted:
                             new = logprobs[place - 1, int(node.token_ids[t])]
                             ratio = mx.exp(new - float(node.sampled_logprobs[t]))
-                            held = mx.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+                            held = mx.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
                             c = float(coefficients[n][t])
                             total = total - mx.minimum(ratio * c, held * c)
                         place += 1
@@ -82,32 +63,29 @@ def plain_gradient(policy, scored_groups, config):
     return nn.value_and_grad(policy.model, lambda: loss(policy.model))()
 
 
-def relative_difference(a, b):
-    flat_a, flat_b = dict(tree_flatten(a)), dict(tree_flatten(b))
-    assert flat_a.keys() == flat_b.keys()
-    difference = global_norm({name: flat_a[name] - flat_b[name] for name in flat_a})
-    return difference / global_norm(flat_b)
-
-
 # A wide hold lets every token through; the narrow one cuts most of them off.
 @pytest.mark.parametrize(
     "config", [LearningConfig(clip_low=1.0, clip_high=100.0), LearningConfig()]
 )
-def test_the_gradient_equals_the_plain_one(policy, config):
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gradient_equals_the_plain_one(policy, config, shared):
     value, expected = plain_gradient(policy, groups(), config)
     batch = make_batch(groups())
     updater = Updater(policy, config, TEMPERATURE)
-    gradient, total = updater.gradient(rows(batch), batch.z, plan())
+    updater.shared = shared
+    gradient, total = updater.gradient(batch, plan())
     assert relative_difference(gradient, expected) < 1e-5
     assert total.loss / batch.z == pytest.approx(value.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("micro_rows", "head_chunk"), [(1, 16), (2, 5), (5, 1000), (100, 3)])
-def test_any_micro_batch_size_gives_the_same_gradient(policy, micro_rows, head_chunk):
+def test_any_micro_batch_size_gives_the_same_gradient(policy, micro_rows, head_chunk, shared):
     batch = make_batch(groups())
     updater = Updater(policy, LearningConfig(clip_low=1.0, clip_high=100.0), TEMPERATURE)
-    whole, _ = updater.gradient(rows(batch), batch.z, plan(micro_rows=100, head_chunk=1000))
-    parts, _ = updater.gradient(rows(batch), batch.z, plan(micro_rows, head_chunk))
+    updater.shared = shared
+    whole, _ = updater.gradient(batch, plan(micro_rows=100, head_chunk=1000))
+    parts, _ = updater.gradient(batch, plan(micro_rows, head_chunk))
     assert relative_difference(parts, whole) < 1e-5
 
 
@@ -116,9 +94,9 @@ def test_a_model_that_hides_its_states_gets_the_same_gradient(policy):
 
     batch = make_batch(groups())
     config = LearningConfig(clip_low=1.0, clip_high=100.0)
-    split, _ = Updater(policy, config, TEMPERATURE).gradient(rows(batch), batch.z, plan())
+    split, _ = Updater(policy, config, TEMPERATURE).gradient(batch, plan())
     hidden = replace(policy, hidden=None, head=None)
-    whole, _ = Updater(hidden, config, TEMPERATURE).gradient(rows(batch), batch.z, plan())
+    whole, _ = Updater(hidden, config, TEMPERATURE).gradient(batch, plan())
     assert relative_difference(split, whole) < 1e-5
 
 
@@ -131,7 +109,7 @@ def test_foreign_tokens_are_context_but_change_no_coefficient(policy):
         group.group.nodes[0].token_ids[1] = token
         batch = make_batch([group])
         coefficients = [node.coefficients.tolist() for node in batch.nodes]
-        return updater.gradient(rows(batch), batch.z, plan())[0], coefficients
+        return updater.gradient(batch, plan())[0], coefficients
 
     one, coefficients_one = gradient(mixed, 9)
     other, coefficients_other = gradient(mixed, 10)

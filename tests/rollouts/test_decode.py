@@ -6,7 +6,7 @@ import pytest
 from localrl.backend import mx
 from localrl.records import Example
 from localrl.rollouts.decode import Decoder, draw
-from localrl.rollouts.flat import sample_groups
+from localrl.rollouts.groups import sample_groups
 from localrl.rollouts.keys import keyed_uniforms
 
 TEXTS = ("12", "sum 1 2 3", "a", "zebra 99", "sort cab")
@@ -24,7 +24,9 @@ def sample(policy, examples, *, rows, temperature=1.0, step=1, group_size=6):
         decoder,
         examples,
         prompts,
+        roots=group_size,
         group_size=group_size,
+        rule=None,
         max_completion_tokens=30,
         seed=0,
         step=step,

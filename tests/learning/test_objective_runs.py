@@ -1,0 +1,66 @@
+"""Objectives and the KL through the whole loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from localrl import RunConfig, session, train
+from localrl.learning.objectives import OBJECTIVES
+from localrl.runs.logs import read_jsonl
+from localrl.tasks.base import RewardSpec
+from localrl.tasks.builtin import load_task
+
+FUNCTIONS = Path(__file__).parent.parent / "worker_functions.py"
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path, monkeypatch):
+    """A run of two steps with two updates each, rewarding short completions."""
+    spec = RewardSpec("short", f"{FUNCTIONS}:short")
+
+    def load(name, *, train_prompts):
+        return replace(load_task(name, train_prompts=train_prompts), rewards=(spec,))
+
+    def start(name, **learning):
+        settings = {
+            "model.path": str(tiny_folder),
+            "run.out": str(tmp_path / name),
+            "run.steps": 2,
+            "task.eval_prompts": 0,
+            "rollout.prompts_per_step": 4,
+            "rollout.group_size": 4,
+            "rollout.max_completion_tokens": 12,
+            "learning.lr": 1e-2,
+            "learning.updates_per_step": 2,
+            "learning.warmup_steps": 0,
+        }
+        settings.update({f"learning.{key}": value for key, value in learning.items()})
+        return train(RunConfig.create(settings)).folder
+
+    monkeypatch.setattr(session, "load_task", load)
+    return start
+
+
+def test_every_name_trains_another_adapter(run):
+    adapters = {
+        (run(name, objective=name) / "adapter" / "adapters.safetensors").read_bytes()
+        for name in OBJECTIVES
+    }
+    assert len(adapters) == len(OBJECTIVES)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_is_logged(run, estimator):
+    folder = run(estimator, kl_coef=0.1, kl_estimator=estimator)
+    first, second = (line["kl"] for line in read_jsonl(folder / "metrics.jsonl"))
+    # A step's numbers are those of its first update: the first one finds fresh adapters.
+    assert first == pytest.approx(0, abs=1e-6)
+    assert abs(second) > 1e-6
+
+
+def test_without_a_coefficient_the_kl_is_null(run):
+    folder = run("none")
+    assert [line["kl"] for line in read_jsonl(folder / "metrics.jsonl")] == [None, None]
