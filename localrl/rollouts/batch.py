@@ -125,7 +125,8 @@ class Ledger:
         """Rows that the trees begun may still need at once, forks to come included."""
         most = [request.leaves for request in self.requests]
         may_fork = np.array([request.leaves > request.roots for request in self.requests])
-        limit = np.where(may_fork & (self.leaves > 0), most, self.leaves)
+        growing = self.leaves > self.finished
+        limit = np.where(may_fork & growing, most, self.leaves)
         return int((limit - self.finished).sum())
 
     def begin_root(self, tree: int, number: int) -> int:
