@@ -15,7 +15,7 @@ from localrl.embedded import embedded_model_path
 from localrl.errors import ConfigError, DataError
 from localrl.evaluate import Evaluation, evaluate, temperature_one
 from localrl.learning.credit import Credit, assign_credit
-from localrl.learning.objectives import make_objective, weigh_prompt
+from localrl.learning.objectives import describe, make_objective, weigh_prompt
 from localrl.learning.selection import Selection
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
@@ -27,7 +27,7 @@ from localrl.policy.precision import dense_bytes
 from localrl.records import Example, MemoryPlan, ScoredGroup
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.decode import Decoder
-from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
+from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.runs.folder import RunFolder, default_run_path, open_run, package_versions
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.tasks.base import Task
@@ -214,6 +214,7 @@ def open_session(config: RunConfig, *, overwrite: bool, progress: Progress) -> I
         run = stack.enter_context(_open_folder(config, overwrite))
         run.write_config(config.to_toml())
         run.write_plan(plan)
+        run.event("objective", **describe(config.learning, config.rollout.group_size))
         session = Session(
             config=config,
             model_folder=model_folder,
@@ -226,22 +227,12 @@ def open_session(config: RunConfig, *, overwrite: bool, progress: Progress) -> I
             run=run,
             progress=progress,
             held_out=task.evaluation(config.task.eval_prompts),
-            rule=_fork_rule(config),
+            rule=make_rule(config.rollout),
         )
         if note := backend.describe().note:
             progress.warn(note)
         progress.begin(session)
         yield session
-
-
-def _fork_rule(config: RunConfig) -> EntropyRule | PeriodicRule | None:
-    rollout = config.rollout
-    if rollout.strategy == "flat":
-        return None
-    # Half of the longest completion, until the first batch has shown better.
-    expected = rollout.max_completion_tokens / 2
-    spacing = Spacing(rollout.roots, rollout.group_size, rollout.fork_gap, expected)
-    return EntropyRule(spacing) if rollout.fork_rule == "entropy" else PeriodicRule(spacing)
 
 
 def _check_trees(config: RunConfig) -> None:

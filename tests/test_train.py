@@ -53,6 +53,20 @@ def test_the_run_folder_holds_everything(result):
     assert plan["predicted_bytes"] is None
 
 
+def test_the_objective_is_written_down_for_what_it_is(result, tiny_folder, tmp_path):
+    def objective(folder):
+        return next(e for e in read_jsonl(folder / "events.jsonl") if e["kind"] == "objective")
+
+    plain = objective(result.folder)
+    assert (plain["name"], plain["prompt_weight"], plain["clip_high"]) == ("clipped", "none", 0.28)
+    assert set(plain["effective_weight"].values()) == {1.0}
+    settings = {"learning.objective": "grpo", "run.steps": 0, "rollout.group_size": 8}
+    other = objective(run(tiny_folder, tmp_path / "grpo", **settings).folder)
+    # Division by the std: hard and easy prompts count more than even ones.
+    assert other["effective_weight"]["0.5"] == pytest.approx(1.7, abs=0.05)
+    assert other["effective_weight"]["0.05"] == pytest.approx(2.3, abs=0.05)
+
+
 def test_the_written_configuration_is_the_one_that_ran(result):
     written = RunConfig.create(file=result.folder / "config.toml")
     assert written.rollout.group_size == 4

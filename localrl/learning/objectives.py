@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from localrl.config import LearningConfig
 from localrl.errors import ConfigError
 from localrl.learning.credit import Credit
-from localrl.learning.weighting import prompt_weight
+from localrl.learning.weighting import effective_weight, prompt_weight
 from localrl.records import Group, ScoredGroup
 
 Length = Literal["constant", "sequence", "group", "step"]
@@ -30,6 +30,10 @@ those of each prompt's completions, or those of all completions of the step."""
 Ratio = Literal["token", "sequence", "weight", "none"]
 """Held per token; held per completion; held, without gradient, as a weight of the log-probability;
 or not formed at all."""
+
+
+DIFFICULTIES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+"""Shares of right answers for which `describe` gives the prompt weighting."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,24 @@ def make_objective(config: LearningConfig) -> Objective:
     return dataclasses.replace(
         objective, **given, kl_coef=config.kl_coef, kl_estimator=config.kl_estimator
     )
+
+
+def describe(config: LearningConfig, group_size: int) -> dict[str, Any]:
+    """The objective in full, and what its prompt weighting does to prompts of each difficulty.
+
+    `effective_weight` is w(p) of a flat group: a prompt answered right with probability p moves the
+    policy as w(p) times its own gradient.
+    """
+    objective = make_objective(config)
+    weights = {
+        str(p): round(effective_weight(objective.prompt_weight, p, group_size), 3)
+        for p in DIFFICULTIES
+    }
+    return {
+        "name": config.objective,
+        **dataclasses.asdict(objective),
+        "effective_weight": weights,
+    }
 
 
 def weigh_prompt(objective: Objective, scored: ScoredGroup, credit: Credit) -> Credit:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from localrl.config import RolloutConfig
 from localrl.records import Group, mean_or_none
 from localrl.rollouts.decode import LiveView
 
@@ -104,6 +105,16 @@ class PeriodicRule:
     def learn(self, groups: Sequence[Group]) -> None:
         """Follow the length of paths."""
         self.spacing.learn(groups)
+
+
+def make_rule(config: RolloutConfig) -> EntropyRule | PeriodicRule | None:
+    """The configured rule as it is before the first batch; None for flat groups."""
+    if config.strategy == "flat":
+        return None
+    # Half of the longest completion, until the first batch has shown better.
+    expected = config.max_completion_tokens / 2
+    spacing = Spacing(config.roots, config.group_size, config.fork_gap, expected)
+    return EntropyRule(spacing) if config.fork_rule == "entropy" else PeriodicRule(spacing)
 
 
 def within_budget(wanted: np.ndarray, priority: np.ndarray, view: LiveView) -> np.ndarray:

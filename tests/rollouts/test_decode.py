@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from exact import assert_exact
 
 from localrl.backend import mx
 from localrl.records import Example
@@ -48,16 +49,7 @@ def same(one, other):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_and_entropies_equal_a_full_forward(policy, examples, temperature):
     groups, _ = sample(policy, examples, rows=30, temperature=temperature)
-    for group in groups:
-        for completion in group.completions():
-            tokens = np.concatenate([group.prompt_ids, completion.token_ids])
-            logits = policy.model(mx.array(tokens[None]))[0].astype(mx.float32) / temperature
-            table = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-            table = table[len(group.prompt_ids) - 1 : -1]
-            chosen = table[np.arange(len(completion)), completion.token_ids]
-            np.testing.assert_allclose(completion.sampled_logprobs, chosen, atol=1e-4)
-            entropies = -(np.exp(table) * table).sum(-1)
-            np.testing.assert_allclose(completion.entropies, entropies, atol=1e-4)
+    assert_exact(policy, groups, temperature)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 29])

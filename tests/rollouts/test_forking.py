@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import tiny
+from exact import assert_exact
 from forests import forest
 
-from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.learning.credit import assign_credit
 from localrl.records import Example, ScoredGroup
@@ -57,20 +57,6 @@ def sample(policy, rule, *, rows=64, roots=2, leaves=8, tokens=24, temperature=1
         version=0,
         rule=rule,
     )
-
-
-def assert_exact(policy, groups, temperature=1.0):
-    """Every path's recorded numbers equal those of one full forward over it."""
-    for group in groups:
-        for completion in group.completions():
-            tokens = np.concatenate([group.prompt_ids, completion.token_ids])
-            logits = policy.model(mx.array(tokens[None]))[0].astype(mx.float32) / temperature
-            table = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-            table = table[len(group.prompt_ids) - 1 : -1]
-            chosen = table[np.arange(len(completion)), completion.token_ids]
-            np.testing.assert_allclose(completion.sampled_logprobs, chosen, atol=1e-4)
-            entropies = -(np.exp(table) * table).sum(-1)
-            np.testing.assert_allclose(completion.entropies, entropies, atol=1e-4)
 
 
 def test_decoding_after_a_fork_equals_a_full_forward(family):
