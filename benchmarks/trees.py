@@ -3,7 +3,7 @@
     python benchmarks/trees.py --machine "two x86-64 cores"      # about twenty minutes
 
 Each arm and seed is `localrl train` on the demonstration, evaluated every few steps on the same
-held-out prompts; the arms differ in `rollout.strategy` and `rollout.fork_rule` alone. A token that
+held-out prompts. Trees have kappa 4, flat groups 0 unless the arm says otherwise. A token that
 several completions share was generated once and counts once.
 """
 
@@ -23,6 +23,7 @@ from localrl.runs.logs import read_jsonl
 HERE = Path(__file__).parent
 ARMS = {
     "flat": ("rollout.strategy=flat", 85),
+    "flat, kappa 4": ("learning.kappa=4.0", 85),
     "tree, entropy": ("rollout.fork_rule=entropy", 110),
     "tree, periodic": ("rollout.fork_rule=periodic", 110),
 }
@@ -36,12 +37,19 @@ Curve = tuple[np.ndarray, np.ndarray]
 def run(arm: str, seed: int, out: Path) -> Curve:
     """Train one arm with one seed and read its curve."""
     setting, steps = ARMS[arm]
-    folder = out / f"{arm.replace(', ', '-')}-{seed}"
+    folder = place(out, arm, seed)
+    if folder.exists():
+        return read_curve(folder)
     command = [sys.executable, "-m", "localrl", "train", "--seed", str(seed), "--out", str(folder)]
     command += ["--rollouts", arm.split(",")[0], "--set", setting, "--steps", str(steps)]
     command += ["--eval-every", "5", "--set", "memory.threads=1"]
     subprocess.run(command, check=True, capture_output=True)
     return read_curve(folder)
+
+
+def place(out: Path, arm: str, seed: int) -> Path:
+    """The run folder of an arm and a seed; a run that is there is not made again."""
+    return out / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def read_curve(folder: Path) -> Curve:
@@ -92,7 +100,7 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.4), constrained_layout=True)
-    for color, (arm, seeds) in zip(("C7", "C0", "C1"), curves.items(), strict=True):
+    for color, (arm, seeds) in zip(("C7", "C2", "C0", "C1"), curves.items(), strict=True):
         for n, (tokens, accuracy) in enumerate(seeds):
             label = arm if n == 0 else None
             axes.plot(tokens / 1000, accuracy, color=color, label=label, alpha=0.8)
@@ -107,21 +115,14 @@ def draw(curves: dict[str, list[Curve]], path: Path) -> None:
 @click.option("--seeds", default="0,1,2", help="Comma-separated.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/trees"))
 @click.option("--machine", required=True, help="What it runs on, in words.")
-@click.option("--read", is_flag=True, help="The runs are there: only write the page.")
-def main(seeds: str, out: Path, machine: str, read: bool) -> None:
+def main(seeds: str, out: Path, machine: str) -> None:
     """Run the arms, two at a time, then write the page and the picture."""
     jobs = list(product(map(int, seeds.split(",")), ARMS))
-    if not read:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: run(job[1], job[0], out), jobs))
-    curves = {
-        arm: [
-            read_curve(out / f"{arm.replace(', ', '-')}-{seed}")
-            for seed, name in jobs
-            if name == arm
-        ]
-        for arm in ARMS
-    }
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda job: run(job[1], job[0], out), jobs))
+    curves: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
+    for (_, arm), curve in zip(jobs, found, strict=True):
+        curves[arm].append(curve)
     draw(curves, HERE / "trees.png")
     (HERE / "trees.md").write_text(
         "# Flat groups against trees\n\n"

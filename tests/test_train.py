@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 import tomllib
 from dataclasses import replace
@@ -171,7 +170,7 @@ def test_no_steps_and_no_evaluation_are_fine(tiny_folder, tmp_path):
 def test_minutes_end_the_training(tiny_folder, tmp_path):
     result = run(tiny_folder, tmp_path / "run", **{"run.steps": 10_000, "run.minutes": 0.02})
     assert 0 < result.steps < 10_000
-    assert math.isclose(result.train_s, 1.2, rel_tol=1.0)
+    assert result.train_s >= 1.2
 
 
 @pytest.mark.parametrize(
