@@ -164,7 +164,7 @@ class Session:
             [
                 GroupRecord(group, credit.advantages, kept, selection.reason(i))
                 for i, (group, credit, kept) in enumerate(
-                    zip(scored, credits, selection.informative, strict=True)
+                    zip(scored, credits, selection.kept, strict=True)
                 )
             ],
         )

@@ -49,7 +49,7 @@ class Console:
             f"{plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
             f"LoRA rank {config.lora.rank}"
         )
-        threads = f", {plan.threads} threads" if plan.threads else ""
+        threads = f", BLAS threads: {plan.threads}" if plan.threads else ""
         self._line(f"machine  {plan.reason}{threads}")
         if session.held_out:
             self._line(f"evaluating on {len(session.held_out)} held-out prompts ...")

@@ -22,10 +22,12 @@ class Selection:
     batch: Batch
     informative: tuple[bool, ...]
     """Per group: whether some coefficient is more than negligible."""
+    kept: tuple[bool, ...]
+    """Per group: whether it is in the batch; with a KL also without a coefficient."""
 
     def reason(self, group: int) -> str | None:
         """Why this group was dropped, or None if it was kept."""
-        return None if self.informative[group] else "no coefficient above 0"
+        return None if self.kept[group] else "no coefficient above 0"
 
 
 def select(
@@ -38,15 +40,16 @@ def select(
     """
     prompts: list[tuple[int, ...]] = []
     nodes: list[BatchNode] = []
-    informative = []
+    informative, kept = [], []
     for group, credit in zip(scored, credits, strict=True):
         fresh = _batch_nodes(group, credit, objective, prompt=len(prompts), offset=len(nodes))
         teaches = any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh)
         informative.append(teaches)
-        if teaches or any(node.kl_weights.any() for node in fresh):
+        kept.append(teaches or any(node.kl_weights.any() for node in fresh))
+        if kept[-1]:
             prompts.append(group.group.prompt_ids)
             nodes += fresh
-    return Selection(Batch(tuple(prompts), tuple(nodes), z), tuple(informative))
+    return Selection(Batch(tuple(prompts), tuple(nodes), z), tuple(informative), tuple(kept))
 
 
 def _batch_nodes(

@@ -206,3 +206,13 @@ def test_an_error_in_the_reference_leaves_the_adapters_on(policy, monkeypatch):
     with pytest.raises(MemoryError):
         gradient(policy, [scored(ragged_group((1, 3)), [1, 0])], kl_coef=COEF)
     assert set(scales(policy.model)) == {2.0}
+
+
+def test_a_group_that_is_kept_for_its_kl_is_logged_as_kept():
+    groups = [scored(ragged_group((1, 3)), [1, 1]), scored(ragged_group((2, 2)), [1, 0])]
+    with_kl = selection(make_objective(LearningConfig(kl_coef=COEF)), groups)
+    assert (with_kl.informative, with_kl.kept) == ((False, True), (True, True))
+    assert with_kl.reason(0) is None
+    without = selection(make_objective(LearningConfig()), groups)
+    assert (without.informative, without.kept) == ((False, True), (False, True))
+    assert without.reason(0) is not None
