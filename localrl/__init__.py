@@ -28,10 +28,11 @@ if TYPE_CHECKING:
         Leaf,
         MemoryPlan,
         Node,
+        RewardSpec,
         ScoredGroup,
         StepStats,
     )
-    from localrl.tasks.base import RewardSpec, Task
+    from localrl.tasks.base import Task
     from localrl.train import RunResult, train
 
 _HOMES = {
@@ -47,7 +48,7 @@ _HOMES = {
     "Node": "records",
     "ScoredGroup": "records",
     "StepStats": "records",
-    "RewardSpec": "tasks.base",
+    "RewardSpec": "records",
     "Task": "tasks.base",
     "RunResult": "train",
     "train": "train",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ OBJECTIVES = ("clipped", "grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rl
 PROMPT_WEIGHTS = ("none", "mean", "std", "maxrl")
 """What `localrl.learning.weighting` defines."""
 
-STRATEGIES = ("flat", "tree")
+STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
+PROMPT_ORDERS = ("shuffled", "thompson")
 FORK_RULES = ("entropy", "periodic")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """What `localrl.learning.objective` defines."""
@@ -80,9 +82,16 @@ class LoraConfig:
 class TaskConfig:
     """What is learned, and on how many prompts."""
 
-    name: str = setting("steps", "a built-in task: see `localrl tasks list`")
-    train_prompts: int = setting(0, "prompts in the training set; 0: endless", low=0)
-    eval_prompts: int = setting(256, "held-out prompts in each evaluation; 0: none", low=0)
+    name: str = setting("steps", "a built-in task, or your data: file.jsonl, folder, file.py")
+    rewards: tuple[str, ...] = setting((), "your rewards, as file.py:name; unset: the task's own")
+    reward_weights: tuple[float, ...] = setting((), "a weight for each of them; unset: all 1")
+    system: str | None = setting(None, "system message of data that has none of its own")
+    train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
+    eval_prompts: int = setting(256, "the most held-out prompts to evaluate on; 0: none", low=0)
+    cut_reward: float | None = setting(
+        None, "reward of completions cut off for length or looping; unset: as they are scored"
+    )
+    unsafe_code: bool = setting(False, "run code in answers without a sandbox: it may do anything")
     reward_timeout_s: float = setting(30.0, "seconds that one reward call may take", low=0.01)
     reward_memory_mb: int = setting(2048, "megabytes that the reward process may use", low=16)
 
@@ -91,15 +100,38 @@ class TaskConfig:
 class RolloutConfig:
     """How completions are sampled."""
 
-    prompts_per_step: int = setting(8, "distinct prompts in a step", low=1)
-    group_size: int = setting(8, "completions of one prompt; of a tree, the most", low=2)
-    strategy: str = setting("flat", "independent completions, or trees", choices=STRATEGIES)
+    prompts_per_step: int = setting(16, "distinct prompts in a step", low=1)
+    prompt_order: str = setting(
+        "shuffled", "all in turn, or those that teach most", choices=PROMPT_ORDERS
+    )
+    uniform_share: float = setting(
+        0.1, "share of prompts that come in turn all the same", low=0.01, high=1.0
+    )
+    group_size: int = setting(0, "completions of a prompt, at most; 0: 2 if flat, else 8", low=0)
+    strategy: str = setting("flat", "independent completions, trees, rounds", choices=STRATEGIES)
+    rounds: int = setting(0, "adaptive: parts that a group may come in; 0: chosen", low=0)
+    give_up: float = setting(
+        0.9, "adaptive: no more when outcomes stay alike with this chance", low=0.0, high=1.0
+    )
     roots: int = setting(2, "independent beginnings of a tree", low=1)
     fork_rule: str = setting("entropy", "where trees fork", choices=FORK_RULES)
     fork_gap: int = setting(0, "tokens between two forks of a path; 0: chosen", low=0)
+    stop_loops: bool = setting(False, "end a completion that only repeats itself")
+    stop_text: str | None = setting(None, "end a completion after this text, e.g. </answer>")
+    replay_groups: int = setting(0, "earlier groups that are learned from again in a step", low=0)
+    replay_age: int = setting(8, "updates after which a group is not replayed any more", low=1)
+    replay_drift: float = setting(0.02, "nats of drift after which it is not either", low=0.0)
+    reuse: float = setting(
+        0.0, "share of a prompt's completions begun from its earlier ones", low=0.0, high=1.0
+    )
     max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
     max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
     temperature: float = setting(1.0, "of sampling and scoring alike", low=0.01, high=100.0)
+
+    @property
+    def completions(self) -> int:
+        """`group_size`, or what is chosen for the strategy: see docs/strategies.md."""
+        return self.group_size or (2 if self.strategy == "flat" else 8)
 
 
 @dataclass(frozen=True)
@@ -123,7 +155,15 @@ class LearningConfig:
     )
     kl_estimator: str = setting("k3", "how that KL is estimated", choices=KL_ESTIMATORS)
     kappa: float | None = setting(
-        None, "weight of the tracker in baselines; unset: 0 for flat groups, 4 for trees", low=0.0
+        None,
+        "the tracker's weight in baselines; unset: 0 in flat groups above 2, else 4",
+        low=0.0,
+    )
+    keep_completions: int = setting(
+        0, "of a flat group, those of greatest reward variance; 0: all", low=0
+    )
+    min_advantage: float = setting(
+        0.0, "smaller advantages are rounded at random to it or 0", low=0.0
     )
     max_grad_norm: float = setting(1.0, "global norm the gradient is clipped to", low=0.0)
     updates_per_step: int = setting(1, "optimizer updates on one step's rollouts", low=1)
@@ -290,6 +330,8 @@ def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     kind = str(spec.type).split(" | ")[0]
     if value is None and "None" in str(spec.type):
         return None
+    if kind.startswith("tuple["):
+        return _check_list(key, value, kind.removeprefix("tuple[").removesuffix(", ...]"), spec)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value).__name__ != kind:
@@ -302,6 +344,17 @@ def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         wanted = f"{', '.join(choices[:-1])} or {choices[-1]}"
         raise ConfigError(f"{key} is {value!r}; it must be {wanted} ({_help(spec)}).")
     return value
+
+
+def _check_list(key: str, value: Any, kind: str, spec: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    """The values as a tuple; one alone needs no brackets."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if kind == "float":
+        values = [float(v) if type(v) is int else v for v in values]
+    wrong = [v for v in values if type(v).__name__ != kind]
+    if wrong:
+        raise ConfigError(f"{key} holds {wrong[0]!r}; each must be of type {kind} ({_help(spec)}).")
+    return tuple(values)
 
 
 def _help(spec: dataclasses.Field[Any]) -> str:
@@ -317,5 +370,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        # JSON's escapes are TOML's, but for the one character that only TOML escapes.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return repr(value)

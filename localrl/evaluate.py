@@ -9,7 +9,7 @@ from typing import Any
 
 from localrl.records import Example, Group, ScoredGroup, mean_or_none
 from localrl.rollouts.decode import Decoder
-from localrl.rollouts.groups import sample_groups
+from localrl.rollouts.groups import ONE, sample_groups
 
 Score = Callable[[Sequence[Group]], list[ScoredGroup]]
 
@@ -32,9 +32,9 @@ class Evaluation:
     """What a policy does on held-out prompts, one completion each at temperature 1."""
 
     n: int
-    """Completions that have a reward; one without, because its function failed, is not counted."""
+    """Completions that the first reward function judged; one that it failed on is not counted."""
     pass_at_1: float | None
-    """Share of completions whose reward is the highest there is."""
+    """Share of these that it gave 1 or more. Further functions may shape, but do not judge."""
     ci95: tuple[float, float] | None
     """Wilson interval of pass_at_1."""
     mean_reward: float | None
@@ -55,16 +55,18 @@ def evaluate(
     prompts: Sequence[tuple[int, ...]],
     score: Score,
     *,
-    highest_reward: float,
+    passing: str,
     max_completion_tokens: int,
 ) -> Evaluation:
-    """pass@1 of the decoder's policy as it is now. `prompts` holds the examples' token ids."""
+    """pass@1 of the decoder's policy as it is now. `prompts` holds the examples' token ids.
+
+    A completion passes when the reward function named `passing` gives it 1 or more.
+    """
     groups = sample_groups(
         decoder,
         examples,
         prompts,
-        roots=1,
-        group_size=1,
+        ONE,
         rule=None,
         max_completion_tokens=max_completion_tokens,
         seed=EVALUATION_SEED,
@@ -74,11 +76,13 @@ def evaluate(
     scored = score(groups)
     rewards = [group.rewards[0] for group in scored]
     known = [reward for reward in rewards if reward is not None]
-    passed = sum(reward >= highest_reward - 1e-9 for reward in known)
+    verdicts = [group.parts[passing][0] for group in scored]
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    passed = sum(verdict >= 1 - 1e-9 for verdict in judged)
     return Evaluation(
-        n=len(known),
-        pass_at_1=passed / len(known) if known else None,
-        ci95=wilson(passed, len(known)) if known else None,
+        n=len(judged),
+        pass_at_1=passed / len(judged) if judged else None,
+        ci95=wilson(passed, len(judged)) if judged else None,
         mean_reward=mean_or_none(known),
         mean_completion_tokens=mean_or_none([len(group.completion(0)) for group in groups]),
         shown=tuple(_show(group) for group in scored[:3]),
@@ -96,7 +100,7 @@ def wilson(passed: int, n: int) -> tuple[float, float]:
 
 def temperature_one(decoder: Decoder) -> Decoder:
     """A decoder of the same policy that samples at temperature 1, with counts of its own."""
-    return Decoder(decoder.policy, temperature=1.0, rows=decoder.rows)
+    return Decoder(decoder.policy, temperature=1.0, rows=decoder.rows, stops=decoder.stops)
 
 
 def _show(scored: ScoredGroup) -> Shown:

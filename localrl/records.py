@@ -13,7 +13,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "loop", "turns", "error"]
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """A reward function by its import path, so that a spawned child can load it by itself."""
+
+    name: str
+    """Of its metrics."""
+    target: str
+    """`module:function`, see `Worker.call`."""
+    weight: float = 1.0
+
+
+FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
+"""Why a completion ended: its end token, the stop text, the longest length, repetition, the last
+turn of an environment, a failure."""
+
+DropReason = Literal["no reward", "no coefficient", "down-sampled"]
+"""Why a completion is not trained."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,9 @@ class Example:
     """The gold answer that rewards compare with."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every other field of the row; reaches the reward functions by name."""
+    as_text: bool = False
+    """Whether the prompt came as text: reward functions then get prompts and completions as text,
+    as TRL gives them, and not as chat messages."""
     tracker_key: str = ""
     """What the tracker counts under: the id, or family/difficulty for endless tasks."""
 
@@ -54,6 +74,11 @@ class Node:
     """1/B for one of B siblings drawn alike, 1/s for a survivor of pruning."""
     version: int = 0
     """Number of policy updates made before these tokens were sampled."""
+    round: int = 0
+    """Of a root: the round in which it was asked for. Whether later rounds come depends on it."""
+    old_logprobs: np.ndarray | None = None
+    """(n,) float32, under the policy at the start of this step, for tokens that an earlier policy
+    sampled; None for fresh ones, where it would be `sampled_logprobs`."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -148,8 +173,9 @@ class BatchNode:
     """(n,) int32."""
     coefficients: np.ndarray
     """(n,) float32: share times advantage; 0 where the model did not write the token."""
-    sampled_logprobs: np.ndarray
-    """(n,) float32, the anchor of the ratio."""
+    anchor_logprobs: np.ndarray
+    """(n,) float32, the anchor of the ratio: the sampler's for fresh tokens, those of the policy
+    at the start of the step for tokens that an earlier policy sampled."""
     finish: bool
     """True when a completion ends here."""
     kl_weights: np.ndarray
@@ -209,6 +235,8 @@ class StepStats:
     logprob_gap_max: float | None
     kl: float | None
     """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
+    drift: float | None
+    """Mean |change of log-probability| that the step made, in nats, over some trained tokens."""
     trained_tokens: int
     saved_positions: int
     """Positions not computed again because completions share them, the prompt's included."""

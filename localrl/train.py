@@ -12,12 +12,9 @@ from typing import Any
 
 from localrl.config import RunConfig
 from localrl.evaluate import Evaluation
-from localrl.learning.objectives import denominator
-from localrl.learning.selection import select
-from localrl.rollouts.groups import sample_groups
-from localrl.runs.metrics import rollout_metrics, update_metrics
-from localrl.session import Progress, Session, Silent, open_session
-from localrl.tasks.order import take
+from localrl.opening import open_session
+from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
+from localrl.session import Progress, Session, Silent
 
 
 @dataclass(frozen=True)
@@ -57,33 +54,20 @@ def train(
 
 def train_step(session: Session, step: int) -> None:
     """One turn of the loop."""
-    config, plan, clock = session.config, session.plan, Stopwatch()
-    learning_rate, decoded = session.updater.learning_rate, session.decoder.counts.snapshot()
+    sampler, updater, clock = session.sampler, session.updater, Stopwatch()
+    before, learning_rate = session.counters(), updater.learning_rate
+    version = updater.updates
+    session.tell_rewards(step)
 
-    first = (step - 1) * config.rollout.prompts_per_step
-    examples = take(session.task, first, config.rollout.prompts_per_step, config.run.seed)
-    groups = sample_groups(
-        session.decoder,
-        examples,
-        session.encode(examples),
-        roots=session.roots,
-        group_size=plan.group_size,
-        rule=session.rule,
-        max_completion_tokens=plan.max_completion_tokens,
-        seed=config.run.seed,
-        step=step,
-        version=session.updater.updates,
-    )
+    examples = sampler.choose(step)
+    fresh = sampler.collect(step, examples, version)
+    scored = fresh + sampler.replay(step, fresh, version)
     clock.lap("time/rollout_s")
-    scored = session.scorer.score(groups)
-    clock.lap("time/reward_s")
-    credits = [session.credit(group) for group in scored]
-    objective = session.updater.objective
-    z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
-    selection = select(scored, credits, z, objective)
-    stats = session.updater.update(selection.batch, plan)
+    credits = [session.credit(step, group) for group in scored]
+    selection = session.select(step, scored, credits)
+    stats = updater.update(selection.batch, session.plan)
     clock.lap("time/update_s")
-    session.learn(scored, credits)
+    session.learn(fresh, credits, stats, version)
 
     session.log_step(
         step,
@@ -91,11 +75,14 @@ def train_step(session: Session, step: int) -> None:
         credits,
         selection,
         {
-            "epoch": first / session.task.train_size if session.task.train_size else None,
+            "epoch": session.epoch(step),
             "learning_rate": learning_rate,
-            **rollout_metrics(scored),
+            **rollout_metrics(fresh),
+            **selection_metrics(
+                fresh, scored[len(fresh) :], selection.dropped, selection.trained_tokens
+            ),
             **update_metrics(stats),
-            **session.decoder.counts.since(decoded),
+            **{name: count - before[name] for name, count in session.counters().items()},
             **clock.laps,
             "step_time": clock.total(),
         },

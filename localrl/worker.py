@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -46,6 +46,9 @@ class Reply:
     """One line about the failure."""
     traceback: str | None = None
     """Of the user's frames, when their code raised."""
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    """What the function logged, if anything: `metrics`, pairs of a name and a number, and `extra`,
+    pairs of a column's name and its values. Not checked."""
 
     @property
     def ok(self) -> bool:
@@ -83,7 +86,7 @@ class Worker:
         self.memory_limit_bytes = memory_limit_bytes
         self.start_limit_s = start_limit_s
         self._child: _Child | None = None
-        self._required: dict[str, list[str]] = {}
+        self._signatures: dict[str, Mapping[str, Any]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -91,20 +94,37 @@ class Worker:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def call(self, target: str, kwargs: Mapping[str, Any]) -> Reply:
+    def call(
+        self, target: str, kwargs: Mapping[str, Any], *, state: Mapping[str, Any] | None = None
+    ) -> Reply:
         """Call `module:function` or `path/to/file.py:function` in the child.
 
-        The function gets those keyword arguments that it names, or all if it takes **kwargs; an
-        async function is awaited. Values travel as JSON: tuples become lists, keys become text,
-        arrays become lists; None, NaN and infinity arrive as they are. A failure of any kind is
-        told in the reply.
+        With brackets, `module:factory(key=value)`, it is the function that the factory returned
+        when it was called with these literals, once. The function gets those keyword arguments
+        that it names, or all if it takes **kwargs; no others are sent. An async function is
+        awaited, always in the same loop. Values travel as JSON: tuples become lists, keys become
+        text, arrays become lists; None, NaN and infinity arrive as they are. A failure of any kind
+        is told in the reply.
+
+        state: offers the function three more arguments: `trainer_state`, an object with these
+            attributes, and the functions `log_extra` and `log_metric`, see `Reply.logs`.
 
         Raises:
-            DataError: an argument cannot be sent as JSON.
+            DataError: an argument that is wanted cannot be sent as JSON.
         """
-        data = _encode_call(target, kwargs)
         resolved = self.resolve(target)
-        return self._request(data, self.time_limit_s) if resolved.ok else resolved
+        if not resolved.ok:
+            return resolved
+        given = {name: kwargs[name] for name in kwargs if self._named(target, name)}
+        return self._request(_encode_call(target, given, state), self.time_limit_s)
+
+    def wants(self, target: str, name: str) -> bool:
+        """Whether the function would be given an argument of this name; True if it is not known."""
+        return not self.resolve(target).ok or self._named(target, name)
+
+    def _named(self, target: str, name: str) -> bool:
+        named = self._signatures[target]["named"]
+        return named is None or name in named
 
     def resolve(self, target: str) -> Reply:
         """Import the function; the value is the list of arguments it cannot do without.
@@ -117,19 +137,19 @@ class Worker:
             started = self._start()
             if not started.ok:
                 return started
-        if target not in self._required:
+        if target not in self._signatures:
             reply = self._request(_encode({"op": "resolve", "target": target}), self.start_limit_s)
             if not reply.ok:
                 return reply
-            self._required[target] = reply.value
-        return Reply(value=self._required[target])
+            self._signatures[target] = reply.value
+        return Reply(value=self._signatures[target]["required"])
 
     def close(self) -> None:
         """Kill the child and all of its process group; the next call starts another one."""
         if self._child is not None:
             self._child.kill()
             self._child = None
-        self._required.clear()
+        self._signatures.clear()
 
     def _start(self) -> Reply:
         try:
@@ -272,9 +292,12 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, default=plain).encode()
 
 
-def _encode_call(target: str, kwargs: Mapping[str, Any]) -> bytes:
+def _encode_call(target: str, kwargs: Mapping[str, Any], state: Mapping[str, Any] | None) -> bytes:
+    message = {"op": "call", "target": target, "kwargs": dict(kwargs)}
+    if state is not None:
+        message["state"] = dict(state)
     try:
-        return _encode({"op": "call", "target": target, "kwargs": dict(kwargs)})
+        return _encode(message)
     except (TypeError, ValueError, RecursionError) as error:
         culprit = next((name for name in kwargs if not _can_encode(kwargs[name])), "?")
         raise DataError(

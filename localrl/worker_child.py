@@ -6,6 +6,7 @@ started it is not imported again, and nothing heavy is loaded but what the calle
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import queue
+import re
 import socket
 import struct
 import sys
@@ -22,13 +24,15 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
 HEADER = struct.Struct("!Q")
 OUTPUT_LIMIT = 16 * 1024
 TRACEBACK_LIMIT = 8000
 MESSAGE_LIMIT = 300
+SHOWN_LIMIT = 1000
+FACTORY_CALL = re.compile(r"(.+?:[A-Za-z_][\w.]*)\((.*)\)", re.DOTALL)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -62,10 +66,12 @@ class CappedOutput(io.RawIOBase):
 
 
 def load_file(path: Path) -> ModuleType:
-    """The module in a Python file, which may import its neighbours."""
+    """The module in a Python file, which is run once and may import its neighbours."""
     if not path.is_file():
         raise NotFound(f"there is no file {path}")
     name = f"{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"  # two folders may hold one file name
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise NotFound(f"{path} is not a Python file")
@@ -91,9 +97,63 @@ def load_module(name: str) -> ModuleType:
         raise
 
 
+def split_call(target: str) -> tuple[str, dict[str, Any] | None]:
+    """`module:factory(key=value)` as its place and arguments, which are None without brackets.
+
+    Raises:
+        NotFound: the arguments are not keywords with literal values.
+    """
+    match = FACTORY_CALL.fullmatch(target)
+    if match is None:
+        return target, None
+    problem = f"in {target!r} the arguments are not of the form (key=value, other=value)"
+    try:
+        called = ast.parse(f"f({match[2]})", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise NotFound(problem) from None
+    if not isinstance(called, ast.Call) or not isinstance(called.func, ast.Name) or called.args:
+        raise NotFound(problem)
+    arguments: dict[str, Any] = {}
+    for keyword in called.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            raise NotFound(problem)
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise NotFound(f"in {target!r} the value of {keyword.arg!r} is no literal") from None
+    return match[1], arguments
+
+
 @functools.cache
 def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...] | None]:
-    """The function a target names and its parameters; None when Python cannot tell them."""
+    """The function a target names or makes, and its parameters; None when Python cannot tell."""
+    place, arguments = split_call(target)
+    function = find(place) if arguments is None else make(find(place), target, arguments)
+    try:
+        return function, tuple(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return function, None
+
+
+def make(factory: Callable[..., Any], target: str, arguments: dict[str, Any]) -> Callable[..., Any]:
+    """The function that a factory returns for these arguments."""
+    try:
+        inspect.signature(factory).bind(**arguments)  # or a mistake in its body would look alike
+    except TypeError as error:
+        raise NotFound(f"{target!r} cannot be called: {error}") from None
+    try:
+        function = factory(**arguments)
+    except ValueError as error:
+        raise NotFound(f"{target!r} refuses its arguments: {error}") from None
+    if not callable(function):
+        raise NotFound(
+            f"{target!r} gives no function but a value of type {type(function).__name__}"
+        )
+    return function
+
+
+def find(target: str) -> Callable[..., Any]:
+    """The function that `module:function` or `path/to/file.py:function` names."""
     place, colon, attributes = target.rpartition(":")
     if not (place and colon and attributes):
         raise NotFound(f"{target!r} is neither module:function nor path/to/file.py:function")
@@ -107,49 +167,105 @@ def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...]
         raise NotFound(
             f"{attributes!r} in {place} is no function but of type {type(found).__name__}"
         )
+    return found
+
+
+def signature(target: str) -> dict[str, list[str] | None]:
+    """`required`: arguments the function cannot do without; `named`: all, None if it takes any."""
+    parameters = load(target)[1]
+    named = [p for p in parameters or () if p.kind in NAMED]
+    takes_any = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {
+        "required": [p.name for p in named if p.default is p.empty],
+        "named": None if takes_any else [p.name for p in named],
+    }
+
+
+class Logbook:
+    """What a function logs during one call."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, float]] = []
+        self.extra: list[tuple[str, list[Any]]] = []
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Note a number under a name."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")  # reported, and dropped, where it arrives
+        self.metrics.append((str(name), number))
+
+    def log_extra(self, column: str, values: Any) -> None:
+        """Note one value for each completion; what JSON cannot hold is noted as text."""
+        self.extra.append((str(column), [showable(value) for value in values]))
+
+    def entries(self) -> dict[str, Any]:
+        """What a reply says of it: nothing when nothing was logged."""
+        if not (self.metrics or self.extra):
+            return {}
+        return {"logs": {"metrics": self.metrics, "extra": self.extra}}
+
+
+def showable(value: Any) -> Any:
+    """The value if JSON can hold it, else its text."""
     try:
-        return found, tuple(inspect.signature(found).parameters.values())
-    except (TypeError, ValueError):
-        return found, None
+        json.dumps(value, default=plain)
+    except (TypeError, ValueError, RecursionError, OverflowError):
+        return str(value)[:SHOWN_LIMIT]
+    return value
 
 
-def required(target: str) -> list[str]:
-    """Names of the arguments without which the function cannot be called."""
-    parameters = load(target)[1] or ()
-    return [p.name for p in parameters if p.kind in NAMED and p.default is p.empty]
+def call(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply to a call: the function's result for the arguments that the parent chose.
 
-
-def call(target: str, kwargs: Mapping[str, Any]) -> Any:
-    """Result of the function for those of `kwargs` that it names, or all if it takes **kwargs."""
-    function, parameters = load(target)
-    if parameters is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
+    names them or takes any argument.
+    """
+    function, parameters = load(request["target"])
+    kwargs, book = request["kwargs"], Logbook()
+    if request.get("state") is not None and parameters is not None:
+        hooks = {
+            "trainer_state": SimpleNamespace(**request["state"]),
+            "log_extra": book.log_extra,
+            "log_metric": book.log_metric,
+        }
         names = {p.name for p in parameters if p.kind in NAMED}
-        kwargs = {name: value for name, value in kwargs.items() if name in names}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        kwargs |= {name: hook for name, hook in hooks.items() if takes_any or name in names}
     result = function(**kwargs)
-    return wait_for(result) if inspect.isawaitable(result) else result
+    value = wait_for(result) if inspect.isawaitable(result) else result
+    return {"value": value, **book.entries()}
+
+
+@functools.cache
+def event_loop() -> Any:
+    """The loop of all async functions: what they keep open between calls stays usable."""
+    import asyncio  # 30 ms that most calls do not need
+
+    return asyncio.Runner()
 
 
 def wait_for(awaitable: Any) -> Any:
     """The result of an async function."""
-    import asyncio  # 30 ms that most calls do not need
 
     async def main() -> Any:
         return await awaitable
 
-    return asyncio.run(main())
+    return event_loop().run(main())
 
 
-def handle(request: Mapping[str, Any]) -> Any:
-    """Does what one request asks; the result is the reply's value."""
+def handle(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Does what one request asks; the result is the reply."""
     match request["op"]:
         case "start":
             # The folder of the user comes first, as for a script; then what the parent can import.
             sys.path[:] = [os.getcwd(), *request["sys_path"]]
-            return os.getpid()
+            return {"value": os.getpid()}
         case "resolve":
-            return required(request["target"])
+            return {"value": signature(request["target"])}
         case _:
-            return call(request["target"], request["kwargs"])
+            return call(request)
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -180,7 +296,7 @@ def plain(value: Any) -> Any:
 def answer(data: bytes) -> bytes:
     """The encoded reply to an encoded request; never raises."""
     try:
-        reply = {"value": handle(json.loads(data))}
+        reply = handle(json.loads(data))
     except BaseException as error:  # SystemExit and KeyboardInterrupt are failures of the call too
         reply = describe(error)
     try:

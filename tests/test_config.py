@@ -33,6 +33,26 @@ def test_the_printed_configuration_reads_back(tmp_path):
     assert set(tomllib.loads(config.to_toml())) == {key.split(".")[0] for key in keys()}
 
 
+def test_what_is_unset_stays_unset_and_what_is_set_reads_back(tmp_path):
+    settings = {
+        "model.path": "m",
+        "rollout.strategy": "adaptive-tree",
+        "rollout.stop_text": '"é\\\n\x7f</answer>\t',
+        "rollout.stop_loops": True,
+        "rollout.give_up": 1,
+        "task.cut_reward": -1,
+        "learning.kappa": 0,
+    }
+    config = RunConfig.create(settings)
+    assert (config.task.cut_reward, config.learning.kappa, config.rollout.give_up) == (-1.0, 0, 1.0)
+    plain = RunConfig()
+    assert (plain.task.cut_reward, plain.learning.kappa, plain.rollout.stop_text) == (None,) * 3
+    for each in (config, plain):
+        file = tmp_path / "run.toml"
+        file.write_text(each.to_toml())
+        assert RunConfig.create({"model.path": "m"}, file=file) == each.replace("model.path", "m")
+
+
 def test_trl_spellings_are_aliases():
     config = RunConfig.create({"num_generations": 4, "max_completion_length": 9, "model.path": "m"})
     assert (config.rollout.group_size, config.rollout.max_completion_tokens) == (4, 9)
@@ -48,7 +68,7 @@ def test_trl_spellings_are_aliases():
         ({"group_size": 4}, "Did you mean 'rollout.group_size'"),
         ({"nonsense": 4}, "Unknown setting 'nonsense'"),
         ({"rollout": 4}, "Unknown setting 'rollout'"),
-        ({"rollout.group_size": 1}, "rollout.group_size is 1; it must be at least 2"),
+        ({"rollout.group_size": -1}, "rollout.group_size is -1; it must be at least 0"),
         ({"rollout.group_size": "8"}, "'8'; it must be of type int"),
         ({"rollout.group_size": True}, "True; it must be of type int"),
         ({"rollout.group_size": None}, "None; it must be of type int"),
@@ -59,6 +79,21 @@ def test_trl_spellings_are_aliases():
         ({"learning.prompt_weight": "var"}, "must be none, mean, std or maxrl"),
         ({"learning.kl_estimator": "k4"}, "must be k1, k2 or k3"),
         ({"learning.kl_coef": -0.1}, "must be at least 0.0"),
+        ({"rollout.strategy": "rounds"}, "must be flat, tree, adaptive or adaptive-tree"),
+        ({"rollout.prompt_order": "random"}, "must be shuffled or thompson"),
+        ({"rollout.uniform_share": 0.0}, "between 0.01 and 1.0"),
+        ({"rollout.rounds": -1}, "rollout.rounds is -1; it must be at least 0"),
+        ({"rollout.give_up": 1.1}, "between 0.0 and 1.0"),
+        ({"rollout.stop_loops": 1}, "1; it must be of type bool"),
+        ({"rollout.stop_text": 3}, "3; it must be of type str"),
+        ({"rollout.replay_groups": -1}, "must be at least 0"),
+        ({"rollout.replay_age": 0}, "rollout.replay_age is 0; it must be at least 1"),
+        ({"rollout.replay_drift": -0.1}, "must be at least 0.0"),
+        ({"rollout.reuse": 1.5}, "between 0.0 and 1.0"),
+        ({"learning.keep_completions": -1}, "must be at least 0"),
+        ({"learning.min_advantage": -0.1}, "must be at least 0.0"),
+        ({"learning.kappa": -1}, "must be at least 0.0"),
+        ({"task.cut_reward": "none"}, "'none'; it must be of type float"),
         ({"num_generations": 4, "rollout.group_size": 4}, "set twice"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from forests import scored
 
@@ -28,20 +30,23 @@ def run(policy, rewards):
 
     def score(groups):
         assert all(len(group.leaves) == 1 for group in groups)
-        return [scored(group, [reward]) for group, reward in zip(groups, rewards, strict=True)]
+        return [
+            replace(scored(group, [reward]), parts={"first": (reward,), "other": (9.0,)})
+            for group, reward in zip(groups, rewards, strict=True)
+        ]
 
     return evaluate(
         Decoder(policy, 1.0, 16),
         chosen,
         [policy.tokenizer.encode(example.messages) for example in chosen],
         score,
-        highest_reward=1.5,
+        passing="first",
         max_completion_tokens=8,
     )
 
 
-def test_only_the_highest_reward_passes(policy):
-    evaluation = run(policy, [1.5, 0.5, 0.0, 1.5])
+def test_a_first_reward_of_one_or_more_passes(policy):
+    evaluation = run(policy, [1.5, 0.99, 0.01, 1.0])
     assert evaluation.pass_at_1 == 0.5
     assert evaluation.mean_reward == pytest.approx(3.5 / 4)
     assert evaluation.n == 4

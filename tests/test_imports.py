@@ -16,6 +16,10 @@ LEVELS = {
     "cli": 5,
     "train": 4,
     "session": 3,
+    "opening": 3,
+    "sampling": 3,
+    "inspection": 3,
+    "checks": 3,
     "evaluate": 3,
     "rollouts": 2,
     "learning": 2,
@@ -26,6 +30,8 @@ LEVELS = {
     "memory": 1,
     "worker": 1,
     "worker_child": 1,
+    "keys": 0,
+    "repetition": 0,
     "records": 0,
     "config": 0,
     "errors": 0,
@@ -33,10 +39,17 @@ LEVELS = {
     "embedded": 0,
 }
 """A module imports from lower levels, or from its own folder. `session` opens what `train` uses,
-`evaluate` samples and scores as the loop does."""
+`sampling` and `evaluate` put rollouts, tasks and what is known of prompts together."""
 
 SAME_LEVEL = {
+    ("opening", "session"),
+    ("opening", "sampling"),
+    ("opening", "checks"),
+    ("opening", "evaluate"),
     ("session", "evaluate"),
+    ("session", "sampling"),
+    ("session", "checks"),
+    ("sampling", "checks"),
     ("config", "errors"),
     ("config", "embedded"),
     ("embedded", "errors"),

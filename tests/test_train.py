@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import socket
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from localrl import RunConfig, session, train
+from localrl import RunConfig, train
 from localrl.errors import ConfigError, DataError
 from localrl.runs.logs import read_jsonl
 from localrl.runs.metrics import METRICS
-from localrl.tasks.base import RewardSpec
-from localrl.tasks.builtin import load_task
 
 SETTINGS = {
     "rollout.prompts_per_step": 4,
@@ -101,20 +98,13 @@ def test_rollouts_are_written_whole(result):
             assert leaf["reward"] == 0.0  # a random model never gets a sum right
 
 
-def teach_length(monkeypatch):
-    """Reward short completions: something a random model can learn within a few steps."""
-    spec = RewardSpec("short", f"{Path(__file__).parent / 'worker_functions.py'}:short")
-
-    def load(name, *, train_prompts):
-        return replace(load_task(name, train_prompts=train_prompts), rewards=(spec,))
-
-    monkeypatch.setattr(session, "load_task", load)
+SHORT = {"task.rewards": f"{Path(__file__).parent / 'worker_functions.py'}:short"}
+"""Reward short completions: something a random model can learn within a few steps."""
 
 
-def test_the_same_seed_gives_the_same_adapter(tiny_folder, tmp_path, monkeypatch):
-    teach_length(monkeypatch)
+def test_the_same_seed_gives_the_same_adapter(tiny_folder, tmp_path):
     files = [
-        run(tiny_folder, tmp_path / name, **{"run.seed": seed}).folder / "adapter"
+        run(tiny_folder, tmp_path / name, **SHORT, **{"run.seed": seed}).folder / "adapter"
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     one, same, other = ((path / "adapters.safetensors").read_bytes() for path in files)
@@ -122,11 +112,11 @@ def test_the_same_seed_gives_the_same_adapter(tiny_folder, tmp_path, monkeypatch
     assert one != other
 
 
-def test_rewards_rise(tiny_folder, tmp_path, monkeypatch):
-    teach_length(monkeypatch)
+def test_rewards_rise(tiny_folder, tmp_path):
     result = run(
         tiny_folder,
         tmp_path / "run",
+        **SHORT,
         **{"run.steps": 25, "learning.lr": 5e-3, "rollout.prompts_per_step": 8},
     )
     rewards = [line["reward"] for line in read_jsonl(result.folder / "metrics.jsonl")
@@ -135,14 +125,14 @@ def test_rewards_rise(tiny_folder, tmp_path, monkeypatch):
     assert result.adapter.mean_reward > result.base.mean_reward + 0.2
 
 
-def test_decoding_in_small_batches_trains_the_same(tiny_folder, tmp_path, monkeypatch):
+def test_decoding_in_small_batches_trains_the_same(tiny_folder, tmp_path):
     from localrl.backend import mx
 
-    teach_length(monkeypatch)
     folders = [
         run(
             tiny_folder,
             tmp_path / str(rows),
+            **SHORT,
             **{"memory.decode_rows": rows, "memory.micro_rows": m},
         )
         for rows, m in ((16, 16), (3, 5))
@@ -179,6 +169,25 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
         ({"task.name": "step"}, "Unknown task 'step'"),
         ({"task.train_prompts": 2}, "prompts_per_step is 4, but the task has 2"),
         ({"model.path": "nowhere"}, "no model in nowhere"),
+        ({"rollout.group_size": 1, "learning.kappa": 0.0}, "kappa is 0 and rollout.group_size 1"),
+        (
+            {"rollout.strategy": "adaptive", "rollout.rounds": 3},
+            "group_size is 4, which 3 rounds cannot share evenly",
+        ),
+        (
+            {"rollout.strategy": "adaptive-tree", "rollout.roots": 3},
+            "rollout.roots is 3, more than the 2 completions of a round",
+        ),
+        (
+            {"rollout.strategy": "tree", "learning.keep_completions": 2},
+            "learning.keep_completions is 2, which drops whole completions",
+        ),
+        (
+            {"rollout.group_size": 1, "rollout.replay_groups": 1},
+            "rollout.replay_groups is 1, but only groups with unequal",
+        ),
+        ({"rollout.reuse": 0.1}, "rollout.reuse is 0.1, but of 4 completions"),
+        ({"rollout.stop_text": "a" * 99}, "stop text may have at most"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -192,3 +201,151 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_a_prompt_that_is_too_long_is_named(tiny_folder, tmp_path):
     with pytest.raises(DataError, match=r"Raise rollout\.max_prompt_tokens"):
         run(tiny_folder, tmp_path / "run", **{"rollout.max_prompt_tokens": 5})
+
+
+ALL = {
+    "rollout.strategy": "adaptive",
+    "rollout.prompt_order": "thompson",
+    "rollout.uniform_share": 0.5,
+    "rollout.stop_loops": True,
+    "rollout.reuse": 0.5,
+    "rollout.replay_groups": 2,
+    "rollout.replay_drift": 100.0,
+    "learning.min_advantage": 0.05,
+    "task.train_prompts": 8,
+    "task.cut_reward": 0.25,
+    "learning.lr": 1e-4,
+    "run.steps": 6,
+    "task.eval_prompts": 0,
+}
+VARIANTS = {
+    "flat": {"rollout.strategy": "flat", "learning.keep_completions": 2},
+    "adaptive": {},
+    "adaptive-tree": {
+        "rollout.strategy": "adaptive-tree",
+        "rollout.group_size": 8,
+        "rollout.fork_gap": 2,
+    },
+}
+
+
+def steps(folder):
+    return list(read_jsonl(folder / "metrics.jsonl"))
+
+
+def groups(folder):
+    return list(read_jsonl(folder / "rollouts.jsonl"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everything_at_once_is_accounted_for(tiny_folder, tmp_path, variant):
+    folder = run(tiny_folder, tmp_path / "run", **SHORT, **(ALL | VARIANTS[variant])).folder
+    lines, told = steps(folder), groups(folder)
+    assert sum(line["replay/groups"] for line in lines) > 0
+    assert sum(line["rollout/reused_tokens"] for line in lines) > 0
+    for line in lines:
+        mine = [group for group in told if group["step"] == line["step"]]
+        leaves = [leaf for group in mine for leaf in group["leaves"]]
+        assert len(mine) == line["rollout/groups"] + line["replay/groups"]
+        assert sum(group["replayed"] for group in mine) == line["replay/groups"]
+        reasons = [leaf.get("dropped") for leaf in leaves]
+        assert reasons.count(None) == line["selection/trained"]
+        assert reasons.count("no coefficient") == line["selection/no_coefficient"]
+        assert reasons.count("down-sampled") == line["selection/down_sampled"]
+        assert len(leaves) == sum(v for k, v in line.items() if k.startswith("selection/"))
+        nodes = [node for group in mine for node in group["nodes"]]
+        tokens = ("rollout/tokens", "rollout/reused_tokens", "replay/tokens")
+        assert sum(len(node["token_ids"]) for node in nodes) == sum(line[name] for name in tokens)
+        stale = [node for node in nodes if "old_logprobs" in node]
+        assert sum(len(node["token_ids"]) for node in stale) == sum(line[n] for n in tokens[1:])
+        assert (
+            line["update/trained_tokens"] + line["update/skipped_tokens"]
+            == sum(line[name] for name in tokens)
+        )  # fmt: skip
+        assert all(len(leaf["text"]) <= 12 for leaf in leaves)
+        assert all(group["planned_roots"] == 4 for group in mine)
+        cut = [leaf["reward"] for leaf in leaves if leaf["finish_reason"] in ("length", "loop")]
+        assert set(cut) <= {0.25}
+    assert sum(line["selection/down_sampled"] for line in lines) > 0 or variant != "flat"
+    assert lines[-1]["num_tokens"] == sum(line["rollout/tokens"] for line in lines)
+
+
+@pytest.mark.parametrize("variant", ["adaptive", "adaptive-tree"])
+def test_everything_at_once_is_the_same_again_and_in_small_batches(tiny_folder, tmp_path, variant):
+    settings = ALL | VARIANTS[variant]
+    one, same = (run(tiny_folder, tmp_path / name, **SHORT, **settings).folder for name in "ab")
+    assert (one / "rollouts.jsonl").read_bytes() == (same / "rollouts.jsonl").read_bytes()
+    adapter = Path("adapter") / "adapters.safetensors"
+    assert (one / adapter).read_bytes() == (same / adapter).read_bytes()
+    settings |= {"memory.decode_rows": 4, "memory.micro_rows": 2, "run.steps": 2}
+    small = run(tiny_folder, tmp_path / "small", **SHORT, **settings).folder
+    for a, b in zip(groups(one), groups(small), strict=False):
+        assert [n["token_ids"] for n in a["nodes"]] == [n["token_ids"] for n in b["nodes"]]
+
+
+def test_rounds_end_where_rewards_differ(tiny_folder, tmp_path):
+    settings = {"rollout.strategy": "adaptive", "rollout.give_up": 1.0, "rollout.rounds": 2}
+    # A random model never gets a sum right: every prompt has all of its rounds.
+    folder = run(tiny_folder, tmp_path / "alike", **settings).folder
+    lines = [line for line in steps(folder) if "reward" in line]
+    assert [line["rollout/rounds"] for line in lines] == [2] * 3
+    assert [line["rollout/completions"] for line in lines] == [16] * 3
+    assert [line["selection/no_coefficient"] for line in lines] == [16] * 3
+    for group in groups(folder):
+        assert [node.get("round", 0) for node in group["nodes"]] == [0, 0, 1, 1]
+        assert (group["kept"], group["reason"]) == (False, "no coefficient")
+        assert {leaf["dropped"] for leaf in group["leaves"]} == {"no coefficient"}
+    folder = run(tiny_folder, tmp_path / "mixed", **SHORT, **settings).folder
+    seen = set()
+    for group in groups(folder):
+        first = {leaf["reward"] for leaf in group["leaves"][:2]}
+        assert len(group["leaves"]) == (2 if len(first) > 1 else 4)
+        assert group["planned_roots"] == 4
+        seen.add(len(first))
+    assert seen == {1, 2}
+
+
+def test_no_more_rounds_for_the_hopeless(tiny_folder, tmp_path):
+    settings = {"rollout.strategy": "adaptive", "rollout.give_up": 0.7, "run.steps": 5}
+    folder = run(tiny_folder, tmp_path / "run", **settings, **{"task.train_prompts": 4}).folder
+    rounds = [line["rollout/rounds"] for line in steps(folder) if "reward" in line]
+    # Nothing is ever right. At first 3/4 4/5 = 0.6 for two more; soon nobody believes in them.
+    assert (rounds[0], rounds[-1]) == (2, 1)
+    assert rounds == sorted(rounds, reverse=True)
+
+
+def test_a_completion_alone_is_compared_with_what_was_known(tiny_folder, tmp_path):
+    settings = {"rollout.group_size": 1, "task.train_prompts": 64}
+    folder = run(tiny_folder, tmp_path / "run", **SHORT, **settings).folder
+    objective = next(e for e in read_jsonl(folder / "events.jsonl") if e["kind"] == "objective")
+    assert objective["effective_weight"] is None
+    told = groups(folder)
+    assert all(len(group["leaves"]) == 1 for group in told)
+    first = [group for group in told if group["step"] == 1]
+    assert {group["nodes"][0]["advantage"] for group in first} == {0.0}  # nothing was known
+    mean = np.mean([group["leaves"][0]["reward"] for group in first])
+    for group in told:
+        if group["step"] == 2:  # every prompt is new: what is known is the mean of all
+            expected = group["leaves"][0]["reward"] - mean
+            assert group["nodes"][0]["advantage"] == pytest.approx(expected, abs=0.02)
+
+
+def test_the_stop_text_ends_completions_and_stays_in_them(tiny_folder, tmp_path):
+    told = groups(run(tiny_folder, tmp_path / "run", **{"rollout.stop_text": "a"}).folder)
+    leaves = [leaf for group in told for leaf in group["leaves"]]
+    closed = [leaf["text"] for leaf in leaves if leaf["finish_reason"] == "closed"]
+    assert closed
+    assert all(text.index("a") == len(text) - 1 for text in closed)
+    assert not any("a" in leaf["text"] for leaf in leaves if leaf["finish_reason"] != "closed")
+
+
+def test_down_sampled_completions_are_not_trained(tiny_folder, tmp_path):
+    folder = run(tiny_folder, tmp_path / "run", **SHORT, **{"learning.keep_completions": 2}).folder
+    for line in (line for line in steps(folder) if "reward" in line):
+        assert line["selection/trained"] <= 2 * 4
+        assert line["selection/down_sampled"] >= 4
+    for group in groups(folder):
+        rewards = [leaf["reward"] for leaf in group["leaves"]]
+        kept = [leaf["reward"] for leaf in group["leaves"] if "dropped" not in leaf]
+        if len(set(rewards)) > 1 and len(kept) == 2:
+            assert sorted(kept) == [min(rewards), max(rewards)]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from localrl import RunConfig, session, train
+from localrl import RunConfig, train
 from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
 from localrl.learning.credit import assign_credit
 from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 from localrl.runs.logs import read_jsonl
-from localrl.tasks.base import RewardSpec
-from localrl.tasks.builtin import load_task
 
 SETTINGS = {
     "rollout.strategy": "tree",
@@ -31,18 +28,14 @@ SETTINGS = {
 
 
 @pytest.fixture
-def run(tiny_folder, tmp_path, monkeypatch):
+def run(tiny_folder, tmp_path):
     """A run that rewards short completions."""
-    spec = RewardSpec("short", f"{Path(__file__).parent / 'worker_functions.py'}:short")
-
-    def load(name, *, train_prompts):
-        return replace(load_task(name, train_prompts=train_prompts), rewards=(spec,))
+    short = {"task.rewards": f"{Path(__file__).parent / 'worker_functions.py'}:short"}
 
     def start(name="run", **changes):
         settings = {**SETTINGS, "model.path": str(tiny_folder), "run.out": str(tmp_path / name)}
-        return train(RunConfig.create({**settings, **changes})).folder
+        return train(RunConfig.create({**settings, **short, **changes})).folder
 
-    monkeypatch.setattr(session, "load_task", load)
     return start
 
 
@@ -58,8 +51,10 @@ def redraw(line) -> ScoredGroup:
         logprobs = np.array(entry["sampled_logprobs"], np.float32)
         entropies = np.array(entry["entropies"], np.float32)
         sampled = np.ones(len(tokens), bool)
-        weight = entry.get("cond_weight", 1.0)
-        nodes.append(Node(entry["parent"], tokens, sampled, logprobs, entropies, weight))
+        weight, number = entry.get("cond_weight", 1.0), entry.get("round", 0)
+        nodes.append(
+            Node(entry["parent"], tokens, sampled, logprobs, entropies, weight, round=number)
+        )
     leaves = tuple(Leaf(e["node"], e["finish_reason"], e["text"]) for e in line["leaves"])
     example = Example(id=line["example"], messages=tuple(line["messages"]))
     group = Group(example, (), tuple(nodes), leaves, line["planned_roots"])
@@ -67,17 +62,19 @@ def redraw(line) -> ScoredGroup:
     return ScoredGroup(group, rewards, {})
 
 
+@pytest.mark.parametrize("strategy", ["tree", "adaptive-tree"])
 @pytest.mark.parametrize("rule", ["entropy", "periodic"])
-def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule):
+def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule, strategy):
     from localrl.policy.tokenizer import load_tokenizer
 
-    folder = run(**{"rollout.fork_rule": rule, "learning.kappa": 0.0})
+    settings = {"rollout.strategy": strategy, "rollout.roots": 1 if "-" in strategy else 2}
+    folder = run(**{"rollout.fork_rule": rule, "learning.kappa": 0.0, **settings})
     tokenizer = load_tokenizer(tiny_folder)
     forked = 0
     for line in read_jsonl(folder / "rollouts.jsonl"):
         scored = redraw(line)
         group = scored.group
-        forked += len(group.nodes) > group.planned_roots
+        forked += any(node.parent >= 0 for node in group.nodes)
         for leaf, completion in zip(group.leaves, group.completions(), strict=True):
             ids = completion.token_ids.tolist()
             body = ids[:-1] if leaf.finish_reason == "stop" else ids
@@ -86,7 +83,9 @@ def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule):
         credit = assign_credit(scored)
         logged = [entry["advantage"] for entry in line["nodes"]]
         assert credit.advantages == pytest.approx(logged, abs=1e-4)
-        assert sum(credit.weights[leaf.node] for leaf in group.leaves) == pytest.approx(1.0)
+        came = sum(node.parent < 0 for node in group.nodes) / group.planned_roots
+        assert came == 1 or strategy == "adaptive-tree"
+        assert sum(credit.weights[leaf.node] for leaf in group.leaves) == pytest.approx(came)
     assert forked
 
 
@@ -142,15 +141,32 @@ def test_trees_learn(run):
     [
         ({"rollout.roots": 7}, "rollout.roots is 7, more than the 6 completions"),
         ({"memory.decode_rows": 5}, "a tree may have 6 leaves at once"),
+        (
+            {"rollout.strategy": "adaptive-tree", "rollout.roots": 4},
+            "more than the 3 completions of",
+        ),
+        ({"rollout.strategy": "adaptive-tree", "rollout.rounds": 4}, "which 4 rounds cannot share"),
+        (
+            {"rollout.strategy": "adaptive-tree", "memory.decode_rows": 2},
+            "a tree may have 3 leaves at once",
+        ),
+        ({"rollout.strategy": "adaptive-tree", "learning.objective": "grpo"}, "is grpo, which"),
+        ({"learning.keep_completions": 3}, "learning.keep_completions is 3"),
         ({"learning.objective": "grpo"}, "learning.objective is grpo, which divides by the length"),
         ({"learning.objective": "gspo"}, "learning.objective is gspo"),
-        ({"rollout.strategy": "trees"}, "must be flat or tree"),
+        ({"rollout.strategy": "trees"}, "must be flat, tree, adaptive or adaptive-tree"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(run, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(**changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tree_of_one_root_needs_no_tracker(run):
+    line = steps(run(**{"rollout.roots": 1, "learning.kappa": 0.0}))[-1]
+    assert line["tree/forks_per_path"] > 0
+    assert line["update/trained_tokens"] > 0
 
 
 def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
@@ -160,7 +176,7 @@ def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
 
     from localrl.rollouts.decode import Decoder
     from localrl.rollouts.forking import PeriodicRule, Spacing
-    from localrl.rollouts.groups import sample_groups
+    from localrl.rollouts.groups import Shape, sample_groups
 
     policy = tiny.make_tiny_policy(tmp_path / "model")
     examples = [Example(id=t, messages=({"role": "user", "content": t},)) for t in ("1", "sum 2")]
@@ -170,8 +186,7 @@ def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
             Decoder(policy, 0.8, rows),
             examples,
             [policy.tokenizer.encode(example.messages) for example in examples],
-            roots=2,
-            group_size=6,
+            Shape(2, 6),
             rule=PeriodicRule(Spacing(2, 6, 3, 12.0)),
             max_completion_tokens=20,
             seed=0,

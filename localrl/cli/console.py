@@ -15,6 +15,7 @@ from localrl.embedded import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from localrl.evaluate import Evaluation, Shown
+    from localrl.rollouts.groups import Shape
     from localrl.session import Session
     from localrl.train import RunResult
 
@@ -45,7 +46,7 @@ class Console:
         self._line(f"task     {session.task.name}: {session.task.description}")
         prompts = config.rollout.prompts_per_step
         self._line(
-            f"step     {prompts} prompts x {plan.group_size} completions of at most "
+            f"step     {prompts} prompts x {completions(session.sampler.shape)} of at most "
             f"{plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
             f"LoRA rank {config.lora.rank}"
         )
@@ -101,6 +102,16 @@ class Console:
 
     def _line(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
+
+
+def completions(shape: Shape) -> str:
+    """How many completions a prompt gets, in words."""
+    most = shape.leaves * shape.rounds
+    if shape.rounds > 1:
+        return f"{shape.roots} to {most} completions"
+    if shape.leaves > shape.roots:
+        return f"trees with up to {most} completions"
+    return f"{most} completion{'s' if most > 1 else ''}"
 
 
 def comparison(base: Evaluation, adapter: Evaluation) -> str:

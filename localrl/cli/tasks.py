@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from localrl.inspection import TaskReport
+    from localrl.policy.tokenizer import Tokenizer
+    from localrl.rewards.scoring import Scorer
+    from localrl.tasks.base import Task
 
 
 @click.group()
 def tasks() -> None:
-    """List the tasks, or look at one."""
+    """List the tasks, look at one, or check your own."""
 
 
 @tasks.command("list")
@@ -18,32 +27,119 @@ def list_all() -> None:
     from localrl.tasks.builtin import list_tasks
 
     for name, description in list_tasks().items():
-        click.echo(f"{name:10}{description}")
+        click.echo(f"{name:12}{description}")
+
+
+def _options(command):
+    """The options that `show` and `check` share."""
+    for option in (
+        click.option("--model", metavar="DIR", help="Render for this model, not the embedded one."),
+        click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for train."),
+        click.option("-n", "count", type=click.IntRange(0), default=3, help="Examples to show."),
+        click.argument("name"),
+    ):
+        command = option(command)
+    return command
 
 
 @tasks.command()
-@click.argument("name")
-@click.option("-n", "count", type=click.IntRange(1), default=3, help="Examples to show.")
-@click.option("--model", metavar="DIR", help="Render for this model; without it the embedded one.")
-def show(name: str, count: int, model: str | None) -> None:
-    """Show training examples as the model sees them, with their answers and rewards.
+@_options
+def show(name: str, count: int, rewards: tuple[str, ...], model: str | None) -> None:
+    """Show training examples as the model sees them, with their answers.
 
     \b
       localrl tasks show steps
-      localrl tasks show sums -n 10
+      localrl tasks show problems.jsonl -n 10 --model path/to/model
     """
-    from localrl.cli.console import printable
+    with _opened(name, rewards, model) as (task, _, tokenizer):
+        _head(task)
+        _examples(task, tokenizer, count)
+
+
+@tasks.command()
+@_options
+def check(name: str, count: int, rewards: tuple[str, ...], model: str | None) -> None:
+    """Check a task before training on it: prompts, held-out rows, gold answers, reward time.
+
+    \b
+      localrl tasks check problems.jsonl --reward my_rewards.py:score --model path/to/model
+    """
+    from localrl.config import RunConfig
+    from localrl.inspection import inspect_task
+    from localrl.tasks.loading import is_data
+
+    rollout = RunConfig().rollout
+    with _opened(name, rewards, model) as (task, scorer, tokenizer):
+        scorer.check(task.train(0).columns)
+        report = inspect_task(
+            task,
+            scorer,
+            tokenizer,
+            max_prompt_tokens=rollout.max_prompt_tokens,
+            per_step=rollout.prompts_per_step * rollout.completions,
+            gold=is_data(name),
+        )
+        _head(task)
+        for line in _lines(report, rollout.max_prompt_tokens):
+            click.echo(line)
+        _examples(task, tokenizer, count)
+
+
+@contextmanager
+def _opened(
+    name: str, rewards: Sequence[str], model: str | None
+) -> Iterator[tuple[Task, Scorer, Tokenizer]]:
+    """The task, its rewards and the model's tokenizer; data without a reward get `accuracy`."""
+    from localrl.config import TaskConfig
     from localrl.embedded import embedded_model_path
     from localrl.policy.tokenizer import load_tokenizer
-    from localrl.tasks.builtin import load_task
+    from localrl.rewards.catalog import parse_rewards
+    from localrl.rewards.scoring import Scorer
+    from localrl.tasks.loading import is_data, open_task
+    from localrl.worker import Worker
 
-    task = load_task(name, train_prompts=0)
-    tokenizer = load_tokenizer(Path(model) if model else embedded_model_path())
+    config = TaskConfig(name=name)
+    specs = parse_rewards(rewards or (["accuracy"] if is_data(name) else []))
+    with Worker(
+        time_limit_s=config.reward_timeout_s,
+        memory_limit_bytes=config.reward_memory_mb * 2**20,
+    ) as worker:
+        task = open_task(config, specs, worker)
+        scorer = Scorer(task.rewards, worker, lambda line: click.echo(f"warning: {line}", err=True))
+        yield task, scorer, load_tokenizer(Path(model) if model else embedded_model_path())
+
+
+def _head(task: Task) -> None:
     parts = ", ".join(f"{spec.name} x {spec.weight:g}" for spec in task.rewards)
     click.echo(f"{task.name}: {task.description}\nrewards: {parts}")
-    for index in range(count):
+
+
+def _lines(report: TaskReport, most: int) -> Iterator[str]:
+    least, median, longest = report.prompt_tokens
+    training = report.training or "endless"
+    yield f"prompts: {training} to train on, {report.held_out} held out"
+    yield f"length: {least} to {longest} tokens, half of them up to {median}"
+    if report.too_long:
+        yield f"  {report.too_long} are longer than {most}: raise rollout.max_prompt_tokens"
+    if report.repeated:
+        yield f"repeated: {report.repeated} prompts come more than once"
+    if report.unknown:
+        yield f"unreadable: this model has no token for {report.unknown!r}"
+    if report.gold:
+        right = len(report.gold) - len(report.wrong)
+        yield f"gold answers: {right} of {len(report.gold)} score 1"
+    for scored in report.wrong[:3]:
+        parts = {name: values[0] for name, values in scored.parts.items()}
+        yield f"  {scored.group.example.id}: {scored.group.example.answer!r:.60} gets {parts}"
+    yield f"reward time: {1000 * report.reward_s:.1f} ms for the completions of a step"
+
+
+def _examples(task: Task, tokenizer: Tokenizer, count: int) -> None:
+    from localrl.cli.console import printable
+
+    for index in range(min(count, task.train_size or count)):
         example = task.train(index)
         prompt = tokenizer.encode(example.messages)
         click.echo(f"\n{example.id}  ({len(prompt)} tokens)")
         click.echo(f"  model sees  {printable(tokenizer.render(example.messages))!r}")
-        click.echo(f"  answer      {example.answer}")
+        click.echo(f"  answer      {printable(str(example.answer))}")

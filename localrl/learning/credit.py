@@ -35,10 +35,14 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
         b(n) = (sum of the siblings' V + kappa * b(parent)) / (siblings + kappa)
         A(n) = V(n) - b(n),   omega(n) = omega(parent) * cond_weight(n)
 
-    Roots have 1 / planned_roots as their weight and `prior` as the baseline above them. A leaf
-    without a reward is left out and the weights of its siblings are scaled to make up for it. With
-    kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline, and a root
-    without siblings has none, hence advantage 0 for it and for such nodes below it.
+    Roots have 1 / planned_roots as their weight and `prior` as the baseline above them. Where roots
+    come in rounds, those of later rounds are no siblings of earlier ones: whether they came at all
+    depended on these. By Wald's identity the sum is then E[roots that came] / planned_roots times
+    the gradient, for any rule that decides from what came before.
+
+    A leaf without a reward is left out and the weights of its siblings are scaled to make up for
+    it. With kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline,
+    and a root without siblings has none, hence advantage 0 for it and for such nodes below it.
     """
     group = scored.group
     children = _children(group)
@@ -49,7 +53,8 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
     weights: list[float] = []
     for n, node in enumerate(group.nodes):
         above = baselines[node.parent] if node.parent >= 0 else prior if kappa > 0 else None
-        baseline = _baseline([values[k] for k in children[node.parent] if k != n], above, kappa)
+        siblings = [k for k in children[node.parent] if k != n and _known_to(group, k, n)]
+        baseline = _baseline([values[k] for k in siblings], above, kappa)
         baselines.append(baseline)
         advantages.append(_difference(values[n], baseline))
         weights.append(shares[n] * (weights[node.parent] if node.parent >= 0 else 1.0))
@@ -70,6 +75,11 @@ def _children(group: Group) -> dict[int, list[int]]:
     for n, node in enumerate(group.nodes):
         children[node.parent].append(n)
     return children
+
+
+def _known_to(group: Group, other: int, node: int) -> bool:
+    """Whether the other may stand in the node's baseline: not if it came in a later round."""
+    return group.nodes[other].round <= group.nodes[node].round
 
 
 def _rewards(scored: ScoredGroup) -> dict[int, float | None]:

@@ -18,7 +18,7 @@ class ObjectiveSums:
     clipped_low: mx.array
     clipped_high: mx.array
     gap: mx.array
-    """Sum of |new - sampled| log-probability."""
+    """Sum of |new - anchor| log-probability."""
     gap_max: mx.array
     kl: mx.array
     """Sum of the KL's values times its weights."""
@@ -27,7 +27,7 @@ class ObjectiveSums:
 def policy_sums(
     objective: Objective,
     logprobs: mx.array,
-    sampled_logprobs: mx.array,
+    anchor_logprobs: mx.array,
     coefficients: mx.array,
     rows: np.ndarray,
 ) -> ObjectiveSums:
@@ -37,14 +37,14 @@ def policy_sums(
         weight            L = - sum_t sg[clip(r_t, 1 - clip_low, 1 + clip_high)] c_t logprob_t
         none              L = - sum_t c_t logprob_t
 
-        r_t = exp(logprob - sampled logprob); for sequence exp(its mean over the completion)
+        r_t = exp(logprob - anchor); for sequence exp(its mean over the completion)
 
     `rows` says which completion a token belongs to. Papers: PPO, Schulman et al. 2017 (1707.06347);
     GSPO, Zheng et al. 2025 (2507.18071), whose min(s C, clip(s) C) per completion this is, C being
     the sum of its coefficients; CISPO, MiniMax 2025 (2506.13585); RLOO, Ahmadian et al. 2024
-    (2402.14740). The anchor of the ratio is the sampler's own record.
+    (2402.14740). For fresh tokens the anchor is the sampler's own record.
     """
-    log_ratio = logprobs - sampled_logprobs
+    log_ratio = logprobs - anchor_logprobs
     ratio = mx.exp(_row_means(log_ratio, rows) if objective.ratio == "sequence" else log_ratio)
     lowest, highest = 1 - objective.clip_low, 1 + objective.clip_high
     held = mx.clip(ratio, lowest, highest)
@@ -69,11 +69,11 @@ def policy_sums(
 
 
 def kl_terms(
-    estimator: str, logprobs: mx.array, ref_logprobs: mx.array, sampled_logprobs: mx.array
+    estimator: str, logprobs: mx.array, ref_logprobs: mx.array, anchor_logprobs: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Per token the loss and the value of KL(policy, reference); all arrays (N,), nats.
 
-        d = logprob - ref logprob,   r = exp(logprob - sampled logprob)
+        d = logprob - ref logprob,   r = exp(logprob - anchor)
 
               value               loss        its gradient on fresh tokens
         k1    d                   r sg[d]     d grad logprob             KL(policy, reference)
@@ -88,7 +88,7 @@ def kl_terms(
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
-        return mx.exp(logprobs - sampled_logprobs) * mx.stop_gradient(d), d
+        return mx.exp(logprobs - anchor_logprobs) * mx.stop_gradient(d), d
     value = mx.square(d) / 2 if estimator == "k2" else mx.exp(-d) - 1 + d
     return value, value
 

@@ -104,13 +104,15 @@ def describe(config: LearningConfig, group_size: int) -> dict[str, Any]:
     """The objective in full, and what its prompt weighting does to prompts of each difficulty.
 
     `effective_weight` is w(p) of a flat group: a prompt answered right with probability p moves the
-    policy as w(p) times its own gradient.
+    policy as w(p) times its own gradient. None where completions stand alone.
     """
     objective = make_objective(config)
-    weights = {
-        str(p): round(effective_weight(objective.prompt_weight, p, group_size), 3)
-        for p in DIFFICULTIES
-    }
+    weights = None
+    if group_size > 1:
+        weights = {
+            str(p): round(effective_weight(objective.prompt_weight, p, group_size), 3)
+            for p in DIFFICULTIES
+        }
     return {
         "name": config.objective,
         **dataclasses.asdict(objective),

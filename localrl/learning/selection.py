@@ -1,4 +1,11 @@
-"""Selection: which rollouts reach the optimizer, and the batch that it sees."""
+"""Selection: which rollouts reach the optimizer, and the batch that it sees.
+
+What one token is worth is settled here, before the update:
+
+    coefficient = share * advantage * weight of its completion * importance of its prefix
+
+and 0 for what repeats itself. Tokens whose coefficient is 0 cost nothing in the update.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,9 @@ import numpy as np
 
 from localrl.learning.credit import Credit, token_coefficients
 from localrl.learning.objectives import Objective, token_shares
-from localrl.records import Batch, BatchNode, ScoredGroup
+from localrl.learning.staleness import importance
+from localrl.records import Batch, BatchNode, DropReason, Group, ScoredGroup
+from localrl.repetition import repeated_from
 
 NEGLIGIBLE = 1e-8
 """A coefficient this small teaches nothing."""
@@ -22,38 +31,112 @@ class Selection:
     batch: Batch
     informative: tuple[bool, ...]
     """Per group: whether some coefficient is more than negligible."""
-    kept: tuple[bool, ...]
-    """Per group: whether it is in the batch; with a KL also without a coefficient."""
+    dropped: tuple[tuple[DropReason | None, ...], ...]
+    """Per group and completion: why it is not in the batch, None if it is."""
 
-    def reason(self, group: int) -> str | None:
-        """Why this group was dropped, or None if it was kept."""
-        return None if self.kept[group] else "no coefficient above 0"
+    @property
+    def kept(self) -> tuple[bool, ...]:
+        """Per group: whether some of it is in the batch; with a KL also without a coefficient."""
+        return tuple(any(reason is None for reason in reasons) for reasons in self.dropped)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the batch with a coefficient or a KL weight."""
+        return sum(int(node.trained.sum()) for node in self.batch.nodes)
 
 
 def select(
-    scored: Sequence[ScoredGroup], credits: Sequence[Credit], z: float, objective: Objective
+    scored: Sequence[ScoredGroup],
+    credits: Sequence[Credit],
+    z: float,
+    objective: Objective,
+    leaf_weights: Sequence[np.ndarray] | None = None,
 ) -> Selection:
     """Keep the groups that have something to teach; with a KL, all that have a reward.
 
     `z` counts all prompts of the step, kept or not: what is dropped would have added 0 to the sum,
-    so dropping it must not change the quotient.
+    so dropping it must not change the quotient. `leaf_weights` are those of down-sampling, (leaves)
+    per group, by which a completion that shares no tokens is multiplied.
     """
     prompts: list[tuple[int, ...]] = []
     nodes: list[BatchNode] = []
-    informative, kept = [], []
-    for group, credit in zip(scored, credits, strict=True):
-        fresh = _batch_nodes(group, credit, objective, prompt=len(prompts), offset=len(nodes))
-        teaches = any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh)
-        informative.append(teaches)
-        kept.append(teaches or any(node.kl_weights.any() for node in fresh))
-        if kept[-1]:
+    informative, dropped = [], []
+    for i, (group, credit) in enumerate(zip(scored, credits, strict=True)):
+        weights = leaf_weights[i] if leaf_weights else np.ones(len(group.rewards))
+        factors = _factors(group.group, weights)
+        fresh = _batch_nodes(group, credit, objective, factors, len(prompts), len(nodes))
+        informative.append(any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh))
+        dropped.append(_dropped(group, fresh, weights))
+        if any(reason is None for reason in dropped[-1]):
             prompts.append(group.group.prompt_ids)
             nodes += fresh
-    return Selection(Batch(tuple(prompts), tuple(nodes), z), tuple(informative), tuple(kept))
+    return Selection(Batch(tuple(prompts), tuple(nodes), z), tuple(informative), tuple(dropped))
+
+
+def round_small(credit: Credit, least: float, uniforms: np.ndarray) -> Credit:
+    """Advantages below `least` in size become that, or 0, at random and without bias.
+
+        |A| < least:   A <- sign(A) least   with probability |A| / least,   else 0
+
+    `uniforms` holds a number in (0, 1) per node. It saves the update of completions that would
+    hardly move anything.
+    """
+
+    def rounded(advantage: float | None, uniform: float) -> float | None:
+        if advantage is None or abs(advantage) >= least:
+            return advantage
+        return float(np.copysign(least, advantage)) if uniform * least < abs(advantage) else 0.0
+
+    pairs = zip(credit.advantages, uniforms, strict=True)
+    return replace(credit, advantages=tuple(rounded(a, float(u)) for a, u in pairs))
+
+
+def _factors(group: Group, leaf_weights: np.ndarray) -> list[np.ndarray]:
+    """What each token's share is multiplied by, (n,) per node."""
+    factors = importance(group)
+    for leaf, weight in zip(group.leaves, leaf_weights, strict=True):
+        for n in group.path(leaf.node):
+            factors[n] = factors[n] * weight
+        if leaf.finish_reason == "loop":
+            _silence_repetition(group, leaf.node, factors)
+    return factors
+
+
+def _silence_repetition(group: Group, end: int, factors: list[np.ndarray]) -> None:
+    """Set the factors of a loop's tokens to 0, but for its first two periods."""
+    path = group.path(end)
+    start = repeated_from(np.concatenate([group.nodes[n].token_ids for n in path]))
+    if start is None:
+        return
+    for n in path:
+        length = len(group.nodes[n].token_ids)
+        factors[n] = np.where(np.arange(length) < start, factors[n], 0.0)
+        start -= length
+
+
+def _dropped(
+    scored: ScoredGroup, nodes: Sequence[BatchNode], weights: np.ndarray
+) -> tuple[DropReason | None, ...]:
+    """Why each completion has nothing to train, None where it has."""
+    group = scored.group
+    reasons: list[DropReason | None] = []
+    for leaf, reward, weight in zip(group.leaves, scored.rewards, weights, strict=True):
+        if any(nodes[n].trained.any() for n in group.path(leaf.node)):
+            reasons.append(None)
+        elif reward is None:
+            reasons.append("no reward")
+        else:
+            reasons.append("no coefficient" if weight else "down-sampled")
+    return tuple(reasons)
 
 
 def _batch_nodes(
-    scored: ScoredGroup, credit: Credit, objective: Objective, *, prompt: int, offset: int
+    scored: ScoredGroup,
+    credit: Credit,
+    objective: Objective,
+    factors: Sequence[np.ndarray],
+    prompt: int,
+    offset: int,
 ) -> list[BatchNode]:
     group = scored.group
     ends = {leaf.node for leaf in group.leaves}
@@ -64,10 +147,19 @@ def _batch_nodes(
             prompt=prompt,
             parent=node.parent + offset if node.parent >= 0 else -1,
             token_ids=node.token_ids,
-            coefficients=coefficients[n],
-            sampled_logprobs=node.sampled_logprobs,
+            coefficients=_above_nothing(coefficients[n] * factors[n]),
+            anchor_logprobs=node.sampled_logprobs
+            if node.old_logprobs is None
+            else node.old_logprobs,
             finish=n in ends,
-            kl_weights=(node.sampled * (objective.kl_coef * shares[n])).astype(np.float32),
+            kl_weights=(node.sampled * factors[n] * (objective.kl_coef * shares[n])).astype(
+                np.float32
+            ),
         )
         for n, node in enumerate(group.nodes)
     ]
+
+
+def _above_nothing(coefficients: np.ndarray) -> np.ndarray:
+    """The coefficients as float32, negligible ones as 0."""
+    return np.where(abs(coefficients) > NEGLIGIBLE, coefficients, 0.0).astype(np.float32)

@@ -5,56 +5,139 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from localrl.learning.credit import Credit
-from localrl.records import ScoredGroup
+import numpy as np
 
-KEPT = 0.9
-"""Share of what is known of a prompt that stays when it is seen again."""
-PRIOR_SAMPLES = 1.0
+from localrl.keys import keyed_generator
+from localrl.learning.credit import Credit
+from localrl.records import Example, ScoredGroup, mean_or_none
+
+HALF_LIFE = 0.06
+"""Nats of drift after which half of what was known is forgotten."""
+KEPT = (0.875, 0.96)
+"""Least and most that stays when a prompt is seen again: the last 8 to 25 visits count."""
+PRIOR_SAMPLES = 2.0
 """Completions that the mean of all prompts counts for, where a prompt has been seen little."""
+KEPT_OF_ALL = 0.99
+"""Of the mean of all prompts, per group: steady, yet fast enough to follow the policy."""
+FLOOR = 0.05
+"""Smallest parameter of a posterior, so that it is never certain."""
+
+
+@dataclass
+class _Known:
+    total: float
+    """Sum of rewards, forgotten little by little."""
+    count: float
+    """Completions in it."""
+    tokens: float
+    """Sum of their lengths."""
+    clock: float
+    """Drift of the policy up to the last visit, in nats."""
 
 
 @dataclass
 class Tracker:
     """A running mean reward per `tracker_key`, drawn toward that of all prompts.
 
-        total <- 0.9 total + 0.1 * mean of all + samples * mean reward of the group
-        count <- 0.9 count + 0.1 + samples,      value = total / count
+        total <- kept total + (1 - kept) prior * mean of all + samples * mean reward of the group
+        count <- kept count + (1 - kept) prior + samples,         value = total / count
+        kept = 2^(-drift / 0.06) within 0.875 and 0.96
 
-    The rule is the discounted Beta posterior of Qu et al. 2025 (MoPPS, arXiv 2507.04632), written
-    as a mean, which rewards of any size fit. Completions that share tokens are correlated: a group
-    counts as its roots and half of its further leaves.
+    drift is how far the policy has moved since the prompt's last visit: the sum over updates of the
+    mean |change of log-probability|. The forgetting is that of Xu and Ding 2025 (single-stream
+    policy optimization, arXiv 2509.13232), who measure drift on the prompt's last completion; the
+    prior is that of Qu et al. 2025 (MoPPS, arXiv 2507.04632). For rewards of 0 and 1 total and
+    count - total are a Beta posterior; others are placed within the range seen so far. Completions
+    that share tokens are correlated: a group counts as its roots and half of its further leaves.
     """
 
-    _known: dict[str, tuple[float, float]] = field(default_factory=dict)
-    _all: tuple[float, float] = (0.0, 0.0)
+    _known: dict[str, _Known] = field(default_factory=dict)
+    _all: _Known = field(default_factory=lambda: _Known(0.0, 0.0, 0.0, 0.0))
+    _range: tuple[float, float] = (0.0, 1.0)
 
     def value(self, key: str) -> float | None:
         """Expected reward of the prompt; None while no reward at all has been seen."""
-        if not self._all[1]:
+        if not self._all.count:
             return None
-        total, count = self._known.get(key, (self._mean * PRIOR_SAMPLES, PRIOR_SAMPLES))
-        return total / count
+        known = self._of(key)
+        return known.total / known.count
+
+    def difficulty(self, key: str) -> float | None:
+        """Where the expected reward lies within the range of rewards, 0 to 1."""
+        value = self.value(key)
+        return None if value is None else self._place(value)
+
+    def expected_tokens(self, key: str) -> float | None:
+        """Expected length of a completion; None while none has been seen."""
+        known = self._of(key)
+        return known.tokens / known.count if known.count else None
+
+    def posterior(self, key: str) -> tuple[float, float]:
+        """Parameters of the Beta distribution of the prompt's share of right answers."""
+        known = self._of(key)
+        place = self._place(known.total / known.count) if known.count else 0.5
+        count = known.count or PRIOR_SAMPLES
+        return max(FLOOR, count * place), max(FLOOR, count * (1 - place))
+
+    def share(self, reward: float) -> float:
+        """A reward's place within the range seen so far, 0 to 1."""
+        return self._place(reward)
+
+    def worth(self, examples: Sequence[Example], *address: int | str) -> np.ndarray:
+        """What a token spent on each example may teach, (n,): sqrt(p (1 - p) / expected tokens).
+
+        p is drawn from the posterior (Thompson 1933), so that little-known prompts get their turn.
+        The standard deviation of the reward is what a completion teaches (see docs/strategies.md).
+        """
+        alpha, beta = np.reshape([self.posterior(e.tracker_key) for e in examples], (-1, 2)).T
+        p = keyed_generator(*address).beta(alpha, beta)
+        tokens = [self.expected_tokens(e.tracker_key) or 1.0 for e in examples]
+        return np.sqrt(p * (1 - p) / np.array(tokens))
+
+    def drifted(self, nats: float) -> None:
+        """The policy has moved this far."""
+        self._all.clock += nats
 
     def update(self, scored: Sequence[ScoredGroup], credits: Sequence[Credit]) -> None:
         """Take in a step's rewards, weighted as the credit weighs its leaves."""
         for group, credit in zip(scored, credits, strict=True):
             mean, samples = _worth(group, credit)
             if samples:
-                self._learn(group.group.example.tracker_key, mean, samples)
+                length = mean_or_none([len(path) for path in group.group.completions()]) or 0.0
+                self._see([reward for reward in group.rewards if reward is not None])
+                self._learn(group.group.example.tracker_key, mean, length, samples)
 
-    def _learn(self, key: str, mean: float, samples: float) -> None:
-        old = self._known.get(key, (self._mean * PRIOR_SAMPLES, PRIOR_SAMPLES))
-        prior = (1 - KEPT) * PRIOR_SAMPLES
-        total = KEPT * old[0] + prior * self._mean + samples * mean
-        self._known[key] = total, KEPT * old[1] + prior + samples
-        # A hundred groups or so: slow enough to be steady, fast enough to follow the policy.
-        self._all = 0.99 * self._all[0] + samples * mean, 0.99 * self._all[1] + samples
+    def _learn(self, key: str, mean: float, length: float, samples: float) -> None:
+        old, prior, overall = self._of(key), self._prior(), self._all
+        kept = float(np.clip(2 ** (-(overall.clock - old.clock) / HALF_LIFE), *KEPT))
+        self._known[key] = _Known(
+            kept * old.total + (1 - kept) * prior.total + samples * mean,
+            kept * old.count + (1 - kept) * prior.count + samples,
+            kept * old.tokens + (1 - kept) * prior.tokens + samples * length,
+            overall.clock,
+        )
+        overall.total = KEPT_OF_ALL * overall.total + samples * mean
+        overall.count = KEPT_OF_ALL * overall.count + samples
+        overall.tokens = KEPT_OF_ALL * overall.tokens + samples * length
 
-    @property
-    def _mean(self) -> float:
-        total, count = self._all
-        return total / count if count else 0.0
+    def _of(self, key: str) -> _Known:
+        return self._known.get(key) or self._prior()
+
+    def _prior(self) -> _Known:
+        """What is thought of a prompt never seen: the mean of all, as a few completions."""
+        overall = self._all
+        if not overall.count:
+            return _Known(0.0, 0.0, 0.0, overall.clock)
+        weight = PRIOR_SAMPLES / overall.count
+        return _Known(weight * overall.total, PRIOR_SAMPLES, weight * overall.tokens, overall.clock)
+
+    def _see(self, rewards: Sequence[float]) -> None:
+        low, high = self._range
+        self._range = min(low, *rewards), max(high, *rewards)
+
+    def _place(self, reward: float) -> float:
+        low, high = self._range
+        return float(np.clip((reward - low) / (high - low), 0.0, 1.0))
 
 
 def _worth(scored: ScoredGroup, credit: Credit) -> tuple[float, float]:

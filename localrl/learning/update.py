@@ -25,9 +25,10 @@ LOGGER = logging.getLogger(__name__)
 MOST_SKIPPED = 3
 """Updates in a row that may be skipped for a gradient that is not finite."""
 
-NO_UPDATE = StepStats(
-    None, None, None, None, None, None, None, trained_tokens=0, saved_positions=0, updated=False
-)
+DRIFT_TOKENS = 256
+"""Trained tokens from which the policy's drift is measured."""
+
+NO_UPDATE = StepStats(*(None,) * 8, trained_tokens=0, saved_positions=0, updated=False)
 
 
 class Updater:
@@ -66,7 +67,20 @@ class Updater:
         first = self._apply(batch, plan)
         for _ in range(self.config.updates_per_step - 1):
             self._apply(batch, plan)
-        return first
+        return replace(first, drift=self._drift(batch, plan)) if first.updated else first
+
+    def _drift(self, batch: Batch, plan: MemoryPlan) -> float:
+        """Mean |log-probability now - at the start of the step| over the tokens of a few prompts.
+
+        One forward pass over a sample: enough prompts for `DRIFT_TOKENS` trained tokens.
+        """
+        moved = np.concatenate(
+            [
+                np.array(self._logprobs(micro, plan.head_chunk)) - micro.anchor_logprobs
+                for micro in self._micro_batches(_some(batch, DRIFT_TOKENS), plan)
+            ]
+        )
+        return float(np.abs(moved).mean())
 
     def gradient(self, batch: Batch, plan: MemoryPlan) -> tuple[Any, _Totals]:
         """Gradient of the objective over the batch, divided once by Z; and the sums behind it."""
@@ -98,12 +112,12 @@ class Updater:
     def _loss(
         self, micro: MicroBatch, reference: mx.array | None, head_chunk: int
     ) -> tuple[mx.array, ObjectiveSums]:
-        logprobs, sampled = self._logprobs(micro, head_chunk), mx.array(micro.sampled_logprobs)
+        logprobs, anchors = self._logprobs(micro, head_chunk), mx.array(micro.anchor_logprobs)
         coefficients = mx.array(micro.coefficients)
-        sums = policy_sums(self.objective, logprobs, sampled, coefficients, micro.rows)
+        sums = policy_sums(self.objective, logprobs, anchors, coefficients, micro.rows)
         if reference is not None:
             weights = mx.array(micro.kl_weights)
-            loss, value = kl_terms(self.objective.kl_estimator, logprobs, reference, sampled)
+            loss, value = kl_terms(self.objective.kl_estimator, logprobs, reference, anchors)
             loss = sums.loss + (weights * loss).sum()
             sums = replace(sums, loss=loss, kl=(weights * value).sum())
         return sums.loss, sums
@@ -181,10 +195,21 @@ class _Totals:
             logprob_gap_mean=self.gap / self.tokens,
             logprob_gap_max=self.gap_max,
             kl=self.kl / self.kl_weight if self.kl_weight > 0 else None,
+            drift=None,
             trained_tokens=self.tokens,
             saved_positions=self.saved_positions,
             updated=updated,
         )
+
+
+def _some(batch: Batch, tokens: int) -> Batch:
+    """The first prompts of a batch that have this many trained tokens, or all of it."""
+    seen = 0
+    for n, node in enumerate(batch.nodes):
+        if seen >= tokens and node.prompt != batch.nodes[n - 1].prompt:
+            return replace(batch, prompts=batch.prompts[: node.prompt], nodes=batch.nodes[:n])
+        seen += int(node.trained.sum())
+    return batch
 
 
 def global_norm(tree: Any) -> float:

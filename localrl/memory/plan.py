@@ -26,8 +26,8 @@ def make_plan(
     longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
     dequantise, reason = _dequantise(memory.dequantise, dense_bytes, on_cpu)
     return MemoryPlan(
-        group_size=rollout.group_size,
-        decode_rows=memory.decode_rows or rollout.prompts_per_step * rollout.group_size,
+        group_size=rollout.completions,
+        decode_rows=memory.decode_rows or rollout.prompts_per_step * rollout.completions,
         micro_rows=memory.micro_rows or max(1, MICRO_TOKENS // longest),
         head_chunk=memory.head_chunk or max(16, LOGIT_BYTES // (4 * vocabulary)),
         max_prompt_tokens=rollout.max_prompt_tokens,

@@ -17,7 +17,7 @@ from localrl.records import Batch
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence of the update, still ragged; the last three arrays belong to the targets."""
+    """One sequence of the update, still ragged; all arrays but the first belong to the targets."""
 
     token_ids: np.ndarray
     """(L,) int32, prompt and completion."""
@@ -25,10 +25,12 @@ class Row:
     """(n,) positions in `token_ids` that are trained, each at least 1."""
     coefficients: np.ndarray
     """(n,) float32."""
-    sampled_logprobs: np.ndarray
+    anchor_logprobs: np.ndarray
     """(n,) float32."""
     kl_weights: np.ndarray
     """(n,) float32."""
+    nodes: np.ndarray
+    """(n,) index into the nodes of the batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +46,15 @@ class MicroBatch:
     """(N,) int32, the tokens predicted."""
     coefficients: np.ndarray
     """(N,) float32."""
-    sampled_logprobs: np.ndarray
+    anchor_logprobs: np.ndarray
     """(N,) float32."""
     kl_weights: np.ndarray
     """(N,) float32."""
     rows: np.ndarray
     """(N,) the row, or the tree, in which each target stands, from 0."""
+    nodes: np.ndarray
+    """(N,) index into the nodes of the batch. A node's targets stand together, in the order of its
+    tokens."""
     saved_positions: int = 0
     """Positions that the same paths would have taken more, one row each."""
 
@@ -69,9 +74,10 @@ def forest_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
             ),
             targets=np.concatenate([node.token_ids[m] for node, m in nodes]),
             coefficients=np.concatenate([node.coefficients[m] for node, m in nodes]),
-            sampled_logprobs=np.concatenate([node.sampled_logprobs[m] for node, m in nodes]),
+            anchor_logprobs=np.concatenate([node.anchor_logprobs[m] for node, m in nodes]),
             kl_weights=np.concatenate([node.kl_weights[m] for node, m in nodes]),
             rows=np.repeat(planting.trees, [int(m.sum()) for _, m in nodes]),
+            nodes=np.repeat(planting.nodes, [int(m.sum()) for _, m in nodes]),
             saved_positions=planting.row_positions - planting.layout.positions,
         )
 
@@ -111,9 +117,10 @@ def pack(rows: Sequence[Row]) -> MicroBatch:
         sources=np.concatenate([i * length + row.targets - 1 for i, row in enumerate(rows)]),
         targets=np.concatenate([row.token_ids[row.targets] for row in rows]),
         coefficients=np.concatenate([row.coefficients for row in rows]),
-        sampled_logprobs=np.concatenate([row.sampled_logprobs for row in rows]),
+        anchor_logprobs=np.concatenate([row.anchor_logprobs for row in rows]),
         kl_weights=np.concatenate([row.kl_weights for row in rows]),
         rows=np.repeat(np.arange(len(rows)), [len(row.targets) for row in rows]),
+        nodes=np.concatenate([row.nodes for row in rows]),
     )
 
 
@@ -131,16 +138,19 @@ def _row(batch: Batch, path: Sequence[int], counted: set[int]) -> Row:
     nodes = [batch.nodes[i] for i in path]
     tokens = np.concatenate([np.asarray(prompt, np.int32), *(node.token_ids for node in nodes)])
     coefficients = np.zeros(len(tokens), np.float32)
-    sampled = np.zeros(len(tokens), np.float32)
+    anchors = np.zeros(len(tokens), np.float32)
     kl_weights = np.zeros(len(tokens), np.float32)
+    owners = np.zeros(len(tokens), np.int64)
     start = len(prompt)
     for index, node in zip(path, nodes, strict=True):
         end = start + len(node.token_ids)
         if index not in counted:
             coefficients[start:end] = node.coefficients
-            sampled[start:end] = node.sampled_logprobs
+            anchors[start:end] = node.anchor_logprobs
             kl_weights[start:end] = node.kl_weights
+            owners[start:end] = index
             counted.add(index)
         start = end
     targets = np.flatnonzero((coefficients != 0) | (kl_weights != 0))
-    return Row(tokens, targets, coefficients[targets], sampled[targets], kl_weights[targets])
+    columns = (coefficients, anchors, kl_weights, owners)
+    return Row(tokens, targets, *(column[targets] for column in columns))

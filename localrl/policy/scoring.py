@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens under the policy, with gradient."""
+"""Log-probabilities of given tokens under the policy, with gradient and without."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from localrl.policy.forest import forest_states
 from localrl.policy.forest_packing import Layout
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
-from localrl.records import Batch
+from localrl.records import Batch, BatchNode, Group
 
 Head = Callable[[mx.array], mx.array]
 
@@ -37,6 +37,55 @@ def token_logprobs(
     assert policy.head is not None
     flat = states.reshape(-1, states.shape[-1])[sources]  # (N, d)
     return head_logprobs(policy.head, flat, targets, temperature, head_chunk)
+
+
+def group_logprobs(
+    policy: Policy,
+    groups: Sequence[Group],
+    *,
+    shared: bool,
+    micro_rows: int,
+    head_chunk: int,
+    temperature: float,
+) -> list[list[np.ndarray]]:
+    """Float32 log-probabilities (n,) of every node of every group under the policy as it is now.
+
+    0 where the model did not write the token. One forward pass, `micro_rows` paths at a time, as
+    forests when `shared`, else as plain rows; nothing is kept for a gradient.
+    """
+    batch = _whole(groups)
+    found = [np.zeros(len(node.token_ids), np.float32) for node in batch.nodes]
+    pack = forest_batches if shared else row_batches
+    for micro in pack(batch, micro_rows):
+        logprobs = np.array(
+            token_logprobs(policy, micro, temperature=temperature, head_chunk=head_chunk)
+        )
+        edges = np.flatnonzero(np.diff(micro.nodes)) + 1
+        for n, values in zip(micro.nodes[[0, *edges]], np.split(logprobs, edges), strict=True):
+            found[n][batch.nodes[n].trained] = values
+    rest = iter(found)
+    return [[next(rest) for _ in group.nodes] for group in groups]
+
+
+def _whole(groups: Sequence[Group]) -> Batch:
+    """The groups as a batch in which every sampled token is a target."""
+    nodes: list[BatchNode] = []
+    for prompt, group in enumerate(groups):
+        offset = len(nodes)
+        inner = {node.parent for node in group.nodes}
+        nodes += [
+            BatchNode(
+                prompt=prompt,
+                parent=node.parent + offset if node.parent >= 0 else -1,
+                token_ids=node.token_ids,
+                coefficients=node.sampled.astype(np.float32),
+                anchor_logprobs=node.sampled_logprobs,
+                finish=n not in inner,
+                kl_weights=np.zeros(len(node.token_ids), np.float32),
+            )
+            for n, node in enumerate(group.nodes)
+        ]
+    return Batch(tuple(group.prompt_ids for group in groups), tuple(nodes), 1.0)
 
 
 def forest_agrees(policy: Policy, batch: Batch, *, temperature: float, head_chunk: int) -> bool:

@@ -31,6 +31,16 @@ class Tokenizer:
         """Prompt ids. Special tokens come from the template alone."""
         return tuple(self.inner.encode(self.render(messages), add_special_tokens=False))
 
+    def unknown(self, messages: Messages) -> str:
+        """Characters of the messages that the model has no token for."""
+        token = self.inner.unk_token_id
+        if token is None or token not in self.encode(messages):
+            return ""
+        characters = dict.fromkeys("".join(message["content"] for message in messages))
+        return "".join(
+            c for c in characters if token in self.inner.encode(c, add_special_tokens=False)
+        )
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion, without special tokens."""
         return self.inner.decode(list(token_ids), skip_special_tokens=True)

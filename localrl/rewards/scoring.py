@@ -1,24 +1,31 @@
 """Rewards for groups of completions: each reward function is called once for all of them.
 
 Reward functions have TRL's signature: keyword lists with one entry per completion, and a list of
-numbers or None as the result. They run in a `Worker`. A failure is "no reward" (None), never 0:
-a zero would teach the model that the completions were bad.
+numbers or None as the result; docs/rewards.md has it all. They run in a `Worker`. A failure is "no
+reward" (None), never 0: a zero would teach the model that the completions were bad.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
-from localrl.records import Example, Group, ScoredGroup
+from localrl.records import Group, Leaf, ScoredGroup
+from localrl.rewards.arguments import call_arguments
+from localrl.rewards.logs import LogCollector, Logs
 from localrl.worker import Reply, Worker
 
-ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer")
+HOOKS = ("trainer_state", "log_extra", "log_metric")
+ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer", *HOOKS)
+
+NO_STATE: Mapping[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": None}
+"""Before training, as in TRL."""
 
 # A function is not trusted any more when, of its last WINDOW calls, more than TOLERATED of the
 # completions got no reward through its failures: judged from MIN_CALLS calls on, or from
@@ -39,7 +46,7 @@ class RewardLike(Protocol):
     def name(self) -> str: ...
     @property
     def target(self) -> str:
-        """`module:function` or `path/to/file.py:function`."""
+        """`module:function` or `path/to/file.py:function`; a factory's with `(key=value)`."""
         ...
 
     @property
@@ -98,6 +105,8 @@ class Scorer:
     """Scores groups with weighted reward functions, and keeps count of their failures.
 
     warn: gets one line for the first failure of each kind of each function.
+    cut_reward: what a completion gets that was cut off for its length or for looping, in place of
+        what the functions say; None to take that.
 
     Raises:
         ConfigError: no function, two of one name, or a weight that is not a finite number.
@@ -108,6 +117,8 @@ class Scorer:
         specs: Sequence[RewardLike],
         worker: Worker,
         warn: Callable[[str], None] = logger.warning,
+        *,
+        cut_reward: float | None = None,
     ) -> None:
         names = [spec.name for spec in specs]
         if not specs:
@@ -120,6 +131,12 @@ class Scorer:
         self._specs = tuple(specs)
         self._worker = worker
         self._warn = warn
+        self._cut_reward = cut_reward
+        self._logs = LogCollector(warn)
+        self.state = NO_STATE
+        """What functions get as `trainer_state` when `score` is given none."""
+        self.busy_s = 0.0
+        """Seconds spent in `score`."""
         self._histories = {name: _History() for name in names}
 
     @property
@@ -151,31 +168,56 @@ class Scorer:
                         "Rename the argument, give it a default, or add the column to the data."
                     )
 
-    def score(self, groups: Sequence[Group]) -> list[ScoredGroup]:
+    def score(
+        self, groups: Sequence[Group], state: Mapping[str, Any] | None = None
+    ) -> list[ScoredGroup]:
         """Rewards of all leaves of all groups; each function is called once.
+
+        state: attributes of `trainer_state`; `self.state` when not given.
 
         Raises:
             RewardError: a function has failed too often, see `WINDOW`.
             DataError: a column of the task holds what cannot be sent to the functions.
         """
-        arguments = call_arguments(groups)
-        count = len(arguments["completions"])
-        parts = {spec.name: self._part(spec, arguments, count) for spec in self._specs}
+        started = time.perf_counter()
+        ids = any(self._worker.wants(spec.target, "completion_ids") for spec in self._specs)
+        arguments = call_arguments(groups, ids=ids)
+        state = self.state if state is None else state
+        rows = [(group.example.id, leaf.text) for group in groups for leaf in group.leaves]
+        parts = {spec.name: self._part(spec, arguments, state, rows) for spec in self._specs}
         scored, start = [], 0
         for group in groups:
             stop = start + len(group.leaves)
             own = {name: values[start:stop] for name, values in parts.items()}
-            rewards = tuple(self._total(leaf) for leaf in zip(*own.values(), strict=True))
+            rewards = tuple(
+                self._reward(leaf, values)
+                for leaf, values in zip(group.leaves, zip(*own.values(), strict=True), strict=True)
+            )
             scored.append(ScoredGroup(group, rewards, own))
             start = stop
+        self.busy_s += time.perf_counter() - started
         return scored
 
+    def take_logs(self) -> Logs:
+        """What the functions have logged since the last time. Take it after each step."""
+        return self._logs.take()
+
+    def _reward(self, leaf: Leaf, parts: Sequence[float | None]) -> float | None:
+        cut = leaf.finish_reason in ("length", "loop")
+        return self._cut_reward if cut and self._cut_reward is not None else self._total(parts)
+
     def _part(
-        self, spec: RewardLike, arguments: Mapping[str, Any], count: int
+        self,
+        spec: RewardLike,
+        arguments: Mapping[str, Any],
+        state: Mapping[str, Any],
+        rows: Sequence[tuple[str, str]],
     ) -> tuple[float | None, ...]:
-        if not count:
+        if not rows:
             return ()
-        outcome = _read(self._worker.call(spec.target, arguments), count)
+        reply, count = self._worker.call(spec.target, arguments, state=state), len(rows)
+        outcome = _read(reply, count)
+        self._logs.add(spec.name, reply.logs, rows)
         history = self._histories[spec.name]
         history.add(outcome)
         if outcome.failed and outcome.kind not in history.warned:
@@ -198,30 +240,6 @@ class Scorer:
         ]
         total = sum(terms)
         return total if terms and math.isfinite(total) else None
-
-
-def call_arguments(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """The keyword arguments of a reward function, each a list with one entry per leaf.
-
-    `prompts` are lists of chat messages, `completions` lists with one assistant message,
-    `completion_ids` lists of tokens; then `answer` and the columns of the examples, None where an
-    example lacks one.
-    """
-    leaves = [(group, index) for group in groups for index in range(len(group.leaves))]
-    columns = dict.fromkeys(name for group in groups for name in group.example.columns)
-    given = {name: [group.example.columns.get(name) for group, _ in leaves] for name in columns}
-    return given | {
-        "answer": [_gold(group.example) for group, _ in leaves],
-        "prompts": [[dict(m) for m in group.example.messages] for group, _ in leaves],
-        "completions": [
-            [{"role": "assistant", "content": group.leaves[index].text}] for group, index in leaves
-        ],
-        "completion_ids": [group.completion(index).token_ids.tolist() for group, index in leaves],
-    }
-
-
-def _gold(example: Example) -> Any:
-    return example.columns.get("answer") if example.answer is None else example.answer
 
 
 def _read(reply: Reply, count: int) -> _Outcome:
@@ -265,7 +283,10 @@ def _short(value: object) -> str:
 def _cannot_load(spec: RewardLike, reply: Reply) -> ConfigError | DataError:
     what = f"Reward {spec.name!r} ({spec.target}) cannot be loaded: {reply.message}."
     if reply.failure == "raised" and reply.traceback is None:
-        return ConfigError(f"{what} Name it as module:function or path/to/file.py:function.")
+        return ConfigError(
+            f"{what} Name it as module:function or path/to/file.py:function; a factory with its "
+            "settings, module:factory(key=value)."
+        )
     return DataError(f"{what} Mend its module, then start again.\n{reply.traceback or ''}".strip())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +11,11 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.errors import LocalRLError
-from localrl.rollouts.keys import keyed_uniforms
+from localrl.keys import keyed_uniforms
+from localrl.rollouts.stops import Early, Tails
+
+End = Literal["stop", "length", "fork"] | Early
+"""Why a segment ended."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,12 @@ class TreeRequest:
     """The most completions that forks may lead to; `roots` when there are none."""
     max_tokens: int
     """The longest completion."""
+    first_root: int = 0
+    """Number of its first root: the roots of earlier rounds come before it."""
+    expected_tokens: float | None = None
+    """How long a completion is thought to be; None: nothing is known of this prompt."""
+    before: tuple[int, ...] = ()
+    """Tokens at the end of the prompt that belong to the completion, for rules that end it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +52,7 @@ class Segment:
     token_ids: np.ndarray
     logprobs: np.ndarray
     entropies: np.ndarray
-    end: Literal["stop", "length", "fork"]
+    end: End
 
 
 @dataclass(eq=False)
@@ -54,6 +64,7 @@ class Rows:
     segments: np.ndarray  # (B,) index of the segment being written
     lengths: np.ndarray  # (B,) tokens on the path so far
     alive: np.ndarray  # (B,) bool; a finished row may ride along for a while
+    tails: Tails | None = None  # None: no rule asks for it
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -66,6 +77,8 @@ class Rows:
         self.logits = self.logits[index]
         self.segments, self.lengths = self.segments[keep], self.lengths[keep]
         self.alive = self.alive[keep]
+        if self.tails is not None:
+            self.tails.take(keep)
 
     def extend(self, other: Rows) -> None:
         """Add the rows of another batch."""
@@ -75,6 +88,8 @@ class Rows:
         self.segments = np.concatenate([self.segments, other.segments])
         self.lengths = np.concatenate([self.lengths, other.lengths])
         self.alive = np.concatenate([self.alive, other.alive])
+        if self.tails is not None and other.tails is not None:
+            self.tails.extend(other.tails)
 
 
 @dataclass(eq=False)
@@ -92,7 +107,7 @@ class _Open:
     """Tokens that the path may still have."""
     forks: int
     """Forks on the path to it."""
-    end: Literal["stop", "length", "fork"] = "fork"
+    end: End = "fork"
 
     @cached_property
     def uniforms(self) -> np.ndarray:
@@ -129,9 +144,13 @@ class Ledger:
         limit = np.where(may_fork & growing, most, self.leaves)
         return int((limit - self.finished).sum())
 
+    def request(self, segment: int) -> TreeRequest:
+        """The request that a segment belongs to."""
+        return self.requests[self.open[segment].tree]
+
     def begin_root(self, tree: int, number: int) -> int:
         """The segment of one root of a tree."""
-        return self._begin(tree, -1, 1, str(number), 0, 0)
+        return self._begin(tree, -1, 1, str(self.requests[tree].first_root + number), 0, 0)
 
     def fork(self, parent: int, length: int, children: int) -> list[int]:
         """Segments that go on from this one, whose path has that length; it ends there."""
@@ -185,18 +204,23 @@ class Ledger:
         self._drawn.append((rows.segments[alive], tokens[alive], logprobs[alive], entropies[alive]))
         rows.lengths[alive] += 1
 
-    def finish(self, rows: Rows, stopped: np.ndarray) -> None:
-        """End the segments of living rows that have drawn an end token or reached their limit."""
-        limits = np.array([self.requests[self.open[s].tree].max_tokens for s in rows.segments])
-        done = rows.alive & (stopped | (rows.lengths >= limits))
+    def finish(self, rows: Rows, ended: Mapping[End, np.ndarray]) -> None:
+        """End the segments of living rows that a reason ends, or that have reached their limit.
+
+        `ended` holds (B,) bool for each reason; of several, the first counts, and length is last.
+        """
+        limits = np.array([self.request(s).max_tokens for s in rows.segments])
+        done = rows.alive & (np.any([*ended.values()], axis=0) | (rows.lengths >= limits))
         for row in np.flatnonzero(done):
             segment = self.open[rows.segments[row]]
-            segment.end = "stop" if stopped[row] else "length"
+            segment.end = next((reason for reason, hit in ended.items() if hit[row]), "length")
             self.finished[segment.tree] += 1
         rows.alive &= ~done
 
     def close(self) -> list[Segment]:
         """All segments with their tokens."""
+        if not self.open:
+            return []
         columns = [np.concatenate(column) for column in zip(*self._drawn, strict=True)]
         order = np.argsort(columns[0], kind="stable")
         counts = np.bincount(columns[0], minlength=len(self.open))

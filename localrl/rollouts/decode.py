@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
-from localrl.rollouts.batch import Ledger, Rows, Segment, TreeRequest
+from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest
+from localrl.rollouts.stops import Stops
 
 CHILDREN = 2
 """Rows that a fork makes of one."""
@@ -31,16 +32,6 @@ class DecodeCounts:
     forward_calls: int = 0
     prefill_positions: int = 0
     decode_positions: int = 0
-
-    def snapshot(self) -> DecodeCounts:
-        """The counts as they stand."""
-        return replace(self)
-
-    def since(self, earlier: DecodeCounts) -> dict[str, int]:
-        """What has been added since, under the names of the metrics."""
-        return {
-            f"rollout/{name}": count - getattr(earlier, name) for name, count in vars(self).items()
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +54,8 @@ class LiveView:
     """A number in (0, 1) for each row, for rules that toss a coin."""
     alive: np.ndarray
     """False for a finished row."""
+    expected: np.ndarray
+    """Tokens that a completion of the row's prompt is thought to have; NaN where unknown."""
 
 
 class ForkRule(Protocol):
@@ -82,6 +75,8 @@ class Decoder:
     rows: int
     """The most sequences decoded at once."""
     counts: DecodeCounts = field(default_factory=DecodeCounts)
+    stops: Stops | None = None
+    """Rules that end completions early."""
 
     def decode(
         self,
@@ -104,7 +99,10 @@ class Decoder:
             if rule is not None:
                 self._fork(live, ledger, rule)
             tokens = self._draw(live, ledger)
-            ledger.finish(live, np.isin(tokens, ends))
+            ended: dict[End, np.ndarray] = {"stop": np.isin(tokens, ends)}
+            if self.stops is not None and live.tails is not None:
+                ended |= self.stops.ended(live.tails, tokens, live.alive)
+            ledger.finish(live, ended)
             live = self._forward(live, tokens)
         return ledger.close()
 
@@ -224,12 +222,15 @@ class _Waiting:
         for layer in cache:
             layer.filter(forks)
         count = len(segments)
+        stops = self._decoder.stops
+        before = [self._ledger.request(segment).before for segment in segments]
         return Rows(
             cache,
             self._logits[forks],
             np.array(segments),
             np.zeros(count, int),
             np.ones(count, bool),
+            None if stops is None else stops.begin(before),
         )
 
     def _fits(self, rows: int) -> bool:
@@ -264,6 +265,7 @@ def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
         leaves_left=(most - ledger.leaves)[trees],
         coins=ledger.coins(live),
         alive=live.alive,
+        expected=np.array([r.expected_tokens for r in ledger.requests], np.float64)[trees],
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from localrl.config import RolloutConfig
 from localrl.records import Group, mean_or_none
 from localrl.rollouts.decode import LiveView
+from localrl.rollouts.groups import Shape
 
 FIRST_TOKENS = 4
 """No path forks before it has this many tokens: there, a fork shares almost nothing."""
@@ -45,9 +46,10 @@ class Spacing:
 
     def open(self, view: LiveView) -> np.ndarray:
         """(B,) bool: rows that may fork as far as spacing goes."""
-        gap = self.gap or max(SHORTEST_GAP, self.expected_length / 5)
+        expected = np.where(np.isnan(view.expected), self.expected_length, view.expected)
+        gap = self.gap or np.maximum(SHORTEST_GAP, expected / 5)
         most = math.ceil(self.target) + 1
-        unlocked = np.minimum(most, 1 + np.floor(most * view.lengths / self.expected_length))
+        unlocked = np.minimum(most, 1 + np.floor(most * view.lengths / expected))
         spaced = (view.since_fork >= gap) | (view.forks == 0)
         return view.alive & (view.lengths >= FIRST_TOKENS) & spaced & (view.forks < unlocked)
 
@@ -107,13 +109,13 @@ class PeriodicRule:
         self.spacing.learn(groups)
 
 
-def make_rule(config: RolloutConfig) -> EntropyRule | PeriodicRule | None:
-    """The configured rule as it is before the first batch; None for flat groups."""
-    if config.strategy == "flat":
+def make_rule(config: RolloutConfig, shape: Shape) -> EntropyRule | PeriodicRule | None:
+    """The configured rule as it is before the first batch; None where nothing may fork."""
+    if shape.leaves == shape.roots:
         return None
     # Half of the longest completion, until the first batch has shown better.
     expected = config.max_completion_tokens / 2
-    spacing = Spacing(config.roots, config.group_size, config.fork_gap, expected)
+    spacing = Spacing(shape.roots, shape.leaves, config.fork_gap, expected)
     return EntropyRule(spacing) if config.fork_rule == "entropy" else PeriodicRule(spacing)
 
 
@@ -129,8 +131,9 @@ def within_budget(wanted: np.ndarray, priority: np.ndarray, view: LiveView) -> n
 
 
 def forks_per_path(groups: Sequence[Group]) -> float | None:
-    """Mean number of forks between root and leaf."""
-    return mean_or_none([len(g.path(leaf.node)) - 1 for g in groups for leaf in g.leaves])
+    """Mean number of forks between root and leaf; the end of a reused prefix is none."""
+    paths = [(g, g.path(leaf.node)) for g in groups for leaf in g.leaves]
+    return mean_or_none([sum(g.nodes[n].cond_weight < 1 for n in path) for g, path in paths])
 
 
 def _follow(old: float, new: float) -> float:

@@ -6,47 +6,148 @@ A flat group is a tree without forks: the same code, the same draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from localrl.config import RolloutConfig
+from localrl.errors import ConfigError
 from localrl.policy.model import Policy
-from localrl.records import Example, Group, Leaf, Node
+from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 from localrl.rollouts.batch import Segment, TreeRequest
 from localrl.rollouts.decode import Decoder, ForkRule
+from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the completions of one prompt are asked for."""
+
+    roots: int
+    """Independent beginnings in a round."""
+    leaves: int
+    """The most completions of a round: more than its roots where they may fork."""
+    rounds: int = 1
+    """The most rounds."""
+
+    @property
+    def planned_roots(self) -> int:
+        """What weights divide by, however many roots come."""
+        return self.roots * self.rounds
+
+
+ONE = Shape(roots=1, leaves=1)
+"""A single completion."""
+
+ROUND = 2
+"""Completions of a round, and rounds of a tree, where the user does not say."""
+
+
+def make_shape(config: RolloutConfig) -> Shape:
+    """The shape of the configured strategy.
+
+    Raises: ConfigError when the numbers do not go together.
+    """
+    group_size = config.completions
+    if config.strategy == "flat":
+        return Shape(group_size, group_size)
+    if config.strategy == "tree":
+        return _tree(config, group_size, 1)
+    tree = config.strategy == "adaptive-tree"
+    if not config.rounds and group_size % ROUND:
+        raise ConfigError(
+            f"rollout.group_size is {group_size}, which {config.strategy} cannot share out evenly. "
+            "Make it even, or set rollout.rounds."
+        )
+    rounds = config.rounds or (ROUND if tree else group_size // ROUND)
+    if group_size % rounds:
+        raise ConfigError(
+            f"rollout.group_size is {group_size}, which {rounds} rounds cannot share evenly. "
+            "Change it, or rollout.rounds."
+        )
+    if tree:
+        return _tree(config, group_size, rounds)
+    return Shape(group_size // rounds, group_size // rounds, rounds)
+
+
+def _tree(config: RolloutConfig, group_size: int, rounds: int) -> Shape:
+    leaves = group_size // rounds
+    if config.roots > leaves:
+        each = f"{leaves} completions of a round" if rounds > 1 else f"{leaves} completions"
+        raise ConfigError(
+            f"rollout.roots is {config.roots}, more than the {each} of rollout.group_size. Lower "
+            "it, or raise the group size."
+        )
+    return Shape(config.roots, leaves, rounds)
 
 
 def sample_groups(
     decoder: Decoder,
     examples: Sequence[Example],
     prompts: Sequence[tuple[int, ...]],
+    shape: Shape,
     *,
-    roots: int,
-    group_size: int,
     rule: ForkRule | None,
     max_completion_tokens: int,
     seed: int,
     step: int,
     version: int,
+    round: int = 0,
+    expected_tokens: Sequence[float | None] = (),
+    begun: Sequence[Sequence[Prefix]] = (),
 ) -> list[Group]:
-    """A group of every example, all decoded as one batch.
+    """A group of every example, or one round of it, all decoded as one batch.
 
-    `prompts` holds the examples' token ids. A group has `roots` independent beginnings and, through
-    the rule's forks, at most `group_size` completions; without a rule the two are the same.
-    A draw depends on (seed, step, example, place in the tree) and the policy, not on what else is
-    in the batch.
+    `prompts` holds the examples' token ids. A draw depends on (seed, step, example, place in the
+    tree) and the policy, not on what else is in the batch; roots are counted over rounds.
+    `expected_tokens` says for each example how long completions are thought to be. Prefixes in
+    `begun` take the places of as many roots of their example, at most all of them.
     """
+    begun = begun or [()] * len(examples)
+    expected = expected_tokens or [None] * len(examples)
     requests = [
-        TreeRequest(p, (seed, step, example.id), roots, group_size, max_completion_tokens)
+        TreeRequest(
+            prompt=p,
+            address=(seed, step, example.id),
+            roots=shape.roots - len(begun[p]),
+            leaves=shape.leaves - len(begun[p]),
+            max_tokens=max_completion_tokens,
+            first_root=round * shape.roots,
+            expected_tokens=expected[p],
+        )
         for p, example in enumerate(examples)
     ]
-    trees: list[list[int]] = [[] for _ in requests]
-    segments = decoder.decode(prompts, requests, rule)
+    places, tails = tail_requests(
+        examples, prompts, begun, max_completion_tokens=max_completion_tokens, seed=seed, step=step
+    )
+    segments = decoder.decode([*prompts, *places], requests + tails, rule)
+    trees: list[list[int]] = [[] for _ in requests + tails]
     for index, segment in enumerate(segments):
         trees[segment.tree].append(index)
-    return [
-        _group(decoder.policy, example, prompt, segments, tree, version, roots)
-        for example, prompt, tree in zip(examples, prompts, trees, strict=True)
+    planned = shape.planned_roots
+    groups = [
+        _group(decoder.policy, example, prompt, segments, tree, version, planned, round)
+        for example, prompt, tree in zip(examples, prompts, trees, strict=False)
     ]
+    ends = place_tails(begun, [segments[tree[0]] for tree in trees[len(requests) :]])
+    tokenizer = decoder.policy.tokenizer
+    return [
+        with_reused(*each, tokenizer=tokenizer, version=version)
+        for each in zip(groups, begun, ends, strict=True)
+    ]
+
+
+def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
+    """The two groups of one prompt as one: the second one's roots come after the first one's."""
+    one, two = first.group, second.group
+    offset = len(one.nodes)
+    nodes = [
+        replace(node, parent=node.parent + offset if node.parent >= 0 else -1) for node in two.nodes
+    ]
+    leaves = [replace(leaf, node=leaf.node + offset) for leaf in two.leaves]
+    group = replace(one, nodes=(*one.nodes, *nodes), leaves=(*one.leaves, *leaves))
+    parts = {name: (*values, *second.parts[name]) for name, values in first.parts.items()}
+    return ScoredGroup(group, (*first.rewards, *second.rewards), parts)
 
 
 def _group(
@@ -57,10 +158,13 @@ def _group(
     tree: Sequence[int],
     version: int,
     planned_roots: int,
+    round: int,
 ) -> Group:
     """The record of one tree, whose segments have the numbers in `tree`."""
     places = {index: place for place, index in enumerate(tree)}
-    nodes = tuple(_node(segments[i], places.get(segments[i].parent, -1), version) for i in tree)
+    nodes = tuple(
+        _node(segments[i], places.get(segments[i].parent, -1), version, round) for i in tree
+    )
     group = Group(example, prompt_ids, nodes, (), planned_roots)
     leaves = []
     for place, index in enumerate(tree):
@@ -72,7 +176,7 @@ def _group(
     return Group(example, prompt_ids, nodes, tuple(leaves), planned_roots)
 
 
-def _node(segment: Segment, parent: int, version: int) -> Node:
+def _node(segment: Segment, parent: int, version: int, round: int) -> Node:
     return Node(
         parent=parent,
         token_ids=segment.token_ids,
@@ -81,4 +185,5 @@ def _node(segment: Segment, parent: int, version: int) -> Node:
         entropies=segment.entropies,
         cond_weight=1 / segment.siblings,
         version=version,
+        round=round,
     )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from localrl.errors import DataError
-from localrl.records import Leaf, Node, ScoredGroup
+from localrl.records import DropReason, Leaf, Node, ScoredGroup
 
 ROLLOUTS_FORMAT = 1
 DIGITS = 4
@@ -132,17 +132,34 @@ class GroupRecord:
     scored: ScoredGroup
     advantages: Sequence[float | None]
     """One per node; None for a node without one."""
-    kept: bool
-    reason: str | None = None
-    """Why the group was not kept."""
+    dropped: Sequence[DropReason | None]
+    """One per leaf: why its completion was not trained; None if it was."""
+    extra: Sequence[Mapping[str, Any]] = ()
+    """One per leaf, if any: what reward functions logged beside it."""
+    replayed: bool = False
+    """Whether it is a group of an earlier step, learned from again."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether some of it was trained."""
+        return None in self.dropped
+
+    @property
+    def reason(self) -> DropReason | None:
+        """Why the whole group was not trained: the one reason of all, or that nothing moves it."""
+        reasons = set(self.dropped)
+        if self.kept or not reasons:
+            return None
+        return reasons.pop() if len(reasons) == 1 else "no coefficient"
 
 
 def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
     """The JSON object of one group; fields at their defaults are left out of its nodes.
 
-    Defaults are: sampled, all true; cond_weight, 1; version, 0.
+    Defaults are: sampled, all true; cond_weight, 1; version and round, 0; no old_logprobs. A leaf
+    without `dropped` was trained.
     """
-    scored, group = record.scored, record.scored.group
+    group = record.scored.group
     nodes = zip(group.nodes, record.advantages, strict=True)
     return {
         "format": ROLLOUTS_FORMAT,
@@ -151,9 +168,10 @@ def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
         "messages": group.example.messages,
         "planned_roots": group.planned_roots,
         "nodes": [_node(node, advantage) for node, advantage in nodes],
-        "leaves": [_leaf(leaf, i, scored) for i, leaf in enumerate(group.leaves)],
+        "leaves": [_leaf(leaf, i, record) for i, leaf in enumerate(group.leaves)],
         "kept": record.kept,
         "reason": record.reason,
+        "replayed": record.replayed,
     }
 
 
@@ -171,17 +189,27 @@ def _node(node: Node, advantage: float | None) -> dict[str, Any]:
         line["cond_weight"] = node.cond_weight
     if node.version:
         line["version"] = node.version
+    if node.round:
+        line["round"] = node.round
+    if node.old_logprobs is not None:
+        line["old_logprobs"] = _rounded(node.old_logprobs)
     return line
 
 
-def _leaf(leaf: Leaf, index: int, scored: ScoredGroup) -> dict[str, Any]:
-    return {
+def _leaf(leaf: Leaf, index: int, record: GroupRecord) -> dict[str, Any]:
+    scored = record.scored
+    line = {
         "node": leaf.node,
         "finish_reason": leaf.finish_reason,
         "reward": scored.rewards[index],
         "parts": {name: values[index] for name, values in scored.parts.items()},
         "text": leaf.text,
     }
+    if record.dropped[index] is not None:
+        line["dropped"] = record.dropped[index]
+    if record.extra and record.extra[index]:
+        line["extra"] = record.extra[index]
+    return line
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:

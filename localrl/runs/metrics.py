@@ -7,11 +7,11 @@ made from this table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from localrl.records import ScoredGroup, StepStats, mean_or_none
+from localrl.records import DropReason, ScoredGroup, StepStats, mean_or_none
 
 METRICS: dict[str, tuple[str, str]] = {
     "step": ("", "training step, from 1"),
@@ -45,7 +45,20 @@ METRICS: dict[str, tuple[str, str]] = {
     "sampling/sampling_logp_difference/max": ("nats", "the largest of these"),
     "rollout/groups": ("groups", "prompts of the step"),
     "rollout/informative_groups": ("groups", "groups with a coefficient other than 0"),
+    "rollout/rounds": ("rounds", "most rounds that a prompt had"),
+    "rollout/completions": ("completions", "of the step, without replayed ones"),
     "rollout/tokens": ("tokens", "completion tokens sampled in the step"),
+    "rollout/reused_tokens": ("tokens", "of earlier completions that new ones began with"),
+    "rollout/rescored_tokens": (
+        "tokens",
+        "of earlier policies, scored under this one in one forward pass, whether taken or not",
+    ),
+    "replay/groups": ("groups", "of earlier steps, learned from again"),
+    "replay/tokens": ("tokens", "sampled tokens in them"),
+    "selection/trained": ("completions", "with something to teach"),
+    "selection/no_reward": ("completions", "left out: their reward failed or did not apply"),
+    "selection/no_coefficient": ("completions", "left out: as good as expected, nothing to teach"),
+    "selection/down_sampled": ("completions", "left out by learning.keep_completions"),
     "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
     "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
     "rollout/decode_positions": ("positions", "rows decoded, summed over the calls"),
@@ -53,9 +66,17 @@ METRICS: dict[str, tuple[str, str]] = {
     "tree/forks_per_path": ("forks", "mean over completions; 0 for flat groups"),
     "update/saved_positions": ("positions", "not computed again: shared prompts and nodes"),
     "update/trained_tokens": ("tokens", "tokens with a coefficient or a KL weight other than 0"),
+    "update/skipped_tokens": (
+        "tokens",
+        "sampled, reused or replayed but not trained; with trained_tokens the sum of these",
+    ),
+    "update/drift": (
+        "nats",
+        "mean |change of log-probability| that the step made, over some of its trained tokens",
+    ),
     "update/applied": ("", "whether the adapters changed"),
-    "time/rollout_s": ("s", "sampling"),
-    "time/reward_s": ("s", "reward functions"),
+    "time/rollout_s": ("s", "sampling, with the rewards that it needs"),
+    "time/reward_s": ("s", "of that, reward functions"),
     "time/update_s": ("s", "gradient and optimizer"),
     "step_time": ("s", "the whole step"),
     "memory/peak_bytes": ("bytes", "largest amount MLX held in the step"),
@@ -74,7 +95,8 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     lengths = [len(completion) for completion in completions]
     entropies = np.concatenate([completion.entropies for completion in completions])
     written = np.concatenate([completion.sampled for completion in completions])
-    sampled = sum(int(node.sampled.sum()) for group in scored for node in group.group.nodes)
+    sampled = sum(_sampled(group) for group in scored)
+    reused = sum(_sampled(group, stale=True) for group in scored)
     rewards = _known([reward for group in scored for reward in group.rewards])
     spreads = [set(_known(group.rewards)) for group in scored]
     metrics: dict[str, Any] = {
@@ -91,13 +113,34 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
         "rollout/groups": len(scored),
         "tree/saved_tokens": int(written.sum()) - sampled,
         "tree/forks_per_path": float(np.mean([f for group in scored for f in _forks(group)])),
-        "rollout/tokens": sampled,
+        "rollout/rounds": 1 + max(node.round for group in scored for node in group.group.nodes),
+        "rollout/completions": len(completions),
+        "rollout/tokens": sampled - reused,
+        "rollout/reused_tokens": reused,
     }
     for name in scored[0].parts:
         part = _known([value for group in scored for value in group.parts[name]])
         metrics[f"rewards/{name}/mean"] = mean_or_none(part)
         metrics[f"rewards/{name}/std"] = _std(part)
     return metrics
+
+
+def selection_metrics(
+    fresh: Sequence[ScoredGroup],
+    replayed: Sequence[ScoredGroup],
+    dropped: Sequence[Sequence[DropReason | None]],
+    trained_tokens: int,
+) -> dict[str, Any]:
+    """What became of every completion and every token of a step."""
+    reasons = [reason for group in dropped for reason in group]
+    tokens = sum(_sampled(group) for group in (*fresh, *replayed))
+    return {
+        "replay/groups": len(replayed),
+        "replay/tokens": sum(_sampled(group) for group in replayed),
+        "selection/trained": reasons.count(None),
+        **{f"selection/{_key(why)}": reasons.count(why) for why in get_args(DropReason)},
+        "update/skipped_tokens": tokens - trained_tokens,
+    }
 
 
 def update_metrics(stats: StepStats) -> dict[str, Any]:
@@ -112,6 +155,7 @@ def update_metrics(stats: StepStats) -> dict[str, Any]:
         "sampling/sampling_logp_difference/max": stats.logprob_gap_max,
         "update/saved_positions": stats.saved_positions,
         "update/trained_tokens": stats.trained_tokens,
+        "update/drift": stats.drift,
         "update/applied": stats.updated,
     }
 
@@ -134,6 +178,16 @@ def _forks(scored: ScoredGroup) -> list[int]:
     shared = [n.parent for n in group.nodes if n.parent >= 0]
     forked = {parent for parent in shared if shared.count(parent) > 1}
     return [sum(n in forked for n in group.path(leaf.node)) for leaf in group.leaves]
+
+
+def _key(reason: DropReason) -> str:
+    return reason.replace(" ", "_").replace("-", "_")
+
+
+def _sampled(scored: ScoredGroup, *, stale: bool = False) -> int:
+    """Tokens that the model wrote; only those that an earlier policy did, if asked."""
+    nodes = [n for n in scored.group.nodes if not stale or n.old_logprobs is not None]
+    return sum(int(node.sampled.sum()) for node in nodes)
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from localrl.records import Example
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """A reward function by its import path, so that a spawned child can load it by itself."""
-
-    name: str
-    target: str
-    """`module:function`, with TRL's signature."""
-    weight: float = 1.0
+from localrl.records import Example, RewardSpec
 
 
 class Task(Protocol):

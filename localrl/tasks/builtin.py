@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import count, islice
 from random import Random
@@ -18,25 +17,58 @@ from typing import Literal
 
 from localrl.errors import ConfigError
 from localrl.records import Example
-from localrl.tasks import sorting, sums
+from localrl.tasks import (
+    arithmetic,
+    bases,
+    choice,
+    countdown,
+    dates,
+    extraction,
+    functions,
+    reversal,
+    sorting,
+    sums,
+    units,
+)
 from localrl.tasks.base import RewardSpec
+from localrl.tasks.family import EXACT_ANSWER, columns_of, held_out_as, needs_sandbox, reward_of
+from localrl.tasks.levels import parse_name, span
 
 Stream = Literal["base", "train", "evaluation"]
 """Who draws: the embedded model's own training, reinforcement learning, or evaluation."""
-
-EXACT_ANSWER = RewardSpec("final_answer", "localrl.rewards.answers:final_answer")
 
 FAMILIES: dict[str, tuple[ModuleType, ...]] = {
     "steps": (sums, sorting),
     "sums": (sums,),
     "sorting": (sorting,),
+    "arithmetic": (arithmetic,),
+    "countdown": (countdown,),
+    "reversal": (reversal,),
+    "bases": (bases,),
+    "dates": (dates,),
+    "units": (units,),
+    "extraction": (extraction,),
+    "choice": (choice,),
+    "functions": (functions,),
 }
 
 DESCRIPTIONS = {
     "steps": "sums and sorting in turn, worked step by step; made for the embedded model",
     "sums": "add four to six two-digit numbers",
     "sorting": "put four to six different letters in alphabetical order",
+    "arithmetic": "expressions with + - * and brackets, in symbols or words",
+    "countdown": "reach a target with given numbers, each used at most once",
+    "reversal": "write a string backwards",
+    "bases": "convert numbers between bases 2, 8, 10 and 16",
+    "dates": "days of the week, dates, days between dates, in words",
+    "units": "convert units of length, mass, volume and time, in words",
+    "extraction": "facts from a text as a JSON object with given keys",
+    "choice": "multiple choice of arithmetic, dates and units",
+    "functions": "write a small Python function; its tests need a sandbox",
 }
+
+DRAWS = 20_000
+"""Draws after which a level is said to hold no further problem."""
 
 
 def held_out(family: str, operands: tuple[str, ...]) -> bool:
@@ -51,20 +83,25 @@ def held_out(family: str, operands: tuple[str, ...]) -> bool:
 
 
 def draw_problem(
-    families: tuple[ModuleType, ...], stream: Stream, index: int
+    families: tuple[ModuleType, ...],
+    stream: Stream,
+    index: int,
+    levels: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[ModuleType, int, tuple[str, ...]]]:
     """Yield candidates for problem `index` of a stream as (family, difficulty, operands).
 
-    Families and difficulties take turns, so any run of `len(families) * 3` problems is balanced.
-    The first candidate is the problem; the next ones serve when it must not repeat an earlier one.
+    Families and difficulties take turns, so a stream is balanced; `levels` are the difficulties
+    that do, all of them when None. The first candidate is the problem; the next ones serve when it
+    must not repeat an earlier one. After `DRAWS` draws there are no more.
     """
     turn, which = divmod(index, len(families))
     family = families[which]
-    difficulty = family.DIFFICULTIES[turn % len(family.DIFFICULTIES)]
+    among: tuple[int, ...] = levels or family.DIFFICULTIES
+    difficulty = among[turn % len(among)]
     rng = Random(f"{family.NAME}/{stream}/{index}")
-    while True:
+    for _ in range(DRAWS):
         operands = family.draw(rng, difficulty)
-        if held_out(family.NAME, operands) == (stream == "evaluation"):
+        if held_out(*held_out_as(family, operands)) == (stream == "evaluation"):
             yield family, difficulty, operands
 
 
@@ -77,7 +114,11 @@ def to_example(
         id=f"{kind}/{'-'.join(operands)}",
         messages=({"role": "user", "content": family.prompt(operands)},),
         answer=family.answer(operands),
-        columns={"family": family.NAME, "difficulty": difficulty},
+        columns={
+            "family": family.NAME,
+            "difficulty": difficulty,
+            **columns_of(family, operands),
+        },
         tracker_key=kind if endless else "",
     )
 
@@ -88,23 +129,41 @@ class BuiltinTask:
 
     name: str
     train_size: int
-
     rewards: tuple[RewardSpec, ...] = (EXACT_ANSWER,)
+    levels: tuple[int, ...] | None = None
+    """The difficulties that it has; all when None."""
+
+    @property
+    def families(self) -> tuple[ModuleType, ...]:
+        """The modules that draw its problems, in turn."""
+        return FAMILIES[self.name.partition(":")[0]]
 
     @property
     def description(self) -> str:
         """One line for a person."""
-        return DESCRIPTIONS[self.name]
+        text = DESCRIPTIONS[self.name.partition(":")[0]]
+        return f"{text}; only {span(self.levels)}" if self.levels else text
+
+    @property
+    def needs_sandbox(self) -> bool:
+        """Whether judging an answer runs code that the model wrote."""
+        return any(map(needs_sandbox, self.families))
 
     def train(self, index: int) -> Example:
-        """Training example `index`; with a fixed `train_size` all examples are different."""
+        """Training example `index`; with a fixed `train_size` all examples are different.
+
+        Raises: ConfigError when there are fewer than `train_size` different ones.
+        """
         if self.train_size:
             return self._fixed[index]
-        problem = next(draw_problem(FAMILIES[self.name], "train", index))
+        problem = next(draw_problem(self.families, "train", index, self.levels))
         return to_example(*problem, endless=True)
 
     def evaluation(self, n: int) -> list[Example]:
-        """The first `n` of the held-out list, all different, the same for every run and seed."""
+        """The first `n` of the held-out list, all different, the same for every run and seed.
+
+        Raises: ConfigError when there are fewer than `n` different ones.
+        """
         return list(islice(self._distinct("evaluation", endless=not self.train_size), n))
 
     @cached_property
@@ -114,30 +173,43 @@ class BuiltinTask:
     def _distinct(self, stream: Stream, *, endless: bool) -> Iterator[Example]:
         seen: set[str] = set()
         for index in count():
-            for problem in draw_problem(FAMILIES[self.name], stream, index):
-                example = to_example(*problem, endless=endless)
-                if example.id not in seen:
-                    seen.add(example.id)
-                    yield example
-                    break
+            yield to_example(*self._unseen(stream, index, seen), endless=endless)
+
+    def _unseen(
+        self, stream: Stream, index: int, seen: set[str]
+    ) -> tuple[ModuleType, int, tuple[str, ...]]:
+        """Problem `index` of a stream, or the next in its place whose prompt is not yet seen."""
+        for problem in draw_problem(self.families, stream, index, self.levels):
+            source, _, operands = problem
+            prompt = source.prompt(operands)
+            if prompt not in seen:
+                seen.add(prompt)
+                return problem
+        which = "held-out" if stream == "evaluation" else "training"
+        raise ConfigError(
+            f"Task {self.name!r} has no {index + 1} different {which} problems; after {index} of "
+            "them, one level had no more. Ask for fewer, or for higher levels alone."
+        )
 
 
 def load_task(name: str, *, train_prompts: int) -> BuiltinTask:
     """The built-in task of that name with `train_prompts` fixed training problems; 0 is endless.
 
-    Raises `ConfigError` for an unknown name or a negative count.
+    `name` may end in a level or a span of levels: countdown:3, countdown:2-4.
+
+    Raises `ConfigError` for an unknown name or level, or a negative count.
     """
     if train_prompts < 0:
         raise ConfigError(f"train_prompts is {train_prompts}; give 0 for endless, or a count.")
-    if name not in FAMILIES:
-        close = get_close_matches(name, FAMILIES, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"Unknown task {name!r}; did you mean {close[0]!r}? "
-            f"Built-in tasks: {', '.join(FAMILIES)}."
-        )
-    return BuiltinTask(name, train_prompts)
+    known = {task: families[0].DIFFICULTIES for task, families in FAMILIES.items()}
+    task, levels = parse_name(name, known)
+    rewards = tuple(dict.fromkeys(reward_of(source) for source in FAMILIES[task]))
+    return BuiltinTask(name, train_prompts, rewards, levels)
 
 
 def list_tasks() -> dict[str, str]:
     """Names of the built-in tasks and what each asks for, the demonstration's task first."""
-    return dict(DESCRIPTIONS)
+    return {
+        name: f"{text} ({span(FAMILIES[name][0].DIFFICULTIES)})"
+        for name, text in DESCRIPTIONS.items()
+    }

@@ -1,26 +1,80 @@
-"""The order in which training examples come."""
+"""Which training examples come, and in which order."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 
+from localrl.keys import keyed_generator
 from localrl.records import Example
 from localrl.tasks.base import Task
+
+POOL = 4096
+"""The most examples of a finite set that are compared at once."""
+ENDLESS = 4
+"""Examples of an endless task that are compared, for each one taken."""
 
 
 def take(task: Task, cursor: int, count: int, seed: int) -> list[Example]:
     """The `count` examples from position `cursor` on.
 
-    A finite set is shuffled anew in every epoch, by seed and epoch alone; an endless one comes in
-    its own order, in which `seed` picks the place to start.
+    A finite set is shuffled anew in every epoch, by seed and epoch alone. Where one epoch ends and
+    the next begins, examples that are there already are passed over, so that none comes twice. An
+    endless set comes in its own order, in which `seed` picks the place to start.
+
+    Raises: ValueError for a count above the size of a finite set.
     """
+    if 0 < task.train_size < count:
+        raise ValueError(f"{count} different examples of {task.train_size}")
     if task.train_size == 0:
         start = seed * 1_000_003  # far apart: runs of different seeds see different problems
         return [task.train(start + cursor + i) for i in range(count)]
-    return [task.train(_index(cursor + i, task.train_size, seed)) for i in range(count)]
+    taken: dict[int, None] = {}
+    while len(taken) < count:
+        taken[_index(cursor, task.train_size, seed)] = None
+        cursor += 1
+    return [task.train(index) for index in taken]
+
+
+def choose(
+    task: Task,
+    step: int,
+    count: int,
+    seed: int,
+    *,
+    uniform_share: float,
+    worth: Callable[[Sequence[Example]], np.ndarray],
+) -> list[Example]:
+    """The examples of a step: some in turn, and of the others those worth most.
+
+    `worth` gives each candidate a number, (n,). The candidates are all examples of a finite set
+    (`POOL` of them, drawn anew, of a larger one), or the next few of an endless one. The share in
+    turn walks through the shuffled set, so that a prompt is never out of sight: it comes at least
+    once in any 2 / share epochs, an epoch being as many draws as there are prompts.
+    """
+    turns = ceil(uniform_share * count - 1e-9)  # 0.07 * 100 is a little above 7
+    if task.train_size:
+        chosen = take(task, (step - 1) * turns, turns, seed)
+        candidates = _candidates(task, step, seed)
+    else:
+        drawn = take(task, (step - 1) * ENDLESS * count, ENDLESS * count, seed)
+        chosen, candidates = drawn[:turns], drawn[turns:]
+    # By id: an endless set may repeat itself.
+    taken = {example.id: example for example in chosen}
+    others = list({e.id: e for e in candidates if e.id not in taken}.values())
+    best = np.argsort(-worth(others), kind="stable")[: count - len(taken)]
+    return [*taken.values(), *(others[i] for i in best)]
+
+
+def _candidates(task: Task, step: int, seed: int) -> list[Example]:
+    if task.train_size <= POOL:
+        return [task.train(i) for i in range(task.train_size)]
+    places = keyed_generator(seed, step, "pool").choice(task.train_size, POOL, replace=False)
+    return [task.train(int(i)) for i in places]
 
 
 def _index(position: int, size: int, seed: int) -> int:

@@ -47,6 +47,27 @@ def test_a_run_without_a_terminal_prints_plain_lines(tiny_folder, tmp_path):
     assert (out / "adapter" / "adapters.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        ("flat", "x 4 completions of"),
+        ("tree", "x trees with up to 4 completions of"),
+        ("adaptive", "x 2 to 4 completions of"),
+        ("adaptive-tree", "x 1 to 4 completions of"),
+    ],
+)
+def test_every_strategy_trains(tiny_folder, tmp_path, strategy, told):
+    out = tmp_path / "run"
+    sizes = ("--set", "rollout.group_size=4", "--set", "rollout.roots=1")
+    run = ("--model", tiny_folder, "--rollouts", strategy, "--steps", 3, "--out", out)
+    done = localrl("train", *run, *settings(), *sizes)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stderr
+    assert "step 3/3" in done.stderr
+    resolved = tomllib.loads((out / "config.toml").read_text())
+    assert resolved["rollout"]["strategy"] == strategy
+
+
 def test_without_out_a_new_folder_is_made_each_time(tiny_folder, tmp_path):
     for _ in range(2):
         done = localrl("train", "--model", tiny_folder, "--steps", 1, *settings(), cwd=tmp_path)
@@ -71,7 +92,20 @@ def test_an_existing_folder_is_refused_and_overwrite_keeps_the_old(tiny_folder, 
     ("arguments", "code", "message"),
     [
         (["train", "--set", "rollout.groupsize=4"], 2, "Did you mean 'rollout.group_size'"),
-        (["train", "--set", "rollout.group_size=1"], 2, "must be at least 2"),
+        (["train", "--set", "rollout.group_size=-1"], 2, "must be at least 0"),
+        (["train", "--rollouts", "rounds"], 2, "must be flat, tree, adaptive or adaptive-tree"),
+        (["train", "--rollouts", "adaptive", "--set", "rollout.rounds=3"], 2, "which 3 rounds"),
+        (["train", "--rollouts", "tree", "--set", "rollout.roots=9"], 2, "rollout.roots is 9"),
+        (
+            ["train", "--set", "rollout.group_size=1", "--set", "learning.kappa=0"],
+            2,
+            "learning.kappa is 0 and rollout.group_size 1",
+        ),
+        (
+            ["train", "--rollouts", "adaptive-tree", "--set", "learning.keep_completions=2"],
+            2,
+            "learning.keep_completions is 2",
+        ),
         (["train", "--set", "group_size"], 2, "has no '='"),
         (["train", "--steps", "many"], 2, "not a valid integer"),
         (["train", "--model", "nowhere"], 2, "no model in nowhere"),

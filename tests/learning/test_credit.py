@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import pytest
 from forests import flat_group, forest, scored
@@ -70,3 +73,54 @@ def test_tokens_that_the_model_did_not_write_get_no_coefficient():
     group = flat_group(2, sampled=[True, False, True])
     coefficients = token_coefficients(group, assign_credit(scored(group, [1, 0])))
     np.testing.assert_allclose(coefficients[0], [0.5, 0, 0.5])
+
+
+def rounds(group, numbers):
+    """The group, its nodes of these rounds."""
+    pairs = zip(group.nodes, numbers, strict=True)
+    return replace(group, nodes=tuple(replace(node, round=number) for node, number in pairs))
+
+
+def test_later_roots_are_no_siblings_of_earlier_ones():
+    group = rounds(flat_group(4), [0, 0, 1, 1])
+    credit = assign_credit(scored(group, [0, 0, 1, 0]))
+    # Baselines: of the first round each other's 0; of the second the mean of all three others.
+    assert credit.advantages == pytest.approx([0, 0, 1, -1 / 3])
+    assert credit.weights == pytest.approx([1 / 4] * 4)
+    credit = assign_credit(scored(group, [0, 0, 1, 0]), kappa=4, prior=0.5)
+    # (0 + 4/2) / 5 for the first, (0 + 4/2) / 7 and (1 + 4/2) / 7 for the second.
+    assert credit.advantages == pytest.approx([-2 / 5, -2 / 5, 1 - 2 / 7, -3 / 7])
+
+
+def test_a_tree_of_a_later_round_has_the_earlier_root_as_its_sibling():
+    # Root a in round 0; in round 1 root b, which forks into c and d.
+    group = rounds(forest([-1, -1, 1, 1], leaves=[0, 2, 3], planned_roots=2), [0, 1, 1, 1])
+    credit = assign_credit(scored(group, [1, 1, 0]), kappa=1, prior=0.25)
+    # b(a) = 1/4; V(b) = 1/2, b(b) = (1 + 1/4) / 2 = 5/8; b(c) = (0 + 5/8) / 2, b(d) = 13/16.
+    assert credit.advantages == pytest.approx([3 / 4, -1 / 8, 11 / 16, -13 / 16])
+    assert credit.weights == pytest.approx([1 / 2, 1 / 2, 1 / 4, 1 / 4])
+
+
+def test_roots_that_did_not_come_keep_their_share():
+    planned = replace(flat_group(2), planned_roots=8)
+    assert assign_credit(scored(planned, [1, 0])).weights == pytest.approx([1 / 8] * 2)
+    # A missing reward's share goes to those of its siblings that came.
+    planned = replace(flat_group(4), planned_roots=8)
+    credit = assign_credit(scored(planned, [1, None, 0, 0]))
+    assert credit.weights == pytest.approx([1 / 6, 0, 1 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize("kappa", [0.0, 4.0])
+def test_rounds_that_depend_on_rewards_stay_unbiased(kappa):
+    """All outcomes of two rounds of two, the second only after equal rewards: Wald's identity."""
+    p, total, roots = 0.3, 0.0, 0.0
+    for rewards in product([0, 1], repeat=4):
+        came = 4 if rewards[0] == rewards[1] else 2
+        chance = np.prod([p if r else 1 - p for r in rewards])
+        group = rounds(replace(flat_group(came), planned_roots=4), [0, 0, 1, 1][:came])
+        credit = assign_credit(scored(group, rewards[:came]), kappa=kappa, prior=0.8)
+        scores = [1 / p if r else -1 / (1 - p) for r in rewards[:came]]
+        total += chance * sum(credit.coefficient(n) * s for n, s in enumerate(scores))
+        roots += chance * came
+    # The gradient of p by itself is 1.
+    assert total == pytest.approx(roots / 4)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from localrl import RunConfig, session, train
+from localrl import RunConfig, train
 from localrl.learning.objectives import OBJECTIVES
 from localrl.runs.logs import read_jsonl
-from localrl.tasks.base import RewardSpec
-from localrl.tasks.builtin import load_task
 
 FUNCTIONS = Path(__file__).parent.parent / "worker_functions.py"
 
 
 @pytest.fixture
-def run(tiny_folder, tmp_path, monkeypatch):
+def run(tiny_folder, tmp_path):
     """A run of two steps with two updates each, rewarding short completions."""
-    spec = RewardSpec("short", f"{FUNCTIONS}:short")
-
-    def load(name, *, train_prompts):
-        return replace(load_task(name, train_prompts=train_prompts), rewards=(spec,))
 
     def start(name, **learning):
         settings = {
@@ -30,6 +23,7 @@ def run(tiny_folder, tmp_path, monkeypatch):
             "run.out": str(tmp_path / name),
             "run.steps": 2,
             "task.eval_prompts": 0,
+            "task.rewards": f"{FUNCTIONS}:short",
             "rollout.prompts_per_step": 4,
             "rollout.group_size": 4,
             "rollout.max_completion_tokens": 12,
@@ -40,7 +34,6 @@ def run(tiny_folder, tmp_path, monkeypatch):
         settings.update({f"learning.{key}": value for key, value in learning.items()})
         return train(RunConfig.create(settings)).folder
 
-    monkeypatch.setattr(session, "load_task", load)
     return start
 
 

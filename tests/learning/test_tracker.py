@@ -1,40 +1,93 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from forests import flat_group, forest, scored
 
 from localrl.learning.credit import assign_credit
-from localrl.learning.tracker import Tracker
+from localrl.learning.tracker import FLOOR, HALF_LIFE, Tracker
+from localrl.records import Example, ScoredGroup
 
 
 def update(tracker, *groups):
     tracker.update(groups, [assign_credit(group) for group in groups])
 
 
+def example(name: str) -> Example:
+    return Example(id=name, messages=({"role": "user", "content": name},))
+
+
+def of(name: str, rewards, tokens: int = 3) -> ScoredGroup:
+    """A flat group of another prompt, its completions of so many tokens."""
+    group = flat_group(len(rewards), [True] * tokens)
+    return scored(replace(group, example=example(name)), rewards)
+
+
 def test_nothing_is_known_before_the_first_reward():
     tracker = Tracker()
-    assert tracker.value("hand-made") is None
     update(tracker, scored(flat_group(2), [None, None]))
     assert tracker.value("hand-made") is None
+    assert tracker.difficulty("hand-made") is None
+    assert tracker.expected_tokens("hand-made") is None
+    assert tracker.posterior("hand-made") == (1, 1)
 
 
 def test_worked_by_hand():
     tracker = Tracker()
     update(tracker, scored(flat_group(4), [1, 0, 0, 0]))
-    # The prior's mean was 0: total 4 * 0.25, count 0.9 + 0.1 + 4.
-    assert tracker.value("hand-made") == pytest.approx(1 / 5)
-    assert tracker.value("another") == pytest.approx(1 / 4)  # the mean of all
+    # Nothing was known: total 1, count 4, and the mean of all is the same.
+    assert tracker.value("hand-made") == pytest.approx(1 / 4)
+    assert tracker.value("another") == pytest.approx(1 / 4)
     update(tracker, scored(flat_group(4), [1, 1, 1, 1]))
-    total = 0.9 * 1 + 0.1 * 0.25 + 4
-    assert tracker.value("hand-made") == pytest.approx(total / (0.9 * 5 + 0.1 + 4))
+    # No drift: 0.96 stays, and 0.04 of the prior's 2 completions, of mean 1/4, come in.
+    total, count = 0.96 * 1 + 0.04 * 0.5 + 4, 0.96 * 4 + 0.04 * 2 + 4
+    assert tracker.value("hand-made") == pytest.approx(total / count)
+    assert tracker.value("another") == pytest.approx((0.99 * 1 + 4) / (0.99 * 4 + 4))
+
+
+@pytest.mark.parametrize(
+    ("nats", "kept"),
+    [
+        (0.0, 0.96),
+        (0.06 * math.log2(1 / 0.95), 0.95),
+        (0.06 * math.log2(1 / 0.9), 0.9),
+        (0.06, 0.875),  # a half would stay
+        (9.0, 0.875),
+    ],
+)
+def test_drift_decides_what_is_kept(nats, kept):
+    tracker = Tracker()
+    tracker.drifted(5.0)  # before anything is known there is nothing to forget
+    update(tracker, scored(flat_group(4), [0, 0, 0, 1]))
+    # In parts, between which another prompt is seen: the clock runs from the prompt's own visit.
+    tracker.drifted(nats / 4)
+    update(tracker, of("other", [0, 0, 0, 1]))
+    tracker.drifted(3 * nats / 4)
+    update(tracker, scored(flat_group(4), [1, 1, 1, 0]))
+    # The mean of all is 1/4 throughout, so the prior adds 1/2 in 2.
+    total, count = kept * 1 + (1 - kept) * 0.5 + 3, kept * 4 + (1 - kept) * 2 + 4
+    assert tracker.value("hand-made") == pytest.approx(total / count)
+    assert sum(tracker.posterior("hand-made")) == pytest.approx(count)
+
+
+def test_a_first_visit_starts_from_the_prior_whatever_the_drift():
+    tracker = Tracker()
+    update(tracker, of("other", [1, 0, 0, 0]))
+    tracker.drifted(1.0)
+    update(tracker, scored(flat_group(2), [1, 1]))
+    assert tracker.posterior("hand-made") == pytest.approx((0.5 + 2, 1.5))
 
 
 def test_completions_that_share_tokens_count_for_less():
     group = forest([-1, -1, 0, 0], leaves=[1, 2, 3], planned_roots=2)
     tracker = Tracker()
+    update(tracker, of("other", [0, 0]))
     update(tracker, scored(group, [1, 0, 0]))
-    # Worth 1/2 (the lone root's share), counted as 2 roots and half a leaf.
-    assert tracker.value("hand-made") == pytest.approx(2.5 * 0.5 / (1 + 2.5))
+    # Worth 1/2 (the lone root's share), counted as 2 roots and half a leaf; 2 of the prior.
+    assert tracker.value("hand-made") == pytest.approx(2.5 * 0.5 / (2 + 2.5))
 
 
 def test_a_missing_reward_is_not_a_zero():
@@ -44,9 +97,110 @@ def test_a_missing_reward_is_not_a_zero():
 
 
 def test_it_follows_a_policy_that_improves():
+    moving, still = Tracker(), Tracker()
+    for rewards, times in (([0] * 4, 50), ([1] * 4, 25)):
+        for _ in range(times):
+            moving.drifted(HALF_LIFE)
+            for tracker in (moving, still):
+                update(tracker, scored(flat_group(4), rewards))
+    assert moving.value("hand-made") > 0.85
+    assert 0.5 < still.value("hand-made") < 0.75
+
+
+def test_rewards_of_0_and_1_have_a_beta_posterior():
     tracker = Tracker()
-    for _ in range(50):
-        update(tracker, scored(flat_group(4), [0, 0, 0, 0]))
-    for _ in range(25):
-        update(tracker, scored(flat_group(4), [1, 1, 1, 1]))
-    assert tracker.value("hand-made") > 0.85
+    update(tracker, scored(flat_group(4), [1, 0, 0, 0]))
+    assert tracker.posterior("hand-made") == pytest.approx((1, 3))
+    assert tracker.posterior("another") == pytest.approx((0.5, 1.5))
+    update(tracker, scored(flat_group(4), [1, 1, 0, 0]))
+    right, wrong = tracker.posterior("hand-made")
+    assert right + wrong == pytest.approx(0.96 * 4 + 0.04 * 2 + 4)
+    assert right / (right + wrong) == pytest.approx(tracker.value("hand-made"))
+    assert tracker.difficulty("hand-made") == pytest.approx(tracker.value("hand-made"))
+
+
+def test_other_rewards_are_placed_within_the_range_seen():
+    tracker = Tracker()
+    assert [tracker.share(reward) for reward in (-3, 0, 0.25, 1, 7)] == [0, 0, 0.25, 1, 1]
+    update(tracker, scored(flat_group(4), [-1, 3, None, 1]))
+    # Single rewards reach from -1 to 3, even though their mean is 1.
+    assert [tracker.share(reward) for reward in (-3, -1, 0, 1, 3, 7)] == [0, 0, 0.25, 0.5, 1, 1]
+    assert tracker.value("hand-made") == pytest.approx(1)
+    assert tracker.difficulty("hand-made") == pytest.approx(0.5)
+    assert tracker.posterior("hand-made") == pytest.approx((1.5, 1.5))
+
+
+@pytest.mark.parametrize(("reward", "posterior"), [(0, (FLOOR, 4)), (1, (4, FLOOR))])
+def test_a_posterior_is_never_certain(reward, posterior):
+    tracker = Tracker()
+    update(tracker, scored(flat_group(4), [reward] * 4))
+    assert tracker.posterior("hand-made") == pytest.approx(posterior)
+
+
+def test_expected_tokens():
+    tracker = Tracker()
+    update(tracker, of("short", [1, 0, 0, 0], tokens=3))
+    assert tracker.expected_tokens("short") == pytest.approx(3)
+    assert tracker.expected_tokens("unseen") == pytest.approx(3)
+    update(tracker, of("long", [1, 0, 0, 0], tokens=6))
+    # Two of the prior, of 3 tokens, and four of 6.
+    assert tracker.expected_tokens("long") == pytest.approx((2 * 3 + 4 * 6) / 6)
+    overall = (0.99 * 12 + 24) / (0.99 * 4 + 4)
+    assert tracker.expected_tokens("unseen") == pytest.approx(overall)
+    update(tracker, of("long", [0, 0], tokens=9))
+    kept = 0.96 * 30 + 0.04 * 2 * overall, 0.96 * 6 + 0.04 * 2
+    assert tracker.expected_tokens("long") == pytest.approx((kept[0] + 18) / (kept[1] + 2))
+
+
+HARD_EVEN_EASY = ("hard", "even", "easy")
+
+
+def seen(**groups) -> Tracker:
+    """A tracker that has seen 8 completions of each name: the right ones, and their tokens."""
+    tracker = Tracker()
+    for name, (right, tokens) in groups.items():
+        update(tracker, of(name, [1.0] * right + [0.0] * (8 - right), tokens))
+    return tracker
+
+
+def mean_worth(tracker, *names):
+    draws = [tracker.worth([example(name) for name in names], 0, step) for step in range(400)]
+    return np.mean(draws, axis=0)
+
+
+def test_worth_depends_on_its_address_alone():
+    tracker = seen(a=(4, 3), b=(1, 3))
+    examples = [example("a"), example("b"), example("unseen")]
+    one = tracker.worth(examples, 0, 5, "prompts")
+    assert one.tolist() == tracker.worth(examples, 0, 5, "prompts").tolist()
+    assert one.tolist() != tracker.worth(examples, 0, 6, "prompts").tolist()
+    assert one.tolist() != tracker.worth(examples, 1, 5, "prompts").tolist()
+
+
+def test_worth_is_finite_without_anything_known_and_empty_for_nobody():
+    assert np.isfinite(Tracker().worth([example("a")], 0)).all()
+    assert Tracker().worth([], 0).tolist() == []
+
+
+def test_even_prompts_are_worth_more_than_easy_and_hard_ones():
+    hard, even, easy = mean_worth(seen(hard=(0, 3), even=(4, 3), easy=(8, 3)), *HARD_EVEN_EASY)
+    assert even > 1.3 * hard
+    assert even > 1.3 * easy
+
+
+def test_long_completions_are_worth_less():
+    tracker = seen(short=(4, 4), long=(4, 16))
+    short, long = mean_worth(tracker, "short", "long")
+    ratio = tracker.expected_tokens("long") / tracker.expected_tokens("short")
+    assert ratio > 2
+    assert short / long == pytest.approx(ratio**0.5, rel=0.1)
+
+
+def test_prompts_never_seen_get_their_turn():
+    tracker = seen(hard=(0, 3), even=(4, 3), easy=(8, 3))
+    examples = [example(name) for name in (*HARD_EVEN_EASY, "unseen")]
+    best = [int(tracker.worth(examples, 0, step).argmax()) for step in range(400)]
+    turns = np.bincount(best, minlength=4) / 400
+    assert turns[3] > 0.15
+    assert turns[3] > turns[0]
+    assert turns[3] > turns[2]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 from forests import flat_group, forest, scored
-from steps import TEMPERATURE, plan, relative_difference, selection
+from steps import LMAX, TEMPERATURE, plain_logprobs, plan, relative_difference, selection
 
 from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
+from localrl.learning import update
 from localrl.learning.credit import assign_credit, token_coefficients
 from localrl.learning.objectives import OBJECTIVES, make_objective
 from localrl.learning.update import Updater, global_norm
@@ -90,8 +93,6 @@ def test_any_micro_batch_size_gives_the_same_gradient(policy, micro_rows, head_c
 
 
 def test_a_model_that_hides_its_states_gets_the_same_gradient(policy):
-    from dataclasses import replace
-
     batch = make_batch(groups())
     config = LearningConfig(clip_low=1.0, clip_high=100.0)
     split, _ = Updater(policy, config, TEMPERATURE).gradient(batch, plan())
@@ -176,7 +177,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(own_policy):
     before = weights(own_policy)
     batch = make_batch(groups())
     for node in batch.nodes:
-        node.sampled_logprobs[:] = -1e6  # a ratio of infinity
+        node.anchor_logprobs[:] = -1e6  # a ratio of infinity
     updater = Updater(own_policy, LearningConfig(), TEMPERATURE)
     for _ in range(2):
         assert not updater.update(batch, plan()).updated
@@ -205,3 +206,109 @@ def test_the_learning_rate_warms_up(own_policy):
         updater.updates = updates
         rates.append(updater.learning_rate)
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_nothing_to_train_leaves_the_optimizer_as_it_is(own_policy):
+    updater = Updater(own_policy, LearningConfig(lr=1e-3, warmup_steps=3), TEMPERATURE)
+    updater.update(make_batch(groups()), plan())
+    moments = optimizer_state(updater)
+    before, rate = weights(own_policy), updater.learning_rate
+    batch = make_batch(groups())
+    for node in batch.nodes:
+        node.coefficients[:] = 0
+    stats = updater.update(batch, plan())
+    assert (stats.updated, stats.drift, stats.loss, stats.trained_tokens) == (False, None, None, 0)
+    assert (updater.updates, updater.learning_rate) == (1, rate)
+    after = optimizer_state(updater)
+    assert moments["step"] == 1
+    assert moments.keys() == after.keys()
+    assert all(np.array_equal(moments[name], after[name]) for name in moments)
+    assert all(np.array_equal(before[name], w) for name, w in weights(own_policy).items())
+
+
+def optimizer_state(updater):
+    return {name: np.array(value) for name, value in tree_flatten(updater._optimizer.state)}
+
+
+def aged(policy, group, difference):
+    """The group as an earlier policy wrote it, whose log-probabilities were less by `difference`.
+
+    Nodes in `difference`, by index, are stale; the others were written by the policy as it is.
+    """
+    lengths = np.cumsum([len(node.token_ids) for node in group.group.nodes])[:-1]
+    now = np.split(np.array(plain_logprobs(policy.model, [group])), lengths)
+    nodes = tuple(
+        replace(node, sampled_logprobs=values - difference[n], old_logprobs=values)
+        if n in difference
+        else replace(node, sampled_logprobs=values)
+        for n, (node, values) in enumerate(zip(group.group.nodes, now, strict=True))
+    )
+    return replace(group, group=replace(group.group, nodes=nodes))
+
+
+def reused():
+    """Root 0 with its tail 1, and roots 2 and 3."""
+    return scored(forest([-1, 0, -1, -1], leaves=[1, 2, 3], planned_roots=3), [1, 0, 0.25])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_replayed_group_of_the_same_policy_teaches_what_a_fresh_one_does(policy, shared):
+    fresh = aged(policy, reused(), {})
+    replayed = aged(policy, reused(), dict.fromkeys(range(4), np.zeros(3, np.float32)))
+    updater = Updater(policy, LearningConfig(), TEMPERATURE)
+    updater.shared = shared
+    one, other = (updater.gradient(make_batch([g]), plan())[0] for g in (fresh, replayed))
+    for (name, a), (_, b) in zip(tree_flatten(one), tree_flatten(other), strict=True):
+        assert np.array_equal(np.array(a), np.array(b)), name
+    assert global_norm(one) > 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gradient_of_stale_tokens_equals_the_plain_one(policy, shared):
+    # old - sampled; the fresh tail behind root 0 has the prefix's weight, and root 2 none.
+    moved = {0: np.float32([0.1, -0.4, 0.2]), 3: np.float32([0.9, -0.5, -0.3])}
+    stale = aged(policy, reused(), moved)
+    importance = np.exp([0.1, -0.3, -0.1, -0.1, -0.1, -0.1, 0, 0, 0, np.log(2), 0.4, 0.1])
+    advantages = [1 - 0.125, 0 - 0.625, 0.25 - 0.5]
+    weighted = mx.array(importance * np.repeat(advantages, [6, 3, 3]) / 3)
+    old = mx.array(np.array(plain_logprobs(policy.model, [stale])))
+
+    def loss():
+        ratio = mx.exp(plain_logprobs(policy.model, [stale]) - old)
+        return -(weighted * ratio).sum() / LMAX
+
+    _, expected = nn.value_and_grad(policy.model, loss)()
+    updater = Updater(policy, LearningConfig(), TEMPERATURE)
+    updater.shared = shared
+    found, _ = updater.gradient(make_batch([stale]), plan())
+    assert relative_difference(found, expected) < 1e-5
+
+
+def test_drift_is_how_far_the_step_has_moved(own_policy):
+    shifts = {0: np.float32([0.1, -0.1, 0])}
+    step = [aged(own_policy, group, shifts) for group in (reused(), reused())]
+    config = LearningConfig(lr=3e-3, warmup_steps=0, updates_per_step=2)
+    updater = Updater(own_policy, config, TEMPERATURE)
+    # Anchors are what the policy thought at the start of the step, of stale tokens too.
+    before = np.array(plain_logprobs(own_policy.model, step))
+    stats = updater.update(make_batch(step), plan())
+    after = np.array(plain_logprobs(own_policy.model, step))
+    assert updater.updates == 2
+    assert stats.drift == pytest.approx(np.abs(after - before).mean(), abs=1e-4)
+    assert stats.drift > 0.01
+
+
+@pytest.mark.parametrize(("tokens", "measured"), [(1, 12), (12, 12), (13, 24), (1000, 36)])
+def test_drift_is_measured_on_the_first_prompts(own_policy, monkeypatch, tokens, measured):
+    monkeypatch.setattr(update, "DRIFT_TOKENS", tokens)
+    step = [aged(own_policy, reused(), {}) for _ in range(3)]
+    step = [replace(g, group=replace(g.group, prompt_ids=(1, 5, n, 2))) for n, g in enumerate(step)]
+    step = [aged(own_policy, group, {}) for group in step]
+    updater = Updater(own_policy, LearningConfig(lr=3e-3, warmup_steps=0), TEMPERATURE)
+    before = np.array(plain_logprobs(own_policy.model, step))
+    drift = updater.update(make_batch(step), plan()).drift
+    after = np.array(plain_logprobs(own_policy.model, step))
+    moved = np.abs(after - before)
+    assert drift == pytest.approx(moved[:measured].mean(), abs=1e-5)
+    if measured < 36:
+        assert drift != pytest.approx(moved.mean(), abs=1e-4)

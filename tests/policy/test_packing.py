@@ -12,7 +12,7 @@ def batch_node(prompt, parent, tokens, coefficients, finish=True, kl_weights=Non
         parent=parent,
         token_ids=np.array(tokens, np.int32),
         coefficients=np.array(coefficients, np.float32),
-        sampled_logprobs=-np.array(tokens, np.float32),
+        anchor_logprobs=-np.array(tokens, np.float32),
         finish=finish,
         kl_weights=np.array(kl_weights or [0] * len(tokens), np.float32),
     )
@@ -29,7 +29,7 @@ def test_targets_are_the_completion_tokens_and_sources_one_place_before():
     assert packed.targets.tolist() == [5, 6, 5, 6, 3]
     # Flattened (2, 4): the 5 of row 0 is predicted at its place 1, that of row 1 at 4 + 0.
     assert packed.sources.tolist() == [1, 2, 4, 5, 6]
-    assert packed.sampled_logprobs.tolist() == [-5, -6, -5, -6, -3]
+    assert packed.anchor_logprobs.tolist() == [-5, -6, -5, -6, -3]
 
 
 def test_a_foreign_token_is_context_and_no_target():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,42 @@ def test_parts_are_weighted_and_none_is_left_out(worker: Worker) -> None:
         "not_applicable": (None, None),
     }
     assert scored.rewards == (2.0 * 1 - 0.5 * 3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("cut_reward", "rewards"),
+    [
+        (None, (1.0, 1.0, 1.0, 0.0, 1.0)),
+        (-0.5, (1.0, -0.5, -0.5, 0.0, 1.0)),
+        (0.0, (1, 0, 0, 0, 1)),
+    ],
+)
+def test_completions_cut_off_get_a_reward_of_their_own(
+    worker: Worker, cut_reward: float | None, rewards: tuple[float, ...]
+) -> None:
+    reasons = ("stop", "length", "loop", "stop", "closed")
+    plain = group("aaaba")
+    leaves = [replace(leaf, finish_reason=r) for leaf, r in zip(plain.leaves, reasons, strict=True)]
+    scorer = Scorer([spec("right")], worker, cut_reward=cut_reward)
+    [scored] = scorer.score([replace(plain, leaves=tuple(leaves))])  # type: ignore[arg-type]
+    assert scored.rewards == rewards
+    assert scored.parts == {"right": (1.0, 1.0, 1.0, 0.0, 1.0)}  # what the function said
+
+
+def test_completions_cut_off_need_no_answer_of_the_functions(worker: Worker) -> None:
+    cut = tuple(replace(leaf, finish_reason="length") for leaf in group("ab").leaves)
+    groups = [replace(group("ab"), leaves=cut), group("ab")]
+    scored = Scorer([spec("not_applicable")], worker, cut_reward=-1.0).score(groups)
+    assert [s.rewards for s in scored] == [(-1.0, -1.0), (None, None)]
+
+
+def test_the_time_of_scoring_adds_up(worker: Worker) -> None:
+    scorer, started = Scorer([spec("length")], worker), time.perf_counter()
+    assert scorer.busy_s == 0.0
+    scorer.score([group("ab")])
+    once = scorer.busy_s
+    scorer.score([group("ab")])
+    assert 0 < once < scorer.busy_s < time.perf_counter() - started
 
 
 def test_no_part_no_reward_and_no_failure(worker: Worker) -> None:

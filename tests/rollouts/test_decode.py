@@ -5,10 +5,10 @@ import pytest
 from exact import assert_exact
 
 from localrl.backend import mx
+from localrl.keys import keyed_uniforms
 from localrl.records import Example
 from localrl.rollouts.decode import Decoder, draw
-from localrl.rollouts.groups import sample_groups
-from localrl.rollouts.keys import keyed_uniforms
+from localrl.rollouts.groups import Shape, sample_groups
 
 TEXTS = ("12", "sum 1 2 3", "a", "zebra 99", "sort cab")
 
@@ -25,8 +25,7 @@ def sample(policy, examples, *, rows, temperature=1.0, step=1, group_size=6):
         decoder,
         examples,
         prompts,
-        roots=group_size,
-        group_size=group_size,
+        Shape(group_size, group_size),
         rule=None,
         max_completion_tokens=30,
         seed=0,

@@ -21,7 +21,7 @@ from localrl.rollouts.forking import (
     forks_per_path,
     within_budget,
 )
-from localrl.rollouts.groups import sample_groups
+from localrl.rollouts.groups import Shape, sample_groups
 
 TEXTS = ("12", "sum 1 2 3 and more of it", "a", "zebra 99")
 
@@ -42,20 +42,20 @@ class Always:
         return within_budget(np.isin(view.lengths, self.at) & view.alive, view.entropies, view)
 
 
-def sample(policy, rule, *, rows=64, roots=2, leaves=8, tokens=24, temperature=1.0):
+def sample(policy, rule, *, rows=64, roots=2, leaves=8, tokens=24, temperature=1.0, **more):
     examples = [Example(id=text, messages=({"role": "user", "content": text},)) for text in TEXTS]
     decoder = Decoder(policy, temperature, rows)
     return sample_groups(
         decoder,
         examples,
         [policy.tokenizer.encode(example.messages) for example in examples],
-        group_size=leaves,
-        roots=roots,
+        Shape(roots, leaves),
         max_completion_tokens=tokens,
         seed=0,
         step=1,
         version=0,
         rule=rule,
+        **more,
     )
 
 
@@ -153,6 +153,7 @@ def view(**changes):
         "leaves_left": [2, 2, 2, 1],
         "coins": [0.1, 0.9, 0.2, 0.3],
         "alive": [True, True, True, True],
+        "expected": [np.nan] * 4,
     }
     return LiveView(**{name: np.array(values) for name, values in (columns | changes).items()})
 
@@ -223,6 +224,32 @@ def test_the_quantile_is_nudged_toward_the_wanted_forks():
     assert forks_per_path([full]) == pytest.approx((1 + 2 + 3 + 3) / 4)
     rule.learn([full])
     assert rule.quantile == pytest.approx(0.90)
+
+
+def test_each_prompt_has_its_own_expected_length():
+    rows = {"forks": [1] * 4, "since_fork": [19] * 4, "lengths": [80] * 4}
+    # A fifth of it: gaps of 20 where nothing is known, of 19, of 19.2 and, at least, of 8.
+    found = spacing(gap=0, expected_length=100.0).open(
+        view(**rows, expected=[np.nan, 95.0, 96.0, 10.0])
+    )
+    assert found.tolist() == [False, True, False, True]
+    # Forks unlock along it: the second of three after a third of 30, 60, 90 or 120 tokens.
+    rows = {"forks": [1] * 4, "since_fork": [20] * 4, "lengths": [25] * 4}
+    found = spacing(expected_length=60.0).open(view(**rows, expected=[30.0, np.nan, 90.0, 120.0]))
+    assert found.tolist() == [True, True, False, False]
+
+
+def test_expected_lengths_reach_the_rule(policy):
+    seen = {}
+
+    class Watching:
+        def choose(self, view: LiveView) -> np.ndarray:
+            for tree, tokens in zip(view.trees.tolist(), view.expected.tolist(), strict=True):
+                seen.setdefault(tree, set()).add(tokens if tokens == tokens else None)
+            return np.zeros(len(view.trees), bool)
+
+    sample(policy, Watching(), expected_tokens=[12.5, None, 3.0, None])
+    assert seen == {0: {12.5}, 1: {None}, 2: {3.0}, 3: {None}}
 
 
 def test_rules_fork_real_trees(policy):

@@ -8,19 +8,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import pytest
+from forests import forest, scored
 
 import localrl
 from localrl.errors import ConfigError, DataError
-from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
+from localrl.records import DropReason, Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.runs import folder as folder_module
 from localrl.runs.folder import default_run_path, open_run, package_versions
-from localrl.runs.logs import GroupRecord, read_jsonl, to_json, write_atomic
+from localrl.runs.logs import GroupRecord, read_jsonl, rollout_line, to_json, write_atomic
 
 PACKAGE_PARENT = Path(localrl.__path__[0]).parent
 OPEN_AND_WAIT = """
@@ -69,7 +71,7 @@ def node(parent: int, values: list[float], **fields: object) -> Node:
     return Node(parent, tokens, sampled_logprobs=logprobs, entropies=-logprobs, **settings)  # type: ignore
 
 
-def record(text: str = "7", kept: bool = True, reason: str | None = None) -> GroupRecord:
+def record(text: str = "7", dropped: DropReason | None = None) -> GroupRecord:
     group = Group(
         example=Example("sum-1", ({"role": "user", "content": "3+4"},), "7"),
         prompt_ids=(5,),
@@ -81,7 +83,7 @@ def record(text: str = "7", kept: bool = True, reason: str | None = None) -> Gro
         planned_roots=4,
     )
     scored = ScoredGroup(group, (0.5,), {"right": (1.0,), "format": (None,)})
-    return GroupRecord(scored, (None, 0.25), kept, reason)
+    return GroupRecord(scored, (None, 0.25), (dropped,))
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: None])
@@ -242,7 +244,7 @@ def test_events_carry_time_and_kind(tmp_path: Path) -> None:
 
 def test_rollout_line(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", overwrite=False) as folder:
-        folder.rollouts(7, [record(kept=False, reason="one-sided")])
+        folder.rollouts(7, [record(dropped="no reward")])
     assert b"-0.0" not in (tmp_path / "run" / "rollouts.jsonl").read_bytes()
     [line] = read_jsonl(tmp_path / "run" / "rollouts.jsonl")
     assert line == {
@@ -277,11 +279,51 @@ def test_rollout_line(tmp_path: Path) -> None:
                 "reward": 0.5,
                 "parts": {"right": 1.0, "format": None},
                 "text": "7",
+                "dropped": "no reward",
             }
         ],
         "kept": False,
-        "reason": "one-sided",
+        "reason": "no reward",
+        "replayed": False,
     }
+
+
+def test_defaults_are_left_out_of_a_line_and_all_else_is_there() -> None:
+    plain = rollout_line(1, record())
+    assert (plain["kept"], plain["reason"]) == (True, None)
+    assert "dropped" not in plain["leaves"][0]
+    nodes = (
+        node(-1, [-0.5, -1.0], round=1, version=2, old_logprobs=np.array([-0.25004, -0.0])),
+        node(0, [-2.0]),
+        node(0, [-3.0]),
+    )
+    leaves = (Leaf(1, "loop", "a"), Leaf(2, "closed", "b"))
+    group = replace(record().scored.group, nodes=nodes, leaves=leaves)
+    scored = ScoredGroup(group, (1.0, 0.0), {})
+    line = rollout_line(1, GroupRecord(scored, (0.5, 0.0, -0.5), (None, "down-sampled")))
+    assert line["kept"]
+    assert (line["nodes"][0]["round"], line["nodes"][0]["version"]) == (1, 2)
+    assert line["nodes"][0]["old_logprobs"].tolist() == [-0.25, 0.0]
+    assert not {"round", "old_logprobs", "version", "sampled"} & set(line["nodes"][1])
+    assert [leaf.get("dropped") for leaf in line["leaves"]] == [None, "down-sampled"]
+    assert [leaf["finish_reason"] for leaf in line["leaves"]] == ["loop", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("dropped", "kept", "reason"),
+    [
+        ((None, None), True, None),
+        (("no reward", None), True, None),
+        (("no reward", "no reward"), False, "no reward"),
+        (("no coefficient", "no coefficient"), False, "no coefficient"),
+        (("no reward", "down-sampled"), False, "no coefficient"),
+    ],
+)
+def test_the_reason_of_a_group_is_that_of_all_its_completions(dropped, kept, reason) -> None:
+    tree = forest([-1, -1], leaves=[0, 1], planned_roots=2)
+    whole = GroupRecord(scored(tree, [1.0, 0.0]), (0.0, 0.0), dropped, replayed=True)
+    line = rollout_line(1, whole)
+    assert (line["kept"], line["reason"], line["replayed"]) == (kept, reason, True)
 
 
 def test_past_the_limit_every_tenth_group_is_written(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from localrl.rollouts.keys import keyed_uniforms
+from localrl.keys import keyed_generator, keyed_uniforms
 
 
 def test_an_address_always_gives_the_same_numbers():
@@ -26,6 +26,16 @@ def test_addresses_do_not_run_into_each_other():
         ]
     ]
     assert len(set(drawn)) == len(drawn)
+
+
+def test_generators_are_the_addresses_own():
+    one, same, other = (keyed_generator(0, step, "prompts") for step in (1, 1, 2))
+    drawn = one.beta(2.0, 3.0, 5)
+    np.testing.assert_array_equal(same.beta(2.0, 3.0, 5), drawn)
+    assert not np.array_equal(other.beta(2.0, 3.0, 5), drawn)
+    # Uniforms are this generator's integers, at the middle of their places.
+    bits = keyed_generator(0, "a").integers(0, 2**23, 3)
+    np.testing.assert_array_equal(keyed_uniforms(3, 0, "a") * 2**23 - 0.5, bits)
 
 
 def test_numbers_are_uniform_and_never_zero_or_one():

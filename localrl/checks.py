@@ -1,0 +1,106 @@
+"""Settings that cannot work together: said before anything is computed."""
+
+from __future__ import annotations
+
+from localrl.config import RunConfig
+from localrl.errors import ConfigError
+from localrl.learning.objectives import make_objective
+from localrl.rollouts.groups import Shape
+from localrl.tasks.base import Task
+
+KAPPA = 4.0
+"""With two siblings the other one alone is a poor baseline: see docs/strategies.md."""
+
+
+def tracker_weight(config: RunConfig) -> float:
+    """The tracker's weight in baselines; where completions stand alone they have no other."""
+    if config.learning.kappa is not None:
+        return config.learning.kappa
+    plain = config.rollout.strategy == "flat" and config.rollout.completions > 2
+    return 0.0 if plain else KAPPA
+
+
+def reused_roots(config: RunConfig, shape: Shape) -> int:
+    """How many roots of a prompt may begin from earlier completions; one at least stays fresh.
+
+    Else a group that teaches nothing would come back as it is for ever.
+    """
+    return min(round(config.rollout.reuse * shape.roots), shape.roots - 1)
+
+
+def check(config: RunConfig, shape: Shape, task: Task) -> None:
+    """Refuse what cannot work together.
+
+    Raises: ConfigError.
+    """
+    rollout, there = config.rollout, task.train_size
+    if 0 < there < rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {rollout.prompts_per_step}, but the task has {there} "
+            "training prompts. Lower it, or raise task.train_prompts."
+        )
+    if rollout.completions == 1 and not tracker_weight(config):
+        raise ConfigError(
+            "learning.kappa is 0 and rollout.group_size 1: a completion would have nothing to be "
+            "compared with. Leave kappa out, or raise the group size."
+        )
+    if shape.leaves > shape.roots:
+        _check_trees(config, shape)
+    _check_weights(config, shape)
+    _check_reuse(config, shape)
+
+
+def _check_trees(config: RunConfig, shape: Shape) -> None:
+    rows = config.memory.decode_rows
+    if 0 < rows < shape.leaves:
+        raise ConfigError(
+            f"memory.decode_rows is {rows}, but a tree may have {shape.leaves} leaves at "
+            "once. Raise it, or lower rollout.group_size."
+        )
+    if make_objective(config.learning).flat_only:
+        raise ConfigError(
+            f"learning.objective is {config.learning.objective}, which divides by the length of "
+            "the one completion a token belongs to; in a tree completions share tokens. Choose "
+            "another objective, or rollout.strategy=flat."
+        )
+    if config.learning.keep_completions:
+        raise ConfigError(
+            f"learning.keep_completions is {config.learning.keep_completions}, which drops whole "
+            "completions; in a tree they share tokens. Set it to 0, or rollout.strategy=flat."
+        )
+
+
+def _check_weights(config: RunConfig, shape: Shape) -> None:
+    objective, name = make_objective(config.learning), config.learning.objective
+    if objective.prompt_weight != "none" and (shape.rounds > 1 or config.rollout.completions == 1):
+        raise ConfigError(
+            f"learning.objective={name} weighs a prompt by its rewards "
+            f"({objective.prompt_weight}). A single completion has no such weight, and with rounds "
+            "it would depend on what came later. Set learning.prompt_weight=none, or "
+            "rollout.strategy=flat with a larger group."
+        )
+    if objective.length in ("group", "step") and shape.rounds > 1:
+        raise ConfigError(
+            f"learning.objective={name} divides by the tokens that came; with rounds, how many "
+            "come depends on their rewards. Choose clipped or rloo, or rollout.strategy=flat."
+        )
+    if shape.rounds > 1 and shape.leaves == 1 and not tracker_weight(config):
+        raise ConfigError(
+            "learning.kappa is 0 and a round has one beginning: the first has nothing to be "
+            "compared with. Leave kappa out, or lower rollout.rounds."
+        )
+
+
+def _check_reuse(config: RunConfig, shape: Shape) -> None:
+    rollout = config.rollout
+    if rollout.replay_groups and shape.leaves * shape.rounds == 1:
+        raise ConfigError(
+            f"rollout.replay_groups is {rollout.replay_groups}, but only groups with unequal "
+            "rewards are replayed, and a group of one has none. Raise rollout.group_size."
+        )
+    if rollout.reuse and not reused_roots(config, shape):
+        raise ConfigError(
+            f"rollout.reuse is {rollout.reuse:g}, but of {shape.roots} completions (of a first "
+            "round, or roots of a tree) at least one stays fresh, and less than one would be "
+            "reused. Raise it, or the group size."
+        )

@@ -1,0 +1,101 @@
+"""Looking at a task before training: what the model will see, what gold answers score."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from localrl.policy.tokenizer import Tokenizer
+from localrl.records import Example, Group, Leaf, Node, ScoredGroup
+from localrl.rewards.scoring import Scorer
+from localrl.tasks.base import Task
+
+LOOKED_AT = 200
+"""The most training examples whose gold answers are scored."""
+ENDLESS = 1000
+"""Examples of an endless task that stand for all of it."""
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What `inspect_task` found."""
+
+    training: int
+    held_out: int
+    repeated: int
+    """Training examples whose prompt an earlier one has too."""
+    prompt_tokens: tuple[int, int, int]
+    """Least, median and most of the training prompts."""
+    too_long: int
+    """Prompts, held-out ones included, that are longer than allowed."""
+    unknown: str
+    """Characters that the model has no token for."""
+    gold: tuple[ScoredGroup, ...]
+    """Gold answers as if they were completions, scored; of examples that have one."""
+    reward_s: float
+    """Seconds that scoring one step's worth of completions took."""
+
+    @property
+    def wrong(self) -> list[ScoredGroup]:
+        """Gold answers that the first reward function does not give 1, None included."""
+        return [g for g in self.gold if (next(iter(g.parts.values()))[0] or 0.0) < 1 - 1e-9]
+
+
+def inspect_task(
+    task: Task,
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_tokens: int,
+    per_step: int,
+    gold: bool,
+) -> TaskReport:
+    """Look at the training and held-out examples of a task; nothing is sampled.
+
+    `per_step` is the number of completions whose scoring is timed; `gold` says whether an answer
+    by itself is a right completion, so that it can be scored. Raises: what `Scorer.score` raises.
+    """
+    training = [task.train(i) for i in range(task.train_size or ENDLESS)]
+    held_out = task.evaluation(ENDLESS)
+    lengths = [len(tokenizer.encode(example.messages)) for example in training]
+    others = [len(tokenizer.encode(example.messages)) for example in held_out]
+    prompts = Counter(str(example.messages) for example in training)
+    examples = [example for example in training if gold and example.answer is not None]
+    scored = scorer.score([_as_completion(example, tokenizer) for example in examples[:LOOKED_AT]])
+    return TaskReport(
+        training=task.train_size,
+        held_out=len(held_out),
+        repeated=len(training) - len(prompts),
+        prompt_tokens=(min(lengths), int(np.median(lengths)), max(lengths)),
+        too_long=sum(n > max_prompt_tokens for n in (*lengths, *others)),
+        unknown=_unknown(tokenizer, training[:8]),
+        gold=tuple(scored),
+        reward_s=_reward_seconds(scorer, training, tokenizer, per_step),
+    )
+
+
+def _unknown(tokenizer: Tokenizer, examples: Sequence[Example]) -> str:
+    found = "".join(tokenizer.unknown(example.messages) for example in examples)
+    return "".join(dict.fromkeys(found))
+
+
+def _reward_seconds(
+    scorer: Scorer, training: Sequence[Example], tokenizer: Tokenizer, count: int
+) -> float:
+    groups = [_as_completion(training[i % len(training)], tokenizer) for i in range(count)]
+    started = time.perf_counter()
+    scorer.score(groups)
+    return time.perf_counter() - started
+
+
+def _as_completion(example: Example, tokenizer: Tokenizer) -> Group:
+    """A group whose one completion is the gold answer."""
+    text = "" if example.answer is None else str(example.answer)
+    ids = np.array(tokenizer.inner.encode(text, add_special_tokens=False), np.int32)
+    zeros = np.zeros(len(ids), np.float32)
+    node = Node(-1, ids, np.ones(len(ids), bool), zeros, zeros)
+    return Group(example, tokenizer.encode(example.messages), (node,), (Leaf(0, "stop", text),), 1)

@@ -1,0 +1,48 @@
+"""What reward functions are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from localrl.records import Example, Group
+
+
+def call_arguments(groups: Sequence[Group], *, ids: bool = True) -> dict[str, list[Any]]:
+    """The keyword arguments of a reward function, each a list with one entry per leaf.
+
+    `prompts` are lists of chat messages, `completions` lists with one assistant message, or both
+    are texts where the prompt came as text; `completion_ids`, if wanted, are lists of tokens; then
+    `answer` and the columns of the examples, None where an example lacks one.
+    """
+    leaves = [(group, index) for group in groups for index in range(len(group.leaves))]
+    columns = dict.fromkeys(name for group in groups for name in group.example.columns)
+    given = {name: [group.example.columns.get(name) for group, _ in leaves] for name in columns}
+    given["answer"] = [_gold(group.example) for group, _ in leaves]
+    given["prompts"] = [_prompt(group.example) for group, _ in leaves]
+    given["completions"] = [_completion(group, index) for group, index in leaves]
+    if ids:
+        given["completion_ids"] = [_token_ids(group, index) for group, index in leaves]
+    else:
+        given.pop("completion_ids", None)
+    return given
+
+
+def _prompt(example: Example) -> Any:
+    if example.as_text:
+        return example.messages[-1]["content"]
+    return [dict(message) for message in example.messages]
+
+
+def _completion(group: Group, index: int) -> Any:
+    text = group.leaves[index].text
+    return text if group.example.as_text else [{"role": "assistant", "content": text}]
+
+
+def _token_ids(group: Group, index: int) -> list[int]:
+    path = group.path(group.leaves[index].node)
+    return [token for node in path for token in group.nodes[node].token_ids.tolist()]
+
+
+def _gold(example: Example) -> Any:
+    return example.columns.get("answer") if example.answer is None else example.answer

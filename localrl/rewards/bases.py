@@ -1,0 +1,42 @@
+"""The reward of numbers written in some base. Plain Python, for a child."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from localrl.rewards.answers import Completion, text_of
+from localrl.rewards.extract import last_boxed, stated
+
+LONGEST = 300
+"""Characters of a conclusion; a longer one is wrong."""
+
+_EDGES = " \t\r\n*_`$\"'.,;!"
+
+
+def base_reward(
+    completions: Sequence[Completion], answer: Sequence[str], base: Sequence[int], **columns: Any
+) -> list[float]:
+    """1.0 where the conclusion is the gold number, both read in the base of the problem.
+
+    Leading zeros, capital letters, blanks and commas between digits, and Python's prefixes are
+    forgiven.
+    """
+    return [
+        float(_whole(conclusion(text_of(completion)), radix) == int(gold, radix))
+        for completion, gold, radix in zip(completions, answer, base, strict=True)
+    ]
+
+
+def conclusion(text: str) -> str:
+    """What is in the last \\boxed{}, else behind the last "Answer:"; empty without either."""
+    boxed = last_boxed(text)
+    found = ((stated(text) or "") if boxed is None else boxed).strip(_EDGES)
+    return found if len(found) <= LONGEST else ""
+
+
+def _whole(text: str, base: int) -> int | None:
+    try:
+        return int("".join(text.replace(",", " ").split()), base)
+    except ValueError:
+        return None

@@ -1,0 +1,375 @@
+"""Two processes that call each other's functions: the program of a completion, and its tests.
+
+The program and the tests never share an interpreter. The tests see the program's names as stand-ins
+(`Remote`); calls travel over a pair of pipes as JSON, plain values by value and everything else by
+number. So results are compared where the program cannot reach: it only ever learns the arguments of
+calls, never what is expected of it. A comparison of a stand-in with a plain value is therefore
+False, and arithmetic with one an error, instead of a question to the program.
+
+This file is handed as text to both processes; it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import json
+import os
+import struct
+import sys
+import types
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+HEADER = struct.Struct("!I")
+MESSAGE_LIMIT = 32 << 20
+SOLUTION = "solution"
+TESTS = "tests"
+
+
+class Gone(BaseException):
+    """The other process ended or talks nonsense; no `except Exception` of a test catches it."""
+
+
+class RemoteError(Exception):
+    """An exception of a class that only the other process has."""
+
+
+class Remote:
+    """Stands for an object of the other process."""
+
+    __slots__ = ("_remote_id", "_remote_peer")
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        object.__setattr__(self, "_remote_peer", peer)
+        object.__setattr__(self, "_remote_id", number)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._remote_peer.ask("call", self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._remote_peer.ask("get", self, (name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._remote_peer.ask("set", self, (name, value))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._remote_peer.ask("item", self, (key,))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._remote_peer.ask("put", self, (key, value))
+
+    def __len__(self) -> int:
+        return self._remote_peer.ask("len", self)
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = self._remote_peer.ask("iter", self)
+        while item := self._remote_peer.ask("next", iterator):
+            yield item[0]
+
+    def __next__(self) -> Any:
+        item = self._remote_peer.ask("next", self)
+        if not item:
+            raise StopIteration
+        return item[0]
+
+    def __bool__(self) -> bool:
+        return self._remote_peer.ask("bool", self) is True
+
+    def __int__(self) -> int:
+        return self._remote_peer.ask("int", self)
+
+    def __float__(self) -> float:
+        return self._remote_peer.ask("float", self)
+
+    def __str__(self) -> str:
+        return self._remote_peer.ask("str", self)
+
+    def __repr__(self) -> str:
+        return self._remote_peer.ask("repr", self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Remote):
+            return False
+        return self is other or self._remote_peer.ask("equal", self, (other,)) is True
+
+    def __hash__(self) -> int:
+        return hash(self._remote_id)
+
+
+def next_item(iterator: Any) -> list[Any]:
+    for item in iterator:
+        return [item]
+    return []
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda thing, *args, **kwargs: thing(*args, **kwargs),
+    "get": getattr,
+    "set": setattr,
+    "item": lambda thing, key: thing[key],
+    "put": lambda thing, key, value: thing.__setitem__(key, value),
+    "len": len,
+    "iter": iter,
+    "next": next_item,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "str": str,
+    "repr": repr,
+    "equal": lambda thing, other: bool(thing == other),
+}
+
+READING = ("item", "len", "iter", "next", "bool", "int", "float", "str", "repr")
+
+
+def allow_all(operation: str, thing: Any, args: list[Any]) -> bool:
+    return True
+
+
+def allow_calls(operation: str, thing: Any, args: list[Any]) -> bool:
+    """What the tests let the program do with what they gave it: call and read it.
+
+    Attributes are for objects of the tests' own classes alone, and never those whose names begin
+    with an underscore: they lead to the tests' variables.
+    """
+    if operation in ("call", *READING):
+        return True
+    public = bool(args) and isinstance(args[0], str) and not args[0].startswith("_")
+    return operation in ("get", "set") and public and type(thing).__module__ == TESTS
+
+
+class Peer:
+    """One end of the two pipes."""
+
+    def __init__(
+        self, reading: int, writing: int, allow: Callable[[str, Any, list[Any]], bool]
+    ) -> None:
+        self._reading = os.fdopen(reading, "rb")
+        self._writing = writing
+        self._allow = allow
+        self._shown: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    def ask(
+        self, operation: str, thing: Remote, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Have the other process do something with an object of its own."""
+        self.send(
+            {
+                "op": operation,
+                "on": thing._remote_id,
+                "args": [self.encode(value) for value in args],
+                "kwargs": {name: self.encode(value) for name, value in (kwargs or {}).items()},
+            }
+        )
+        reply = self.receive()
+        while "op" in reply:
+            self.serve(reply)
+            reply = self.receive()
+        if "error" in reply:
+            raise exception(str(reply["error"]), str(reply.get("message")))
+        result = self.decode(reply.get("value"))
+        if result is None:  # only what returns nothing may change its arguments
+            for value, changed in zip(args, reply.get("args", ()), strict=False):
+                overwrite(value, self.decode(changed))
+        return result
+
+    def serve(self, request: dict[str, Any]) -> None:
+        """Do what one request asks, and answer."""
+        args: list[Any] = []
+        try:
+            thing = self._shown[request["on"]]
+            args = [self.decode(value) for value in request["args"]]
+            kwargs = {name: self.decode(value) for name, value in request["kwargs"].items()}
+            if not self._allow(request["op"], thing, args):
+                raise TypeError("the tests do not give that")
+            value = OPERATIONS[request["op"]](thing, *args, **kwargs)
+            reply: dict[str, Any] = {"value": self.encode(value)}
+        except Exception as error:
+            reply = {"error": type(error).__name__, "message": str(error)[:1000]}
+        changeable = (list, dict, set, bytearray)
+        reply["args"] = [self.encode(a) if isinstance(a, changeable) else None for a in args]
+        self.send(reply)
+
+    def send(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode()
+        left = memoryview(HEADER.pack(len(data)) + data)
+        try:
+            while left:
+                left = left[os.write(self._writing, left) :]
+        except OSError:
+            raise Gone from None
+
+    def receive(self) -> dict[str, Any]:
+        """The next message; raises `Gone` when there is none or it is none."""
+        header = self._reading.read(HEADER.size)
+        if len(header) < HEADER.size or HEADER.unpack(header)[0] > MESSAGE_LIMIT:
+            raise Gone
+        try:
+            message = json.loads(self._reading.read(HEADER.unpack(header)[0]))
+        except (ValueError, RecursionError):
+            raise Gone from None
+        if not isinstance(message, dict):
+            raise Gone
+        return message
+
+    def encode(self, value: Any) -> Any:
+        """JSON for a value: plain ones as they are or in a dictionary with their kind."""
+        for kind, write in WRITERS.items():
+            if isinstance(value, kind):
+                return write(self, value)
+        if isinstance(value, Remote):
+            return {"yours": value._remote_id}
+        number = self._numbers.setdefault(id(value), len(self._shown))
+        if number == len(self._shown):
+            self._shown.append(value)
+        return {"mine": number}
+
+    def decode(self, data: Any) -> Any:
+        """The value of JSON; raises an exception for what is no value."""
+        if isinstance(data, list):
+            return [self.decode(item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        ((kind, value),) = data.items()
+        return READERS[kind](self, value)
+
+    def shown(self, number: int) -> Any:
+        return self._shown[number]
+
+
+def written_by_kind(name: str) -> Callable[[Peer, Any], Any]:
+    return lambda peer, value: {name: [peer.encode(item) for item in value]}
+
+
+def decoded(make: Callable[[Any], Any]) -> Callable[[Peer, Any], Any]:
+    return lambda peer, value: make(peer.decode(value))
+
+
+WRITERS: dict[type | tuple[type, ...], Callable[[Peer, Any], Any]] = {
+    types.NoneType: lambda peer, value: None,
+    bool: lambda peer, value: value,
+    int: lambda peer, value: int(value),
+    float: lambda peer, value: float(value),
+    str: lambda peer, value: str.__str__(value),
+    list: lambda peer, value: [peer.encode(item) for item in value],
+    tuple: written_by_kind("tuple"),
+    set: written_by_kind("set"),
+    frozenset: written_by_kind("frozenset"),
+    dict: lambda peer, value: {
+        "dict": [[peer.encode(k), peer.encode(v)] for k, v in value.items()]
+    },
+    bytes: lambda peer, value: {"bytes": value.hex()},
+    bytearray: lambda peer, value: {"bytearray": value.hex()},
+    complex: lambda peer, value: {"complex": [value.real, value.imag]},
+    range: lambda peer, value: {"range": [value.start, value.stop, value.step]},
+    Fraction: lambda peer, value: {"Fraction": str(value)},
+    Decimal: lambda peer, value: {"Decimal": str(value)},
+}
+
+READERS: dict[str, Callable[[Peer, Any], Any]] = {
+    "tuple": decoded(tuple),
+    "set": decoded(set),
+    "frozenset": decoded(frozenset),
+    "dict": decoded(dict),
+    "bytes": decoded(bytes.fromhex),
+    "bytearray": decoded(bytearray.fromhex),
+    "complex": decoded(lambda parts: complex(*parts)),
+    "range": decoded(lambda parts: range(*parts)),
+    "Fraction": decoded(Fraction),
+    "Decimal": decoded(Decimal),
+    "mine": lambda peer, value: Remote(peer, int(value)),
+    "yours": lambda peer, value: peer.shown(value),
+}
+
+
+def overwrite(old: Any, new: Any) -> None:
+    """Give a list, dictionary or set the content that the called function left in it."""
+    if type(old) is not type(new) or old == new:
+        return
+    if isinstance(old, (list, bytearray)):
+        old[:] = new
+    elif isinstance(old, (dict, set)):
+        old.clear()
+        old.update(new)
+
+
+def exception(name: str, message: str) -> Exception:
+    """The built-in exception of that name, or a `RemoteError`."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(message)
+        except TypeError:
+            pass  # one that needs more than a message
+    return RemoteError(f"{name}: {message}")
+
+
+def run_solution(asked: dict[str, Any]) -> None:
+    """The program's side: run it as a module, show its names, then serve calls."""
+    peer = Peer(asked["read"], asked["write"], allow_all)
+    module = types.ModuleType(SOLUTION)
+    sys.modules[SOLUTION] = module
+    exec(compile(asked["source"], f"{SOLUTION}.py", "exec"), module.__dict__)
+    names, modules = {}, []
+    for name, value in list(module.__dict__.items()):
+        if isinstance(value, types.ModuleType):
+            modules.append([name, value.__name__])
+        elif is_free(name):
+            names[name] = peer.encode(value)
+    peer.send({"names": names, "modules": modules})
+    while True:
+        peer.serve(peer.receive())
+
+
+def run_tests(asked: dict[str, Any]) -> None:
+    """The tests' side: one character on stdout for each counted test, 1 for passed."""
+    results = os.dup(1)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    peer = Peer(asked["read"], asked["write"], allow_calls)
+    module = types.ModuleType(TESTS)
+    sys.modules[TESTS] = module
+    hello = peer.receive()
+    for name, target in hello["modules"]:
+        if is_free(name) and target.partition(".")[0] in sys.stdlib_module_names:
+            setattr(module, name, importlib.import_module(target))
+    for name, value in hello["names"].items():
+        if is_free(name):
+            setattr(module, name, peer.decode(value))
+    for source, counted in asked["tests"]:
+        passed = run_test(source, module)
+        if counted:
+            os.write(results, b"1" if passed else b"0")
+
+
+def is_free(name: str) -> bool:
+    """Whether a program may give the tests something of this name; nothing built-in is replaced."""
+    return name.isidentifier() and not name.startswith("__") and name not in vars(builtins)
+
+
+def run_test(source: str, module: types.ModuleType) -> bool:
+    try:
+        exec(compile(ast.parse(source), TESTS, "exec"), module.__dict__)
+    except Gone:
+        raise
+    except BaseException:
+        return False
+    return True
+
+
+def main() -> None:
+    sys.set_int_max_str_digits(0)
+    asked = json.load(sys.stdin)
+    (run_solution if "source" in asked else run_tests)(asked)
+
+
+if __name__ == "__main__":
+    main()

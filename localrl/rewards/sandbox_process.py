@@ -1,0 +1,308 @@
+"""One program under limits: started, watched from outside, killed with all that it started.
+
+The limits that a process sets for itself (time on the processor, address space, size and number of
+files) are the inner layer; the clock, memory, number of processes, output and folder of the whole
+tree are looked at from here, because a program cannot undo that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from localrl.worker import MEMORY_POLL_S, resident_bytes
+
+Status = Literal["ok", "failed", "timeout", "memory", "output"]
+
+PROCESS_LIMIT = 64
+FILE_LIMIT = 64
+DISK_LIMIT_BYTES = 64 << 20
+ENTRY_LIMIT = 10_000
+STDERR_TAIL = 2000
+POLL_S = 0.02
+DISK_POLL_S = 0.2
+PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+BOOTSTRAP = Path(__file__).with_name("sandbox_child.py")
+START_LIMIT_S = 30.0
+END_LIMIT_S = 30.0
+PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself did not start; that says nothing about the program."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended, and what it wrote."""
+
+    status: Status
+    """"ok" for exit status 0; "output" when it wrote too much, to its outputs or its folder."""
+    stdout: str
+    stderr: str
+    """The last 2000 bytes."""
+    seconds: float
+    """From the start of the program, the sandbox being up, to its end."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use."""
+
+    time_s: float
+    memory_bytes: int
+    output_bytes: int
+
+    def words(self, own_processes: bool) -> list[str]:
+        """Arguments of `sandbox_child.py`; own_processes: processes are counted per sandbox."""
+        seconds = math.ceil(self.time_s) + 1
+        values = {
+            "CPU": seconds,
+            "AS": self.memory_bytes,
+            "FSIZE": DISK_LIMIT_BYTES,
+            "NOFILE": FILE_LIMIT,
+            "CORE": 0,
+            "ALARM": seconds + 1,
+        }
+        if own_processes:
+            values["NPROC"] = PROCESS_LIMIT
+        return [f"{name}={value}" for name, value in values.items()]
+
+
+class Process:
+    """A program that runs in a fresh folder. Use it as a context manager: leaving kills it.
+
+    wrap: makes the command that runs a command in the sandbox, given the fresh folder.
+    own_processes: the sandbox has process numbers of its own, so that nothing outlives its first
+        process.
+    pass_fds: descriptors that the program inherits.
+    """
+
+    def __init__(
+        self,
+        wrap: Callable[[Path, Sequence[str]], list[str]],
+        program: str,
+        limits: Limits,
+        *,
+        stdin: str = "",
+        own_processes: bool,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self._limits = limits
+        self._own_processes = own_processes
+        self._folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="localrl-code-")))
+        self._work = self._folder / "work"
+        reading, writing = os.pipe()
+        self._started_pipe = os.fdopen(reading, "rb", buffering=0)
+        try:
+            self._work.mkdir()
+            _write(self._work / "program.py", program)
+            _write(self._folder / "stdin", stdin)
+            command = [PYTHON, "-I", "-S", "-B", "-X", "utf8", "-c", BOOTSTRAP.read_text()]
+            command += [*limits.words(own_processes), f"STARTED={writing}"]
+            with (self._folder / "stdin").open("rb") as source:
+                self._process = subprocess.Popen(
+                    wrap(self._folder, command),
+                    stdin=source,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    cwd=self._work,
+                    env=_environment(self._work, own_processes),
+                    pass_fds=[*pass_fds, writing],
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._started_pipe.close()
+            remove_folder(self._folder)
+            raise SandboxError(f"it could not be started: {error}") from error
+        finally:
+            os.close(writing)
+        self._started: float | None = None
+        self._deadline = time.monotonic() + START_LIMIT_S
+        self._output = {"started": bytearray(), "stdout": bytearray(), "stderr": bytearray()}
+        self._selector = selectors.DefaultSelector()
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._streams = {
+            "started": self._started_pipe,
+            "stdout": self._process.stdout,
+            "stderr": self._process.stderr,
+        }
+        for name, stream in self._streams.items():
+            os.set_blocking(stream.fileno(), False)
+            self._selector.register(stream, selectors.EVENT_READ, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+        self._selector.close()
+        for stream in self._streams.values():
+            stream.close()
+        remove_folder(self._folder)
+
+    def wait(self) -> Outcome:
+        """Until the program has ended or was killed for what it used.
+
+        Raises:
+            SandboxError: the program was never started.
+        """
+        status = self._watch()
+        if status is None:
+            code = self._process.wait()
+            before = -1
+            while before < self._written <= self._limits.output_bytes:  # what was written last
+                before = self._written
+                self._read(0)
+            status = self._verdict(code)
+        self.kill()
+        out, err = (bytes(self._output[name]) for name in ("stdout", "stderr"))
+        tail = _text(err[-STDERR_TAIL:])
+        if self._started is None:
+            raise SandboxError(f"it did not start: {tail.strip() or status}")
+        return Outcome(status, _text(out), tail, time.monotonic() - self._started)
+
+    def kill(self) -> None:
+        """End the program and everything that it has started; once it has ended, do nothing."""
+        if self._own_processes and self._process.poll() is None:
+            # Of such a sandbox the kernel ends all when its first process goes, and the one that
+            # we started returns only then.
+            for pid in children(self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_LIMIT_S)
+        if self._process.poll() is None or not self._own_processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _watch(self) -> Status | None:
+        """None when the program has ended by itself, else what it was stopped for."""
+        next_memory = next_disk = 0.0
+        while self._process.poll() is None:
+            now = time.monotonic()
+            if now >= self._deadline:
+                return "timeout"
+            if self._read(min(self._deadline - now, POLL_S)):
+                return "output"
+            if now >= next_memory:
+                next_memory = now + MEMORY_POLL_S
+                if self._too_large():
+                    return "memory"
+            if now >= next_disk:
+                next_disk = now + DISK_POLL_S
+                if _folder_is_full(self._work):
+                    return "output"
+        return None
+
+    def _read(self, wait_s: float) -> bool:
+        """Take in what has been written; True when it is too much."""
+        if not self._selector.get_map():  # both outputs are closed: it is about to end
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(wait_s)
+            return False
+        for key, _ in self._selector.select(wait_s):
+            stream = key.fileobj
+            assert not isinstance(stream, int)
+            piece = os.read(stream.fileno(), 1 << 16)
+            if not piece:
+                self._selector.unregister(stream)
+            self._output[key.data] += piece
+            if key.data == "started" and piece and self._started is None:
+                self._started = time.monotonic()
+                self._deadline = self._started + self._limits.time_s
+        return self._written > self._limits.output_bytes
+
+    @property
+    def _written(self) -> int:
+        return sum(map(len, self._output.values()))
+
+    def _too_large(self) -> bool:
+        tree = [self._process.pid, *descendants(self._process.pid)]
+        if len(tree) > PROCESS_LIMIT:
+            return True
+        if sys.platform == "linux":  # one that has just ended is nothing to ask `ps` about
+            tree = [pid for pid in tree if os.path.exists(f"/proc/{pid}/statm")]
+        return sum(resident_bytes(pid) or 0 for pid in tree) > self._limits.memory_bytes
+
+    def _verdict(self, code: int) -> Status:
+        if self._written > self._limits.output_bytes:
+            return "output"
+        last = self._output["stderr"].rstrip().rpartition(b"\n")[2]
+        if code != 0 and last.startswith(b"MemoryError"):
+            return "memory"
+        return "ok" if code == 0 else "failed"
+
+
+def children(pid: int) -> list[int]:
+    """Numbers of the direct children of a process, on Linux; nothing elsewhere."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                text = Path(f"/proc/{pid}/task/{task}/children").read_text()
+                found += map(int, text.split())
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children and so on, until there are more than a program may have."""
+    found: list[int] = []
+    queue = [pid]
+    while queue and len(found) <= PROCESS_LIMIT:
+        below = children(queue.pop())
+        found += below
+        queue += below
+    return found
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder in which a program may have left anything."""
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):  # locked folders, or thousands inside one another
+        for command in (["chmod", "-R", "u+rwx", "--"], ["rm", "-rf", "--"]):
+            subprocess.run([*command, str(folder)], capture_output=True, check=False)
+
+
+def _folder_is_full(folder: Path) -> bool:
+    size = entries = 0
+    queue = [os.fspath(folder)]
+    while queue:
+        with contextlib.suppress(OSError), os.scandir(queue.pop()) as listing:
+            for entry in listing:
+                entries += 1
+                if entries > ENTRY_LIMIT:
+                    return True
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    size += status.st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        queue.append(entry.path)
+    return size > DISK_LIMIT_BYTES
+
+
+def _environment(work: Path, own_root: bool) -> dict[str, str]:
+    return {"PATH": PATH, "TMPDIR": "/work" if own_root else os.fspath(work)}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")

@@ -1,0 +1,139 @@
+"""Replay: groups of earlier steps, kept with their rewards to be learned from once more.
+
+Only whole groups with unequal rewards are kept, never successes alone, so that the baseline stays
+what it was. Correcting for the earlier policy is the learner's business; here is decided what is
+kept and what may come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from localrl.keys import keyed_uniforms
+from localrl.records import Example, Group, ScoredGroup
+
+CAPACITY = 512
+"""The most groups kept; the oldest leave."""
+DIFFICULTY = (0.1, 0.9)
+"""Prompts that the policy almost never or almost always solves have little to teach."""
+
+
+@dataclass
+class ReplayCounts:
+    """What became of stored groups so far."""
+
+    drawn: int = 0
+    age: int = 0
+    """Forgotten, because too many updates have been made since."""
+    difficulty: int = 0
+    """Passed over in a draw, because the prompt is too easy or too hard by now."""
+    prompt: int = 0
+    """Forgotten, because the prompt is encoded to other tokens than it was."""
+    drift: int = 0
+    """Forgotten after a draw, because the policy has moved too far from theirs."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A group in store."""
+
+    scored: ScoredGroup
+    updates: int
+    """Policy updates made before it was sampled."""
+
+
+@dataclass(eq=False)
+class Replay:
+    """The newest mixed group of each example."""
+
+    capacity: int = CAPACITY
+    counts: ReplayCounts = field(default_factory=ReplayCounts)
+    _stored: dict[str, Stored] = field(default_factory=dict)
+    """By example id, the oldest first."""
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def add(self, scored: Sequence[ScoredGroup], updates: int) -> None:
+        """Keep the mixed ones of groups sampled after `updates` policy updates.
+
+        A group that is all of earlier policies is not kept: it would seem newer than it is.
+        """
+        for group in scored:
+            if _mixed(group) and not _all_stale(group.group):
+                example_id = group.group.example.id
+                self._stored.pop(example_id, None)
+                fresh = replace(group, group=without_old_logprobs(group.group))
+                self._stored[example_id] = Stored(fresh, updates)
+        for example_id in list(self._stored)[: max(0, len(self._stored) - self.capacity)]:
+            del self._stored[example_id]
+
+    def draw(
+        self,
+        count: int,
+        *,
+        updates: int,
+        max_age: int,
+        difficulty: Callable[[Example], float | None],
+        encode: Callable[[Example], tuple[int, ...]],
+        address: tuple[int | str, ...],
+        exclude: Collection[str] = (),
+    ) -> list[ScoredGroup]:
+        """At most `count` groups, 1 to `max_age` updates old, each with the same chance.
+
+        `updates` is the number made so far, `difficulty` an example's share of successes (None:
+        unknown), `encode` its prompt's tokens now; examples in `exclude` are left alone. A group's
+        random number depends on the address and its example alone.
+        """
+        self._expire(updates - max_age)
+        ready = [i for i, s in self._stored.items() if s.updates < updates and i not in exclude]
+        order = sorted(ready, key=lambda i: (float(keyed_uniforms(1, *address, i)[0]), i))
+        found: list[ScoredGroup] = []
+        for example_id in order:
+            if len(found) >= count:
+                break
+            scored = self._stored[example_id].scored
+            if self._usable(scored.group, difficulty, encode):
+                found.append(scored)
+        self.counts.drawn += len(found)
+        return found
+
+    def reject(self, scored: ScoredGroup) -> None:
+        """Forget a drawn group because the policy has moved too far from that which wrote it."""
+        if self._stored.pop(scored.group.example.id, None) is not None:
+            self.counts.drift += 1
+
+    def _expire(self, oldest: int) -> None:
+        for example_id in [i for i, s in self._stored.items() if s.updates < oldest]:
+            del self._stored[example_id]
+            self.counts.age += 1
+
+    def _usable(
+        self,
+        group: Group,
+        difficulty: Callable[[Example], float | None],
+        encode: Callable[[Example], tuple[int, ...]],
+    ) -> bool:
+        share, (low, high) = difficulty(group.example), DIFFICULTY
+        if share is None or not low <= share <= high:
+            self.counts.difficulty += 1
+            return False
+        if tuple(encode(group.example)) != group.prompt_ids:
+            del self._stored[group.example.id]
+            self.counts.prompt += 1
+            return False
+        return True
+
+
+def without_old_logprobs(group: Group) -> Group:
+    """The group as its samplers left it; those of a past step say nothing about the next one."""
+    return replace(group, nodes=tuple(replace(n, old_logprobs=None) for n in group.nodes))
+
+
+def _mixed(scored: ScoredGroup) -> bool:
+    return len({reward for reward in scored.rewards if reward is not None}) > 1
+
+
+def _all_stale(group: Group) -> bool:
+    return all(node.old_logprobs is not None for node in group.nodes)

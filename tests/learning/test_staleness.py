@@ -1,0 +1,129 @@
+"""What tokens of an earlier policy count for, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from forests import flat_group, forest
+
+from localrl.learning.staleness import (
+    TRUNCATION,
+    drift,
+    importance,
+    too_far,
+    with_old_logprobs,
+)
+from localrl.records import Group
+
+
+def stale(group: Group, differences: Mapping[int, Sequence[float]]) -> Group:
+    """The group whose nodes have become likelier by these differences; all others are fresh."""
+    nodes = list(group.nodes)
+    for n, difference in differences.items():
+        old = nodes[n].sampled_logprobs + np.array(difference)
+        nodes[n] = replace(nodes[n], old_logprobs=old)
+    return replace(group, nodes=tuple(nodes))
+
+
+def test_fresh_tokens_weigh_exactly_one():
+    for weights in importance(forest([-1, -1, 0, 0], [1, 2, 3], 2)):
+        assert weights.dtype == np.float64
+        assert weights.tolist() == [1, 1, 1]
+    same = stale(flat_group(2), {0: [0, 0, 0], 1: [0, 0, 0]})
+    assert [w.tolist() for w in importance(same)] == [[1, 1, 1]] * 2
+    assert drift(same).k3 == drift(same).mean_log == 0
+
+
+def test_weights_accumulate_along_the_path():
+    # Roots 0 and 1; the fresh tail 2 and the stale 3 go on from 0.
+    group = stale(forest([-1, -1, 0, 0], [1, 2, 3], 2), {0: [0.1, -0.3, 0.2], 3: [0.5, -1, 0]})
+    root, other, tail, child = importance(group)
+    np.testing.assert_allclose(root, np.exp([0.1, -0.2, 0.0]), rtol=1e-6)
+    assert other.tolist() == [1, 1, 1]
+    np.testing.assert_allclose(tail, np.ones(3), rtol=1e-6)
+    np.testing.assert_allclose(child, np.exp([0.5, -0.5, -0.5]), rtol=1e-6)
+
+
+def test_a_fresh_tail_weighs_what_its_prefix_does():
+    group = stale(forest([-1, 0], [1], 1), {0: [-0.2, -0.2, -0.1]})
+    prefix, tail = importance(group)
+    np.testing.assert_allclose(prefix, np.exp([-0.2, -0.4, -0.5]), rtol=1e-6)
+    assert tail.tolist() == [prefix[-1]] * 3
+
+
+def test_the_sum_is_truncated_only_where_it_is_used():
+    # log 2 = 0.693: the first is cut to 2, and the second is exp(1 - 0.5), not 2 exp(-0.5).
+    (weights,) = importance(stale(flat_group(1), {0: [1.0, -0.5, 3.0]}))
+    np.testing.assert_allclose(weights, [TRUNCATION, np.exp(0.5), TRUNCATION], rtol=1e-6)
+
+
+def test_tokens_that_were_not_sampled_do_not_count():
+    group = stale(flat_group(1, (True, False, True)), {0: [0.2, 7.0, 0.2]})
+    np.testing.assert_allclose(importance(group)[0], np.exp([0.2, 0.2, 0.4]), rtol=1e-6)
+    assert drift(group).mean_log == pytest.approx(0.2)
+    assert drift(group).k3 == pytest.approx(np.exp(0.2) - 1.2)
+
+
+@pytest.mark.parametrize("huge", [1e6, -1e6, np.inf, -np.inf])
+def test_huge_ratios_stay_finite(huge):
+    group = stale(flat_group(1), {0: [huge, 0.0, 0.0]})
+    (weights,) = importance(group)
+    assert np.isfinite(weights).all()
+    np.testing.assert_allclose(weights, TRUNCATION if huge > 0 else np.exp(-20.0))
+    found = drift(group)
+    assert np.isfinite(found.k3)
+    assert abs(found.mean_log) == pytest.approx(20 / 3)
+    assert too_far(group, 0.02)
+
+
+def test_an_empty_node_passes_the_sum_on():
+    group = forest([-1, 0, 1], [2], 1)
+    hollow = group.nodes[1]
+    fields = ("token_ids", "sampled", "sampled_logprobs", "entropies")
+    hollow = replace(hollow, **{name: getattr(hollow, name)[:0] for name in fields})
+    group = replace(group, nodes=(group.nodes[0], hollow, group.nodes[2]))
+    _, empty, last = importance(stale(group, {0: [0.1, 0.1, 0.1]}))
+    assert empty.tolist() == []
+    np.testing.assert_allclose(last, np.exp(0.3) * np.ones(3), rtol=1e-6)
+
+
+def test_drift_by_hand():
+    # Completion 0: log rho 0.1, -0.2, 0; completion 1 is fresh; completion 2: 0.3, 0, 0.
+    found = drift(stale(flat_group(3), {0: [0.1, -0.2, 0.0], 2: [0.3, 0.0, 0.0]}))
+    logs = np.array([0.1, -0.2, 0.0, 0.3, 0.0, 0.0])
+    assert found.k3 == pytest.approx((np.exp(logs) - 1 - logs).mean(), rel=1e-5)
+    assert found.mean_log == pytest.approx(0.2 / 6)
+
+
+def test_fresh_tokens_do_not_dilute_the_drift():
+    # A stale prefix of three tokens before three fresh ones.
+    found = drift(stale(forest([-1, 0], [1], 1), {0: [0.06, 0.06, 0.06]}))
+    assert found.mean_log == pytest.approx(0.06)
+    assert found.k3 == pytest.approx(np.exp(0.06) - 1.06, rel=1e-4)
+
+
+def test_too_far():
+    # K3 is about 0.02: the mean stays at 0.
+    swaying = stale(flat_group(1), {0: [0.25, -0.25, 0.0]})
+    assert drift(swaying).k3 == pytest.approx((np.cosh(0.25) - 1) * 2 / 3, rel=1e-5)
+    assert not too_far(swaying, 0.03)
+    assert too_far(swaying, 0.02)
+    # K3 is tiny, but the completion has become likelier by more than 0.02 nats a token.
+    assert too_far(stale(flat_group(1), {0: [0.03, 0.03, 0.03]}), 0.02)
+    assert not too_far(stale(flat_group(1), {0: [0.01, 0.01, 0.01]}), 0.02)
+    assert not too_far(flat_group(2), 0.0)
+    assert too_far(stale(flat_group(1), {0: [np.nan, 0, 0]}), 0.02)
+    # One completion is enough.
+    assert too_far(stale(flat_group(3), {2: [0.03, 0.03, 0.03]}), 0.02)
+
+
+def test_old_logprobs_are_set_on_every_node():
+    group = flat_group(2)
+    old = [np.full(3, -1.5, np.float32), np.full(3, -0.5, np.float32)]
+    found = with_old_logprobs(group, old)
+    assert all(n.old_logprobs is values for n, values in zip(found.nodes, old, strict=True))
+    np.testing.assert_allclose(importance(found)[0], np.exp([-0.5, -1.0, -1.5]))
+    assert group.nodes[0].old_logprobs is None

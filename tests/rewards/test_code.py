@@ -1,0 +1,332 @@
+"""Rewards for programs: right ones, wrong ones, and ones that only pretend."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localrl.errors import ConfigError
+from localrl.rewards import code, code_peer
+from localrl.rewards.code import (
+    UNSAFE_VARIABLE,
+    CodeLimits,
+    allow_unsafe_code,
+    check_code_rewards,
+    code_reward,
+    code_reward_all,
+    program_of,
+    read_tests,
+    score_programs,
+)
+from localrl.rewards.sandbox import Sandbox, unsafe_sandbox
+from localrl.rewards.sandbox_process import SandboxError
+from localrl.worker import Worker
+
+GENEROUS = CodeLimits(program_s=20.0, total_s=300.0)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    """What holds here; the programs of most tests are harmless, so a plain process will do too."""
+    try:
+        return code.find_sandbox()
+    except ConfigError:
+        return unsafe_sandbox()
+
+
+@pytest.fixture
+def nothing_holds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse() -> Sandbox:
+        raise ConfigError("No sandbox holds on this machine. Install bubblewrap.")
+
+    monkeypatch.setattr(code, "find_sandbox", refuse)
+    monkeypatch.delenv(UNSAFE_VARIABLE, raising=False)
+    code._choose.cache_clear()
+    yield
+    code._choose.cache_clear()
+
+
+def score(sandbox: Sandbox, program: str, tests: code.Tests) -> float | None:
+    return score_programs([program], [tests], sandbox=sandbox, limits=GENEROUS)[0]
+
+
+@pytest.mark.usefixtures("nothing_holds")
+def test_without_a_sandbox_code_rewards_are_refused(tmp_path: Path) -> None:
+    """Passes everywhere."""
+    trace = tmp_path / "ran"
+    program = f"open({str(trace)!r}, 'w').close()\ndef f(): return 1"
+    for refused in (
+        lambda: code_reward([program], ["assert f() == 1"]),
+        lambda: code_reward_all([program], [[{"input": "", "output": ""}]]),
+        check_code_rewards,
+    ):
+        with pytest.raises(ConfigError, match=r"Install bubblewrap.*--unsafe-code"):
+            refused()
+    assert not trace.exists()
+
+
+@pytest.mark.usefixtures("nothing_holds")
+def test_unsafe_code_is_loud_and_can_be_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNSAFE_VARIABLE, "yes")  # nothing but 1 counts
+    with pytest.raises(ConfigError):
+        check_code_rewards()
+    allow_unsafe_code(True)
+    assert check_code_rewards().startswith("UNSAFE: ")
+    assert score_programs(["f = 1"], ["assert f == 1"], limits=GENEROUS) == [1.0]
+    allow_unsafe_code(False)
+    assert UNSAFE_VARIABLE not in os.environ
+    with pytest.raises(ConfigError):
+        check_code_rewards()
+
+
+def test_a_sandbox_that_does_not_start_is_a_failure() -> None:
+    broken = Sandbox("broken", lambda folder, command: ["sh", "-c", "exit 1"])
+    for tests in ("assert f() == 1", [{"input": "", "output": ""}]):
+        with pytest.raises(SandboxError):
+            score_programs(["def f(): return 1"], [tests], sandbox=broken)
+
+
+ADD = "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'\nimport math\nassert add([1], []) == [1]"
+
+RIGHT = {
+    "plain": ("def add(a, b): return a + b", ADD),
+    "in place": (
+        "def sort(values): values.sort()",
+        "values = [3, 1, 2]\nsort(values)\nassert values == [1, 2, 3]",
+    ),
+    "exceptions": (
+        "def root(x):\n    if x < 0: raise ValueError('negative')\n    return x ** 0.5",
+        "try:\n    root(-1)\n    assert False\nexcept ValueError as error:\n"
+        "    assert 'negative' in str(error)",
+    ),
+    "generators": (
+        "def count():\n    n = 0\n    while True:\n        yield n\n        n += 1",
+        "it = count()\nassert [next(it), next(it)] == [0, 1]\n"
+        "assert [x for x, _ in zip(count(), range(3))] == [0, 1, 2]",
+    ),
+    "classes": (
+        "class Stack:\n    def __init__(self): self.items = []\n"
+        "    def push(self, x): self.items.append(x)\n    def pop(self): return self.items.pop()\n"
+        "    def __len__(self): return len(self.items)\n"
+        "    def __eq__(self, other): return self.items == other.items",
+        "s = Stack()\ns.push(1)\ns.push((2, {3}))\nassert len(s) == 2\nassert s.pop() == (2, {3})\n"
+        "assert s.items == [1]\nt = Stack()\nt.push(1)\nassert s == t and s != Stack()",
+    ),
+    "callbacks": (
+        "def apply(f, xs, key=None): return [f(x) for x in xs]",
+        "k = 3\nassert apply(lambda x: x * k, (1, 2), key=None) == [3, 6]",
+    ),
+    "objects of the tests": (
+        "def total(node):\n    return node.value + total(node.next) if node else 0",
+        "class Node:\n    def __init__(self, value, next=None): "
+        "self.value, self.next = value, next\nassert total(Node(1, Node(2))) == 3",
+    ),
+    "kinds of values": (
+        "def same(x): return x",
+        "for x in [None, True, 10**5000, 1.5, 'é', b'b', (1, [2]), {1: {2, 3}}, frozenset('a'),\n"
+        "          2j, range(3), float('inf')]:\n"
+        "    assert same(x) == x and type(same(x)) is type(x)\n"
+        "from fractions import Fraction\nassert same(Fraction(1, 3)) == Fraction(1, 3)",
+    ),
+    "modules of the program": ("import math\ndef f(): return 1.0", "assert math.isclose(f(), 1.0)"),
+    "check function": (
+        "def f(x): return 2 * x",
+        "def check(candidate):\n    assert candidate(2) == 4\ncheck(f)",
+    ),
+    "not a script": (
+        "def f(): return 1\nif __name__ == '__main__': raise SystemExit(1)",
+        ["assert f() == 1", "x = f()\nassert x == 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_programs_pass(sandbox: Sandbox, name: str) -> None:
+    assert score(sandbox, *RIGHT[name]) == 1.0
+
+
+PRETENDERS = {
+    "leaves": "import sys\nsys.exit(0)",
+    "leaves at once": "import os\nos._exit(0)",
+    "leaves when called": "import os\ndef add(a, b): os._exit(0)",
+    "raises": "def add(a, b): raise SystemExit(0)",
+    "always equal": (
+        "class Yes:\n"
+        "    def __eq__(self, other): return True\n"
+        "    def __bool__(self): return True\n"
+        "    def __sub__(self, other): return 0\n"
+        "    __rsub__ = __abs__ = __sub__\n"
+        "    def __lt__(self, other): return True\n"
+        "    def __contains__(self, other): return True\n"
+        "def add(a, b): return Yes()"
+    ),
+    "equal list": (
+        "class Yes(list):\n    def __eq__(self, other): return True\ndef add(a, b): return Yes()"
+    ),
+    "equal text": (
+        "class Yes(str):\n    def __eq__(self, other): return True\n"
+        "    __hash__ = str.__hash__\ndef add(a, b): return Yes()"
+    ),
+    "replaces builtins": (
+        "import builtins\n"
+        "class AssertionError(Exception): pass\n"
+        "builtins.AssertionError = builtins.Exception = BaseException\n"
+        "def abs(x): return 0\n"
+        "def isinstance(*x): return True\n"
+        "builtins.abs = abs\n"
+        "__builtins__['abs'] = abs\n"
+        "def add(a, b): return 0"
+    ),
+    "writes results": (
+        "import os\n"
+        "for fd in range(64):\n"
+        "    for text in (b'1111', b'\\0\\0\\0\\x02{}'):\n"
+        "        try: os.write(fd, text)\n"
+        "        except OSError: pass\n"
+        "def add(a, b): return None"
+    ),
+    "says that it is something else": (
+        "import __main__, sys\n"
+        "frame = sys._getframe()\n"
+        "while frame:\n"
+        "    for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):\n"
+        "        if type(value).__name__ == 'Peer':\n"
+        "            value.send({'names': {'__builtins__': {'mine': 0}, 'abs': {'mine': 0},\n"
+        "                'AssertionError': {'mine': 0}, 'add': {'mine': 0}}, 'modules': []})\n"
+        "            for _ in range(9): value.send({'value': True, 'args': []})\n"
+        "    frame = frame.f_back\n"
+        "def add(a, b): return 0"
+    ),
+    "asks for the tests' variables": (
+        "def add(a, b):\n"
+        "    if callable(a):\n"
+        "        return a.__globals__ or a.func_globals\n"
+        "    return None"
+    ),
+    "empties its arguments": (
+        "def add(a, b):\n    if type(a) is list: a.clear(); b.clear()\n    return []"
+    ),
+    "floods": "while True: print('1' * 1000)",
+    "prints results": "print('1111')\ndef add(a, b): print('1')",
+    "no program": "I think that it is `a + b`.",
+}
+
+STRICT = (
+    "assert add(1, 2) == 3\n"
+    "assert abs(add(1, 2) - 3) < 1e-6\n"
+    "assert add(1, 2) < 4 and add(1, 2) > 2\n"
+    "assert add(1, 2) in (3, 3.0)\n"
+    "assert isinstance(add(1, 2), int) and not add(1, 2) != 3\n"
+    "x, y = [1], [2]\n"
+    "assert add(x, y) == x + y\n"
+    "assert add('a', 'b') == 'ab'\n"
+    "try:\n    result = add(1, 2)\nexcept Exception:\n    pass\n"
+    "else:\n    assert result == 3\n"
+)
+
+
+@pytest.mark.parametrize("name", PRETENDERS)
+def test_pretending_gains_nothing(sandbox: Sandbox, name: str) -> None:
+    if not sandbox.safe:
+        pytest.skip("these need a sandbox")
+    tests = STRICT if name != "raises" else STRICT.partition("try:")[0]
+    assert score(sandbox, PRETENDERS[name], tests) == 0.0
+
+
+def test_the_right_program_passes_the_same_tests(sandbox: Sandbox) -> None:
+    assert score(sandbox, "def add(a, b): return a + b", STRICT) == 1.0
+
+
+def test_shares_and_all_or_nothing(sandbox: Sandbox) -> None:
+    wrong = "def add(a, b): return 3"
+    assert score(sandbox, wrong, ADD) == pytest.approx(1 / 3)
+    assert score_programs([wrong], [ADD], all_or_nothing=True, sandbox=sandbox) == [0.0]
+
+
+def test_tests_before_an_endless_loop_count(sandbox: Sandbox) -> None:
+    program = "def f(x):\n    while x > 1: pass\n    return x"
+    limits = CodeLimits(program_s=2.0)
+    tests = "assert f(0) == 0\nassert f(1) == 1\nassert f(2) == 2\nassert f(0) == 0"
+    assert score_programs([program], [tests], limits=limits, sandbox=sandbox) == [0.5]
+
+
+def test_pairs_of_input_and_output(sandbox: Sandbox) -> None:
+    pairs = [{"input": "2\n", "output": "4"}, {"input": "3", "output": "6\n"}]
+    program = "if __name__ == '__main__':\n    print(int(input()) * 2, end='  \\n\\n')"
+    assert score(sandbox, program, pairs) == 1.0
+    assert score(sandbox, "print(4)", pairs) == 0.5
+    assert score(sandbox, "print(4)\nraise SystemExit(1)", pairs) == 0.0
+
+
+def test_many_programs_keep_their_order(sandbox: Sandbox) -> None:
+    programs = [[{"role": "assistant", "content": f"def f(): return {n}"}] for n in range(6)]
+    tests: list[code.Tests] = ["assert f() == 3"] * 5 + [None]
+    found = score_programs(programs, tests, sandbox=sandbox, limits=GENEROUS)
+    assert found == [0.0, 0.0, 0.0, 1.0, 0.0, None]
+
+
+def test_without_time_there_is_no_reward(
+    sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = CodeLimits(program_s=2.0, total_s=1.0)
+    (found,) = score_programs(["f = 1"], ["assert f == 1"], limits=limits, sandbox=sandbox)
+    assert found is not None
+    assert math.isnan(found)
+    assert "1 of 1 programs were not run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tests", [None, "", [], "import math", ["x = 1"]])
+def test_no_tests_no_reward(tests: code.Tests) -> None:
+    assert code_reward(["def f(): return 1"], [tests]) == [None]
+
+
+@pytest.mark.parametrize(
+    "tests", ["assert f( == 1", [{"in": "1"}], [1], ["assert f()", {"a": "b"}]]
+)
+def test_unreadable_tests_are_an_error(tests: code.Tests) -> None:
+    with pytest.raises(ValueError, match="tests"):
+        read_tests(tests)
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("x = 1", "x = 1"),
+        ("First\n```python\nx = 1\n```\nthen\n```py\nx = 2\n```\ndone", "x = 2\n"),
+        ("```python\nx = 1\n```\nIt prints\n```\n1\n```", "x = 1\n"),
+        ("```\nx = 1\n```\n```text\nno\n```", "x = 1\n"),
+        ("```python\nx = 1\n", "x = 1\n"),
+    ],
+)
+def test_the_program_in_a_text(text: str, program: str) -> None:
+    assert program_of(text) == program
+
+
+def test_only_public_things_of_the_tests_are_given() -> None:
+    kind = type("Node", (), {"__module__": code_peer.TESTS})
+    assert code_peer.allow_calls("get", kind(), ["value"])
+    assert not code_peer.allow_calls("get", kind(), ["__class__"])
+    assert not code_peer.allow_calls("get", lambda: None, ["name"])
+    assert not code_peer.allow_calls("put", {}, ["name", 1])
+
+
+def test_in_the_reward_process(tmp_path: Path) -> None:
+    try:
+        code.find_sandbox()
+    except ConfigError as error:
+        pytest.skip(str(error)[:200])
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from localrl.rewards.code import CodeLimits, score_programs\n"
+        "def run(completions, tests):\n"
+        "    limits = CodeLimits(program_s=20, total_s=50)\n"
+        "    return score_programs(completions, tests, limits=limits)\n"
+    )
+    arguments = {"completions": ["f = 1", "f = 2"], "tests": ["assert f == 1"] * 2}
+    with Worker(time_limit_s=60.0, memory_limit_bytes=None) as worker:
+        assert worker.resolve("localrl.rewards.code:code_reward").value == ["completions", "tests"]
+        assert worker.call(f"{own}:run", arguments).value == [1.0, 0.0]
