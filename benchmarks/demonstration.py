@@ -101,7 +101,7 @@ def page(runs: list[Run], machine: str) -> str:
     n = runs[0].evaluation["n"]
     return f"""# The demonstration, measured
 
-`localrl train`, no arguments but `--seed`: the embedded model, the task `steps`, 8 prompts x 2
+`localrl train`, no arguments but `--seed`: the embedded model, the task `steps`, 16 prompts x 2
 completions a step. pass@1 is one completion for each of {n} held-out prompts at temperature 1, the
 same prompts and draws for every seed. Measured on: {machine}.
 Made by `benchmarks/demonstration.py`.

@@ -28,6 +28,8 @@ ARMS = {
     "tree, periodic": ("rollout.fork_rule=periodic", 110),
 }
 """What an arm sets, and steps enough for MARKS[-1] tokens."""
+THEN = ("rollout.group_size=8", "learning.lr=3e-4", "learning.warmup_steps=5")
+"""The demonstration's settings when this was measured."""
 MARKS = (100_000, 200_000, 300_000, 380_000)
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -41,6 +43,7 @@ def run(arm: str, seed: int, out: Path) -> Curve:
     if folder.exists():
         return read_curve(folder)
     command = [sys.executable, "-m", "localrl", "train", "--seed", str(seed), "--out", str(folder)]
+    command += [part for each in THEN for part in ("--set", each)]
     command += ["--rollouts", arm.split(",")[0], "--set", setting, "--steps", str(steps)]
     command += ["--eval-every", "5", "--set", "memory.threads=1"]
     subprocess.run(command, check=True, capture_output=True)

@@ -29,7 +29,7 @@ BASE = {
     "rollout.max_prompt_tokens": 40,
     "rollout.temperature": 0.4,
     "rollout.replay_groups": 2,
-    "learning.lr": 3e-4,
+    "learning.lr": 7e-4,
     "learning.warmup_steps": 0,
     "run.steps": 6,
 }
@@ -190,7 +190,8 @@ def test_everything_did_happen(everything):
         "selection/no_coefficient", "selection/down_sampled", "update/skipped_tokens",
     ):  # fmt: skip
         assert any(line[key] > 0 for line in lines), key
-    assert {line["rollout/rounds"] for line in lines} >= {1, 3}
+    rounds = {line["rollout/rounds"] for line in lines}
+    assert max(rounds) == 3 > min(rounds)
     assert any(line["update/drift"] for line in lines)
     groups = list(read_jsonl(everything / "rollouts.jsonl"))
     leaves = [leaf for group in groups for leaf in group["leaves"]]
