@@ -79,6 +79,7 @@ ARMS = {
     "flat in smaller steps": Arm({"rollout.prompts_per_step": 2}),
     "flat with tracker": small(2),
     "pairs": small(8, **PAIRS),
+    "pairs in larger steps": small(16, **PAIRS),
     "single": small(16, **SINGLE),
     "single + thompson": small(16, **SINGLE, **THOMPSON),
     "adaptive": small(4, **ADAPTIVE),
