@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localrl.records import Example, Group, ScoredGroup, mean_or_none
+from localrl.records import Example, ScoredGroup, mean_or_none
+from localrl.rollouts.adaptive import Score
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import ONE, sample_groups
-
-Score = Callable[[Sequence[Group]], list[ScoredGroup]]
 
 EVALUATION_SEED = 0x5EED
 """Evaluations do not depend on the run's seed: they compare policies, not luck."""

@@ -62,7 +62,7 @@ def open_session(config: RunConfig, *, overwrite: bool, progress: Progress) -> I
         check(config, shape, task)
         scorer = Scorer(task.rewards, worker, progress.warn, cut_reward=config.task.cut_reward)
         scorer.check(task.train(0).columns)
-        sandbox = _check_sandbox(task, progress)
+        sandbox = _check_sandbox(config, task, progress)
         held_out = task.evaluation(config.task.eval_prompts)
         loaded = load_model(model_folder)
         _check_vocabulary(loaded, task, held_out, model_folder)
@@ -100,12 +100,15 @@ def open_session(config: RunConfig, *, overwrite: bool, progress: Progress) -> I
         yield session
 
 
-def _check_sandbox(task: Task, progress: Progress) -> str | None:
-    """What code in answers will run in; None when no reward runs any.
+def _check_sandbox(config: RunConfig, task: Task, progress: Progress) -> str | None:
+    """What code in answers will run in; None when no reward of ours runs any.
+
+    A user's reward may run some too, so that the unsafe flag is never passed over in silence.
 
     Raises: ConfigError when nothing holds it.
     """
-    if not any(spec.target.startswith("localrl.rewards.code:") for spec in task.rewards):
+    ours = any(spec.target.startswith("localrl.rewards.code:") for spec in task.rewards)
+    if not ours and not config.task.unsafe_code:
         return None
     found = check_code_rewards()
     if found.startswith("UNSAFE"):

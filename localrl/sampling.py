@@ -92,7 +92,7 @@ class Sampler:
             sample,
             self.score,
             belief=lambda i: self.tracker.posterior(keys[i]),
-            place=self.tracker.share,
+            place=self.tracker.place,
             give_up=self.config.rollout.give_up,
         )
 

@@ -112,9 +112,10 @@ class Session:
         version: int,
     ) -> None:
         """Let the tracker and the sampler take in a step, sampled by the policy of this version."""
+        self.tracker.update(fresh, credits[: len(fresh)])
+        # After what was sampled before it, so that it counts until the prompt's next visit.
         if stats.drift is not None:
             self.tracker.drifted(stats.drift)
-        self.tracker.update(fresh, credits[: len(fresh)])
         self.sampler.learn(fresh, version)
 
     def evaluate(self, step: int) -> Evaluation | None:

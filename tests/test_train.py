@@ -349,3 +349,11 @@ def test_down_sampled_completions_are_not_trained(tiny_folder, tmp_path):
         kept = [leaf["reward"] for leaf in group["leaves"] if "dropped" not in leaf]
         if len(set(rewards)) > 1 and len(kept) == 2:
             assert sorted(kept) == [min(rewards), max(rewards)]
+
+
+def test_the_unsafe_flag_is_written_down_whatever_the_reward(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALRL_UNSAFE_CODE", "")  # put back as it was when this test ends
+    settings = {"task.unsafe_code": True, "run.steps": 0, "task.eval_prompts": 0}
+    folder = run(tiny_folder, tmp_path / "run", **SHORT, **settings).folder
+    kinds = [event["kind"] for event in read_jsonl(folder / "events.jsonl")]
+    assert "code_rewards" in kinds

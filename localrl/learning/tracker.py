@@ -65,7 +65,7 @@ class Tracker:
     def difficulty(self, key: str) -> float | None:
         """Where the expected reward lies within the range of rewards, 0 to 1."""
         value = self.value(key)
-        return None if value is None else self._place(value)
+        return None if value is None else self.place(value)
 
     def expected_tokens(self, key: str) -> float | None:
         """Expected length of a completion; None while none has been seen."""
@@ -75,13 +75,9 @@ class Tracker:
     def posterior(self, key: str) -> tuple[float, float]:
         """Parameters of the Beta distribution of the prompt's share of right answers."""
         known = self._of(key)
-        place = self._place(known.total / known.count) if known.count else 0.5
+        place = self.place(known.total / known.count) if known.count else 0.5
         count = known.count or PRIOR_SAMPLES
         return max(FLOOR, count * place), max(FLOOR, count * (1 - place))
-
-    def share(self, reward: float) -> float:
-        """A reward's place within the range seen so far, 0 to 1."""
-        return self._place(reward)
 
     def worth(self, examples: Sequence[Example], *address: int | str) -> np.ndarray:
         """What a token spent on each example may teach, (n,): sqrt(p (1 - p) / expected tokens).
@@ -135,7 +131,8 @@ class Tracker:
         low, high = self._range
         self._range = min(low, *rewards), max(high, *rewards)
 
-    def _place(self, reward: float) -> float:
+    def place(self, reward: float) -> float:
+        """A reward's place within the range seen so far, 0 to 1."""
         low, high = self._range
         return float(np.clip((reward - low) / (high - low), 0.0, 1.0))
 

@@ -12,6 +12,8 @@ import numpy as np
 from localrl.backend import mx
 from localrl.errors import LocalRLError
 from localrl.keys import keyed_uniforms
+from localrl.policy.tokenizer import Tokenizer
+from localrl.records import FinishReason, Leaf, Node
 from localrl.rollouts.stops import Early, Tails
 
 End = Literal["stop", "length", "fork"] | Early
@@ -53,6 +55,24 @@ class Segment:
     logprobs: np.ndarray
     entropies: np.ndarray
     end: End
+
+    def node(self, parent: int, version: int, round: int = 0) -> Node:
+        """Its record in a group, behind the node with that index there."""
+        return Node(
+            parent=parent,
+            token_ids=self.token_ids,
+            sampled=np.ones(len(self.token_ids), bool),
+            sampled_logprobs=self.logprobs,
+            entropies=self.entropies,
+            cond_weight=1 / self.siblings,
+            version=version,
+            round=round,
+        )
+
+
+def end_leaf(node: int, ids: Sequence[int], reason: FinishReason, tokenizer: Tokenizer) -> Leaf:
+    """The leaf of a completion with these tokens; its text is without the end token."""
+    return Leaf(node, reason, tokenizer.decode(ids[:-1] if reason == "stop" else ids))
 
 
 @dataclass(eq=False)

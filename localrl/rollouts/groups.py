@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from localrl.config import RolloutConfig
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
-from localrl.records import Example, Group, Leaf, Node, ScoredGroup
-from localrl.rollouts.batch import Segment, TreeRequest
+from localrl.records import Example, Group, ScoredGroup
+from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
 
@@ -163,7 +161,7 @@ def _group(
     """The record of one tree, whose segments have the numbers in `tree`."""
     places = {index: place for place, index in enumerate(tree)}
     nodes = tuple(
-        _node(segments[i], places.get(segments[i].parent, -1), version, round) for i in tree
+        segments[i].node(places.get(segments[i].parent, -1), version, round) for i in tree
     )
     group = Group(example, prompt_ids, nodes, (), planned_roots)
     leaves = []
@@ -171,19 +169,5 @@ def _group(
         reason = segments[index].end
         if reason != "fork":
             ids = [int(t) for n in group.path(place) for t in nodes[n].token_ids]
-            body = ids[:-1] if reason == "stop" else ids
-            leaves.append(Leaf(place, reason, policy.tokenizer.decode(body)))
+            leaves.append(end_leaf(place, ids, reason, policy.tokenizer))
     return Group(example, prompt_ids, nodes, tuple(leaves), planned_roots)
-
-
-def _node(segment: Segment, parent: int, version: int, round: int) -> Node:
-    return Node(
-        parent=parent,
-        token_ids=segment.token_ids,
-        sampled=np.ones(len(segment.token_ids), bool),
-        sampled_logprobs=segment.logprobs,
-        entropies=segment.entropies,
-        cond_weight=1 / segment.siblings,
-        version=version,
-        round=round,
-    )

@@ -22,7 +22,7 @@ import numpy as np
 from localrl.keys import keyed_uniforms
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example, FinishReason, Group, Leaf, Node
-from localrl.rollouts.batch import Segment, TreeRequest
+from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 
 MOST_TOKENS = 4_000_000
 """Tokens kept for later: about 70 MB. The groups longest unseen leave."""
@@ -215,9 +215,9 @@ def with_reused(
             parent = len(nodes)
             nodes.append(_prefix_node(prefix))
         if tail is not None:
-            nodes.append(_tail_node(tail, parent, version))
+            nodes.append(tail.node(parent, version))
         ids = [*prefix.token_ids.tolist(), *(tail.token_ids.tolist() if tail is not None else ())]
-        leaves.append(_leaf(len(nodes) - 1, ids, _reason(prefix, tail), tokenizer))
+        leaves.append(end_leaf(len(nodes) - 1, ids, _reason(prefix, tail), tokenizer))
     return replace(group, nodes=tuple(nodes), leaves=tuple(leaves))
 
 
@@ -233,11 +233,6 @@ def _reason(prefix: Prefix, tail: Segment | None) -> FinishReason:
     return tail.end
 
 
-def _leaf(node: int, ids: Sequence[int], reason: FinishReason, tokenizer: Tokenizer) -> Leaf:
-    body = ids[:-1] if reason == "stop" else ids
-    return Leaf(node, reason, tokenizer.decode(body))
-
-
 def _prefix_node(prefix: Prefix) -> Node:
     return Node(
         parent=-1,
@@ -247,17 +242,6 @@ def _prefix_node(prefix: Prefix) -> Node:
         entropies=prefix.entropies,
         version=prefix.version,
         old_logprobs=prefix.old_logprobs,
-    )
-
-
-def _tail_node(tail: Segment, parent: int, version: int) -> Node:
-    return Node(
-        parent=parent,
-        token_ids=tail.token_ids,
-        sampled=np.ones(len(tail.token_ids), bool),
-        sampled_logprobs=tail.logprobs,
-        entropies=tail.entropies,
-        version=version,
     )
 
 

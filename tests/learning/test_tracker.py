@@ -121,10 +121,10 @@ def test_rewards_of_0_and_1_have_a_beta_posterior():
 
 def test_other_rewards_are_placed_within_the_range_seen():
     tracker = Tracker()
-    assert [tracker.share(reward) for reward in (-3, 0, 0.25, 1, 7)] == [0, 0, 0.25, 1, 1]
+    assert [tracker.place(reward) for reward in (-3, 0, 0.25, 1, 7)] == [0, 0, 0.25, 1, 1]
     update(tracker, scored(flat_group(4), [-1, 3, None, 1]))
     # Single rewards reach from -1 to 3, even though their mean is 1.
-    assert [tracker.share(reward) for reward in (-3, -1, 0, 1, 3, 7)] == [0, 0, 0.25, 0.5, 1, 1]
+    assert [tracker.place(reward) for reward in (-3, -1, 0, 1, 3, 7)] == [0, 0, 0.25, 0.5, 1, 1]
     assert tracker.value("hand-made") == pytest.approx(1)
     assert tracker.difficulty("hand-made") == pytest.approx(0.5)
     assert tracker.posterior("hand-made") == pytest.approx((1.5, 1.5))
