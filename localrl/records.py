@@ -25,6 +25,9 @@ class RewardSpec:
     weight: float = 1.0
 
 
+INSTANCES = "localrl.tasks.environment_child:instances"
+"""What gives a worker's child the environments that completions talk to, by `Leaf.conversation`."""
+
 FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
 """Why a completion ended: its end token, the stop text, the longest length, repetition, the last
 turn of an environment, a failure."""
@@ -94,7 +97,12 @@ class Leaf:
     node: int
     finish_reason: FinishReason
     text: str
-    """Decoded completion without the end token; for rewards and people only."""
+    """Decoded completion without the end token; of several turns the last one's. For rewards and
+    people only."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The completion of an example with an environment as chat messages; empty for others."""
+    conversation: int | None = None
+    """Which environment it talked to: a number that only `tasks.environments` understands."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,39 @@ class Group:
     def completions(self) -> Iterator[Completion]:
         """The completions of all leaves, in leaf order."""
         return (self.completion(i) for i in range(len(self.leaves)))
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A completion whose turn has come to an end, on its way to its environment."""
+
+    example: Example
+    conversation: int | None
+    """None when this was its first turn. Where paths have forked, several have the same one."""
+    token_ids: tuple[int, ...]
+    """Of this turn, the end token included."""
+    text: str
+    """Of this turn, without the end token."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What an environment made of a turn."""
+
+    conversation: int
+    """From now on this completion's own."""
+    messages: tuple[Mapping[str, Any], ...]
+    """The turn and what was answered to it, as chat messages."""
+    token_ids: tuple[int, ...] = ()
+    """What stands between this turn and the next one; empty when there is no next one."""
+    failed: bool = False
+    """The environment broke: the completion has no reward."""
+
+    @property
+    def over(self) -> bool:
+        """Whether the conversation has come to its end."""
+        return not self.token_ids
 
 
 @dataclass(frozen=True)
@@ -241,6 +282,10 @@ class StepStats:
     saved_positions: int
     """Positions not computed again because completions share them, the prompt's included."""
     updated: bool
+    problem: str | None = None
+    """Why an update was not made, or was taken back: something was not finite."""
+    relative_size: float | None = None
+    """What the adapters add to the weights, as a share of their size: see `policy.size`."""
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:

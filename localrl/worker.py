@@ -95,7 +95,13 @@ class Worker:
         self.close()
 
     def call(
-        self, target: str, kwargs: Mapping[str, Any], *, state: Mapping[str, Any] | None = None
+        self,
+        target: str,
+        kwargs: Mapping[str, Any],
+        *,
+        state: Mapping[str, Any] | None = None,
+        through: Mapping[str, str] | None = None,
+        limit_s: float | None = None,
     ) -> Reply:
         """Call `module:function` or `path/to/file.py:function` in the child.
 
@@ -108,6 +114,9 @@ class Worker:
 
         state: offers the function three more arguments: `trainer_state`, an object with these
             attributes, and the functions `log_extra` and `log_metric`, see `Reply.logs`.
+        through: for an argument, by name, the function of the child that it goes through first: the
+            way to objects that live there.
+        limit_s: of this call, in place of `time_limit_s`.
 
         Raises:
             DataError: an argument that is wanted cannot be sent as JSON.
@@ -116,7 +125,8 @@ class Worker:
         if not resolved.ok:
             return resolved
         given = {name: kwargs[name] for name in kwargs if self._named(target, name)}
-        return self._request(_encode_call(target, given, state), self.time_limit_s)
+        made = {name: by for name, by in (through or {}).items() if name in given}
+        return self._request(_encode_call(target, given, state, made), limit_s or self.time_limit_s)
 
     def wants(self, target: str, name: str) -> bool:
         """Whether the function would be given an argument of this name; True if it is not known."""
@@ -292,8 +302,15 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, default=plain).encode()
 
 
-def _encode_call(target: str, kwargs: Mapping[str, Any], state: Mapping[str, Any] | None) -> bytes:
-    message = {"op": "call", "target": target, "kwargs": dict(kwargs)}
+def _encode_call(
+    target: str,
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    through: Mapping[str, str],
+) -> bytes:
+    message: dict[str, Any] = {"op": "call", "target": target, "kwargs": dict(kwargs)}
+    if through:
+        message["through"] = dict(through)
     if state is not None:
         message["state"] = dict(state)
     try:

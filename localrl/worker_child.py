@@ -154,6 +154,17 @@ def make(factory: Callable[..., Any], target: str, arguments: dict[str, Any]) ->
 
 def find(target: str) -> Callable[..., Any]:
     """The function that `module:function` or `path/to/file.py:function` names."""
+    found = load_place(target)
+    if not callable(found):
+        place, _, attributes = target.rpartition(":")
+        raise NotFound(
+            f"{attributes!r} in {place} is no function but of type {type(found).__name__}"
+        )
+    return found
+
+
+def load_place(target: str) -> Any:
+    """What `module:name` or `path/to/file.py:name` names."""
     place, colon, attributes = target.rpartition(":")
     if not (place and colon and attributes):
         raise NotFound(f"{target!r} is neither module:function nor path/to/file.py:function")
@@ -163,10 +174,6 @@ def find(target: str) -> Callable[..., Any]:
         if not hasattr(found, attribute):
             raise NotFound(f"{place} has no {attributes!r}")
         found = getattr(found, attribute)
-    if not callable(found):
-        raise NotFound(
-            f"{attributes!r} in {place} is no function but of type {type(found).__name__}"
-        )
     return found
 
 
@@ -220,10 +227,13 @@ def call(request: Mapping[str, Any]) -> dict[str, Any]:
     """The reply to a call: the function's result for the arguments that the parent chose.
 
     With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
-    names them or takes any argument.
+    names them or takes any argument. Arguments named in `through` are first replaced by what the
+    functions there make of them.
     """
     function, parameters = load(request["target"])
     kwargs, book = request["kwargs"], Logbook()
+    for name, target in request.get("through", {}).items():
+        kwargs[name] = load(target)[0](kwargs[name])
     if request.get("state") is not None and parameters is not None:
         hooks = {
             "trainer_state": SimpleNamespace(**request["state"]),
@@ -323,6 +333,8 @@ def forget(connection: socket.socket) -> None:
 
 def main() -> None:
     """Serves requests until the parent closes its end of the socket."""
+    # What is imported here by that name is this very module, or there would be two of each class.
+    sys.modules["localrl.worker_child"] = sys.modules["__main__"]
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     # A process forked by user code must neither answer for us nor hide our death from the parent.
@@ -335,7 +347,10 @@ def main() -> None:
     threading.Thread(target=read_requests, args=(connection, requests), daemon=True).start()
     while True:
         reply = answer(requests.get())
-        connection.sendall(HEADER.pack(len(reply)) + reply)
+        try:
+            connection.sendall(HEADER.pack(len(reply)) + reply)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)  # the parent is gone
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The embedded model is what its card says: small, readable by mlx-lm, wrong in the useful way."""
 
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -74,14 +75,29 @@ def test_it_can_nearly_always_work_every_step():
 
 def test_model_is_looked_for_in_the_package_then_beside_it(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded, "__file__", str(tmp_path / "localrl" / "embedded.py"))
-    with pytest.raises(ConfigError, match="make_steps"):
-        embedded_model_path()
-    beside = tmp_path / "models" / embedded.EMBEDDED_MODEL
-    inside = tmp_path / "localrl" / "embedded_model"
-    for folder in (beside, inside):
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        assert embedded_model_path() == folder
+    homes = {"steps-0.8m": "embedded_model", "turns-0.1m": "embedded_turns"}
+    assert tuple(homes) == embedded.EMBEDDED_MODELS
+    for name, home in homes.items():
+        with pytest.raises(ConfigError, match=f"{name} is in neither.*make_{name[:5]}"):
+            embedded_model_path(name)
+        beside, inside = tmp_path / "models" / name, tmp_path / "localrl" / home
+        for folder in (beside, inside):
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            assert embedded_model_path(name) == folder
+    assert embedded_model_path() == tmp_path / "localrl" / "embedded_model"
+    with pytest.raises(ConfigError, match=r"'tuns'; there are steps-0.8m and turns-0.1m"):
+        embedded_model_path("tuns")
+
+
+def test_a_wheel_carries_every_embedded_model():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    packing = project["tool"]["setuptools"]
+    for name in embedded.EMBEDDED_MODELS:
+        package = f"localrl.{embedded._HOMES[name][0]}"
+        assert package in packing["packages"]
+        assert packing["package-dir"][package] == f"models/{name}"
+        assert packing["package-data"][package] == ["*"]
 
 
 def test_fast_training_formulas_and_gradients_are_those_of_mlx():

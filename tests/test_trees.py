@@ -172,7 +172,7 @@ def test_a_tree_of_one_root_needs_no_tracker(run):
 def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
     """From equal weights, the gradient itself, not only its norm."""
     import tiny
-    from learning.steps import gradient
+    from steps import gradient
 
     from localrl.rollouts.decode import Decoder
     from localrl.rollouts.forking import PeriodicRule, Spacing

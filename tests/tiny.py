@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ CONFIG: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2"},
+    # The fourth layer has no rotary positions.
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
     # Windows of 8 tokens: prompts and completions of the tests are longer.
     "gemma3_text": {
         "model_type": "gemma3_text",
@@ -58,11 +71,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention", "conv"],
     },
 }
-"""What differs from CONFIG: full attention, sliding windows, and a hybrid with convolutions."""
+"""What differs from CONFIG: full attention, experts, sliding windows, and a hybrid with
+convolutions."""
 
 
-def make_folder(folder: Path, *, seed: int = 0, bits: int | None = 4, **changes: Any) -> Path:
-    """A model folder as mlx-lm and Hugging Face write them, quantised unless `bits` is None."""
+def make_folder(
+    folder: Path,
+    *,
+    seed: int = 0,
+    bits: int | None = 4,
+    template: str = TEMPLATE,
+    extra: Sequence[str] = (),
+    **changes: Any,
+) -> Path:
+    """A model folder as mlx-lm and Hugging Face write them, quantised unless `bits` is None.
+
+    `extra` holds further tokens of its tokenizer, of one character or more.
+    """
     from mlx_lm.utils import _get_classes
 
     config = {**CONFIG, **changes}
@@ -75,24 +100,39 @@ def make_folder(folder: Path, *, seed: int = 0, bits: int | None = 4, **changes:
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder)
+    _write_tokenizer(folder, template, extra)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def make_cached(folder: Path, home: Path, name: str, commit: str = "a" * 40) -> Path:
+    """The folder as the Hub's client keeps it below HF_HOME: blobs, and a snapshot of links."""
+    place = home / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot, blobs = place / "snapshots" / commit, place / "blobs"
+    for made in (snapshot, blobs, place / "refs"):
+        made.mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        blob = f"{number:040x}"
+        (blobs / blob).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / blob)
+    return snapshot
+
+
+def _write_tokenizer(folder: Path, template: str, extra: Sequence[str]) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS, *extra])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([token for token in extra if len(token) > 1])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<end>",
         "pad_token": "<pad>",
-        "chat_template": TEMPLATE,
+        "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 

@@ -29,8 +29,16 @@ def final_answer(
 
 
 def text_of(completion: Completion) -> str:
-    """The model's text, whether it came as a string or as chat messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """The model's text, whether it came as a string or as chat messages.
+
+    Of several messages it is the last one; empty when the model did not write that, such as a
+    tool's result, or wrote only a tool call.
+    """
+    if isinstance(completion, str):
+        return completion
+    last = completion[-1]
+    written = last.get("role", "assistant") == "assistant"
+    return str(last.get("content") or "") if written else ""
 
 
 def stated_answer(text: str) -> str | None:

@@ -13,30 +13,37 @@ def call_arguments(groups: Sequence[Group], *, ids: bool = True) -> dict[str, li
 
     `prompts` are lists of chat messages, `completions` lists with one assistant message, or both
     are texts where the prompt came as text; `completion_ids`, if wanted, are lists of tokens; then
-    `answer` and the columns of the examples, None where an example lacks one.
+    `answer` and the columns of the examples, None where an example lacks one. Completions that
+    talked to an environment are all their messages, and `environments` names the conversations.
     """
     leaves = [(group, index) for group in groups for index in range(len(group.leaves))]
     columns = dict.fromkeys(name for group in groups for name in group.example.columns)
     given = {name: [group.example.columns.get(name) for group, _ in leaves] for name in columns}
     given["answer"] = [_gold(group.example) for group, _ in leaves]
-    given["prompts"] = [_prompt(group.example) for group, _ in leaves]
+    given["prompts"] = [_prompt(group, index) for group, index in leaves]
     given["completions"] = [_completion(group, index) for group, index in leaves]
     if ids:
         given["completion_ids"] = [_token_ids(group, index) for group, index in leaves]
     else:
         given.pop("completion_ids", None)
+    conversations = [group.leaves[index].conversation for group, index in leaves]
+    if any(number is not None for number in conversations):
+        given["environments"] = conversations
     return given
 
 
-def _prompt(example: Example) -> Any:
-    if example.as_text:
+def _prompt(group: Group, index: int) -> Any:
+    example = group.example
+    if example.as_text and not group.leaves[index].messages:
         return example.messages[-1]["content"]
     return [dict(message) for message in example.messages]
 
 
 def _completion(group: Group, index: int) -> Any:
-    text = group.leaves[index].text
-    return text if group.example.as_text else [{"role": "assistant", "content": text}]
+    leaf = group.leaves[index]
+    if leaf.messages:
+        return [dict(message) for message in leaf.messages]
+    return leaf.text if group.example.as_text else [{"role": "assistant", "content": leaf.text}]
 
 
 def _token_ids(group: Group, index: int) -> list[int]:

@@ -68,6 +68,12 @@ BUILTINS: Mapping[str, Builtin] = {
         "get_json_reward",
         ("schema",),
     ),
+    "math_verify": Builtin(
+        "math_verify_reward",
+        "localrl.rewards.latex",
+        "the answer is the gold one, in any LaTeX; needs localrl[math]",
+        "math_verify_reward",
+    ),
     "final_answer": Builtin(
         "final_answer", "localrl.rewards.answers", "what follows the last # is gold", "final_answer"
     ),

@@ -105,13 +105,20 @@ def simplify(text: str) -> str:
         for old, new in _REPLACED:
             text = text.replace(old, new)
         text = _STYLED.sub(r" \1", text)
-        text = _FRACTION.sub(r" \1/\2", text)
-        text = _SHORT_FRACTION.sub(r" \1/\2", text)
+        text = _FRACTION.sub(_ratio_text, text)
+        text = _SHORT_FRACTION.sub(_ratio_text, text)
     text = " ".join(text.split())
     if "10" in text:
         text = _TIMES_POWER.sub(r"e\1\2", text)
         text = _POWER.sub(r"1e\1\2", text)
     return text
+
+
+def _ratio_text(match: re.Match[str]) -> str:
+    """Apart from a whole number before it, but not from its sign."""
+    before = match.string[match.start() - 1 : match.start()]
+    gap = "" if before in ("+", "-") else " "
+    return f"{gap}{match[1]}/{match[2]}"
 
 
 def read_number(text: str) -> Number | None:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
-from localrl.records import Group, Leaf, ScoredGroup
+from localrl.records import INSTANCES, Group, Leaf, ScoredGroup
 from localrl.rewards.arguments import call_arguments
 from localrl.rewards.logs import LogCollector, Logs
 from localrl.worker import Reply, Worker
 
 HOOKS = ("trainer_state", "log_extra", "log_metric")
-ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer", *HOOKS)
+ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer", "environments", *HOOKS)
 
 NO_STATE: Mapping[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": None}
 """Before training, as in TRL."""
@@ -58,6 +58,16 @@ class Counts(NamedTuple):
 
     calls: int
     failures: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a resumed run has to know of a reward function's calls."""
+
+    calls: int
+    failures: int
+    shares: tuple[float, ...]
+    """Failed completions of each of the last calls."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class Scorer:
     warn: gets one line for the first failure of each kind of each function.
     cut_reward: what a completion gets that was cut off for its length or for looping, in place of
         what the functions say; None to take that.
+    beat: called before each call of a function; it may raise to end the scoring.
 
     Raises:
         ConfigError: no function, two of one name, or a weight that is not a finite number.
@@ -119,6 +130,7 @@ class Scorer:
         warn: Callable[[str], None] = logger.warning,
         *,
         cut_reward: float | None = None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         names = [spec.name for spec in specs]
         if not specs:
@@ -132,6 +144,7 @@ class Scorer:
         self._worker = worker
         self._warn = warn
         self._cut_reward = cut_reward
+        self._beat = beat
         self._logs = LogCollector(warn)
         self.state = NO_STATE
         """What functions get as `trainer_state` when `score` is given none."""
@@ -143,6 +156,17 @@ class Scorer:
     def counts(self) -> Mapping[str, Counts]:
         """Calls and failures so far, by function."""
         return {name: Counts(h.calls, h.failures) for name, h in self._histories.items()}
+
+    def tallies(self) -> dict[str, Tally]:
+        """The calls so far, by function."""
+        return {n: Tally(h.calls, h.failures, tuple(h.shares)) for n, h in self._histories.items()}
+
+    def restore(self, tallies: Mapping[str, Tally]) -> None:
+        """Go on from the calls of an earlier process."""
+        for name, tally in tallies.items():
+            history = self._histories[name]
+            history.calls, history.failures = tally.calls, tally.failures
+            history.shares.extend(tally.shares)
 
     def check(self, columns: Iterable[str] | None = None) -> None:
         """Import every reward function now, so that a run does not start with a broken one.
@@ -203,6 +227,8 @@ class Scorer:
         return self._logs.take()
 
     def _reward(self, leaf: Leaf, parts: Sequence[float | None]) -> float | None:
+        if leaf.finish_reason == "error":
+            return None
         cut = leaf.finish_reason in ("length", "loop")
         return self._cut_reward if cut and self._cut_reward is not None else self._total(parts)
 
@@ -213,9 +239,12 @@ class Scorer:
         state: Mapping[str, Any],
         rows: Sequence[tuple[str, str]],
     ) -> tuple[float | None, ...]:
+        self._beat()
         if not rows:
             return ()
-        reply, count = self._worker.call(spec.target, arguments, state=state), len(rows)
+        through = {"environments": INSTANCES} if "environments" in arguments else None
+        reply = self._worker.call(spec.target, arguments, state=state, through=through)
+        count = len(rows)
         outcome = _read(reply, count)
         self._logs.add(spec.name, reply.logs, rows)
         history = self._histories[spec.name]
@@ -291,8 +320,8 @@ def _cannot_load(spec: RewardLike, reply: Reply) -> ConfigError | DataError:
 
 
 def _too_many_failures(spec: RewardLike, history: _History) -> RewardError:
-    assert history.first is not None
-    cause = history.first.traceback or history.first.problem
+    first = history.first
+    cause = first.traceback or first.problem if first else "before the run was resumed."
     return RewardError(
         f"Reward {spec.name!r} ({spec.target}) gave no reward for {history.share:.0%} of the "
         f"completions of its last {len(history.shares)} calls, because it failed. Mend the "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,6 +77,8 @@ class Decoder:
     counts: DecodeCounts = field(default_factory=DecodeCounts)
     stops: Stops | None = None
     """Rules that end completions early."""
+    beat: Callable[[], None] = lambda: None
+    """Called with every forward call; it may raise to end the decoding."""
 
     def decode(
         self,
@@ -95,6 +97,7 @@ class Decoder:
         ends = np.array(sorted(self.policy.tokenizer.end_ids))
         live: Rows | None = None
         while waiting or live is not None:
+            self.beat()
             live = self._refill(live, waiting)
             if rule is not None:
                 self._fork(live, ledger, rule)

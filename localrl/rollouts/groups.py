@@ -15,6 +15,7 @@ from localrl.records import Example, Group, ScoredGroup
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
+from localrl.rollouts.turns import Turns, play
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,15 @@ def sample_groups(
     round: int = 0,
     expected_tokens: Sequence[float | None] = (),
     begun: Sequence[Sequence[Prefix]] = (),
+    turns: Turns | None = None,
 ) -> list[Group]:
     """A group of every example, or one round of it, all decoded as one batch.
 
     `prompts` holds the examples' token ids. A draw depends on (seed, step, example, place in the
     tree) and the policy, not on what else is in the batch; roots are counted over rounds.
     `expected_tokens` says for each example how long completions are thought to be. Prefixes in
-    `begun` take the places of as many roots of their example, at most all of them.
+    `begun` take the places of as many roots of their example, at most all of them. With `turns`
+    completions go on after their environment has answered, see `play`.
     """
     begun = begun or [()] * len(examples)
     expected = expected_tokens or [None] * len(examples)
@@ -129,10 +132,22 @@ def sample_groups(
     ]
     ends = place_tails(begun, [segments[tree[0]] for tree in trees[len(requests) :]])
     tokenizer = decoder.policy.tokenizer
-    return [
+    groups = [
         with_reused(*each, tokenizer=tokenizer, version=version)
         for each in zip(groups, begun, ends, strict=True)
     ]
+    if turns is None:
+        return groups
+    return play(
+        decoder,
+        groups,
+        turns,
+        rule=rule,
+        leaves=shape.leaves,
+        max_completion_tokens=max_completion_tokens,
+        address=(seed, step, round),
+        version=version,
+    )
 
 
 def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:

@@ -55,6 +55,10 @@ class Replay:
     def __len__(self) -> int:
         return len(self._stored)
 
+    def copy(self) -> Replay:
+        """One that may go its own way; groups themselves never change."""
+        return replace(self, counts=replace(self.counts), _stored=dict(self._stored))
+
     def add(self, scored: Sequence[ScoredGroup], updates: int) -> None:
         """Keep the mixed ones of groups sampled after `updates` policy updates.
 

@@ -66,6 +66,10 @@ class Earlier:
     def __len__(self) -> int:
         return len(self._groups)
 
+    def copy(self) -> Earlier:
+        """One that may go its own way; groups themselves never change."""
+        return replace(self, _groups=dict(self._groups))
+
     def add(self, groups: Sequence[Group]) -> None:
         """Keep these in place of what was kept of their examples."""
         for group in groups:

@@ -26,6 +26,11 @@ class Task(Protocol):
         ...
 
     @property
+    def environment(self) -> str | None:
+        """What completions talk to, as `module:Name`; None when they are one turn."""
+        ...
+
+    @property
     def train_size(self) -> int:
         """Number of training examples; 0 means endless."""
         ...

@@ -20,18 +20,27 @@ from localrl.records import Example
 from localrl.tasks import (
     arithmetic,
     bases,
+    calculator,
     choice,
     countdown,
     dates,
     extraction,
     functions,
+    guessing,
     reversal,
     sorting,
     sums,
     units,
 )
 from localrl.tasks.base import RewardSpec
-from localrl.tasks.family import EXACT_ANSWER, columns_of, held_out_as, needs_sandbox, reward_of
+from localrl.tasks.family import (
+    EXACT_ANSWER,
+    columns_of,
+    environment_of,
+    held_out_as,
+    needs_sandbox,
+    reward_of,
+)
 from localrl.tasks.levels import parse_name, span
 
 Stream = Literal["base", "train", "evaluation"]
@@ -50,6 +59,8 @@ FAMILIES: dict[str, tuple[ModuleType, ...]] = {
     "extraction": (extraction,),
     "choice": (choice,),
     "functions": (functions,),
+    "guessing": (guessing,),
+    "calculator": (calculator,),
 }
 
 DESCRIPTIONS = {
@@ -65,6 +76,8 @@ DESCRIPTIONS = {
     "extraction": "facts from a text as a JSON object with given keys",
     "choice": "multiple choice of arithmetic, dates and units",
     "functions": "write a small Python function; its tests need a sandbox",
+    "guessing": "guess a number in several turns; each guess is answered with higher or lower",
+    "calculator": "products of large numbers, with a calculator as a tool",
 }
 
 DRAWS = 20_000
@@ -149,6 +162,11 @@ class BuiltinTask:
         """Whether judging an answer runs code that the model wrote."""
         return any(map(needs_sandbox, self.families))
 
+    @property
+    def environment(self) -> str | None:
+        """`module:Class` of what the model talks to, which all its families share, or None."""
+        return environment_of(self.families[0])
+
     def train(self, index: int) -> Example:
         """Training example `index`; with a fixed `train_size` all examples are different.
 
@@ -178,12 +196,15 @@ class BuiltinTask:
     def _unseen(
         self, stream: Stream, index: int, seen: set[str]
     ) -> tuple[ModuleType, int, tuple[str, ...]]:
-        """Problem `index` of a stream, or the next in its place whose prompt is not yet seen."""
+        """Problem `index` of a stream, or the next in its place that is not yet seen.
+
+        Problems are the same when prompt and answer are: an environment may keep the answer back.
+        """
         for problem in draw_problem(self.families, stream, index, self.levels):
             source, _, operands = problem
-            prompt = source.prompt(operands)
-            if prompt not in seen:
-                seen.add(prompt)
+            told = source.prompt(operands) + (source.answer(operands) if self.environment else "")
+            if told not in seen:
+                seen.add(told)
                 return problem
         which = "held-out" if stream == "evaluation" else "training"
         raise ConfigError(
@@ -203,8 +224,8 @@ def load_task(name: str, *, train_prompts: int) -> BuiltinTask:
         raise ConfigError(f"train_prompts is {train_prompts}; give 0 for endless, or a count.")
     known = {task: families[0].DIFFICULTIES for task, families in FAMILIES.items()}
     task, levels = parse_name(name, known)
-    rewards = tuple(dict.fromkeys(reward_of(source) for source in FAMILIES[task]))
-    return BuiltinTask(name, train_prompts, rewards, levels)
+    rewards = dict.fromkeys(reward_of(source) for source in FAMILIES[task])
+    return BuiltinTask(name, train_prompts, tuple(filter(None, rewards)), levels)
 
 
 def list_tasks() -> dict[str, str]:

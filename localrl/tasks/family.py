@@ -9,7 +9,8 @@ A family module defines
 
 and, where it differs from the defaults below,
 
-    REWARD                           what judges its answers
+    REWARD                           what judges its answers; None: its environment alone does
+    ENVIRONMENT                      `module:Class` of what the model talks to
     SANDBOX = True                   judging runs code that the model wrote
     columns(operands)                further columns for the reward
     held_out_as(operands)            the family and the operands that the hold-out rule looks at
@@ -31,9 +32,14 @@ REASON = "Think step by step, then end with a line"
 """How the question of a family for instruction-tuned models goes on."""
 
 
-def reward_of(family: ModuleType) -> RewardSpec:
-    """What judges the family's answers."""
+def reward_of(family: ModuleType) -> RewardSpec | None:
+    """What judges the family's answers; None where its environment alone does."""
     return getattr(family, "REWARD", EXACT_ANSWER)
+
+
+def environment_of(family: ModuleType) -> str | None:
+    """`module:Class` of what the model talks to; None where it answers once."""
+    return getattr(family, "ENVIRONMENT", None)
 
 
 def needs_sandbox(family: ModuleType) -> bool:

@@ -26,6 +26,8 @@ class FileTask:
     rewards: tuple[RewardSpec, ...]
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    environment: None = None
+    """Data bring none; the settings may name one."""
 
     @property
     def train_size(self) -> int:

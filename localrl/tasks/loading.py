@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from localrl.config import TaskConfig
 from localrl.errors import ConfigError, DataError
-from localrl.tasks.base import RewardSpec, Task
-from localrl.tasks.builtin import load_task
-from localrl.tasks.files import load_file_task, make_file_task
+from localrl.tasks.base import RewardSpec
+from localrl.tasks.builtin import BuiltinTask, load_task
+from localrl.tasks.environments import Environments, open_environments
+from localrl.tasks.files import HELD_OUT_OF, FileTask, load_file_task, make_file_task
 from localrl.worker import Worker
+
+GYM = "gym:"
+GYM_PROMPTS = 1000
+"""Puzzles to train on where the user does not say."""
 
 FUNCTION = "examples"
 """What a Python file of data defines: no arguments, returns rows as a JSONL file would hold."""
 
 
-def open_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker) -> Task:
+def open_task(
+    config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker
+) -> BuiltinTask | FileTask:
     """The built-in task of that name, or the user's data: a JSONL file, a folder, a Python file.
 
     `rewards` take the place of the task's own; data need some. A Python file runs in the worker.
@@ -27,10 +34,12 @@ def open_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker)
     that cannot be used.
     """
     path = Path(config.name).expanduser()
+    if config.name.startswith(GYM):
+        return _gym_task(config, rewards, worker)
     if not is_data(config.name):
         task = load_task(config.name, train_prompts=config.train_prompts)
         return replace(task, rewards=tuple(rewards)) if rewards else task
-    if not rewards:
+    if not rewards and not config.environment:
         raise ConfigError(
             f"Nothing says how answers to {path} are scored. Name a reward, --reward accuracy or "
             "--reward my_rewards.py:function."
@@ -39,6 +48,45 @@ def open_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker)
         rows = _rows(path, worker)
         return make_file_task(path, rewards, rows, config.train_prompts, config.system)
     return load_file_task(path, rewards, train_prompts=config.train_prompts, system=config.system)
+
+
+def with_environments(
+    config: TaskConfig, task: BuiltinTask | FileTask, worker: Worker, warn: Callable[[str], None]
+) -> tuple[BuiltinTask | FileTask, Environments | None]:
+    """The task with the rewards that its environments own behind its others, and these.
+
+    Raises: ConfigError when there is no such environment, or no reward at all; DataError when an
+    environment cannot be used.
+    """
+    factory = config.environment or task.environment
+    found = open_environments(
+        factory, config.tools, worker, limit_s=config.tool_timeout_s, warn=warn
+    )
+    if found is None:
+        return task, None
+    rewards = (*task.rewards, *found.rewards)
+    if not rewards:
+        raise ConfigError(
+            f"Nothing says how {task.name} is scored: {factory} has no get_reward(). Give it one, "
+            "or name a reward with --reward."
+        )
+    return replace(task, rewards=rewards), found
+
+
+def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker) -> FileTask:
+    """A task of reasoning-gym with as many puzzles as are wanted, some of them held out."""
+    name = config.name.removeprefix(GYM)
+    count = (config.train_prompts or GYM_PROMPTS) * HELD_OUT_OF // (HELD_OUT_OF - 1)
+    # A little more, since which ones are held out is a matter of their hashes.
+    reply = worker.call("localrl.tasks.gym:rows", {"name": name, "count": count + count // 8 + 16})
+    if not reply.ok:
+        missing = "No module named 'reasoning_gym'" in reply.message
+        todo = "pip install 'localrl[gym]'" if missing else "See reasoning-gym's list of datasets."
+        raise ConfigError(f"The task {config.name} cannot be had: {reply.message}. {todo}")
+    own = rewards or (RewardSpec("gym_reward", "localrl.tasks.gym:gym_reward"),)
+    rows = ((f"{config.name}, puzzle {row['index']}", row) for row in reply.value)
+    task = make_file_task(Path(name), own, rows, config.train_prompts, config.system)
+    return replace(task, name=config.name)
 
 
 def is_data(name: str) -> bool:

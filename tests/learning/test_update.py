@@ -194,7 +194,7 @@ def test_the_gradient_norm_is_clipped(own_policy):
     # Adam hides the scale of a first gradient, so look at what it was given.
     held = Updater(own_policy, LearningConfig(max_grad_norm=1e-4), TEMPERATURE)
     given = []
-    held._optimizer.update = lambda model, gradient: given.append(global_norm(gradient))
+    held.optimizer.update = lambda model, gradient: given.append(global_norm(gradient))
     held.update(batch, plan())
     assert given == [pytest.approx(1e-4, rel=1e-3)]
 
@@ -227,7 +227,7 @@ def test_nothing_to_train_leaves_the_optimizer_as_it_is(own_policy):
 
 
 def optimizer_state(updater):
-    return {name: np.array(value) for name, value in tree_flatten(updater._optimizer.state)}
+    return {name: np.array(value) for name, value in tree_flatten(updater.optimizer.state)}
 
 
 def aged(policy, group, difference):

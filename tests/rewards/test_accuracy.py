@@ -147,6 +147,14 @@ def test_answers_without_a_box(text: str, gold: str, reward: float) -> None:
     assert score(text, gold) == reward
 
 
+def test_the_sign_before_a_fraction_in_a_sentence_is_read() -> None:
+    for fraction in (r"-\frac{28}{14}", r"-\dfrac{4}{2}", r"-\frac42", "-4/2"):
+        text = f"The final answer is ${fraction}$. I hope it is correct."
+        assert (score(text, -2), score(text, 2)) == (1.0, 0.0), fraction
+    # Behind a number or a letter it is a minus: only what follows is a number of its own.
+    assert last_number(r"7-\frac{1}{2}") == last_number(r"x-\frac{1}{2}") == (Fraction(1, 2), "")
+
+
 def test_boxes_nest_and_close() -> None:
     assert last_boxed(r"\boxed{a{b}\}c} \boxed{d") == r"a{b}\}c"
     assert last_boxed(r"\boxed{\boxed{5}}") == "5"

@@ -1,0 +1,191 @@
+"""Several turns: completions that go on after an environment has answered.
+
+All completions whose turn has ended are answered together and decoded together. What an environment
+wrote becomes a node whose tokens are not sampled: the model reads them, and they carry no
+log-probability, loss or length. The tokens of earlier turns stay as they were drawn and are never
+rendered again, so that what is sampled is what is scored.
+
+A turn reads its whole path again, in one prefill for all: that costs positions, but no calls, and
+no cache has to be kept while an environment works.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from localrl.policy.tokenizer import Tokenizer
+from localrl.records import FinishReason, Group, Heard, Leaf, Node, Spoken
+from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
+from localrl.rollouts.decode import Decoder, ForkRule
+
+Answer = Callable[[Sequence[Spoken]], list[Heard]]
+"""Takes turns to their environments and brings back what these say."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How completions go on."""
+
+    answer: Answer
+    most: int
+    """Turns of the model in one completion."""
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A completion whose turn has just ended."""
+
+    group: int
+    place: tuple[int, ...]
+    """Which completion of its group, after each turn: one of one unless paths have forked."""
+    leaf: Leaf
+    ids: tuple[int, ...]
+    """Its tokens so far."""
+    turn: tuple[int, ...]
+    """Those of the turn."""
+
+
+def play(
+    decoder: Decoder,
+    groups: Sequence[Group],
+    turns: Turns,
+    *,
+    rule: ForkRule | None,
+    leaves: int,
+    max_completion_tokens: int,
+    address: tuple[int | str, ...],
+    version: int,
+) -> list[Group]:
+    """Let every completion of groups of one turn talk to its environment until that has done.
+
+    `leaves` is the most completions of a group: forks of later turns share what earlier ones left
+    over. A completion ends when its environment says so; with "turns" after `turns.most` of them;
+    with "length" where an answer leaves no room for another token; with "error" where the
+    environment broke. `max_completion_tokens` holds for all of it, answers included. A draw depends
+    on (address, example, turn, place in the tree) and on the policy.
+    """
+    nodes = [list(group.nodes) for group in groups]
+    going, done = _first_turns(groups), []
+    for number in range(1, turns.most + 1):
+        heard = turns.answer([_spoken(groups[talk.group], talk) for talk in going])
+        settled = [
+            _settle(talk, said, last=number == turns.most, most=max_completion_tokens)
+            for talk, said in zip(going, heard, strict=True)
+        ]
+        done += [talk for talk, more in settled if not more]
+        waiting = [(talk, more) for talk, more in settled if more]
+        if not waiting:
+            break
+        shares = _shares(done, waiting, leaves)
+        requests = [
+            TreeRequest(
+                prompt=i,
+                address=(*address, groups[talk.group].example.id, f"turn {number}", *talk.place),
+                roots=1,
+                leaves=1 + share,
+                max_tokens=max_completion_tokens - len(talk.ids) - len(more),
+            )
+            for i, ((talk, more), share) in enumerate(zip(waiting, shares, strict=True))
+        ]
+        prompts = [(*groups[t.group].prompt_ids, *t.ids, *more) for t, more in waiting]
+        trees = _by_tree(decoder.decode(prompts, requests, rule), len(requests))
+        going = [
+            after
+            for (talk, more), tree in zip(waiting, trees, strict=True)
+            for after in _grow(
+                nodes[talk.group], talk, more, tree, version, decoder.policy.tokenizer
+            )
+        ]
+    ends = sorted(done, key=lambda talk: talk.place)
+    return [
+        replace(group, nodes=tuple(own), leaves=tuple(t.leaf for t in ends if t.group == g))
+        for g, (group, own) in enumerate(zip(groups, nodes, strict=True))
+    ]
+
+
+def _first_turns(groups: Sequence[Group]) -> list[_Talk]:
+    talks = []
+    for g, group in enumerate(groups):
+        for i, leaf in enumerate(group.leaves):
+            ids = tuple(group.completion(i).token_ids.tolist())
+            talks.append(_Talk(g, (i,), leaf, ids, ids))
+    return talks
+
+
+def _spoken(group: Group, talk: _Talk) -> Spoken:
+    leaf = talk.leaf
+    return Spoken(group.example, leaf.conversation, talk.turn, leaf.text, leaf.finish_reason)
+
+
+def _settle(talk: _Talk, heard: Heard, *, last: bool, most: int) -> tuple[_Talk, tuple[int, ...]]:
+    """The completion with what it heard, and what its next turn goes on from, if there is one."""
+    reason: FinishReason = talk.leaf.finish_reason
+    more = heard.token_ids
+    if heard.failed:
+        reason, more = "error", ()
+    elif more and last:
+        reason, more = "turns", ()
+    elif more and len(talk.ids) + len(more) >= most:
+        reason, more = "length", ()
+    messages = (*talk.leaf.messages, *heard.messages)
+    leaf = replace(
+        talk.leaf, finish_reason=reason, messages=messages, conversation=heard.conversation
+    )
+    return replace(talk, leaf=leaf), more
+
+
+def _shares(
+    done: Sequence[_Talk], waiting: Sequence[tuple[_Talk, tuple[int, ...]]], leaves: int
+) -> list[int]:
+    """How many completions forks may add to each that goes on, evenly within its group."""
+    there = Counter(talk.group for talk in done)
+    going = Counter(talk.group for talk, _ in waiting)
+    shares, seen = [], Counter[int]()
+    for talk, _ in waiting:
+        spare = leaves - there[talk.group] - going[talk.group]
+        each, over = divmod(spare, going[talk.group])
+        shares.append(each + (seen[talk.group] < over))
+        seen[talk.group] += 1
+    return shares
+
+
+def _by_tree(segments: Sequence[Segment], count: int) -> list[list[tuple[int, Segment]]]:
+    """The segments of each request with their indices, parents first."""
+    trees: list[list[tuple[int, Segment]]] = [[] for _ in range(count)]
+    for index, segment in enumerate(segments):
+        trees[segment.tree].append((index, segment))
+    return trees
+
+
+def _grow(
+    nodes: list[Node],
+    talk: _Talk,
+    more: tuple[int, ...],
+    tree: Sequence[tuple[int, Segment]],
+    version: int,
+    tokenizer: Tokenizer,
+) -> list[_Talk]:
+    """Add the answer and the next turn behind a completion; where that forked there are several."""
+    nodes.append(_unsampled(talk.leaf.node, more, version))
+    root, places, turns, after = len(nodes) - 1, {}, {-1: ()}, []
+    for index, segment in tree:
+        nodes.append(segment.node(places.get(segment.parent, root), version))
+        places[index] = len(nodes) - 1
+        turn = turns[index] = (*turns[segment.parent], *segment.token_ids.tolist())
+        if segment.end != "fork":
+            end = end_leaf(places[index], turn, segment.end, tokenizer)
+            leaf = replace(talk.leaf, node=end.node, finish_reason=segment.end, text=end.text)
+            place = (*talk.place, len(after))
+            after.append(_Talk(talk.group, place, leaf, (*talk.ids, *more, *turn), turn))
+    return after
+
+
+def _unsampled(parent: int, ids: tuple[int, ...], version: int) -> Node:
+    """What the model did not write."""
+    nothing = np.zeros(len(ids), np.float32)
+    tokens = np.array(ids, np.int32)
+    return Node(parent, tokens, np.zeros(len(ids), bool), nothing, nothing, version=version)

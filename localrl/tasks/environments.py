@@ -1,0 +1,269 @@
+"""Environments: what a task's completions talk to, turn by turn.
+
+An environment is the user's object, one for each completion, in the child process that rewards run
+in. It plays in text (`step(text)`), or it offers tools, in TRL's shapes: `tools`, which are plain
+functions, and `environment_factory`, which makes objects whose public methods are tools. Both are
+described in docs/environments.md.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from typing import Any
+
+from localrl.errors import ConfigError, DataError, RewardError
+from localrl.policy.tokenizer import Tokenizer
+from localrl.policy.turns import ToolCall, answer_ids, check_template, check_tools, read_calls
+from localrl.records import Example, Heard, RewardSpec, Spoken
+from localrl.worker import Reply, Worker
+
+CHILD = "localrl.tasks.environment_child"
+SAID = ("stop", "closed")
+"""How a turn ends that can be answered; one that was cut off cannot."""
+WINDOW = 200
+TOLERATED = 0.2
+"""Share of the last WINDOW turns that may break their environment; judged from 50 on."""
+MIN_TURNS = 50
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of one kind of environment."""
+
+    name: str
+    """Of its class."""
+    plays_in_text: bool
+    owns_reward: bool
+    """Whether it has `get_reward`."""
+    schemas: tuple[Row, ...]
+    """JSON schemas of what it lets the model call."""
+
+
+@dataclass(eq=False)
+class Environments:
+    """Everything that completions of one task talk to. Make it with `open_environments`."""
+
+    factory: str | None
+    tools: tuple[str, ...]
+    kinds: Mapping[str, Kind]
+    """By the value of an example's column `environment`; `""` where there is only one kind."""
+    worker: Worker
+    limit_s: float
+    """Seconds that one answer of an environment, or one call of a tool, may take."""
+    warn: Callable[[str], None]
+    tokenizer: Tokenizer | None = None
+    """Of the model that talks, once it is loaded; see `connect`."""
+    _numbers: Iterator[int] = field(default_factory=count)
+    _broken: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _calls_made: int = 0
+    _calls_failed: int = 0
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the model may call something."""
+        return any(kind.schemas for kind in self.kinds.values())
+
+    @property
+    def rewards(self) -> tuple[RewardSpec, ...]:
+        """The rewards that environments own, under the names of their classes, as TRL does it."""
+        names = dict.fromkeys(kind.name for kind in self.kinds.values() if kind.owns_reward)
+        return tuple(RewardSpec(n, f"{CHILD}:reward_of(name={n!r})") for n in names)
+
+    def connect(self, tokenizer: Tokenizer) -> None:
+        """Let them talk to a model.
+
+        Raises: ConfigError when its template cannot hold such a conversation.
+        """
+        self.tokenizer = tokenizer
+        for kind in self.kinds.values():
+            if kind.plays_in_text:
+                check_template(tokenizer, "user")
+            else:
+                check_tools(tokenizer)
+                call = ToolCall(kind.schemas[0]["function"]["name"])
+                check_template(tokenizer, "tool", [call], kind.schemas)
+
+    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """Prompt ids: the messages, what `reset` adds to the last one, and the tools.
+
+        Conversations of before are forgotten: their completions have been scored by now.
+
+        Raises: DataError when an environment cannot be reset.
+        """
+        tools = [self._kind(example).schemas or None for example in examples]
+        rows = {example.id: _row(example) for example in examples}
+        reply = self._call("observe", rows=rows)
+        if not reply.ok:
+            raise DataError(
+                f"The environment {self.factory} cannot be reset: {reply.message}. Mend it, then "
+                f"start again.\n{reply.traceback or ''}".strip()
+            )
+        texts = dict(zip(rows, reply.value, strict=True))
+        return [
+            self._tokenizer.encode(_observed(example, texts[example.id]), tools=schemas)
+            for example, schemas in zip(examples, tools, strict=True)
+        ]
+
+    def answer(self, spoken: Sequence[Spoken]) -> list[Heard]:
+        """Take turns to their environments; those whose environment broke come back as failed.
+
+        Raises: RewardError when environments break too often.
+        """
+        taken: set[int] = set()
+        calls = [self._calls(said) for said in spoken]
+        turns = [self._turn(*each, taken) for each in zip(spoken, calls, strict=True)]
+        reply = self._call("play", tools=self.tools, turns=turns)
+        outcomes = reply.value if reply.ok else [{"error": reply.message}] * len(turns)
+        self._judge(outcomes)
+        return [
+            self._heard(said, turn["conversation"], made, outcome)
+            for said, turn, made, outcome in zip(spoken, turns, calls, outcomes, strict=True)
+        ]
+
+    def take_counts(self) -> tuple[int, int]:
+        """Calls of tools since the last time, and how many of them failed."""
+        counts = self._calls_made, self._calls_failed
+        self._calls_made = self._calls_failed = 0
+        return counts
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        assert self.tokenizer is not None, "connect() comes first"
+        return self.tokenizer
+
+    def _kind(self, example: Example) -> Kind:
+        name = "" if "" in self.kinds else str(example.columns.get("environment"))
+        if name not in self.kinds:
+            raise DataError(
+                f"The environment of {example.id} is {name!r}; {self.factory} has "
+                f"{', '.join(map(repr, self.kinds))}. Name one of them in its column `environment`."
+            )
+        return self.kinds[name]
+
+    def _call(self, function: str, **arguments: Any) -> Reply:
+        # Each part has its own limit in the child; this one is for what does not heed it.
+        parts = max((len(part) for part in arguments.values()), default=0)
+        return self.worker.call(
+            f"{CHILD}:{function}",
+            {"factory": self.factory, "limit_s": self.limit_s, **arguments},
+            limit_s=self.worker.time_limit_s + self.limit_s * (1 + parts),
+        )
+
+    def _calls(self, said: Spoken) -> list[ToolCall]:
+        kind = self._kind(said.example)
+        if kind.plays_in_text or said.finish_reason not in SAID:
+            return []
+        return read_calls(self._tokenizer, said.token_ids, kind.schemas)
+
+    def _turn(self, said: Spoken, calls: Sequence[ToolCall], taken: set[int]) -> dict[str, Any]:
+        """What the child is told; of several that go on from one conversation all but one copy."""
+        number = said.conversation
+        turn: dict[str, Any] = {"example": said.example.id, "first": number is None}
+        if number is None:
+            number = next(self._numbers)
+        elif number in taken:
+            turn["copy_of"], number = number, next(self._numbers)
+        taken.add(number)
+        turn["conversation"] = number
+        if said.finish_reason not in SAID:
+            return turn
+        if self._kind(said.example).plays_in_text:
+            return {**turn, "text": said.text}
+        return {**turn, "calls": [asdict(call) for call in calls]} if calls else turn
+
+    def _heard(
+        self, said: Spoken, number: int, calls: Sequence[ToolCall], outcome: Mapping[str, Any]
+    ) -> Heard:
+        turn: dict[str, Any] = {"role": "assistant", "content": said.text}
+        if calls:
+            turn["tool_calls"] = [call.as_message() for call in calls]
+        if "error" in outcome:
+            return Heard(number, (turn,), failed=True)
+        answers = _answers(calls, outcome)
+        if not answers:
+            return Heard(number, (turn,))
+        ids = answer_ids(
+            self._tokenizer,
+            answers,
+            ended=said.token_ids[-1] in self._tokenizer.end_ids,
+            calls=calls,
+            tools=self._kind(said.example).schemas or None,
+        )
+        return Heard(number, (turn, *answers), ids)
+
+    def _judge(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Count what failed; a first broken environment is told, too many end the run."""
+        results = [result for outcome in outcomes for result in outcome.get("results", ())]
+        self._calls_made += len(results)
+        self._calls_failed += sum(result["failed"] for result in results)
+        errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
+        if errors and not any(self._broken):
+            self.warn(
+                f"The environment broke: {errors[0]}. {len(errors)} of {len(outcomes)} completions "
+                "end here without a reward. More of these are counted, not shown."
+            )
+        self._broken.extend("error" in outcome for outcome in outcomes)
+        share = sum(self._broken) / max(len(self._broken), 1)
+        if len(self._broken) >= MIN_TURNS and share > TOLERATED:
+            raise RewardError(
+                f"The environment broke in {share:.0%} of the last {len(self._broken)} turns. Mend "
+                f"it, then start again. It said last: {errors[-1] if errors else 'nothing'}"
+            )
+
+
+def open_environments(
+    factory: str | None,
+    tools: Sequence[str],
+    worker: Worker,
+    *,
+    limit_s: float,
+    warn: Callable[[str], None],
+) -> Environments | None:
+    """What a task's completions talk to; None when it has neither environment nor tools.
+
+    factory: `file.py:Name` or `module:Name`, a class, a function that makes objects, or a
+        dictionary of these; tools: functions, named alike.
+
+    Raises: ConfigError when there is no such place; DataError when what is there cannot be used.
+    """
+    if factory is None and not tools:
+        return None
+    reply = worker.call(f"{CHILD}:describe", {"factory": factory, "tools": list(tools)})
+    if not reply.ok:
+        what = f"The environment {factory or ', '.join(tools)} cannot be used: {reply.message}."
+        if reply.traceback is None:
+            raise ConfigError(f"{what} Name it as file.py:Name or module:Name.")
+        raise DataError(f"{what} Mend it, then start again.\n{reply.traceback}")
+    kinds = {
+        name: Kind(**{**kind, "schemas": tuple(kind["schemas"])})
+        for name, kind in reply.value.items()
+    }
+    return Environments(factory, tuple(tools), kinds, worker, limit_s, warn)
+
+
+def _row(example: Example) -> dict[str, Any]:
+    """What `reset` gets: the columns of the data, with the prompt as messages."""
+    messages = [dict(message) for message in example.messages]
+    return {"prompt": messages, "answer": example.answer, **example.columns}
+
+
+def _observed(example: Example, text: str | None) -> Sequence[Mapping[str, Any]]:
+    """The messages, with what `reset` said behind the last one, as TRL puts it."""
+    last = example.messages[-1]
+    return [*example.messages[:-1], {**last, "content": last["content"] + (text or "")}]
+
+
+def _answers(calls: Sequence[ToolCall], outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages that answer a turn; none when the conversation has come to its end."""
+    if "results" in outcome:
+        return [
+            {"role": "tool", "name": call.name, "content": result["text"]}
+            for call, result in zip(calls, outcome["results"], strict=True)
+        ]
+    said = outcome["answer"]
+    return [] if said is None else [{"role": "user", "content": said}]
