@@ -1,18 +1,17 @@
-"""LoRA adapters: attach them to the linear layers of every block, switch them off, save them.
+"""LoRA adapters: attach them to the linear layers of a model's blocks, fill them, switch them off.
 
-Paper: Hu et al. 2021, arXiv 2106.09685. File format: mlx-lm's adapter folder.
+Paper: Hu et al. 2021, arXiv 2106.09685. Their files: `localrl.sharing.adapters`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from localrl.backend import mx, nn, tree_flatten, tree_unflatten
+from localrl.config import closest
 from localrl.errors import ConfigError
 
 
@@ -45,27 +44,99 @@ def linear_shape(linear: Any) -> tuple[int, int]:
     return outputs, inputs
 
 
-def attach(model: Any, *, rank: int, scale: float, seed: int) -> list[str]:
-    """Freeze the model and put adapters on all linear layers of its blocks.
+def attach(
+    model: Any,
+    *,
+    rank: int,
+    scale: float,
+    seed: int,
+    layers: int = 0,
+    keys: Collection[str] = (),
+) -> list[str]:
+    """Freeze the model and put adapters on linear layers of its last `layers` blocks (0: of all).
 
-    Returns the module paths inside a block, as mlx-lm's `keys`. The random half of each adapter
-    depends on the seed and on which layer it is.
+    keys: module paths inside a block; without any, all linear layers but a mixture's routers.
+    Stacked experts have no adapters. The random half of each adapter depends on the seed and on
+    which layer it is, not on what else is adapted. Returns the paths, as mlx-lm's `keys`.
 
-    Raises: ConfigError when the blocks hold no linear layer.
+    Raises: ConfigError when there are no such blocks or layers.
     """
     model.freeze()
+    blocks = len(model.layers)
+    if layers > blocks:
+        raise ConfigError(f"lora.layers is {layers}; the model has {blocks} blocks (0: all).")
     places = [
-        (block, path, module)
-        for block in model.layers
+        (index, path, module)
+        for index, block in enumerate(model.layers)
         for path, module in block.named_modules()
         if isinstance(module, (nn.Linear, nn.QuantizedLinear))
     ]
-    if not places:
+    first = blocks - layers if layers else 0
+    chosen = _choose(model, {path for index, path, _ in places if index >= first}, set(keys))
+    if not chosen:
         raise ConfigError("The model's blocks hold no linear layers, so there is nothing to adapt.")
     seeds = mx.random.split(mx.random.key(seed), len(places))
-    for (block, path, module), key in zip(places, seeds, strict=True):
-        block.update_modules(tree_unflatten([(path, LoRALinear(module, rank, scale, key))]))
-    return list(dict.fromkeys(path for _, path, _ in places))
+    adapted: dict[str, None] = {}
+    for (index, path, module), key in zip(places, seeds, strict=True):
+        if index >= first and path in chosen:
+            adapter = LoRALinear(module, rank, scale, key)
+            model.layers[index].update_modules(tree_unflatten([(path, adapter)]))
+            adapted[path] = None
+    return list(adapted)
+
+
+def fill(model: Any, weights: Mapping[str, mx.array], source: object) -> None:
+    """Give the attached adapters these weights, in float32; `source` is for the message.
+
+    Raises: ConfigError when names or shapes are not exactly those of the model's adapters.
+    """
+    parameters: dict[str, Any] = dict(tree_flatten(model.trainable_parameters()))
+    wanted = {name: array.shape for name, array in parameters.items()}
+    for name in sorted(wanted.keys() | weights.keys()):
+        have = f"{list(weights[name].shape)}" if name in weights else "no such tensor"
+        need = f"{list(wanted[name])}" if name in wanted else "no such adapter"
+        if have != need:
+            raise ConfigError(
+                f"The adapter in {source} does not fit this model: {name} is {have} in the adapter "
+                f"and {need} in the model. Name the model it was trained on with --model."
+            )
+    model.load_weights([(n, w.astype(mx.float32)) for n, w in weights.items()], strict=False)
+
+
+def _choose(model: Any, paths: set[str], keys: set[str]) -> set[str]:
+    """The paths to adapt, of those that are linear layers."""
+    for key in sorted(keys - paths):
+        raise ConfigError(
+            f"lora.keys holds {key!r}, which is no linear layer of the adapted blocks."
+            f"{closest(key, paths)} There are {', '.join(sorted(paths))}."
+        )
+    return keys or paths - _routers(model)
+
+
+def _routers(model: Any) -> set[str]:
+    """Paths of the linear layers that choose among stacked experts.
+
+    Training them lets tokens change experts between the sampler and the update, so that ratios
+    jump. They are those with as many outputs as experts, or one, beside the experts, and whatever
+    is called `router`.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    found: set[str] = set()
+    for block in model.layers:
+        modules = dict(block.named_modules())
+        experts = {
+            path.rsplit(".", 2)[0]: module.num_experts
+            for path, module in modules.items()
+            if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+        }
+        for path, module in modules.items():
+            if experts and isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+                beside = [n for owner, n in experts.items() if path.startswith(f"{owner}.")]
+                chooses = linear_shape(module)[0] in {1, *beside} and bool(beside)
+                if chooses or "router" in path.split("."):
+                    found.add(path)
+    return found
 
 
 @contextmanager
@@ -83,29 +154,3 @@ def adapters_off(model: Any) -> Iterator[None]:
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
-
-
-def save_adapter(model: Any, keys: list[str], folder: Path) -> None:
-    """Write `adapters.safetensors` and `adapter_config.json` as mlx-lm reads them.
-
-    The configuration holds only what a reader needs: no paths, names or settings of this machine.
-    The weights are first written beside their place and then renamed over it.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    config: dict[str, Any] = {
-        "fine_tune_type": "lora",
-        "num_layers": len(model.layers),
-        "lora_parameters": {
-            "rank": layers[0].lora_a.shape[1],
-            "scale": layers[0].scale,
-            "dropout": 0.0,
-            "keys": keys,
-        },
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    weights: Any = dict(tree_flatten(model.trainable_parameters()))
-    fresh = folder / "adapters.tmp.safetensors"
-    mx.save_safetensors(str(fresh), weights)
-    fresh.replace(folder / "adapters.safetensors")
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")

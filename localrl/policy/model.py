@@ -6,8 +6,7 @@ Loading goes through mlx-lm and never touches the network: a model is a folder o
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.activations import use_fast_swiglu
-from localrl.policy.lora import attach
-from localrl.policy.precision import dequantise, to_float32
+from localrl.policy.folder import check_folder
+from localrl.policy.lora import attach, fill
+from localrl.policy.precision import dequantise, quantise, to_float32
+from localrl.policy.rope import rope_settings
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -82,14 +83,20 @@ def read_shape(folder: Path) -> ModelShape:
 
     Raises: ConfigError when the folder or its config.json is missing or is not a text model's.
     """
-    config = _read_config(folder)
-    text = config.get("text_config", config)
+    return _shape(folder, check_folder(folder))
+
+
+def _shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
+    text = {**config, **config.get("text_config", {})}
     try:
-        return ModelShape(text["num_hidden_layers"], text["hidden_size"], text["vocab_size"])
+        sizes = [text[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
     except KeyError as missing:
         raise ConfigError(
             f"{folder / 'config.json'} has no {missing}; name the folder of a language model."
         ) from None
+    if not all(isinstance(size, int) and 0 < size < 2**31 for size in sizes):
+        raise ConfigError(f"{folder / 'config.json'} has impossible sizes: {sizes!s:.80}.")
+    return ModelShape(*sizes)
 
 
 @dataclass(frozen=True)
@@ -100,26 +107,54 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def load_model(folder: Path) -> LoadedModel:
+def load_model(folder: Path, *, quantize: int = 0, thinking: str = "auto") -> LoadedModel:
     """Read a model folder through mlx-lm; weights are loaded when first used.
 
-    Raises: ConfigError when the folder cannot be read as a model.
+    quantize: bits of a weight; 0 leaves them as they are stored. thinking: see `load_tokenizer`.
+
+    Raises: ConfigError when the folder is refused or cannot be read as a model.
     """
     from mlx_lm.utils import load_model as load
 
-    read_shape(folder)
+    if quantize not in (0, 4, 8):
+        raise ConfigError(f"model.quantize is {quantize}; it must be 0, 4 or 8.")
+    config = check_folder(folder)
+    _shape(folder, config)
     try:
-        model = load(folder, lazy=True, trust_remote_code=False)[0]
-    except (FileNotFoundError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"Cannot load the model in {folder}: {error}") from error
-    return LoadedModel(model, load_tokenizer(folder))
+        changes = rope_settings(config)
+        model = load(folder, lazy=True, trust_remote_code=False, model_config=changes)[0]
+    except ConfigError:
+        raise
+    except Exception as error:  # a family's own code meets a configuration that nobody has checked
+        raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
+    if quantize:
+        quantise(model, quantize)
+    return LoadedModel(model, load_tokenizer(folder, thinking=thinking))
+
+
+def _told(error: Exception, config: Mapping[str, Any]) -> str:
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    if "auto_map" in config and "not supported" in text:
+        return f"{text} It needs code of its own (auto_map); localrl runs no code out of models."
+    return text
 
 
 def make_policy(
-    loaded: LoadedModel, *, rank: int, scale: float, seed: int, for_cpu: bool, dense: bool
+    loaded: LoadedModel,
+    *,
+    rank: int,
+    scale: float,
+    seed: int,
+    for_cpu: bool,
+    dense: bool,
+    layers: int = 0,
+    keys: Collection[str] = (),
+    weights: Mapping[str, mx.array] | None = None,
+    source: object = None,
 ) -> Policy:
-    """The policy: this very model, its base frozen, with fresh adapters that change nothing yet.
+    """The policy: this very model, its base frozen, with adapters on it: see `lora.attach`.
 
+    Without `weights`, which come from an adapter in the folder `source`, they change nothing yet.
     `for_cpu` casts what floats there are to float32 and takes a faster activation, `dense` unpacks
     the quantised layers; both in place: there is one copy of the weights.
     """
@@ -130,9 +165,11 @@ def make_policy(
     if dense:
         dequantise(model)
     hidden, head = split_head(model)
-    keys = attach(model, rank=rank, scale=scale, seed=seed)
+    adapted = attach(model, rank=rank, scale=scale, seed=seed, layers=layers, keys=keys)
+    if weights is not None:
+        fill(model, weights, source)
     mx.eval(model.parameters())
-    return Policy(model, loaded.tokenizer, keys, hidden, head)
+    return Policy(model, loaded.tokenizer, adapted, hidden, head)
 
 
 def split_head(
@@ -140,13 +177,15 @@ def split_head(
 ) -> tuple[Callable[[mx.array], mx.array] | None, Callable[[mx.array], mx.array] | None]:
     """The body and the head of a model as two functions, checked against the whole.
 
-    Families whose body is `model.model` and whose head is `lm_head` or the tied embedding agree;
-    others (scaled or capped logits) do not, and get (None, None): their logits are made whole.
+    Families whose body is `model.model` and whose head is `lm_head` or the tied embedding agree,
+    also as the text part of a model that sees images; others (scaled or capped logits) do not, and
+    get (None, None): their logits are made whole.
     """
     probe = mx.array([[1, 2, 3, 4]])
     try:
-        body = model.model
-        head = model.lm_head if "lm_head" in model else body.embed_tokens.as_linear
+        whole_text = model.language_model if "language_model" in model else model
+        body = whole_text.model
+        head = whole_text.lm_head if "lm_head" in whole_text else body.embed_tokens.as_linear
         parts = head(body(probe))
     except (AttributeError, TypeError, ValueError):
         return None, None
@@ -154,16 +193,3 @@ def split_head(
     if parts.shape != whole.shape or not mx.allclose(parts, whole, rtol=1e-3, atol=1e-3).item():
         return None, None
     return body, head
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not folder.is_dir() or not path.is_file():
-        raise ConfigError(
-            f"There is no model in {folder} (no config.json). Give --model the folder of an MLX or "
-            "Hugging Face model, or leave it out to train the embedded one."
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}.") from None

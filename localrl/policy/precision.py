@@ -8,8 +8,10 @@ the weights stay as they are stored.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from localrl.backend import mx, nn, tree_unflatten
+from localrl.errors import ConfigError
 from localrl.policy.lora import linear_shape
 
 
@@ -40,6 +42,48 @@ def dequantise(model: nn.Module) -> None:
             replaced.append((path, _dense_embedding(module)))
     model.update_modules(tree_unflatten(replaced))
     mx.eval(model.parameters())
+
+
+def quantise(model: Any, bits: int) -> None:
+    """Quantise the layers of the model in place, as mlx-lm's conversion does.
+
+    Groups are of 64 weights, or 32 where a layer's width is no multiple of 64. A layer that neither
+    divides stays as it is. One layer after another, so that both forms exist of one layer only.
+
+    Raises: ConfigError when the model is quantised to other bits already, or no layer can be.
+    """
+    found = {module.bits for _, module in model.named_modules() if hasattr(module, "bits")}
+    if found == {bits}:
+        return
+    if found:
+        held = ", ".join(map(str, sorted(found)))
+        raise ConfigError(
+            f"The model is quantised already, to {held} bits, and cannot be quantised to {bits} "
+            "again without a loss. Leave out --quantize, or name an unquantised model."
+        )
+    family = getattr(model, "quant_predicate", None)
+
+    def choose(path: str, module: Any) -> bool | dict[str, Any]:
+        size = _group_size(module)
+        wish = size is not None and (family is None or family(path, module))
+        if isinstance(wish, dict):
+            return {**wish, "group_size": size}
+        return {"group_size": size, "bits": bits} if wish else False
+
+    nn.quantize(model, bits=bits, class_predicate=choose)
+    quantised = [module for module in model.modules() if hasattr(module, "bits")]
+    if not quantised:
+        raise ConfigError("No layer has a width that is a multiple of 32: leave out --quantize.")
+    for module in quantised:
+        mx.eval(module.parameters())
+
+
+def _group_size(module: Any) -> int | None:
+    """Weights that share a scale, or None for a layer that cannot be quantised."""
+    if not hasattr(module, "to_quantized"):
+        return None
+    width = module.weight.shape[-1]
+    return next((size for size in (64, 32) if width % size == 0), None)
 
 
 def _values(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array:

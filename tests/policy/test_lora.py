@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import tiny
 
 from localrl.backend import mx, tree_flatten
-from localrl.policy.lora import save_adapter
+from localrl.errors import ConfigError
 from localrl.policy.model import load_model, make_policy
 
 
@@ -45,25 +43,74 @@ def test_the_random_half_follows_the_seed(tiny_folder):
     assert not np.array_equal(first(3), first(4))
 
 
-def test_mlx_lm_reads_the_adapter(tmp_path, tiny_folder):
-    from mlx_lm import load
+def adapted(model):
+    return {name.rpartition(".")[0] for name, _ in tree_flatten(model.trainable_parameters())}
 
-    policy = make_policy(
-        load_model(tiny_folder), rank=4, scale=2.0, seed=0, for_cpu=True, dense=True
+
+def with_options(folder, **options):
+    return make_policy(
+        load_model(folder), rank=4, scale=2.0, seed=0, for_cpu=True, dense=False, **options
     )
-    tiny.stir(policy.model, seed=1)
-    bare = logits(load_model(tiny_folder).model)
-    save_adapter(policy.model, policy.lora_keys, tmp_path / "adapter")
-    loaded = load(str(tiny_folder), adapter_path=str(tmp_path / "adapter"))[0]
-    assert np.abs(logits(policy.model) - bare).max() > 0.01
-    np.testing.assert_allclose(logits(loaded), logits(policy.model), atol=1e-4)
 
 
-def test_the_adapter_config_holds_nothing_of_this_machine(tmp_path, policy):
-    save_adapter(policy.model, policy.lora_keys, tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert set(config) == {"fine_tune_type", "num_layers", "lora_parameters"}
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapters.safetensors",
-    ]
+def test_layers_count_from_the_last_block(tiny_folder):
+    policy = with_options(tiny_folder, layers=1)
+    assert len(adapted(policy.model)) == 7
+    assert all(name.startswith("model.layers.1.") for name in adapted(policy.model))
+
+
+def test_keys_choose_layers_in_every_block(tiny_folder):
+    policy = with_options(tiny_folder, keys=("self_attn.q_proj", "mlp.up_proj"))
+    assert adapted(policy.model) == {
+        f"model.layers.{n}.{path}" for n in (0, 1) for path in ("self_attn.q_proj", "mlp.up_proj")
+    }
+    assert set(policy.lora_keys) == {"self_attn.q_proj", "mlp.up_proj"}
+
+
+def test_the_random_half_does_not_depend_on_what_else_is_adapted(tiny_folder):
+    def last(**options):
+        return np.array(with_options(tiny_folder, **options).model.layers[1].mlp.up_proj.lora_a)
+
+    np.testing.assert_array_equal(last(), last(layers=1, keys=("mlp.up_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 3}, "lora.layers is 3; the model has 2 blocks"),
+        ({"keys": ("self_attn.qproj",)}, "Did you mean 'self_attn.q_proj'"),
+        ({"keys": ("q_proj",)}, "holds 'q_proj', which is no linear layer"),
+    ],
+)
+def test_what_is_not_there_cannot_be_adapted(tiny_folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        with_options(tiny_folder, **options)
+
+
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+
+
+def test_routers_and_experts_have_no_adapters_unless_a_router_is_named(tmp_path):
+    folder = tiny.make_folder(tmp_path / "mixture", **MIXTURE)
+    attention = {f"self_attn.{part}_proj" for part in "qkvo"}
+    assert set(with_options(folder).lora_keys) == attention
+    assert with_options(folder, keys=("mlp.gate",)).lora_keys == ["mlp.gate"]
+    with pytest.raises(ConfigError, match="no linear layer"):
+        with_options(folder, keys=("mlp.switch_mlp.up_proj",))
+
+
+def test_an_adapter_of_another_size_is_refused(tiny_folder):
+    policy = with_options(tiny_folder)
+    weights = dict(tree_flatten(policy.model.trainable_parameters()))
+    name = "model.layers.0.mlp.up_proj.lora_a"
+    weights[name] = mx.zeros((32, 4))
+    with pytest.raises(ConfigError, match=r"up_proj.lora_a is \[32, 4\] in .* and \[64, 4\] in"):
+        with_options(tiny_folder, weights=weights, source="somewhere")

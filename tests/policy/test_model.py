@@ -44,7 +44,6 @@ def test_prompts_end_where_the_model_writes(policy):
     [
         (None, "no config.json"),
         ("{", "not valid JSON"),
-        ('{"model_type": "qwen3"}', "has no 'num_hidden_layers'"),
         (json.dumps(tiny.CONFIG), "Cannot load the model"),
     ],
 )
@@ -53,6 +52,13 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, content, message):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_model(tmp_path)
+
+
+def test_a_config_without_sizes_is_named(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(ConfigError, match="has no 'num_hidden_layers'"):
+        load_model(folder)
 
 
 def test_an_unknown_family_is_named(tmp_path):

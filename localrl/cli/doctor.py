@@ -1,0 +1,42 @@
+"""`localrl doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+FAILED = 1
+MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", help="Load this model too: a folder, or user/name.")
+@click.option("--quantize", type=int, default=0, metavar="BITS", help="As for train.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(model: str | None, quantize: int, as_json: bool) -> None:
+    """Look at this machine and, with --model, at a model: what works, on which path.
+
+    Exits with 1 when something fails. Nothing asks the network.
+
+    \b
+      localrl doctor
+      localrl doctor --model path/to/model
+    """
+    from itertools import chain
+
+    from localrl.cli.console import printable
+    from localrl.doctor import look_at_machine, look_at_model
+
+    rows = []
+    for row in chain(look_at_machine(), look_at_model(model, quantize) if model else ()):
+        rows.append(row)
+        if not as_json:
+            click.echo(f"{MARKS[row.status]}  {row.id:24}{printable(row.text)}")
+            if row.todo:
+                click.echo(f"{'':30}-> {printable(row.todo)}")
+    if as_json:
+        click.echo(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
+    if any(row.status == "fail" for row in rows):
+        raise click.exceptions.Exit(FAILED)

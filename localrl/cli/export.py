@@ -1,0 +1,243 @@
+"""`localrl export`: the adapter, or the model with the adapter in it, for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from localrl.errors import ConfigError, LocalRLError
+
+if TYPE_CHECKING:
+    from localrl.config import RunConfig
+    from localrl.sharing.adapters import Adapter
+    from localrl.sharing.fused import Fused
+
+SHOWN_PROMPTS = 3
+MOST_TOKENS = 128
+"""Of a text that is shown for comparison."""
+GOOD_COSINE = 0.98
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: an adapter, the model it belongs to, and the run they are from."""
+
+    adapter: Path
+    model: Path
+    name: str | None
+    """The model as the user named it."""
+    config: RunConfig | None
+    """None: not from a run."""
+
+    @property
+    def base_bits(self) -> int:
+        return self.config.model.quantize if self.config else 0
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--fused", is_flag=True, help="A whole model, with the adapter added in.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Of the fused model; without it float16, or float32 where that would lose too much.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["4", "8"]),
+    help="Pack the fused model's weights in so many bits; most of a small update is then lost.",
+)
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--base-id", metavar="ID", help="The unquantised base model on the Hub, user/name.")
+@click.option("--model", metavar="MODEL", help="The model, where RUN is an adapter folder.")
+def export(
+    run: Path,
+    fused: bool,
+    dtype: str | None,
+    quantize: str | None,
+    out: Path | None,
+    base_id: str | None,
+    model: str | None,
+) -> None:
+    """Write what a run learned in a form that other programs take.
+
+    \b
+      localrl export runs/steps-1                    its adapter, for mlx-lm and PEFT
+      localrl export runs/steps-1 --fused            a whole model, for everything else
+      localrl export ADAPTER --model DIR --out new   an adapter that came from elsewhere
+    """
+    if not fused and (dtype or quantize):
+        flag = "--dtype" if dtype else "--quantize"
+        raise ConfigError(f"{flag} is for fused models. Add --fused, or leave it out.")
+    source = _open(run, model)
+    adapter = _read(source, base_id)
+    if fused:
+        _fused(source, adapter, out or _below(run, source), dtype, quantize)
+    else:
+        _adapter(adapter, source, out)
+
+
+def _open(run: Path, model: str | None) -> _Source:
+    """Raises: ConfigError when there is neither a run nor an adapter with its model."""
+    from localrl.config import RunConfig
+    from localrl.policy.loading import find_model
+
+    if (run / "config.toml").is_file():
+        config = RunConfig.create(file=run / "config.toml")
+        name = model or config.model.path
+        return _Source(run / "adapter", find_model(name), name, config)
+    if (run / "adapter_config.json").is_file():
+        if model is None:
+            raise ConfigError(f"{run} is an adapter and not a run: name its model with --model.")
+        return _Source(run, find_model(model), model, None)
+    raise ConfigError(
+        f"There is nothing to export in {run}: it holds neither a run's config.toml nor an "
+        "adapter_config.json."
+    )
+
+
+def _read(source: _Source, base_id: str | None) -> Adapter:
+    """The adapter, with what is known of its model."""
+    from localrl.policy.folder import check_folder
+    from localrl.sharing.adapters import read_adapter
+    from localrl.sharing.base import find_base_id
+
+    adapter = read_adapter(source.adapter)
+    given = base_id or (source.config.model.base_id if source.config else None) or adapter.base_id
+    return replace(
+        adapter,
+        model_type=check_folder(source.model)["model_type"],
+        base_id=find_base_id(given, source.model, source.name),
+    )
+
+
+def _below(run: Path, source: _Source) -> Path:
+    """Where a fused model goes when nobody says: into its run."""
+    if source.config is None:
+        raise ConfigError("Where to? Name a new folder with --out.")
+    return run / "fused"
+
+
+def _adapter(adapter: Adapter, source: _Source, out: Path | None) -> None:
+    from localrl.sharing.adapters import write_adapter
+
+    if out is None and source.config is None:
+        raise ConfigError("Where to? Name a new folder with --out.")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty. Choose another folder with --out.")
+    reason = write_adapter(adapter, out or source.adapter)
+    click.echo(f"adapter  {out or source.adapter}: rank {adapter.rank}, scale {adapter.scale:g}")
+    if reason is not None:
+        click.echo(f"mlx-lm only: {reason}, so there are no weights in PEFT's form")
+    elif adapter.base_id is None:
+        click.echo(
+            "base     unknown: name the unquantised model with --base-id for PEFT to find it"
+        )
+    else:
+        click.echo(f"base     {adapter.base_id}")
+
+
+def _fused(
+    source: _Source, adapter: Adapter, out: Path, dtype: str | None, quantize: str | None
+) -> None:
+    from localrl.sharing.fused import export_fused
+
+    made = export_fused(
+        adapter,
+        source.model,
+        out,
+        base_bits=source.base_bits,
+        dtype=dtype,
+        bits=int(quantize) if quantize else None,
+    )
+    form = f"{made.bits} bits" if made.bits else f"{made.dtype}: {made.reason}"
+    click.echo(f"fused    {made.folder} ({form})")
+    for line in _kept(made):
+        click.echo(line)
+    for line in _compared(source, adapter, out):
+        click.echo(line)
+
+
+def _kept(made: Fused) -> list[str]:
+    """How much of the update is in the model, measured on its files."""
+    from localrl.sharing.fused import median
+
+    if not made.layers:
+        return ["kept     nothing to keep: the adapter's update is zero"]
+    errors = [layer.error for layer in made.layers]
+    cosines = [layer.cosine for layer in made.layers]
+    worst = max(made.layers, key=lambda layer: layer.error)
+    lines = [
+        f"kept     relative error {median(errors):.2g}, cosine {median(cosines):.4f} of the update "
+        f"(median of {len(errors)} layers)",
+        f"worst    relative error {max(errors):.2g}, cosine {min(cosines):.4f} ({worst.name})",
+    ]
+    if median(cosines) < GOOD_COSINE:
+        instead = "without --quantize" if made.bits else "with --dtype float32"
+        lines.append(f"warning: much of what was learned is not in this model; export it {instead}")
+    return lines
+
+
+def _compared(source: _Source, adapter: Adapter, out: Path) -> list[str]:
+    """Greedy texts of both models for prompts of the run's task."""
+    from localrl import backend
+    from localrl.sharing.compare import greedy_pairs
+
+    try:
+        prompts = _prompts(source)
+    except LocalRLError as error:
+        return [f"greedy   not compared: {error}"]
+    if not prompts:
+        return ["greedy   not compared: there is no task to take prompts from"]
+    most = source.config.rollout.max_completion_tokens if source.config else MOST_TOKENS
+    pairs = list(
+        greedy_pairs(
+            adapter,
+            source.model,
+            out,
+            prompts,
+            most=min(most, MOST_TOKENS),
+            base_bits=source.base_bits,
+            on_cpu=backend.describe().device == "cpu",
+        )
+    )
+    return _told(pairs)
+
+
+def _told(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    from localrl.cli.console import printable
+
+    alike = sum(one == other for one, other in pairs)
+    lines = [
+        f"greedy   {alike} of {len(pairs)} held-out prompts get the same text from base + adapter "
+        "and from the fused model"
+    ]
+    for one, other in pairs:
+        if one != other:
+            lines += [
+                f"  base + adapter  {printable(one)}",
+                f"  fused           {printable(other)}",
+            ]
+    return lines
+
+
+def _prompts(source: _Source) -> list[tuple[int, ...]]:
+    """Some held-out prompts of the run's task."""
+    from localrl.policy.tokenizer import load_tokenizer
+    from localrl.rewards.catalog import parse_rewards
+    from localrl.tasks.loading import open_task
+    from localrl.worker import Worker
+
+    if source.config is None:
+        return []
+    task = source.config.task
+    rewards = parse_rewards(task.rewards, task.reward_weights or None)
+    limits = {"time_limit_s": task.reward_timeout_s}
+    with Worker(**limits, memory_limit_bytes=task.reward_memory_mb * 2**20) as worker:
+        examples = open_task(task, rewards, worker).evaluation(SHOWN_PROMPTS)
+    tokenizer = load_tokenizer(source.model, thinking=source.config.model.thinking)
+    return [tokenizer.encode(example.messages) for example in examples]

@@ -1,0 +1,139 @@
+"""`localrl pull`: the only command that downloads."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from localrl.cli.push import this_command
+from localrl.errors import ConfigError, HubError
+
+if TYPE_CHECKING:
+    from localrl.sharing.pull import Wanted, WantedModel
+
+NOTHING = "Nothing was fetched."
+
+
+@click.command()
+@click.argument("model", metavar="USER/NAME", required=False)
+@click.option("--data", metavar="USER/NAME:FILE.jsonl", help="A file of a data set, not a model.")
+@click.option("--out", type=click.Path(path_type=Path), help="With --data: copy the file here.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> None:
+    """Fetch a model, or a file of a data set, from the Hub into its client's cache.
+
+    Shows the size, the free disk and the memory first, and asks on a terminal. Without one it goes
+    on when the disk has room. Takes safetensors, configuration and tokenizer; no code, no pickles.
+
+    \b
+      localrl pull mlx-community/Qwen3-0.6B-4bit
+      localrl pull --data user/problems:train.jsonl --out problems.jsonl
+    """
+    if (model is None) == (data is None):
+        raise ConfigError("Name one thing to pull: a model, or a file with --data.")
+    if model is not None:
+        if out is not None:
+            raise ConfigError("--out copies a file of a data set; a model stays in the cache.")
+        _pull_model(model, yes)
+    elif data is not None:
+        _pull_data(data, out, yes)
+
+
+def _pull_model(repo_id: str, yes: bool) -> None:
+    from localrl.sharing.hub import connect, explained, plain
+    from localrl.sharing.pull import look_at_model, pull_model
+
+    with explained(NOTHING):
+        wanted = look_at_model(connect(), repo_id)
+    _show(wanted)
+    click.echo(f"memory    {_memory(wanted)}")
+    if wanted.left_out:
+        click.echo(f"left out  {plain(_names(wanted.left_out))}")
+    _agree(wanted, yes)
+    with explained(f"What has arrived is kept; go on with: {this_command()}"):
+        folder = pull_model(wanted)
+    click.echo(f"in the cache: {folder}")
+    click.echo(f"next: localrl train --model {repo_id} --task TASK")
+
+
+def _pull_data(text: str, out: Path | None, yes: bool) -> None:
+    from localrl.sharing.hub import connect, explained
+    from localrl.sharing.pull import look_at_data, pull_data
+
+    repo_id, _, file = text.partition(":")
+    if not file.endswith(".jsonl"):
+        raise ConfigError(f"--data {text!r} names no JSONL file. Write user/name:file.jsonl.")
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists and is left alone. Choose another --out.")
+    with explained(NOTHING):
+        wanted = look_at_data(connect(), repo_id, file)
+    _show(wanted)
+    _agree(wanted, yes)
+    with explained(f"Try again with: {this_command()}"):
+        path = pull_data(wanted, file)
+    click.echo(f"in the cache: {path}")
+    if out is not None:
+        _copy(path, out)
+        click.echo(f"copied to {out}")
+    place = shlex.quote(str(out or path))
+    click.echo(f"look at it: localrl tasks check {place} --reward accuracy")
+    click.echo(f"train on it: localrl train --task {place} --reward accuracy --model MODEL")
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Raises: ConfigError where the file cannot be made; one that exists is never touched."""
+    try:
+        with source.open("rb") as read, out.open("xb") as write:
+            shutil.copyfileobj(read, write)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written: {error.strerror}. Try another --out."
+        ) from None
+
+
+def _show(wanted: Wanted) -> None:
+    click.echo(f"{wanted.repo_id}, commit {wanted.commit[:12]}")
+    click.echo(f"files     {wanted.files}")
+    here = wanted.total_bytes - wanted.missing_bytes
+    cached = f", {_size(here)} of it in the cache already" if here else ""
+    click.echo(f"size      {_size(wanted.total_bytes)}{cached}")
+    verdict = "room for it" if wanted.fits else "too little"
+    click.echo(f"disk      {_size(wanted.free_bytes)} free: {verdict}")
+
+
+def _names(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _memory(wanted: WantedModel) -> str:
+    from localrl.sharing.pull import total_memory
+
+    total, weights = total_memory(), _size(wanted.weights_bytes)
+    if total is None:
+        return f"weights of {weights}; how much this machine has is unknown"
+    verdict = "they do not fit" if wanted.weights_bytes > total else "training needs more than that"
+    return f"weights of {weights}, this machine has {_size(total)}: {verdict}"
+
+
+def _agree(wanted: Wanted, yes: bool) -> None:
+    """Raises: HubError when the disk has no room; Abort when the answer is no."""
+    if not wanted.fits:
+        raise HubError(
+            f"The disk has {_size(wanted.free_bytes)} free, and {_size(wanted.missing_bytes)} are "
+            "to come. Make room, or set HF_HOME to a folder on another disk."
+        )
+    if wanted.missing_bytes and not yes and sys.stdin.isatty():
+        click.confirm("Download?", abort=True, default=True, err=True)
+
+
+def _size(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,75 @@
+"""`localrl push`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from localrl.sharing.staging import Staged
+
+
+MESSAGE = "Adapter trained with localrl"
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="USER/NAME")
+@click.option("--dry-run", is_flag=True, help="List names and bytes; nothing leaves this machine.")
+@click.option("--public", is_flag=True, help="To a public repository; without it, a private one.")
+@click.option("--yes", is_flag=True, help="Do not ask; --public needs it without a terminal.")
+@click.option("--base-id", metavar="USER/NAME", help="The base model on the Hub, unquantised.")
+@click.option("--task-name", metavar="TEXT", help="What the card calls the task.")
+@click.option("--with-samples", is_flag=True, help="Show some rollouts in the card.")
+def push(run: Path, repo: str, dry_run: bool, public: bool, yes: bool, **telling: Any) -> None:
+    """Send a run's adapter and its model card to the Hub: private, and nothing of your data.
+
+    \b
+      localrl push runs/steps-1 you/steps --dry-run
+      localrl push runs/steps-1 you/steps
+    """
+    from localrl.sharing.hub import check_repo_id, connect, explained
+    from localrl.sharing.push import push as send
+    from localrl.sharing.staging import stage
+
+    check_repo_id(repo)
+    if public and not yes and not dry_run:
+        _ask_public(repo)
+    with tempfile.TemporaryDirectory(prefix="localrl-push-") as name:
+        folder = Path(name)
+        click.echo(_listing(stage(run, folder, repo, **telling)))
+        if dry_run:
+            return
+        with explained(f"The run is as it was; push it later with: {this_command()}"):
+            pushed = send(connect(), folder, repo, public=public, message=MESSAGE)
+    kind = "private" if pushed.private else "public"
+    done = "pushed to" if pushed.changed else "nothing has changed in"
+    click.echo(f"{done} {pushed.url} ({kind})")
+
+
+def _ask_public(repo: str) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"--public makes {repo} readable by everyone, and there is no terminal to ask on. "
+            "Add --yes to say so."
+        )
+    click.confirm(f"{repo} will be readable by everyone. Push?", abort=True, err=True)
+
+
+def _listing(staged: Iterable[Staged]) -> str:
+    lines = [f"{file.bytes:>12,}  {file.name}" for file in staged]
+    total = sum(file.bytes for file in staged)
+    return "\n".join([*lines, f"{total:>12,}  bytes in all"])
+
+
+def this_command() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["localrl", *sys.argv[1:]])

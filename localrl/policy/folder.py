@@ -1,0 +1,257 @@
+"""What a model folder must be before anything in it is loaded.
+
+A folder from somewhere else is not trusted: it may name files outside of itself, hold code or
+pickles, or JSON that eats the memory. Everything here is looked at in bounded time and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from localrl.errors import ConfigError
+from localrl.policy.files import MODEL_FILES
+
+WEIGHTS = "model*.safetensors"
+"""The only files that weights are read from, as in mlx-lm."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz", "*.h5", "*.gguf")
+
+INDEX = "model.safetensors.index.json"
+"""Which tensor is in which file; mlx-lm does not read it."""
+
+MEGABYTE = 1_000_000
+SIZES = {
+    "config.json": 4 * MEGABYTE,
+    "tokenizer.json": 64 * MEGABYTE,
+    "vocab.json": 64 * MEGABYTE,
+    INDEX: 32 * MEGABYTE,
+    "*.jinja": MEGABYTE,
+    "*.json": 16 * MEGABYTE,
+    "tokenizer.model": 64 * MEGABYTE,
+    "*.tiktoken": 64 * MEGABYTE,
+    "*.txt": 64 * MEGABYTE,
+}
+"""The most bytes of each file; the largest real ones have about half. The first pattern counts."""
+
+PARSED = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    INDEX,
+)
+"""JSON that is read here first; of the rest only sizes are looked at."""
+
+VALUES = 8_000_000
+"""The most values in a JSON file, counted by their separators: some 80 bytes of memory each."""
+
+ENTRIES = 10_000
+"""The most files in a folder."""
+
+COUNT = 100_000
+"""The most of anything that config.json counts: layers, heads, experts."""
+
+_FAMILY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NUMBERED = re.compile(r"(num_|n_)(\w*_)?(layers?|heads?|experts?|blocks?|groups?)")
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Look at a model folder without loading it; returns its config.json.
+
+    Raises: ConfigError saying what is missing or refused, and what to do.
+    """
+    found = check_texts(folder)
+    config = found["config.json"]
+    _check_config(folder, config, _tensors(folder, found.get(INDEX, {})))
+    return config
+
+
+def check_texts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Look at everything in a model folder but the weights; returns the JSON that was read.
+
+    Raises: ConfigError saying what is missing or refused.
+    """
+    if not folder.is_dir() or not (folder / "config.json").exists():
+        raise ConfigError(
+            f"There is no model in {folder} (no config.json). Give --model the folder of an MLX or "
+            "Hugging Face model, or leave it out to train the embedded one."
+        )
+    try:
+        _check_files(folder)
+        found = {name: read_object(folder / name) for name in PARSED if (folder / name).exists()}
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    _check_tokenizer(folder, found.get("tokenizer_config.json", {}))
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of bounded size.
+
+    Raises: ConfigError when it is too large, too deep, or no object.
+    """
+    data = path.read_bytes()
+    _check_values(path, data)
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ConfigError(f"{path} is refused: its JSON is nested too deeply.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object.")
+    return value
+
+
+def _check_values(path: Path, data: bytes) -> None:
+    values = sum(map(data.count, (b",", b"[", b"{")))
+    if values > VALUES:
+        raise ConfigError(f"{path} is refused: {values} JSON values; at most {VALUES} are read.")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises: ConfigError for a file that is too large, or is not in the folder at all."""
+    for path in _entries(folder):
+        if not path.is_file():
+            raise ConfigError(f"{path} is refused: it is not a plain file, or leads nowhere.")
+        if not _is_within(path, folder):
+            raise ConfigError(
+                f"{path} is refused: it leads out of the model's folder, to {path.resolve()}. Put "
+                "the file itself there."
+            )
+        limit = next((most for name, most in SIZES.items() if fnmatch(path.name, name)), None)
+        size = path.stat().st_size
+        if limit is not None and size > limit:
+            raise ConfigError(f"{path} is refused: {size} bytes; at most {limit} are read.")
+        if path.name in ("tokenizer.json", "vocab.json"):
+            _check_values(path, path.read_bytes())
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What a loader may read: the folder's files by their patterns, and its further templates."""
+    for place in (folder, folder / "additional_chat_templates"):
+        if not place.is_dir():
+            continue
+        if place != folder and not _is_within(place, folder):
+            raise ConfigError(f"{place} is refused: it leads out of the model's folder.")
+        with os.scandir(place) as entries:
+            for number, entry in enumerate(entries):
+                if number >= ENTRIES:
+                    raise ConfigError(f"{place} is refused: more than {ENTRIES} files.")
+                if any(fnmatch(entry.name, pattern) for pattern in MODEL_FILES):
+                    yield Path(entry.path)
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Whether a file is in the folder, or among the files that the Hub's cache links to."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    return path.resolve().is_relative_to(home)
+
+
+def _tensors(folder: Path, index: Mapping[str, Any]) -> int:
+    """Tensors in the weight files, whose headers are read strictly.
+
+    Raises: ConfigError when there is no file, one is missing or damaged, or is none of the folder.
+    """
+    for name in _index_names(folder, index):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder / name} is missing, which the model's index names. Fetch the model again "
+                "with `localrl pull`."
+            )
+    files = sorted(folder.glob(WEIGHTS))
+    if not files:
+        raise ConfigError(f"Cannot load the model in {folder}: {_no_weights(folder)}")
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for path in files:
+        try:
+            with safe_open(path, "numpy") as weights:
+                count += len(weights.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConfigError(f"{path} is not a sound safetensors file: {error}.") from None
+    return count
+
+
+def _index_names(folder: Path, index: Mapping[str, Any]) -> set[str]:
+    names = index.get("weight_map", {})
+    if not isinstance(names, dict):
+        raise ConfigError(f"{folder / INDEX} has no sound weight_map.")
+    found = {name if isinstance(name, str) else "" for name in names.values()}
+    for name in found:
+        _check_name(folder / INDEX, "a weight file", name)
+    return found
+
+
+def _no_weights(folder: Path) -> str:
+    others = sorted(p.name for kind in PICKLES for p in folder.glob(kind))
+    if not others:
+        return f"there is no {WEIGHTS} in it."
+    return (
+        f"its weights are in {', '.join(others[:3])}; localrl reads safetensors only, because "
+        "others can run code when they are opened. Look for the model in safetensors, or convert "
+        "it with its maker's tools."
+    )
+
+
+def _check_name(path: Path, what: str, name: str) -> None:
+    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+        raise ConfigError(
+            f"{path} is refused: it names {name[:80]!r} as {what}; only files beside it are read."
+        )
+
+
+def _check_config(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
+    path = folder / "config.json"
+    if (code := config.get("model_file")) is not None:
+        raise ConfigError(
+            f"{path} is refused: the model needs code of its own ({str(code)[:80]!r}), and localrl "
+            "runs no code out of model folders."
+        )
+    family = config.get("model_type")
+    if not isinstance(family, str) or not _FAMILY.fullmatch(family):
+        raise ConfigError(
+            f"{path} has no model_type that could be a family: {str(family)[:80]!r}; name the "
+            "folder of a language model."
+        )
+    for part in (config, config.get("text_config")):
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise ConfigError(f"{path} is refused: its text_config is no object.")
+        _check_counts(path, part, tensors)
+
+
+def _check_counts(path: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """A count decides how much is built before the first weight is read."""
+    for name, value in config.items():
+        if not isinstance(value, int) or not _NUMBERED.fullmatch(name):
+            continue
+        most = tensors if name == "num_hidden_layers" else COUNT
+        if not 0 <= value <= most:
+            raise ConfigError(
+                f"{path} is refused: {name} is {str(value)[:20]}, and at most {most} can be right: "
+                f"there are {tensors} tensors in the weight files."
+            )
+
+
+def _check_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises: ConfigError for names of files that are not beside it, or of unknown modules."""
+    path = folder / "tokenizer_config.json"
+    for name, value in config.items():
+        if name.endswith("_file") and value is not None:
+            _check_name(path, name, value if isinstance(value, str) else "")
+        is_module = name in ("chat_template_type", "tool_parser_type") and value is not None
+        if is_module and not str(value).isidentifier():
+            raise ConfigError(f"{path} is refused: {name} is {str(value)[:80]!r}.")

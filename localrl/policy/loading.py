@@ -1,0 +1,47 @@
+"""From what a person writes after --model to a folder on this machine, without the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from localrl.embedded import EMBEDDED_MODELS, embedded_model_path
+from localrl.errors import ConfigError
+from localrl.policy.files import MODEL_FILES
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find_model(name: str | None) -> Path:
+    """The folder of a model: a path, an embedded model's name, or `user/name` in the Hub's cache.
+
+    None is the embedded model that is trained by default. A folder that exists comes first. The
+    cache is only read: nothing asks the network.
+
+    Raises: ConfigError when the model is not on this machine.
+    """
+    if name is None:
+        return embedded_model_path()
+    folder = Path(name).expanduser()
+    if name in EMBEDDED_MODELS and not folder.is_dir():
+        return embedded_model_path(name)
+    if folder.is_dir() or not _HUB_NAME.fullmatch(name):
+        return folder
+    found = _cached(name)
+    if found is not None:
+        return found
+    raise ConfigError(
+        f"The model {name!r} is not on this machine: there is no such folder, and the Hub's cache "
+        f"does not hold all of it. Fetch it with `localrl pull {name}`."
+    )
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(name, local_files_only=True, allow_patterns=list(MODEL_FILES))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return Path(found)

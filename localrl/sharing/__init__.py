@@ -1,0 +1,6 @@
+"""Adapter files, model cards and the Hub."""
+
+import os
+
+# The Hub's client reads it once, when it is first imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

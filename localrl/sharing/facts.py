@@ -1,0 +1,235 @@
+"""What may be told of a run to others: read from its folder, by allow-lists alone.
+
+Nothing that a person has written (prompts, answers, names of files, paths, settings that are text)
+is among it, nor anything that names the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localrl.errors import ConfigError, DataError, LocalRLError
+from localrl.rewards.catalog import parse_rewards
+from localrl.runs.logs import read_jsonl
+from localrl.tasks.builtin import list_tasks
+
+SETTINGS = (
+    "model.quantize",
+    "lora.rank",
+    "lora.scale",
+    "lora.layers",
+    "lora.keys",
+    "task.train_prompts",
+    "task.eval_prompts",
+    "task.cut_reward",
+    "task.reward_weights",
+    "rollout.strategy",
+    "rollout.prompts_per_step",
+    "rollout.prompt_order",
+    "rollout.group_size",
+    "rollout.rounds",
+    "rollout.give_up",
+    "rollout.roots",
+    "rollout.fork_rule",
+    "rollout.fork_gap",
+    "rollout.stop_loops",
+    "rollout.replay_groups",
+    "rollout.reuse",
+    "rollout.max_prompt_tokens",
+    "rollout.max_completion_tokens",
+    "rollout.temperature",
+    "learning.lr",
+    "learning.warmup_steps",
+    "learning.objective",
+    "learning.prompt_weight",
+    "learning.clip_low",
+    "learning.clip_high",
+    "learning.kl_coef",
+    "learning.kl_estimator",
+    "learning.kappa",
+    "learning.keep_completions",
+    "learning.min_advantage",
+    "learning.max_grad_norm",
+    "learning.updates_per_step",
+    "run.steps",
+    "run.minutes",
+    "run.seed",
+)
+"""Numbers, switches and names out of a list of ours; a setting that is a person's text is not."""
+
+PLAN = (
+    "group_size",
+    "decode_rows",
+    "micro_rows",
+    "head_chunk",
+    "max_prompt_tokens",
+    "max_completion_tokens",
+    "grad_checkpoint",
+    "dequantise",
+    "threads",
+    "predicted_bytes",
+    "limit_bytes",
+)
+
+VERSIONS = (
+    "localrl",
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "transformers",
+    "huggingface_hub",
+    "python",
+    "device",
+)
+
+OWN_DATA = "own data"
+
+WORD = re.compile(r"[\w.+-]{1,40}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Side:
+    """The policy before or after training, on held-out prompts; None: not known."""
+
+    n: int | None
+    pass_at_1: float | None
+    ci95: tuple[float, float] | None
+    mean_reward: float | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run as others may see it."""
+
+    task: str
+    """The name of a built-in task; otherwise only that the data are the user's own."""
+    about: str | None
+    """What a built-in task asks for."""
+    rewards: tuple[str, ...]
+    settings: Mapping[str, str]
+    plan: Mapping[str, str]
+    versions: Mapping[str, str]
+    base: Side | None
+    adapter: Side | None
+    curve: tuple[float, ...]
+    """Mean reward of each step that has one."""
+    peak_bytes: int | None
+    unsafe_code: bool
+    embedded: bool
+    """Whether the model is the one that ships with localrl."""
+
+
+def read_facts(run: Path) -> Facts:
+    """The facts of a run folder.
+
+    Raises: ConfigError when it is none; DataError when one of its files cannot be read.
+    """
+    versions, config = _json(run / "run.json"), _toml(run / "config.toml")
+    task, evaluation = config.get("task", {}), _json(run / "eval.json")
+    metrics = list(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else []
+    flat = {f"{section}.{key}": v for section, part in config.items() for key, v in part.items()}
+    peaks = [_number(line.get("memory/peak_bytes")) for line in metrics]
+    rewards = (_number(line.get("reward")) for line in metrics)
+    return Facts(
+        **_task(str(task.get("name", ""))),
+        rewards=_rewards(task.get("rewards", ())),
+        settings=_shown(flat, SETTINGS),
+        plan=_shown(_json(run / "plan.json"), PLAN),
+        versions=_shown(versions, VERSIONS),
+        base=_side(evaluation.get("base")),
+        adapter=_side(evaluation.get("adapter")),
+        curve=tuple(reward for reward in rewards if reward is not None),
+        peak_bytes=int(max((peak for peak in peaks if peak is not None), default=0)) or None,
+        unsafe_code=task.get("unsafe_code") is True,
+        embedded="path" not in config.get("model", {}),
+    )
+
+
+def _task(name: str) -> dict[str, Any]:
+    match = re.fullmatch(r"([a-z]+)(:[0-9-]+)?", name)
+    about = list_tasks().get(match[1]) if match else None
+    return {"task": name if about else OWN_DATA, "about": about}
+
+
+def _rewards(texts: Sequence[str]) -> tuple[str, ...]:
+    """Names of functions; of the user's own nothing else, and of built-in ones no settings."""
+    try:
+        specs = parse_rewards([str(text) for text in texts])
+    except LocalRLError:
+        return ("own reward",)
+    return tuple(
+        f"`{spec.name}`, built into localrl"
+        if spec.target.startswith("localrl.rewards.")
+        else f"`{spec.name}`, own function"
+        for spec in specs
+    )
+
+
+def _side(values: Any) -> Side | None:
+    if not isinstance(values, dict):
+        return None
+    ci95 = [_number(value) for value in values.get("ci95") or ()]
+    low, high = ci95 if len(ci95) == 2 else (None, None)
+    n = _number(values.get("n"))
+    return Side(
+        n=None if n is None else int(n),
+        pass_at_1=_number(values.get("pass@1")),
+        ci95=None if low is None or high is None else (low, high),
+        mean_reward=_number(values.get("mean_reward")),
+    )
+
+
+def _shown(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, str]:
+    """The allowed entries that are a number, a switch, a word, or a list of numbers."""
+    shown = {}
+    for key in allowed:
+        value = values.get(key)
+        items = value if isinstance(value, list) else [value]
+        if items and all(_is_plain(item) for item in items):
+            shown[key] = ", ".join(map(_text, items))
+    return shown
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return WORD.fullmatch(value) is not None
+    return isinstance(value, bool | int | float)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no such file, but for the marker."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if path.name != "run.json":
+            return {}
+        raise ConfigError(
+            f"{path.parent} is no run of localrl: it holds no {path.name}. Name the folder that "
+            "`localrl train` has written."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,108 @@
+"""`localrl doctor`: its rows, what they say, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from localrl import doctor as machine
+from localrl.cli.doctor import doctor
+from localrl.doctor import disk_row, look_at_model, package_row
+
+
+def found(name, **wishes):
+    return {row.id: row for row in look_at_model(str(name), **wishes)}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.id: row for row in machine.look_at_machine()}
+
+
+def test_this_machine_is_fit(rows):
+    assert list(rows)[:2] == ["python", "package.mlx"]
+    assert {"device", "blas", "disk", "sandbox", "token"} <= set(rows)
+    assert not [row for row in rows.values() if row.status == "fail"]
+    assert all(row.todo for row in rows.values() if row.status == "warn")
+
+
+def test_the_token_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    row = machine._token()
+    assert "is set" in row.text
+    assert "hf_secret" not in str(row)
+
+
+def test_versions():
+    assert package_row("mlx", "0.32.2").status == "ok"
+    assert package_row("mlx", "0.33").status == "ok"
+    assert package_row("numpy", "2.1.0rc1").status == "ok"
+    old = package_row("jinja2", "3.1.5")
+    assert (old.status, old.todo) == ("fail", "pip install --upgrade 'jinja2>=3.1.6'")
+    assert package_row("mlx-lm", None).status == "fail"
+
+
+def test_disk():
+    assert disk_row(3_000_000_000).status == "ok"
+    assert disk_row(1_000_000_000).status == "warn"
+    assert disk_row(1_000_000).status == "fail"
+
+
+def test_a_model_and_its_paths(tiny_folder):
+    rows = found(tiny_folder)
+    assert [*rows] == [
+        "model", "family", "sizes", "quantisation", "batches", "head", "shared_prefix", "template",
+        "prompt",
+    ]  # fmt: skip
+    assert {row.status for row in rows.values()} == {"ok"}
+    assert rows["family"].text == "qwen3"
+    assert rows["quantisation"].text == "4 bits"
+    assert rows["prompt"].text == "'<user>What is 2 + 3?<assistant>' (16 tokens)"
+
+
+def test_a_family_with_another_path(tmp_path):
+    rows = found(tiny.make_folder(tmp_path / "lfm2", bits=None, **tiny.FAMILIES["lfm2"]))
+    assert rows["shared_prefix"].status == "warn"
+    assert rows["batches"].status == "ok"
+    assert rows["quantisation"].text == "not quantised"
+
+
+def test_quantising_is_tried(tmp_path):
+    rows = found(tiny.make_folder(tmp_path / "model", bits=None), quantize=8)
+    assert rows["quantisation"].text == "8 bits"
+
+
+def test_a_model_that_is_refused_ends_the_list(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+    rows = found(folder)
+    assert rows["model"].status == "fail"
+    assert "own.py" in rows["model"].text
+
+
+def test_a_template_that_fails_is_told(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    changed = {**json.loads(path.read_text()), "chat_template": "{{ raise_exception('no') }}"}
+    path.write_text(json.dumps(changed))
+    rows = found(folder)
+    assert rows["template"].status == "fail"
+    assert "prompt" not in rows
+
+
+def test_the_command_says_it_all_as_json_and_fails_where_something_fails(tiny_folder):
+    run = CliRunner().invoke
+    fit = run(doctor, ["--model", str(tiny_folder), "--json"])
+    assert fit.exit_code == 0
+    ids = [row["id"] for row in json.loads(fit.stdout)["rows"]]
+    assert ids[0] == "python"
+    assert ids[-1] == "prompt"
+    broken = run(doctor, ["--model", "nowhere"])
+    assert broken.exit_code == 1
+    assert "FAIL  model" in broken.stdout
+    assert "There is no model in nowhere" in broken.stdout
