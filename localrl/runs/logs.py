@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from localrl.errors import DataError
+from localrl.errors import CheckpointError, DataError
 from localrl.records import DropReason, Leaf, Node, ScoredGroup
 
 ROLLOUTS_FORMAT = 1
@@ -65,10 +65,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last through a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -90,9 +90,46 @@ class JsonLines:
         return self._file.tell()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line."""
-        self._file.write(to_json(record) + b"\n")
-        self._file.flush()
+        """Write one line.
+
+        Raises: CheckpointError when it cannot be written; then none of it is.
+        """
+        size = self.size
+        try:
+            self._file.write(to_json(record) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            self._take_back(size)
+            raise CheckpointError(
+                f"{self._file.name} cannot be written: {error.strerror}. What was written before "
+                "is safe. Make room, then go on with --resume."
+            ) from error
+
+    def cut(self, size: int) -> None:
+        """Take back all lines behind the first `size` bytes.
+
+        Raises: CheckpointError when there are not as many.
+        """
+        if size > self.size:
+            raise CheckpointError(
+                f"{self._file.name} has {self.size} bytes, but the run had written {size}: lines "
+                "are missing, and nobody can bring them back. Start a new run."
+            )
+        self._file.truncate(size)
+        self._file.seek(0, os.SEEK_END)
+
+    def mend(self) -> None:
+        """Take back a last line that a crash has torn, so that the next one stands by itself."""
+        whole = Path(self._file.name).read_bytes().rpartition(b"\n")
+        self.cut(len(whole[0] + whole[1]))
+
+    def _take_back(self, size: int) -> None:
+        """Forget what could not be written, in the buffer and in the file."""
+        path = Path(self._file.name)
+        with contextlib.suppress(OSError):
+            self._file.close()  # which tries once more
+        os.truncate(path, size)
+        self._file = path.open("ab")
 
     def sync(self) -> None:
         """Make all lines last through a power cut."""
@@ -138,6 +175,8 @@ class GroupRecord:
     """One per leaf, if any: what reward functions logged beside it."""
     replayed: bool = False
     """Whether it is a group of an earlier step, learned from again."""
+    pieces: Sequence[Sequence[str]] = ()
+    """One per node, if any: the text of each token, so that no tokenizer is needed to read them."""
 
     @property
     def kept(self) -> bool:
@@ -160,14 +199,16 @@ def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
     without `dropped` was trained.
     """
     group = record.scored.group
-    nodes = zip(group.nodes, record.advantages, strict=True)
+    nodes = [_node(n, a) for n, a in zip(group.nodes, record.advantages, strict=True)]
+    if record.pieces:
+        nodes = [n | {"pieces": p} for n, p in zip(nodes, record.pieces, strict=True)]
     return {
         "format": ROLLOUTS_FORMAT,
         "step": step,
         "example": group.example.id,
         "messages": group.example.messages,
         "planned_roots": group.planned_roots,
-        "nodes": [_node(node, advantage) for node, advantage in nodes],
+        "nodes": nodes,
         "leaves": [_leaf(leaf, i, record) for i, leaf in enumerate(group.leaves)],
         "kept": record.kept,
         "reason": record.reason,
@@ -205,6 +246,8 @@ def _leaf(leaf: Leaf, index: int, record: GroupRecord) -> dict[str, Any]:
         "parts": {name: values[index] for name, values in scored.parts.items()},
         "text": leaf.text,
     }
+    if leaf.messages:
+        line["messages"] = leaf.messages
     if record.dropped[index] is not None:
         line["dropped"] = record.dropped[index]
     if record.extra and record.extra[index]:

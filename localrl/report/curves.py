@@ -1,0 +1,249 @@
+"""Which curves a run has, as numbers, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+from localrl.report.reading import Run
+
+Values = tuple[float | None, ...]
+Step = Mapping[str, Any]
+
+MIB = 2**20
+MOST_PARTS = 4
+"""Reward functions that have a line of their own."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: a value for each step, None where there is none."""
+
+    label: str
+    values: Values
+    faint: bool = False
+    """Whether it only stands behind the others."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over the same steps."""
+
+    title: str
+    unit: str
+    about: str
+    steps: tuple[int, ...]
+    lines: tuple[Line, ...]
+    limit: float | None = None
+    """A line across, that the others should stay below."""
+    share: bool = False
+    """Whether the values are shares of 1."""
+    every: int = 1
+    """Steps that each point is the mean of."""
+    spans: tuple[tuple[float, float] | None, ...] = ()
+    """An interval around each value of the only line."""
+
+    @property
+    def known(self) -> bool:
+        """Whether there is any value in it."""
+        return any(value is not None for line in self.lines for value in line.values)
+
+
+def _known(chart: Chart) -> tuple[Line, ...]:
+    return tuple(line for line in chart.lines if any(v is not None for v in line.values))
+
+
+def charts(run: Run, most: int = 400) -> list[Chart]:
+    """All charts of a run, in the order in which a person asks; those without values left out.
+
+    most: points of a line; of more steps, each point is the mean of as many as needed.
+    """
+    steps = tuple(step["step"] for step in run.steps)
+    made = [make(run.steps) for make in CHARTS] + [_memory(run)]
+    found = [replace(chart, steps=steps, lines=_known(chart)) for chart in made if chart.known]
+    found[1:1] = [chart] if (chart := _passed(run)).known else []
+    return [thin(chart, most) for chart in found]
+
+
+def thin(chart: Chart, most: int) -> Chart:
+    """The chart with at most so many points, each the mean of the steps around it."""
+    every = -(-len(chart.steps) // most)
+    if every < 2 or chart.spans:
+        return chart
+    parts = [slice(i, i + every) for i in range(0, len(chart.steps), every)]
+    lines = [
+        replace(line, values=tuple(mean(line.values[part]) for part in parts))
+        for line in chart.lines
+    ]
+    steps = tuple(chart.steps[part][-1] for part in parts)
+    return replace(chart, steps=steps, lines=tuple(lines), every=every)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of the values that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def smoothed(values: Values) -> Values:
+    """The mean of each value and those around it, over a tenth of all of them."""
+    reach = len(values) // 20
+    return tuple(mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values)))
+
+
+def column(steps: Sequence[Step], name: str, scale: float = 1.0) -> Values:
+    """A metric over the steps; None where it is missing or no number."""
+    return tuple(_number(step.get(name), scale) for step in steps)
+
+
+def part_names(steps: Sequence[Step]) -> list[str]:
+    """Names of the reward functions that the steps know."""
+    head, tail = "rewards/", "/mean"
+    keys = dict.fromkeys(key for step in steps for key in step)
+    return [k[len(head) : -len(tail)] for k in keys if k.startswith(head) and k.endswith(tail)]
+
+
+def sparkline(values: Sequence[float | None], width: int, low: float, high: float) -> str:
+    """The values as a row of at most `width` blocks, a blank where there is none."""
+    blocks, cells = "▁▂▃▄▅▆▇█", min(width, len(values))
+    edges = [round(i * len(values) / cells) for i in range(cells + 1)] if cells else []
+    points = [mean(values[start:end]) for start, end in pairwise(edges)]
+    span = (high - low) or 1.0
+    levels = [None if p is None else int((p - low) / span * len(blocks)) for p in points]
+    return "".join(
+        " " if level is None else blocks[min(max(level, 0), len(blocks) - 1)] for level in levels
+    )
+
+
+def tokens_so_far(steps: Sequence[Step]) -> list[float]:
+    """Completion tokens sampled up to each step."""
+    return list(accumulate(value or 0.0 for value in column(steps, "rollout/tokens")))
+
+
+def _number(value: Any, scale: float = 1.0) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value / scale if known else None
+
+
+def _ratio(steps: Sequence[Step], over: str, under: str) -> Values:
+    pairs = zip(column(steps, over), column(steps, under), strict=True)
+    return tuple(a / b if a is not None and b else None for a, b in pairs)
+
+
+def _less(values: Values, others: Values) -> Values:
+    pairs = zip(values, others, strict=True)
+    return tuple(None if a is None else max(0.0, a - (b or 0.0)) for a, b in pairs)
+
+
+def _reward(steps: Sequence[Step]) -> Chart:
+    rewards, names = column(steps, "reward"), part_names(steps)
+    about = "Mean over the completions that have one."
+    lines = [Line("each step", rewards, faint=True), Line("smoothed", smoothed(rewards))]
+    if len(names) > 1:
+        shown = names[:MOST_PARTS]
+        lines += [Line(name, smoothed(column(steps, f"rewards/{name}/mean"))) for name in shown]
+        left_out = f", the first {MOST_PARTS} of {len(names)}" if shown != names else ""
+        about += f" Reward functions before their weights{left_out}."
+    return Chart("Reward", "", about, (), tuple(lines))
+
+
+def _learned(steps: Sequence[Step]) -> Chart:
+    share = _ratio(steps, "rollout/informative_groups", "rollout/groups")
+    equal = column(steps, "frac_reward_zero_std")
+    return Chart(
+        "Groups that teach",
+        "share",
+        "Groups with something to learn from, and groups whose rewards are all equal.",
+        (),
+        (Line("teach", share), Line("all rewards equal", equal)),
+        share=True,
+    )
+
+
+def _entropy(steps: Sequence[Step]) -> Chart:
+    about = "How undecided the model is, mean over sampled tokens."
+    return Chart("Entropy", "nats", about, (), (Line("entropy", column(steps, "entropy")),))
+
+
+def _length(steps: Sequence[Step]) -> Chart:
+    names = {"mean": "mean", "shortest": "min", "longest": "max"}
+    lines = [
+        Line(label, column(steps, f"completions/{key}_length"), faint=key != "mean")
+        for label, key in names.items()
+    ]
+    return Chart("Completion length", "tokens", "The end token included.", (), (*lines,))
+
+
+def _kl(steps: Sequence[Step]) -> Chart:
+    about = "How far the policy has moved from the model without adapters."
+    return Chart("KL", "nats", about, (), (Line("KL", column(steps, "kl")),))
+
+
+def _drift(steps: Sequence[Step]) -> Chart:
+    about = "Mean change of log-probability that one step makes on its trained tokens."
+    return Chart("Drift", "nats", about, (), (Line("drift", column(steps, "update/drift")),))
+
+
+def _tokens(steps: Sequence[Step]) -> Chart:
+    lines = (
+        Line("sampled", column(steps, "rollout/tokens")),
+        Line("trained", column(steps, "update/trained_tokens")),
+        Line("shared by forks", column(steps, "tree/saved_tokens")),
+    )
+    if not any(lines[2].values):
+        lines = lines[:2]
+    return Chart("Tokens of a step", "tokens", "Sampled, and learned from.", (), lines)
+
+
+def _time(steps: Sequence[Step]) -> Chart:
+    rollout, reward = column(steps, "time/rollout_s"), column(steps, "time/reward_s")
+    update, whole = column(steps, "time/update_s"), column(steps, "step_time")
+    lines = (
+        Line("sampling", _less(rollout, reward)),
+        Line("rewards", reward),
+        Line("update", update),
+        Line("whole step", whole, faint=True),
+    )
+    return Chart("Time of a step", "s", "By phase.", (), lines)
+
+
+def _gradient(steps: Sequence[Step]) -> Chart:
+    about = "Global norm before clipping; none where nothing was learned."
+    return Chart("Gradient", "", about, (), (Line("norm", column(steps, "grad_norm")),))
+
+
+def _passed(run: Run) -> Chart:
+    return Chart(
+        "Held-out prompts solved",
+        "pass@1",
+        "One completion for each prompt, with 95 % intervals.",
+        tuple(score.step for score in run.scores),
+        (Line("pass@1", tuple(score.pass_at_1 for score in run.scores)),),
+        share=True,
+        spans=tuple(score.interval for score in run.scores),
+    )
+
+
+def _memory(run: Run) -> Chart:
+    limit = _number(run.plan.get("limit_bytes"), MIB)
+    lines = (
+        Line("MLX's largest", column(run.steps, "memory/peak_bytes", MIB)),
+        Line("process", column(run.steps, "memory/resident_bytes", MIB)),
+    )
+    about = "Of the limit that was planned with." if limit else "The plan set no limit."
+    return Chart("Memory", "MiB", about, (), lines, limit)
+
+
+CHARTS: tuple[Callable[[Sequence[Step]], Chart], ...] = (
+    _reward,
+    _learned,
+    _entropy,
+    _length,
+    _kl,
+    _drift,
+    _tokens,
+    _time,
+    _gradient,
+)

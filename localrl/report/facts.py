@@ -1,0 +1,169 @@
+"""What there is to say about a run in plain words, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localrl.report.curves import column, mean
+from localrl.report.reading import Run, Score
+from localrl.runs.metrics import METRICS
+
+RECENT = 10
+"""Last steps that warnings look at."""
+RARE, OFTEN = 0.1, 0.3
+"""Shares from which on a warning speaks of hardly any, or of many."""
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def state(run: Run) -> str:
+    """Whether the run goes on, and how far it is."""
+    steps = f"step {run.step}" + (f" of {run.planned_steps}" if run.planned_steps else "")
+    if run.state == "running":
+        return f"running, {steps} done ({run.holder})"
+    if run.state == "unknown":
+        return f"{steps} done; only its own machine can tell if it runs ({run.holder})"
+    return f"{run.state} after {steps}"
+
+
+def model(run: Run) -> str:
+    """The model as the settings name it."""
+    path = run.settings.get("model.path")
+    return str(path) if path else "the embedded model"
+
+
+def verdict(run: Run) -> str:
+    """Whether the evaluations show that something was learned."""
+    if not run.scores:
+        wanted = run.settings.get("task.eval_prompts") != 0
+        return "No evaluation yet." if wanted else "No evaluation: task.eval_prompts is 0."
+    first, last = run.scores[0], run.scores[-1]
+    if len(run.scores) == 1:
+        return "One evaluation so far: nothing to compare it with."
+    if first.interval is None or last.interval is None:
+        return "Not known: an evaluation has no judged completion."
+    if last.interval[0] > first.interval[1]:
+        return "Better than before: the intervals do not overlap."
+    if last.interval[1] < first.interval[0]:
+        return "Worse than before: the intervals do not overlap."
+    return "No clear change: the intervals overlap."
+
+
+def first_and_last(run: Run) -> list[Score]:
+    """The evaluations that say what training did: one, where there is but one, or none."""
+    return [*run.scores[:1], *run.scores[1:][-1:]]
+
+
+def score_words(score: Score) -> str:
+    """One evaluation with its interval."""
+    if score.interval is None:
+        return f"pass@1 unknown on {score.n} held-out prompts"
+    low, high = score.interval
+    return (
+        f"pass@1 {number(score.pass_at_1)} ({number(low)} to {number(high)}) "
+        f"on {score.n} held-out prompts"
+    )
+
+
+def moment(score: Score) -> str:
+    """When an evaluation was made."""
+    return f"after step {score.step}" if score.step else "before training"
+
+
+def warnings(run: Run) -> list[str]:
+    """What a person should know before trusting the rest."""
+    found = [
+        f"{n} lines of {name} cannot be read and are left out." for name, n in run.unread.items()
+    ]
+    found += _from_events(run.events)
+    return found + (_from_steps(run, run.steps[-RECENT:]) if run.steps else [])
+
+
+def meaning(key: str) -> tuple[str, str]:
+    """Unit and meaning of a metric; empty for one that reward functions logged."""
+    if key in METRICS:
+        return METRICS[key]
+    if key.startswith("rewards/"):
+        return METRICS.get(f"rewards/<name>/{key.rsplit('/')[-1]}", ("", ""))
+    return "", ""
+
+
+def why(reason: str) -> str:
+    """What a reason for not learning from a group or a completion means; empty if unknown."""
+    key = "selection/" + reason.replace(" ", "_").replace("-", "_")
+    return meaning(key)[1].removeprefix("left out: ")
+
+
+def number(value: Any) -> str:
+    """A number for people; what could not be measured is "unknown"."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", " ")
+    if not isinstance(value, float):
+        return str(value)
+    if abs(value) >= 100:
+        return f"{value:,.0f}".replace(",", " ")
+    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
+
+
+def with_unit(key: str, value: Any) -> str:
+    """A metric with its unit, bytes in the largest fitting one."""
+    unit = meaning(key)[0]
+    if unit == "bytes" and isinstance(value, int | float):
+        return size(value)
+    known = number(value)
+    return known if value is None or unit == "reward" else f"{known} {unit}".strip()
+
+
+def size(n: float) -> str:
+    """Bytes for people."""
+    name = next((u for u in reversed(UNITS) if n >= UNITS[u]), "B")
+    return f"{n / UNITS[name]:.3g} {name}"
+
+
+def _from_events(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    failed = [event for event in events if event.get("kind") == "checkpoint_failed"]
+    if failed:
+        reason = failed[-1].get("reason")
+        found.append(f"{len(failed)} checkpoints could not be written, the last: {reason}")
+    for event in events:
+        if event.get("kind") == "rollouts_thinned":
+            found.append(
+                f"From step {event.get('step')} on rollouts.jsonl has every {event.get('every')}th "
+                "group only: it had reached its limit (run.rollout_log_limit)."
+            )
+        if str(event.get("sandbox", "")).startswith("UNSAFE"):
+            found.append("Code in answers ran without a sandbox.")
+    return list(dict.fromkeys(found))
+
+
+def _from_steps(run: Run, recent: Sequence[Mapping[str, Any]]) -> list[str]:
+    found, last = [], f"In the last {len(recent)} steps" if len(recent) > 1 else "In the last step"
+    if failures := recent[-1].get("rewards/failures"):
+        found.append(f"{failures} reward calls failed; completions without a reward teach nothing.")
+    teaching, groups = _sum(recent, "rollout/informative_groups"), _sum(recent, "rollout/groups")
+    if groups and teaching / groups < RARE:
+        found.append(f"{last} {teaching:g} of {groups:g} groups had something to teach.")
+    clipped = mean(column(recent, "completions/clipped_ratio"))
+    if clipped is not None and clipped > OFTEN:
+        most = run.settings.get("rollout.max_completion_tokens")
+        found.append(
+            f"{last} {clipped:.0%} of the completions were cut off at {most} tokens "
+            "(rollout.max_completion_tokens)."
+        )
+    still = [step for step in recent if step.get("update/applied") is False]
+    if still:
+        found.append(f"{last} {len(still)} made no update.")
+    limit, peaks = run.plan.get("limit_bytes"), column(run.steps, "memory/peak_bytes")
+    peak = max((value for value in peaks if value is not None), default=0.0)
+    if limit and peak > limit:
+        found.append(f"MLX held {size(peak)}, more than the limit of {size(limit)}.")
+    return found
+
+
+def _sum(steps: Sequence[Mapping[str, Any]], name: str) -> float:
+    return sum(value or 0.0 for value in column(steps, name))

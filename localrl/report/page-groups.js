@@ -1,0 +1,221 @@
+// The groups: a table to choose from, and one of them with its completions.
+function openGroups(groups) {
+  const rewardsOf = (group) => group.leaves.map((leaf) => leaf.r).filter((r) => r !== null);
+  const fate = (group) => (group.kept ? "learned from" : group.reason || "not learned from");
+  const rows = groups.map((group, place) => {
+    const rewards = rewardsOf(group);
+    const prompt = group.messages.length ? group.messages[group.messages.length - 1].content : "";
+    return {
+      place,
+      step: group.step,
+      prompt: visible(prompt).replace(/\s+/g, " ").slice(0, 80),
+      completions: group.leaves.length,
+      reward: mean(rewards),
+      lowest: rewards.length ? Math.min(...rewards) : null,
+      highest: rewards.length ? Math.max(...rewards) : null,
+      tokens: group.nodes.reduce((sum, node) => sum + node.n, 0),
+      outcome: fate(group) + (group.replayed ? ", replayed" : ""),
+    };
+  });
+  const columns = ["step", "prompt", "completions", "reward", "lowest", "highest", "tokens", "outcome"];
+  const wide = ["completions", "lowest", "highest", "tokens"];
+  const filters = { "all": () => true };
+  for (const why of new Set(groups.map(fate))) filters[why] = (group) => fate(group) === why;
+  filters["rewards that differ"] = (group) => new Set(rewardsOf(group)).size > 1;
+  if (groups.some(isForked)) filters["with forks"] = isForked;
+  if (groups.some((group) => group.replayed)) filters["replayed"] = (group) => group.replayed;
+
+  let [sort, up, shown, open] = ["step", false, [], 0];
+
+  const head = $("table").querySelector("thead tr");
+  for (const name of columns) {
+    const isText = ["step", "prompt", "outcome"].includes(name);
+    const cell = make("th", undefined, kindOf(name, isText));
+    const button = make("button", name);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      [up, sort] = [sort === name ? !up : true, name];
+      list();
+    });
+    cell.append(button);
+    head.append(cell);
+  }
+  for (const name of Object.keys(filters)) $("filter").append(new Option(name, name));
+  $("filter").addEventListener("change", list);
+
+  function kindOf(name, isText) {
+    return (isText ? "" : "number ") + (wide.includes(name) ? "wide" : "");
+  }
+
+  function list() {
+    const wanted = filters[$("filter").value];
+    const order = (a, b) => {
+      const [x, y] = [a[sort], b[sort]];
+      if (x === y) return a.place - b.place;
+      if (x === null || y === null) return x === null ? 1 : -1;
+      return (x < y ? -1 : 1) * (up ? 1 : -1);
+    };
+    shown = rows.filter((row) => wanted(groups[row.place])).sort(order);
+    head.querySelectorAll("th").forEach((cell, i) => {
+      cell.setAttribute("aria-sort", columns[i] !== sort ? "none" : up ? "ascending" : "descending");
+    });
+    $("table").querySelector("tbody").replaceChildren(...shown.map(line));
+  }
+
+  function line(row) {
+    const tr = make("tr");
+    tr.dataset.place = row.place;
+    tr.classList.toggle("open", row.place === open);
+    for (const name of columns) {
+      const value = row[name];
+      const isText = name === "step" || typeof value === "string";
+      const cell = make("td", isText ? value : number(value), kindOf(name, isText));
+      if (name === "step") {
+        const button = make("button", value);
+        button.type = "button";
+        button.setAttribute("aria-label", `open the group of step ${value}: ${row.prompt}`);
+        cell.replaceChildren(button);
+      }
+      tr.append(cell);
+    }
+    tr.addEventListener("click", () => show(row.place));
+    return tr;
+  }
+
+  function step(by) {
+    const at = shown.findIndex((row) => row.place === open);
+    const next = shown[Math.min(Math.max(at + by, 0), shown.length - 1)];
+    if (next) show(next.place);
+  }
+  $("previous").addEventListener("click", () => step(-1));
+  $("next").addEventListener("click", () => step(1));
+  for (const button of document.querySelectorAll("[data-open]")) {
+    button.addEventListener("click", () => {
+      show(Number(button.dataset.open));
+      $("detail").scrollIntoView();
+      $("detail").focus({ preventScroll: true });
+    });
+  }
+
+  // One of them.
+
+  const NAMES = { a: "advantage", e: "entropy", l: "surprisal" };
+  const mode = () => document.querySelector("input[name=colour]:checked").value;
+  for (const input of document.querySelectorAll("input[name=colour]")) {
+    input.addEventListener("change", colour);
+  }
+
+  function value(node, i, key) {
+    if (node.s && !node.s[i]) return null;
+    return key === "a" ? node.a : node[key][i];
+  }
+
+  // Blue above 0 and orange below for advantages, purple for what is never negative.
+  function tint(v, most, key) {
+    if (v === null || v === undefined || !most) return "transparent";
+    const strength = 0.62 * Math.min(1, Math.abs(v) / most);
+    if (key !== "a") return `rgba(170, 68, 153, ${strength})`;
+    return v > 0 ? `rgba(0, 114, 178, ${strength})` : `rgba(213, 94, 0, ${strength})`;
+  }
+
+  function pathOf(group, leaf) {
+    const path = [];
+    for (let n = leaf.n; n >= 0 && !path.includes(n); n = group.nodes[n].p) path.unshift(n);
+    return path;
+  }
+
+  function show(place) {
+    open = place;
+    const group = groups[place];
+    for (const tr of $("table").querySelectorAll("tbody tr")) {
+      tr.classList.toggle("open", Number(tr.dataset.place) === place);
+    }
+    reveal();
+    const paths = group.leaves.map((leaf) => pathOf(group, leaf));
+    const under = group.nodes.map((_, n) => paths.filter((path) => path.includes(n)).length);
+    $("heading").textContent = `Step ${group.step}, ${visible(group.example)}`;
+    $("fate").textContent =
+      `${group.leaves.length} completions, ${fate(group)}` +
+      (group.replayed ? ", replayed from an earlier step" : "") + ".";
+    $("prompt").replaceChildren(
+      ...group.messages.map((m) => make("pre", `${visible(m.role)}: ${visible(m.content)}`, "prompt")),
+    );
+    $("completions").replaceChildren(
+      ...group.leaves.map((leaf, i) => completion(group, leaf, i, paths[i], under)),
+    );
+    $("tree").replaceChildren(...(isJoined(group) ? [tree(group, paths, under)] : []));
+    colour();
+  }
+
+  // Scrolls the table alone, not the page.
+  function reveal() {
+    const [row, box] = [$("table").querySelector("tr.open"), $("table").parentElement];
+    if (row) box.scrollTop = row.offsetTop - box.clientHeight / 2;
+  }
+
+  function completion(group, leaf, i, path, under) {
+    const box = make("article");
+    box.append(make("h3", `${i + 1}: reward ${number(leaf.r)}`));
+    const parts = Object.entries(leaf.q).map(([name, r]) => `${visible(name)} ${number(r)}`);
+    const why = leaf.d ? `not learned from: ${leaf.d}` : "learned from";
+    box.append(make("p", `${parts.join(", ")}; ended by ${leaf.f}; ${why}`, "quiet"));
+    if (leaf.v !== undefined) box.append(make("pre", visible(leaf.v)));
+    const tokens = make("div", undefined, "tokens");
+    for (const n of path) {
+      const node = group.nodes[n];
+      (node.t || node.i.map((id) => `[${id}]`)).forEach((text, t) => {
+        const span = make("span", visible(text));
+        if (under[n] > 1) span.classList.add("shared");
+        if (node.s && !node.s[t]) span.classList.add("heard");
+        span.dataset.node = n;
+        span.dataset.token = t;
+        tokens.append(span);
+      });
+      if (node.n > node.e.length) tokens.append(` (${node.n - node.e.length} more tokens) `);
+    }
+    box.append(tokens);
+    if (leaf.x) box.append(make("p", `logged: ${visible(leaf.x)}`, "quiet"));
+    return box;
+  }
+
+  function tell(event) {
+    const { node: n, token: t } = event.target.dataset;
+    if (t === undefined) return;
+    const node = groups[open].nodes[n];
+    const told = Object.entries(NAMES).map(([key, name]) => `${name} ${number(value(node, t, key))}`);
+    const heard = node.s && !node.s[t] ? ", not written by the model" : `, ${told.join(", ")} (nats)`;
+    $("token").textContent = `token \u201c${event.target.textContent}\u201d${heard}`;
+  }
+  $("completions").addEventListener("pointerover", tell);
+  $("completions").addEventListener("click", tell);
+
+  function colour() {
+    const [group, key] = [groups[open], mode()];
+    const all = group.nodes.flatMap((node) => node.e.map((_, i) => value(node, i, key)));
+    const most = Math.max(0, ...group.nodes.map((_, n) => strongest(group.nodes[n], key)));
+    for (const span of $("completions").querySelectorAll("span[data-token]")) {
+      const v = value(group.nodes[span.dataset.node], span.dataset.token, key);
+      span.style.backgroundColor = tint(v, most, key);
+    }
+    for (const rect of $("tree").querySelectorAll("rect")) {
+      const node = group.nodes[rect.dataset.node];
+      const known = node.e.map((_, i) => value(node, i, key)).filter((v) => v !== null);
+      rect.style.fill = tint(mean(known), most, key);
+    }
+    const range = { a: `blue above 0, orange below; strongest ${number(most)}` }[key];
+    const forks = isForked(group) ? " Underlined tokens are shared by several completions." : "";
+    const heard = group.nodes.some((node) => node.s) ? " Grey ones the model did not write." : "";
+    const none = all.length && !most ? ` It is 0 or not known for every token here.` : "";
+    $("scale").textContent =
+      `Colour: ${NAMES[key]}, ${range || `the darker the higher; darkest ${number(most)} nats`}.` +
+      none + forks + heard;
+  }
+
+  function strongest(node, key) {
+    return node.e.reduce((most, _, i) => Math.max(most, Math.abs(value(node, i, key) || 0)), 0);
+  }
+
+  const telling = rows.filter((row) => row.lowest !== row.highest);
+  list();
+  show((telling.length ? telling : rows)[(telling.length || rows.length) - 1].place);
+}

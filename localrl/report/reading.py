@@ -1,0 +1,230 @@
+"""A run folder as plain data, read while the run may still go on.
+
+Nothing outside the folder is read, no file of it is written, and nothing that is missing or torn
+stops it: lines that cannot be read are counted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from localrl.errors import ConfigError
+from localrl.interval import wilson
+from localrl.runs.folder import LOCK, MARKER
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation on held-out prompts."""
+
+    step: int
+    pass_at_1: float | None
+    n: int
+    mean_reward: float | None
+    mean_tokens: float | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of pass@1."""
+        if self.pass_at_1 is None or self.n < 1:
+            return None
+        return wilson(round(self.pass_at_1 * self.n), self.n)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    path: Path
+    marker: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """By name, `section.field`; those that are unset are missing."""
+    plan: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]]
+    """Metrics of each step, in order."""
+    scores: Sequence[Score]
+    events: Sequence[Mapping[str, Any]]
+    unread: Mapping[str, int]
+    """Lines that could not be read, by file; a torn last line is not counted."""
+    holder: str
+    """Who last worked in the folder, as written in its lock: process and machine."""
+    held: bool | None
+    """Whether that process still does; None when it was on another machine."""
+    has_adapter: bool
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps that the settings ask for."""
+        steps = self.settings.get("run.steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped`, or `unknown` where only another machine could tell."""
+        if self.held:
+            return "running"
+        if self.has_adapter:
+            return "finished"
+        return "unknown" if self.held is None else "stopped"
+
+    @property
+    def step(self) -> int:
+        """The last step that is logged, 0 before the first."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+
+def read_run(path: Path) -> Run:
+    """Everything in a run folder but its rollouts.
+
+    Raises: ConfigError when there is no run in it.
+    """
+    if not (path / MARKER).is_file():
+        raise ConfigError(
+            f"There is no run in {path} (no {MARKER}). Name the folder that `localrl train` wrote, "
+            "for example runs/steps-1."
+        )
+    unread: dict[str, int] = {}
+    lines = _records(path, "metrics", unread)
+    holder, held = _holder(path / LOCK)
+    return Run(
+        path=path,
+        marker=_object(path / MARKER),
+        settings=_settings(path / "config.toml"),
+        plan=_object(path / "plan.json"),
+        steps=[line for line in lines if _is_step(line)],
+        scores=[_score(line) for line in lines if _is_score(line)],
+        events=_records(path, "events", unread),
+        unread=unread,
+        holder=holder,
+        held=held,
+        has_adapter=(path / "adapter" / "adapters.safetensors").is_file(),
+    )
+
+
+def read_groups(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every readable line of a run's rollouts.jsonl with the byte at which it begins."""
+    for offset, record in _lines(path / "rollouts.jsonl"):
+        if record is not None and _is_group(record):
+            yield offset, record
+
+
+def read_groups_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any] | None]:
+    """The groups that begin at these bytes; None for one that is not there any more."""
+    with (path / "rollouts.jsonl").open("rb") as file:
+        for offset in offsets:
+            file.seek(offset)
+            record = _parsed(file.readline())
+            yield record if record is not None and _is_group(record) else None
+
+
+def _records(path: Path, name: str, unread: dict[str, int]) -> list[dict[str, Any]]:
+    lines = [record for _, record in _lines(path / f"{name}.jsonl")]
+    found = [record for record in lines if record is not None]
+    if len(found) < len(lines):
+        unread[f"{name}.jsonl"] = len(lines) - len(found)
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Begin and object of each line, None for one that is no object; no last line that is torn."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        offset = 0
+        for line in file:
+            record = _parsed(line)
+            if record is not None or line.endswith(b"\n"):
+                yield offset, record
+            offset += len(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        return record if isinstance(record, dict) else None
+    return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    with suppress(FileNotFoundError):
+        return _parsed(path.read_bytes()) or {}
+    return {}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    with suppress(FileNotFoundError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+        return {
+            f"{section}.{name}": value
+            for section, fields in sections.items()
+            if isinstance(fields, dict)
+            for name, value in fields.items()
+        }
+    return {}
+
+
+def _is_step(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and not _is_score(line)
+
+
+def _is_score(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and "eval/n" in line
+
+
+def _is_group(record: Mapping[str, Any]) -> bool:
+    return all(isinstance(record.get(name), list) for name in ("messages", "nodes", "leaves"))
+
+
+def _score(line: Mapping[str, Any]) -> Score:
+    return Score(
+        step=line["step"],
+        pass_at_1=line.get("eval/pass@1"),
+        n=line["eval/n"] or 0,
+        mean_reward=line.get("eval/mean_reward"),
+        mean_tokens=line.get("eval/mean_completion_tokens"),
+    )
+
+
+def _holder(lock: Path) -> tuple[str, bool | None]:
+    """Who last locked a run folder, and whether it still does; None when that cannot be known.
+
+    The lock is tried only where its writer is alive, so that no process that opens the run just
+    now is turned away.
+    """
+    try:
+        with lock.open(encoding="utf-8", errors="replace") as file:
+            text = file.read().strip()
+            found = re.match(r"pid (\d+) on (.*)", text)
+            if not found:
+                return text, False
+            if found[2] != socket.gethostname():
+                return text, None
+            return text, _is_alive(int(found[1])) and _is_locked(file)
+    except OSError:
+        return "", False
+
+
+def _is_locked(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
