@@ -30,7 +30,8 @@ FORMAT = 1
 MARKER = "run.json"
 LOCK = ".lock"
 IGNORED = {LOCK, ".DS_Store"}
-LOGS = ("metrics", "rollouts", "events")
+STEP_LOGS = ("metrics", "rollouts")
+LOGS = (*STEP_LOGS, "events")
 THINNED_EVERY = 10
 
 
@@ -61,6 +62,26 @@ def open_run(
         raise ConfigError(
             f"The run folder {out} cannot be made: {reason}. Choose another with --out."
         ) from error
+
+
+def reopen_run(out: Path, *, rollout_log_limit: int | None = None) -> RunFolder:
+    """Lock a run folder that an earlier process made, to go on with its run.
+
+    Raises:
+        ConfigError: there is no run there, or another process uses it.
+    """
+    try:
+        if not (out / MARKER).is_file():
+            raise ConfigError(
+                f"There is no run in {out} (no {MARKER}) to go on with. Name its folder with "
+                "--out, or leave --resume out to start a new one."
+            )
+        lock = _lock(out)
+        if lock is None:
+            raise ConfigError(f"The run folder {out} was renamed just now. Look where it is.")
+        return RunFolder(out, lock, rollout_log_limit)
+    except OSError as error:
+        raise ConfigError(f"The run folder {out} cannot be used: {error.strerror}.") from error
 
 
 class RunFolder:
@@ -113,14 +134,24 @@ class RunFolder:
                     continue
             self._logs["rollouts"].append(rollout_line(step, record))
 
-    def offsets(self) -> dict[str, int]:
-        """Sizes of the logs by file name, once all they hold is safe on disk.
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the logs of steps. A checkpoint stores them, see `cut`."""
+        return {name: self._logs[name].size for name in STEP_LOGS}
 
-        A checkpoint stores them; resuming cuts the logs back to them.
-        """
+    def sync(self) -> None:
+        """Make all lines last through a power cut."""
         for log in self._logs.values():
             log.sync()
-        return {f"{name}.jsonl": log.size for name, log in self._logs.items()}
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Take back the lines of steps that will be done again; events stay as they are.
+
+        Raises: CheckpointError when a log is shorter than that.
+        """
+        for name, size in sizes.items():
+            self._logs[name].cut(size)
+        self._logs["events"].mend()
+        self._thinning = self._full()
 
     def _full(self) -> bool:
         return self._limit is not None and self._logs["rollouts"].size >= self._limit

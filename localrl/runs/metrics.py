@@ -23,7 +23,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "rewards/<name>/std": ("reward", "the same for one reward function, before its weight"),
     "frac_reward_zero_std": ("share", "groups whose rewards are all equal"),
     "rewards/failures": ("calls", "reward calls since the start that left a completion without"),
-    "completions/mean_length": ("tokens", "end token included"),
+    "completions/mean_length": ("tokens", "that the model wrote, end token included"),
     "completions/min_length": ("tokens", "shortest completion"),
     "completions/max_length": ("tokens", "longest completion"),
     "completions/clipped_ratio": ("share", "completions cut off at max_completion_tokens"),
@@ -45,6 +45,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "sampling/sampling_logp_difference/max": ("nats", "the largest of these"),
     "rollout/groups": ("groups", "prompts of the step"),
     "rollout/informative_groups": ("groups", "groups with a coefficient other than 0"),
+    "rollout/turns": ("turns", "mean over completions, where they talk to an environment"),
+    "tools/call_frequency": ("calls", "of tools, mean over completions"),
+    "tools/failure_frequency": ("share", "of the step's calls that failed; null without any"),
     "rollout/rounds": ("rounds", "most rounds that a prompt had"),
     "rollout/completions": ("completions", "of the step, without replayed ones"),
     "rollout/tokens": ("tokens", "completion tokens sampled in the step"),
@@ -74,6 +77,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "nats",
         "mean |change of log-probability| that the step made, over some of its trained tokens",
     ),
+    "update/relative_size": (
+        "share",
+        "Frobenius norm of what the adapters add, beside that of the weights, mean over layers",
+    ),
     "update/applied": ("", "whether the adapters changed"),
     "time/rollout_s": ("s", "sampling, with the rewards that it needs"),
     "time/reward_s": ("s", "of that, reward functions"),
@@ -92,7 +99,7 @@ METRICS: dict[str, tuple[str, str]] = {
 def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     """What the step's rollouts say by themselves."""
     completions = [completion for group in scored for completion in group.group.completions()]
-    lengths = [len(completion) for completion in completions]
+    lengths = [int(completion.sampled.sum()) for completion in completions]
     entropies = np.concatenate([completion.entropies for completion in completions])
     written = np.concatenate([completion.sampled for completion in completions])
     sampled = sum(_sampled(group) for group in scored)
@@ -122,7 +129,14 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
         part = _known([value for group in scored for value in group.parts[name]])
         metrics[f"rewards/{name}/mean"] = mean_or_none(part)
         metrics[f"rewards/{name}/std"] = _std(part)
-    return metrics
+    return metrics | _turn_metrics(scored)
+
+
+def _turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
+    """What is to be said where completions talk to an environment."""
+    leaves = [leaf for group in scored for leaf in group.group.leaves]
+    turns = [sum(m["role"] == "assistant" for m in leaf.messages) for leaf in leaves]
+    return {"rollout/turns": float(np.mean(turns))} if any(turns) else {}
 
 
 def selection_metrics(
@@ -156,6 +170,7 @@ def update_metrics(stats: StepStats) -> dict[str, Any]:
         "update/saved_positions": stats.saved_positions,
         "update/trained_tokens": stats.trained_tokens,
         "update/drift": stats.drift,
+        "update/relative_size": stats.relative_size,
         "update/applied": stats.updated,
     }
 

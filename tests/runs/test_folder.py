@@ -18,10 +18,10 @@ import pytest
 from forests import forest, scored
 
 import localrl
-from localrl.errors import ConfigError, DataError
+from localrl.errors import CheckpointError, ConfigError, DataError
 from localrl.records import DropReason, Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.runs import folder as folder_module
-from localrl.runs.folder import default_run_path, open_run, package_versions
+from localrl.runs.folder import default_run_path, open_run, package_versions, reopen_run
 from localrl.runs.logs import GroupRecord, read_jsonl, rollout_line, to_json, write_atomic
 
 PACKAGE_PARENT = Path(localrl.__path__[0]).parent
@@ -330,7 +330,7 @@ def test_past_the_limit_every_tenth_group_is_written(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", overwrite=False, rollout_log_limit=1500) as folder:
         for step in range(40):
             folder.rollouts(step, [record(f"{step}/{i}") for i in range(4)])
-        size = folder.offsets()["rollouts.jsonl"]
+        size = folder.sizes()["rollouts"]
     lines = list(read_jsonl(tmp_path / "run" / "rollouts.jsonl"))
     texts = [line["leaves"][0]["text"] for line in lines]
     whole = next(i for i, text in enumerate(texts) if text != f"{i // 4}/{i % 4}")
@@ -344,14 +344,43 @@ def test_past_the_limit_every_tenth_group_is_written(tmp_path: Path) -> None:
     assert event["limit_bytes"] == 1500
 
 
-def test_offsets_are_the_sizes_on_disk(tmp_path: Path) -> None:
+def test_the_sizes_are_those_on_disk(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", overwrite=False) as folder:
         folder.metrics({"step": 1, "reward": 0.5})
         folder.event("é")
-        offsets = folder.offsets()
-        assert offsets["metrics.jsonl"] == len(b'{"step": 1, "reward": 0.5}\n')
-        assert offsets["rollouts.jsonl"] == 0
-        assert offsets == {name: (folder.path / name).stat().st_size for name in offsets}
+        sizes = folder.sizes()
+        assert sizes == {"metrics": len(b'{"step": 1, "reward": 0.5}\n'), "rollouts": 0}
+        assert (folder.path / "metrics.jsonl").stat().st_size == sizes["metrics"]
+
+
+def test_a_run_goes_on_where_its_logs_are_cut(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", overwrite=False) as folder:
+        folder.metrics({"step": 1})
+        folder.event("begun")
+        sizes = folder.sizes()
+        folder.metrics({"step": 2})
+        with pytest.raises(ConfigError, match="used by another process"):
+            reopen_run(tmp_path / "run")
+    with (tmp_path / "run" / "events.jsonl").open("ab") as events:
+        events.write(b'{"kind": "to')
+    with reopen_run(tmp_path / "run") as folder:
+        folder.cut(sizes)
+        folder.metrics({"step": 2, "again": True})
+        folder.event("resumed")
+        with pytest.raises(CheckpointError, match="lines are missing"):
+            folder.cut({"metrics": 10_000})
+    metrics = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert metrics == [{"step": 1}, {"step": 2, "again": True}]
+    assert [e["kind"] for e in read_jsonl(tmp_path / "run" / "events.jsonl")] == [
+        "begun",
+        "resumed",
+    ]
+
+
+def test_there_must_be_a_run_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no run in"):
+        reopen_run(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_torn_last_line_is_left_out(tmp_path: Path) -> None:
@@ -407,3 +436,30 @@ def test_package_versions_import_nothing() -> None:
     assert versions["mlx_lm"] is not None
     assert versions["no_such_package"] is None
     assert done.stdout.decode() == f"{versions} False\n"
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from localrl.errors import CheckpointError
+from localrl.runs.logs import JsonLines
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = JsonLines(Path(sys.argv[1]))
+log.append({"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (40, resource.RLIM_INFINITY))
+try:
+    log.append({"step": 2, "text": "x" * 100})
+except CheckpointError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.append({"step": 3})
+"""
+
+
+def test_a_line_that_finds_no_room_is_not_there_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    said = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True
+    )
+    assert "cannot be written: File too large" in said.stdout
+    assert list(read_jsonl(path)) == [{"step": 1}, {"step": 3}]

@@ -25,10 +25,10 @@ def test_worked_by_hand():
     assert metrics["completions/clipped_ratio"] == 0
 
 
-def test_foreign_tokens_count_as_length_but_not_as_sampled():
+def test_foreign_tokens_count_nowhere():
     metrics = rollout_metrics([scored(flat_group(2, sampled=[True, False, True]), [1, 0])])
     assert metrics["rollout/tokens"] == 4
-    assert metrics["completions/mean_length"] == 3
+    assert metrics["completions/mean_length"] == 2
     assert metrics["entropy"] == 0.5
 
 

@@ -1,0 +1,167 @@
+"""Checkpoints: folders that are either whole or not there, whatever ends the process.
+
+    checkpoints/step-000100/    published by one rename, once every byte is on the disk
+        manifest.json           written last: size and SHA-256 of each other file
+    checkpoints/.tmp-…          being written, or being pruned; swept away at the next start
+
+A checkpoint that can be seen can be loaded; should the disk damage one all the same, its checksums
+tell, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from localrl.errors import CheckpointError
+from localrl.runs.logs import sync_folder, to_json
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{6,})")
+SPARE = 2
+"""How many times the size of a checkpoint must be free on the disk before it is written."""
+
+Write = Callable[[Path], None]
+"""Writes one file of a checkpoint to the path it is given."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; its lock is held by whoever uses this."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.folder = folder
+        self._warn = warn
+
+    def save(self, step: int, files: Mapping[str, Write], size: int) -> Path:
+        """Publish the checkpoint of a step, made of files by name; `size` is about their bytes.
+
+        Raises: CheckpointError when it cannot be written; earlier ones are as they were.
+        """
+        final = self.folder / f"step-{step:06d}"
+        temporary = self.folder / f".tmp-{step:06d}-{os.getpid()}"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < SPARE * size:
+                raise OSError(f"{free} bytes are free, {SPARE * size} are needed")
+            _discard(temporary)
+            temporary.mkdir()
+            entries = {name: _written(temporary / name, write) for name, write in files.items()}
+            manifest = {"format": FORMAT, "step": step, "files": entries}
+            _write(temporary / MANIFEST, to_json(manifest, indent=2), last=True)
+            sync_folder(temporary)
+            if final.exists():
+                self._trash(final)
+            temporary.rename(final)
+            sync_folder(self.folder)
+        # mlx raises RuntimeError when a file cannot be written.
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                _discard(temporary)
+            raise CheckpointError(
+                f"The checkpoint of step {step} cannot be written in {self.folder}: {error}. Make "
+                "room; what was saved before is as it was."
+            ) from error
+        return final
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole; None when there is none. Warns of damaged ones.
+
+        Raises: CheckpointError when there are some, but all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.folder / f"step-{step:06d}"
+            problem = damage(path)
+            if problem is None:
+                return path
+            self._warn(f"The checkpoint {path} is damaged: {problem}. The one before it is used.")
+        if steps:
+            raise CheckpointError(
+                f"All {len(steps)} checkpoints in {self.folder} are damaged, so the run cannot go "
+                "on. Start it again with another --out."
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order."""
+        if not self.folder.is_dir():
+            return []
+        found = (NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def prune(self, keep: Collection[int]) -> None:
+        """Remove the checkpoints of all other steps."""
+        for step in self.steps():
+            if step not in keep:
+                self._trash(self.folder / f"step-{step:06d}")
+
+    def sweep(self) -> None:
+        """Remove what an earlier process left half written or half pruned."""
+        for path in self.folder.glob(".tmp-*"):
+            _discard(path)
+
+    def _trash(self, path: Path) -> None:
+        """Out of sight first: a half removed checkpoint must not be seen."""
+        trash = self.folder / f".tmp-trash-{path.name}-{os.getpid()}"
+        _discard(trash)
+        path.rename(trash)
+        _discard(trash)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None when it is whole."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files, form = manifest["files"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    if form != FORMAT:
+        return f"it has the format {form}, this version reads {FORMAT}"
+    for name, entry in files.items():
+        try:
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has not the {entry['bytes']} bytes that it had"
+            if _sha256(path / name) != entry["sha256"]:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _written(path: Path, write: Write) -> dict[str, Any]:
+    """Let a file be written, make it last, and describe it."""
+    write(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _write(path: Path, data: bytes, *, last: bool) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        # On macOS fsync leaves data in the drive's own cache; once, after all else, is enough.
+        full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+        if last and full_sync is not None:
+            fcntl.fcntl(file.fileno(), full_sync)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _discard(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

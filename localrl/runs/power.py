@@ -1,0 +1,97 @@
+"""Where the power comes from, and keeping a Mac awake while there is enough of it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LOW = 30
+"""Percent of the battery below which a run on it pauses."""
+CAFFEINATE = ("caffeinate", "-i", "-s", "-w")
+"""Awake while a process lives; never `-d`: the display may sleep."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """One reading."""
+
+    on_battery: bool
+    percent: int | None
+    """Charge of the battery; None when there is none, or it does not say."""
+
+    @property
+    def low(self) -> bool:
+        """Whether a run should wait for more."""
+        return self.on_battery and self.percent is not None and self.percent < LOW
+
+
+def read_power() -> Power | None:
+    """Where the power comes from now; None when it cannot be told."""
+    if sys.platform != "darwin":
+        return read_supplies(Path("/sys/class/power_supply"))
+    try:
+        told = subprocess.run(
+            ["pmset", "-g", "batt"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_pmset(told.stdout)
+
+
+def parse_pmset(text: str) -> Power | None:
+    """The reading in what macOS's `pmset -g batt` prints."""
+    source = re.search(r"drawing from '([^']+)'", text)
+    if source is None:
+        return None
+    percent = re.search(r"InternalBattery.*?(\d+)%", text)
+    return Power(source[1] == "Battery Power", int(percent[1]) if percent else None)
+
+
+def read_supplies(folder: Path) -> Power | None:
+    """The reading in the files that Linux keeps for each supply; None without a battery."""
+    for supply in sorted(folder.glob("*")):
+        # Batteries of mice and keyboards have the scope Device.
+        if _read(supply / "type") == "Battery" and _read(supply / "scope") != "Device":
+            charge = _read(supply / "capacity")
+            percent = int(charge) if charge.isdecimal() else None
+            return Power(_read(supply / "status") == "Discharging", percent)
+    return None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+class Awake:
+    """Keeps a Mac awake for one process, while it is on mains power."""
+
+    def __init__(self, command: Sequence[str] | None = None) -> None:
+        default = CAFFEINATE if sys.platform == "darwin" else None
+        self._command = command or default
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def update(self, power: Power | None, pid: int) -> None:
+        """Begin or end it, as a new reading wants; nothing is begun while the power is unknown."""
+        wanted = power is not None and not power.on_battery
+        if not wanted:
+            self.end()
+        elif self._process is None and self._command:
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen(
+                    [*self._command, str(pid)], stdin=subprocess.DEVNULL, start_new_session=True
+                )
+
+    def end(self) -> None:
+        """Let it sleep again."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None

@@ -1,0 +1,82 @@
+"""Records as plain data and back: what a checkpoint writes in place of pickle.
+
+JSON alone would turn tuples into lists, keys into text and arrays into numbers, so each of these is
+marked. Floats survive exactly: Python writes as many digits as it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from localrl.errors import CheckpointError
+
+PLAIN = (str, int, float, bool, type(None))
+
+Types = Mapping[str, type]
+"""The dataclasses that may occur, by name."""
+
+
+def encode(value: Any, types: Types) -> tuple[Any, dict[str, np.ndarray]]:
+    """The value as what JSON can hold, and its arrays by name.
+
+    Raises: TypeError for what is neither plain, a container, an array nor one of the types.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    return _encode(value, types, arrays), arrays
+
+
+def decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Types) -> Any:
+    """The value that `encode` was given.
+
+    Raises: CheckpointError for a tree that it did not make, or with an unknown type in it.
+    """
+    try:
+        return _decode(tree, arrays, types)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The state cannot be read ({type(error).__name__}: {error}). It was written by "
+            "another version of localrl; go on with that version, or start a new run."
+        ) from error
+
+
+def _encode(value: Any, types: Types, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, np.ndarray):
+        name = f"a{len(arrays)}"
+        arrays[name] = value
+        return {"array": name}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item, types, arrays) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item, types, arrays) for item in value]
+    if isinstance(value, Mapping):
+        pairs = [[_encode(part, types, arrays) for part in pair] for pair in value.items()]
+        return {"mapping": pairs}
+    if is_dataclass(value):
+        name = type(value).__name__
+        if types.get(name) is not type(value):
+            raise TypeError(f"{type(value)} is not one of the types of a state")
+        own = {f.name: _encode(getattr(value, f.name), types, arrays) for f in fields(value)}
+        return {"record": name, "fields": own}
+    # Not isinstance: a number of another library would come back as another type.
+    if type(value) in PLAIN:
+        return value
+    raise TypeError(f"a value of type {type(value)} cannot be part of a state")
+
+
+def _decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Types) -> Any:
+    if isinstance(tree, list):
+        return [_decode(item, arrays, types) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "array" in tree:
+        return arrays[tree["array"]]
+    if "tuple" in tree:
+        return tuple(_decode(item, arrays, types) for item in tree["tuple"])
+    if "mapping" in tree:
+        return dict([_decode(part, arrays, types) for part in pair] for pair in tree["mapping"])
+    own = {name: _decode(item, arrays, types) for name, item in tree["fields"].items()}
+    return types[tree["record"]](**own)

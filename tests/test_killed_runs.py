@@ -1,0 +1,32 @@
+"""kill -9 at any moment: what is there can be loaded, and the end is the same."""
+
+from __future__ import annotations
+
+import pytest
+from killed import Killer
+from test_resuming import SMALL, outcome
+
+from localrl.runs.checkpoints import Checkpoints, damage
+
+SETTINGS = {**SMALL, "run.steps": 8, "run.checkpoint_every": 1, "rollout.replay_groups": 1}
+
+
+@pytest.fixture(scope="module")
+def killer(tiny_folder):
+    killer = Killer({**SETTINGS, "model.path": str(tiny_folder)}, seed=0, most_s=1.5)
+    yield killer
+    killer.close()
+
+
+def test_killed_twenty_times_it_ends_the_same(killer, tmp_path):
+    killer.run(tmp_path / "whole", kills=0)
+    expected = outcome(tmp_path / "whole")
+    runs = 0
+    while killer.kills < 20:
+        out = tmp_path / f"run-{runs}"
+        killer.run(out, kills=7)
+        assert outcome(out) == expected
+        store = Checkpoints(out / "checkpoints", pytest.fail)
+        assert store.steps()
+        assert all(damage(store.folder / f"step-{step:06d}") is None for step in store.steps())
+        runs += 1

@@ -1,0 +1,178 @@
+"""A run that was interrupted goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from localrl.config import RunConfig
+from localrl.errors import CheckpointError, ConfigError, Stopped
+from localrl.pulse import Pulse
+from localrl.runs.logs import read_jsonl
+from localrl.train import train
+
+HERE = Path(__file__).parent
+SMALL = {
+    "task.name": "sums",
+    "task.train_prompts": 6,
+    "task.eval_prompts": 4,
+    "rollout.prompts_per_step": 3,
+    "rollout.group_size": 4,
+    "rollout.max_completion_tokens": 10,
+    "learning.lr": 0.05,
+    "learning.warmup_steps": 2,
+    "run.steps": 6,
+    "run.eval_every": 3,
+    "run.checkpoint_every": 2,
+}
+PARTS = {
+    "flat": {},
+    "everything": {
+        "rollout.strategy": "adaptive-tree",
+        "rollout.roots": 1,
+        "rollout.fork_gap": 2,
+        "rollout.replay_groups": 2,
+        "rollout.replay_drift": 10.0,
+        "rollout.reuse": 0.0,
+        "rollout.prompt_order": "thompson",
+        "learning.updates_per_step": 2,
+        "learning.min_advantage": 0.05,
+    },
+    "reuse": {"rollout.reuse": 0.5, "learning.kappa": 4.0, "learning.kl_coef": 0.01},
+}
+UNTIMED = ("time/", "memory/", "step_time")
+
+
+def config(folder, out, **changes):
+    return RunConfig.create({"model.path": str(folder), "run.out": str(out), **SMALL, **changes})
+
+
+class StopAt(Pulse):
+    """A pulse that stops at one of its beats."""
+
+    def __init__(self, beat):
+        super().__init__()
+        self.left = beat
+
+    def beat(self):
+        self.left -= 1
+        if self.left == 0:
+            self.stop("the test says so")
+        super().beat()
+
+
+def outcome(out):
+    """All that a run leaves behind, but for times and memory."""
+    metrics = [
+        {k: v for k, v in line.items() if not k.startswith(UNTIMED)}
+        for line in read_jsonl(out / "metrics.jsonl")
+    ]
+    return (
+        (out / "adapter" / "adapters.safetensors").read_bytes(),
+        (out / "rollouts.jsonl").read_bytes(),
+        metrics,
+        (out / "eval.json").read_bytes(),
+    )
+
+
+@pytest.fixture(scope="module", params=PARTS)
+def whole(request, tiny_folder, tmp_path_factory):
+    """An uninterrupted run, and the beats that it has."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    counter = StopAt(0)
+    train(config(tiny_folder, out, **PARTS[request.param]), pulse=counter)
+    return PARTS[request.param], outcome(out), -counter.left
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.75, 0.98])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_folder, tmp_path, whole, share):
+    settings, expected, beats = whole
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(config(tiny_folder, out, **settings), pulse=StopAt(max(1, int(beats * share))))
+    result = train(config(tiny_folder, out, **settings), resume=True)
+    assert result.steps == 6
+    assert outcome(out) == expected
+    assert [e["kind"] for e in read_jsonl(out / "events.jsonl")].count("resumed") == 1
+
+
+def test_stopping_again_and_again(tiny_folder, tmp_path, whole):
+    settings, expected, beats = whole
+    out, resume = tmp_path / "run", False
+    for _ in range(30):
+        try:
+            train(
+                config(tiny_folder, out, **settings),
+                resume=resume,
+                pulse=StopAt(beats // 3),
+            )
+            break
+        except Stopped:
+            resume = True
+    else:
+        pytest.fail("it never came to an end")
+    assert outcome(out) == expected
+
+
+def stopped(folder, out, **changes):
+    """A run that was stopped in its last step."""
+    with pytest.raises(Stopped, match=f"localrl train --resume --out {out}"):
+        train(config(folder, out, **{"run.eval_every": 0, **changes}), pulse=StopAt(60))
+    return config(folder, out, **{"run.eval_every": 0, **changes})
+
+
+def test_settings_that_would_make_another_run_may_not_change(tiny_folder, tmp_path):
+    same = stopped(tiny_folder, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"learning.lr was 0.05 and is 0.1; run.seed was 0 and"):
+        train(same.replace("learning.lr", 0.1).replace("run.seed", 3), resume=True)
+    result = train(same.replace("run.steps", 7), resume=True)
+    assert result.steps == 7
+    (event,) = [e for e in read_jsonl(tmp_path / "run/events.jsonl") if e["kind"] == "resumed"]
+    assert event["changed"] == {"run.steps": {"was": 6, "is": 7}}
+    steps = [m["step"] for m in read_jsonl(tmp_path / "run/metrics.jsonl") if "reward" in m]
+    assert steps == list(range(1, 8))
+
+
+def test_another_model_or_other_data_are_another_run(tiny_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    lines = [f'{{"prompt": "{n}", "answer": "{n}"}}\n' for n in range(9)]
+    rows.write_text("".join(lines))
+    changes = {"task.name": str(rows), "task.train_prompts": 0, "task.rewards": ["accuracy"]}
+    same = stopped(tiny_folder, tmp_path / "run", **changes)
+    rows.write_text("".join(lines[:-1]))
+    with pytest.raises(CheckpointError, match="The data of this run has changed"):
+        train(same, resume=True)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, tmp_path, whole):
+    settings, expected, _ = whole
+    if settings:
+        pytest.skip("one strategy is enough")
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(config(tiny_folder, out, **settings), pulse=StopAt(70))
+    newest = max((out / "checkpoints").glob("step-*"))
+    data = bytearray((newest / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "weights.safetensors").write_bytes(data)
+    train(config(tiny_folder, out, **settings), resume=True)
+    assert outcome(out) == expected
+
+
+def test_the_best_and_the_last_two_and_every_nth_stay(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    settings = {"run.checkpoint_every": 1, "run.keep_every": 4, "run.eval_every": 0}
+    train(config(tiny_folder, out, **settings))
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    # Evaluations tie at 0, and the first of equals is the best.
+    assert kept == ["step-000000", "step-000004", "step-000005", "step-000006"]
+
+
+def test_a_run_that_never_got_to_a_checkpoint_begins_again(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped, match="Stopped by the test says so"):
+        train(config(tiny_folder, out), pulse=StopAt(1))
+    shutil.rmtree(out / "checkpoints")
+    assert train(config(tiny_folder, out), resume=True).steps == 6
