@@ -1,0 +1,82 @@
+"""Every example folder trains with the command in its README."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from localrl.embedded import embedded_model_path
+from localrl.errors import ConfigError
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/train.toml"))
+NO_SANDBOX = "No sandbox holds on this machine"
+SMALL = (
+    "task.eval_prompts=2",
+    "rollout.prompts_per_step=2",
+    "run.eval_every=0",
+)
+
+
+def model_missing(name: str) -> str | None:
+    """Why the example's model cannot be found; None when it can."""
+    if "turns-0.1m" in (EXAMPLES / name / "train.toml").read_text():
+        try:
+            embedded_model_path("turns-0.1m")
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_trains_with_the_command_in_its_readme(name, tmp_path):
+    if reason := model_missing(name):
+        pytest.skip(reason)
+    folder = tmp_path / "examples" / name
+    shutil.copytree(EXAMPLES / name, folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    readme = (folder / "README.md").read_text()
+    command = re.search(r"^    localrl (train \S+\.toml)$", readme, re.MULTILINE)
+    assert command, "the README has no command of that form"
+    goes_there = f"    cd examples/{name}\n" in readme
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-m", "localrl", *command[1].split(), "--steps", "1", *settings],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder if goes_there else tmp_path,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    if name == "code_tests" and NO_SANDBOX in done.stderr:
+        pytest.skip(NO_SANDBOX)
+    assert done.returncode == 0, done.stderr
+    assert "step 1/1" in done.stderr
+    assert "warning" not in done.stderr
+    assert "pass@1" in done.stdout
+
+
+def test_gold_answers_that_are_json_objects_score_1():
+    if reason := model_missing("json_calls"):
+        pytest.skip(reason)
+    check = "tasks check calls.jsonl --reward json --model turns-0.1m"
+    assert f"    localrl {check}\n" in (EXAMPLES / "json_calls" / "README.md").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "localrl", *check.split(), "-n", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=EXAMPLES / "json_calls",
+    )
+    assert "gold answers: 180 of 180 score 1" in done.stdout, done.stderr
+
+
+def test_every_example_is_in_the_table():
+    table = (EXAMPLES / "README.md").read_text()
+    folders = {path.parent.name for path in EXAMPLES.glob("*/README.md")}
+    assert folders == set(re.findall(r"^\| \[(\w+)\]\(\1\)", table, re.MULTILINE))
