@@ -37,7 +37,7 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
     if 0 < there < rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step is {rollout.prompts_per_step}, but the task has {there} "
-            "training prompts. Lower it, or raise task.train_prompts."
+            f"training prompts. Lower it, --set rollout.prompts_per_step={there}, or give more."
         )
     if rollout.completions == 1 and not tracker_weight(config):
         raise ConfigError(
@@ -48,6 +48,11 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
         _check_trees(config, shape)
     _check_weights(config, shape)
     _check_reuse(config, shape)
+    if config.rollout.reuse and (task.environment or config.task.environment or config.task.tools):
+        raise ConfigError(
+            f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
+            "environment cannot be begun again from its middle. Set it to 0."
+        )
 
 
 def _check_trees(config: RunConfig, shape: Shape) -> None:

@@ -46,6 +46,7 @@ PROMPT_WEIGHTS = ("none", "mean", "std", "maxrl")
 STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
 PROMPT_ORDERS = ("shuffled", "thompson")
 FORK_RULES = ("entropy", "periodic")
+THINKING = ("auto", "on", "off")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """What `localrl.learning.objective` defines."""
 
@@ -67,15 +68,21 @@ def setting(
 class ModelConfig:
     """The model that is trained."""
 
-    path: str | None = setting(None, "folder of an MLX or Hugging Face model; unset: the embedded")
+    path: str | None = setting(None, "folder of a model, or user/name; unset: the embedded one")
+    quantize: int = setting(0, "quantise it to 4 or 8 bits when it is loaded; 0: as it is stored")
+    thinking: str = setting("auto", "switch a thinking model on or off", choices=THINKING)
+    base_id: str | None = setting(None, "the unquantised model's name on the Hub; unset: its card")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapters, on every linear layer of every block."""
+    """The adapters."""
 
     rank: int = setting(16, "rank of the adapters", low=1, high=1024)
     scale: float = setting(2.0, "factor on the adapter's output (alpha / rank)", low=0.0)
+    layers: int = setting(0, "adapt the last N blocks; 0: all", low=0)
+    keys: tuple[str, ...] = setting((), "layers in a block, e.g. self_attn.q_proj; unset: all")
+    adapter: str | None = setting(None, "folder of an adapter to start from; it sets the above")
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,11 @@ class TaskConfig:
     rewards: tuple[str, ...] = setting((), "your rewards, as file.py:name; unset: the task's own")
     reward_weights: tuple[float, ...] = setting((), "a weight for each of them; unset: all 1")
     system: str | None = setting(None, "system message of data that has none of its own")
+    environment: str | None = setting(
+        None, "what completions talk to, as file.py:Name; unset: the task's own"
+    )
+    tools: tuple[str, ...] = setting((), "functions that the model may call, as file.py:name")
+    tool_timeout_s: float = setting(5.0, "seconds that one answer or tool may take", low=0.01)
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
     eval_prompts: int = setting(256, "the most held-out prompts to evaluate on; 0: none", low=0)
     cut_reward: float | None = setting(
@@ -126,6 +138,7 @@ class RolloutConfig:
     )
     max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
     max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
+    max_turns: int = setting(8, "turns of the model in one completion, with environments", low=1)
     temperature: float = setting(1.0, "of sampling and scoring alike", low=0.01, high=100.0)
 
     @property
@@ -189,6 +202,13 @@ class RunSection:
     seed: int = setting(0, "every random draw derives from it", low=0)
     eval_every: int = setting(0, "evaluate every N steps too; 0: only before and after", low=0)
     out: str | None = setting(None, "run folder; unset: a new one below runs/")
+    checkpoint_every: int = setting(
+        0, "steps between checkpoints; 0: as often as costs 1 % of the time", low=0
+    )
+    keep_every: int = setting(
+        0, "keep each checkpoint of every Nth step; 0: the last two and the best", low=0
+    )
+    report_to: tuple[str, ...] = setting((), "numbers also to tensorboard or wandb; unset: nowhere")
     rollout_log_limit: int = setting(
         200_000_000, "bytes of rollouts.jsonl after which only every 10th group is written", low=0
     )
@@ -218,7 +238,7 @@ class RunConfig:
         """
         given = {**(read_toml(Path(file)) if file else {}), **_canonical(settings or {})}
         if given.get("model.path") is None:
-            given = {**demonstration(), **given}
+            given = {**demonstration(given.get("task.name")), **given}
         config = cls()
         for key, value in given.items():
             config = config.replace(key, value)
@@ -231,6 +251,11 @@ class RunConfig:
         checked = _check(key, value, spec)
         changed = dataclasses.replace(getattr(self, section), **{name: checked})
         return dataclasses.replace(self, **{section: changed})
+
+    def value(self, key: str) -> Any:
+        """The value of a `section.key`."""
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
 
     def to_toml(self) -> str:
         """The whole configuration as a commented TOML file that reads back to itself."""
@@ -246,9 +271,12 @@ class RunConfig:
         return "\n".join(lines)
 
 
-def demonstration() -> dict[str, Any]:
-    """The settings that suit the embedded model."""
-    return read_toml(Path(__file__).with_name("demo.toml"))
+def demonstration(task: str | None = None) -> dict[str, Any]:
+    """The settings that suit the embedded model; its number of prompts is of its own task alone."""
+    settings = read_toml(Path(__file__).with_name("demo.toml"))
+    if task not in (None, settings["task.name"]):
+        del settings["task.train_prompts"]
+    return settings
 
 
 def keys() -> list[str]:

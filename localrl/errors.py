@@ -7,6 +7,7 @@
         RewardError         4   a reward function failed too often
       CheckpointError       5   a checkpoint cannot be read or written
       HubError              6   the Hub or the network
+      Stopped              75   stopped on request, and can be resumed
 
 Every message says what happened, the value seen, and what to do next. The command line turns any of
 these into one line on stderr; only `--debug` shows a traceback.
@@ -51,3 +52,9 @@ class HubError(LocalRLError):
     """The Hub or the network refused or did not answer."""
 
     exit_code = 6
+
+
+class Stopped(LocalRLError):
+    """The run was asked to stop; what it had is saved."""
+
+    exit_code = 75

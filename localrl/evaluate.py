@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localrl.records import Example, ScoredGroup, mean_or_none
+from localrl.interval import wilson
+from localrl.records import Example, Leaf, ScoredGroup, mean_or_none
 from localrl.rollouts.adaptive import Score
-from localrl.rollouts.decode import Decoder
+from localrl.rollouts.decode import DecodeCounts, Decoder
 from localrl.rollouts.groups import ONE, sample_groups
+from localrl.rollouts.turns import Turns
 
 EVALUATION_SEED = 0x5EED
 """Evaluations do not depend on the run's seed: they compare policies, not luck."""
@@ -56,6 +57,7 @@ def evaluate(
     *,
     passing: str,
     max_completion_tokens: int,
+    turns: Turns | None = None,
 ) -> Evaluation:
     """pass@1 of the decoder's policy as it is now. `prompts` holds the examples' token ids.
 
@@ -71,6 +73,7 @@ def evaluate(
         seed=EVALUATION_SEED,
         step=0,
         version=0,
+        turns=turns,
     )
     scored = score(groups)
     rewards = [group.rewards[0] for group in scored]
@@ -83,30 +86,30 @@ def evaluate(
         pass_at_1=passed / len(judged) if judged else None,
         ci95=wilson(passed, len(judged)) if judged else None,
         mean_reward=mean_or_none(known),
-        mean_completion_tokens=mean_or_none([len(group.completion(0)) for group in groups]),
+        mean_completion_tokens=mean_or_none(
+            [int(group.completion(0).sampled.sum()) for group in groups]
+        ),
         shown=tuple(_show(group) for group in scored[:3]),
     )
 
 
-def wilson(passed: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927), in 0..1."""
-    z = 1.959964
-    share = passed / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def temperature_one(decoder: Decoder) -> Decoder:
     """A decoder of the same policy that samples at temperature 1, with counts of its own."""
-    return Decoder(decoder.policy, temperature=1.0, rows=decoder.rows, stops=decoder.stops)
+    return replace(decoder, temperature=1.0, counts=DecodeCounts())
 
 
 def _show(scored: ScoredGroup) -> Shown:
     example = scored.group.example
     return Shown(
         prompt=example.messages[-1]["content"],
-        completion=scored.group.leaves[0].text,
+        completion=_said(scored.group.leaves[0]),
         answer=example.answer,
         reward=scored.rewards[0],
     )
+
+
+def _said(leaf: Leaf) -> str:
+    """What the model wrote, or the whole conversation."""
+    if not leaf.messages:
+        return leaf.text
+    return " | ".join(f"{message['role']}: {message['content']}" for message in leaf.messages)

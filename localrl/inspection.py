@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 from localrl.rewards.scoring import Scorer
 from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
 
 LOOKED_AT = 200
 """The most training examples whose gold answers are scored."""
@@ -36,8 +38,9 @@ class TaskReport:
     """Characters that the model has no token for."""
     gold: tuple[ScoredGroup, ...]
     """Gold answers as if they were completions, scored; of examples that have one."""
-    reward_s: float
-    """Seconds that scoring one step's worth of completions took."""
+    reward_s: float | None
+    """Seconds that scoring one step's worth of completions took; None where completions would have
+    to talk to an environment first."""
 
     @property
     def wrong(self) -> list[ScoredGroup]:
@@ -53,6 +56,7 @@ def inspect_task(
     max_prompt_tokens: int,
     per_step: int,
     gold: bool,
+    environments: Environments | None = None,
 ) -> TaskReport:
     """Look at the training and held-out examples of a task; nothing is sampled.
 
@@ -61,9 +65,10 @@ def inspect_task(
     """
     training = [task.train(i) for i in range(task.train_size or ENDLESS)]
     held_out = task.evaluation(ENDLESS)
-    lengths = [len(tokenizer.encode(example.messages)) for example in training]
-    others = [len(tokenizer.encode(example.messages)) for example in held_out]
+    lengths = [len(ids) for ids in encode(training, tokenizer, environments)]
+    others = [len(ids) for ids in encode(held_out, tokenizer, environments)]
     prompts = Counter(str(example.messages) for example in training)
+    gold = gold and environments is None
     examples = [example for example in training if gold and example.answer is not None]
     scored = scorer.score([_as_completion(example, tokenizer) for example in examples[:LOOKED_AT]])
     return TaskReport(
@@ -74,8 +79,17 @@ def inspect_task(
         too_long=sum(n > max_prompt_tokens for n in (*lengths, *others)),
         unknown=_unknown(tokenizer, training[:8]),
         gold=tuple(scored),
-        reward_s=_reward_seconds(scorer, training, tokenizer, per_step),
+        reward_s=(None if environments else _reward_seconds(scorer, training, tokenizer, per_step)),
     )
+
+
+def encode(
+    examples: Sequence[Example], tokenizer: Tokenizer, environments: Environments | None
+) -> list[tuple[int, ...]]:
+    """The examples' prompts as a run would encode them."""
+    if environments is not None:
+        return environments.prompts(examples)
+    return tokenizer.encode_all([example.messages for example in examples])
 
 
 def _unknown(tokenizer: Tokenizer, examples: Sequence[Example]) -> str:
@@ -94,7 +108,8 @@ def _reward_seconds(
 
 def _as_completion(example: Example, tokenizer: Tokenizer) -> Group:
     """A group whose one completion is the gold answer."""
-    text = "" if example.answer is None else str(example.answer)
+    gold = "" if example.answer is None else example.answer
+    text = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
     ids = np.array(tokenizer.inner.encode(text, add_special_tokens=False), np.int32)
     zeros = np.zeros(len(ids), np.float32)
     node = Node(-1, ids, np.ones(len(ids), bool), zeros, zeros)

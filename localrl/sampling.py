@@ -19,7 +19,9 @@ from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.rollouts.replay import Replay
 from localrl.rollouts.reuse import Earlier, Prefix, verify
+from localrl.rollouts.turns import Turns
 from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
 from localrl.tasks.order import choose, take
 
 Rescore = Callable[[Sequence[Group]], list[list[np.ndarray]]]
@@ -38,6 +40,8 @@ class Sampler:
     shape: Shape
     score: Score
     rescore: Rescore
+    environments: Environments | None = None
+    """What completions talk to; None when they are one turn."""
     replays: Replay = field(default_factory=Replay)
     earlier: Earlier = field(default_factory=Earlier)
     rescored_tokens: int = 0
@@ -47,6 +51,13 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self.rule = make_rule(self.config.rollout, self.shape)
+
+    @property
+    def turns(self) -> Turns | None:
+        """How completions go on; None when they are one turn."""
+        if self.environments is None:
+            return None
+        return Turns(self.environments.answer, self.config.rollout.max_turns)
 
     def choose(self, step: int) -> list[Example]:
         """The prompts of a step."""
@@ -84,6 +95,7 @@ class Sampler:
                 round=round,
                 expected_tokens=[expected[i] for i in which],
                 begun=[begun[i] if round == 0 else () for i in which],
+                turns=self.turns,
             )
 
         return collect(
@@ -158,7 +170,10 @@ class Sampler:
         Raises: DataError for a prompt longer than max_prompt_tokens: nothing is cut silently.
         """
         tokenizer, most = self.decoder.policy.tokenizer, self.plan.max_prompt_tokens
-        prompts = [tokenizer.encode(example.messages) for example in examples]
+        if self.environments is not None:
+            prompts = self.environments.prompts(examples)
+        else:
+            prompts = tokenizer.encode_all([example.messages for example in examples])
         for example, prompt in zip(examples, prompts, strict=True):
             if not 0 < len(prompt) <= most:
                 raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +21,18 @@ from localrl.learning.selection import Selection, round_small, select
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
 from localrl.memory.machine import resident_bytes
-from localrl.policy.lora import save_adapter
 from localrl.policy.model import Policy
 from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.decode import Decoder
+from localrl.runs.checkpoints import Checkpoints
+from localrl.runs.dashboards import Dashboard, log
 from localrl.runs.folder import RunFolder
+from localrl.runs.health import Health
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.sampling import Sampler
+from localrl.sharing.adapters import adapter_of, write_adapter
+from localrl.sharing.base import find_base_id
 from localrl.tasks.base import Task
 
 
@@ -67,7 +71,19 @@ class Session:
     run: RunFolder
     progress: Progress
     held_out: list[Example]
+    checkpoints: Checkpoints
+    sources: Mapping[str, str]
+    """What the run is made from, see `resuming.sources_of`."""
+    health: Health
+    dashboards: Sequence[Dashboard] = ()
+    step: int = 0
+    """Steps done when it was opened: 0, or more when it goes on with an earlier run."""
     tokens: int = 0
+    """Completion tokens sampled so far."""
+    trained_s: float = 0.0
+    """Seconds of all steps so far."""
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    """By the step after which they were made."""
 
     @property
     def folder(self) -> Path:
@@ -119,9 +135,13 @@ class Session:
         self.sampler.learn(fresh, version)
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """pass@1 of the adapters as they are, logged; None when no evaluation is wanted."""
-        if not self.held_out:
-            return None
+        """pass@1 after a step, logged; None when no evaluation is wanted.
+
+        Made from the adapters as they are, unless it was made before.
+        """
+        if step in self.evaluations or not self.held_out:
+            return self.evaluations.get(step)
+        self.tell_rewards(step + 1)
         evaluation = evaluate(
             temperature_one(self.decoder),
             self.held_out,
@@ -129,12 +149,16 @@ class Session:
             self.scorer.score,
             passing=self.task.rewards[0].name,
             max_completion_tokens=self.plan.max_completion_tokens,
+            turns=self.sampler.turns,
         )
         self.scorer.take_logs()  # those of held-out completions say nothing about a step
+        if self.sampler.environments is not None:
+            self.sampler.environments.take_counts()
         numbers = evaluation.summary()
         del numbers["ci95"]
-        self.run.metrics({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
+        self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
         self.progress.evaluated(step, evaluation)
+        self.evaluations[step] = evaluation
         return evaluation
 
     def log_step(
@@ -147,9 +171,10 @@ class Session:
     ) -> None:
         """Write one step's metrics and rollouts, replayed ones included, and show them."""
         self.tokens += metrics["rollout/tokens"]
-        logs = self.scorer.take_logs()
+        logs, tokenizer = self.scorer.take_logs(), self.policy.tokenizer
         record = {
             **logs.means(),
+            **self._tool_metrics(metrics["rollout/completions"]),
             "step": step,
             "num_tokens": self.tokens,
             "rewards/failures": sum(count.failures for count in self.scorer.counts.values()),
@@ -159,7 +184,7 @@ class Session:
             **metrics,
         }
         mx.reset_peak_memory()
-        self.run.metrics(record)
+        self._write(record)
         self.run.rollouts(
             step,
             [
@@ -169,11 +194,33 @@ class Session:
                     selection.dropped[i],
                     replayed=i >= record["rollout/groups"],
                     extra=logs.of(group.group),
+                    pieces=[
+                        tokenizer.pieces(node.token_ids.tolist()) for node in group.group.nodes
+                    ],
                 )
                 for i, (group, credit) in enumerate(zip(scored, credits, strict=True))
             ],
         )
         self.progress.stepped(record)
+        for warning in self.health.see(record):
+            self.run.event("warning", step=step, name=warning.name, text=warning.text)
+            self.progress.warn(warning.text)
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics down, and let the dashboards have their numbers."""
+        self.run.metrics(metrics)
+        log(self.dashboards, metrics, self.progress.warn)
+
+    def _tool_metrics(self, completions: int) -> dict[str, float | None]:
+        """How often tools were called, and failed; nothing where there are none."""
+        environments = self.sampler.environments
+        if environments is None or not environments.has_tools:
+            return {}
+        calls, failures = environments.take_counts()
+        return {
+            "tools/call_frequency": calls / completions,
+            "tools/failure_frequency": failures / calls if calls else None,
+        }
 
     def counters(self) -> dict[str, float]:
         """What has been spent so far, under the names of the metrics of a step's share of it."""
@@ -184,9 +231,9 @@ class Session:
         }
 
     def tell_rewards(self, step: int) -> None:
-        """Let reward functions know where the run stands (TRL's `trainer_state`)."""
+        """Let reward functions know that this step comes next (TRL's `trainer_state`)."""
         self.scorer.state = {
-            "global_step": step,
+            "global_step": step - 1,  # steps done, as TRL counts
             "max_steps": self.config.run.steps,
             "epoch": self.epoch(step),
         }
@@ -197,9 +244,11 @@ class Session:
         return (step - 1) * self.config.rollout.prompts_per_step / size if size else None
 
     def save_adapter(self) -> Path:
-        """Write the adapters in mlx-lm's format."""
+        """Write the adapters as mlx-lm and PEFT read them."""
         folder = self.folder / "adapter"
-        save_adapter(self.policy.model, self.policy.lora_keys, folder)
+        wanted = self.config.model
+        base_id = find_base_id(wanted.base_id, self.model_folder, wanted.path)
+        write_adapter(adapter_of(self.policy.model, base_id=base_id), folder)
         return folder
 
     def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:

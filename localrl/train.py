@@ -5,15 +5,22 @@ Task -> rollouts -> rewards -> credit -> selection -> update -> run folder
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from localrl.config import RunConfig
+from localrl.errors import LocalRLError, Stopped
 from localrl.evaluate import Evaluation
+from localrl.keeping import Keeper
 from localrl.opening import open_session
+from localrl.pulse import Pulse
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
+from localrl.runs.supervised import Restart
 from localrl.session import Progress, Session, Silent
 
 
@@ -24,32 +31,53 @@ class RunResult:
     folder: Path
     steps: int
     train_s: float
-    """Seconds of the training loop, without the evaluations before and after it."""
+    """Seconds of its steps, those before a resumption included, without evaluations."""
     base: Evaluation | None
     adapter: Evaluation | None
 
 
 def train(
-    config: RunConfig, *, overwrite: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    pulse: Pulse | None = None,
+    restart: Restart | None = None,
 ) -> RunResult:
     """Teach the configured model the configured task; everything lands in the run folder.
 
+    resume: go on with the run in `config.run.out` as if nothing had happened.
+    restart: what a supervisor says of the process before this one.
+
     Raises: ConfigError, before anything is computed, when the configuration cannot work;
-    RewardError when rewards fail too often; LocalRLError when the adapter diverges.
+    RewardError when rewards fail too often; LocalRLError when the adapter diverges; CheckpointError
+    when there is nothing whole to go on from; Stopped when `pulse` was asked to stop.
     """
-    with open_session(config, overwrite=overwrite, progress=progress or Silent()) as session:
-        base = session.evaluate(0)
-        started, step = time.monotonic(), 0
-        while step < config.run.steps and not _time_is_up(config, started):
+    opened = open_session(
+        config,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress or Silent(),
+        pulse=pulse or Pulse(),
+        restart=restart,
+    )
+    with opened as session, _told(session), Keeper(session) as keeper:
+        step = session.step
+        while True:
+            keeper.mark(step)
+            if _evaluation_due(session.config, step):
+                session.evaluate(step)
+                keeper.mark(step)
+            if step >= config.run.steps or _time_is_up(session):
+                break
             step += 1
             train_step(session, step)
-            if _evaluation_due(config, step):
-                session.evaluate(step)
-        train_s = time.monotonic() - started
         session.save_adapter()
-        adapter = session.evaluate(step)
+        base, adapter = session.evaluate(0), session.evaluate(step)
+        keeper.mark(step)
         session.finish(base, adapter)
-    return RunResult(session.folder, step, train_s, base, adapter)
+    return RunResult(session.folder, step, session.trained_s, base, adapter)
 
 
 def train_step(session: Session, step: int) -> None:
@@ -66,6 +94,8 @@ def train_step(session: Session, step: int) -> None:
     credits = [session.credit(step, group) for group in scored]
     selection = session.select(step, scored, credits)
     stats = updater.update(selection.batch, session.plan)
+    if stats.problem:
+        session.run.event("update_skipped", step=step, reason=stats.problem)
     clock.lap("time/update_s")
     session.learn(fresh, credits, stats, version)
 
@@ -87,6 +117,25 @@ def train_step(session: Session, step: int) -> None:
             "step_time": clock.total(),
         },
     )
+    session.trained_s += clock.total()
+
+
+@contextmanager
+def _told(session: Session) -> Iterator[None]:
+    """Say how to go on, once what was stopped is saved."""
+    try:
+        yield
+    except Stopped as stopped:
+        steps = session.checkpoints.steps()
+        done = f"after step {steps[-1]}" if steps else ""
+        session.run.event("stopped", reason=str(stopped))
+        raise Stopped(
+            f"Stopped by {stopped} {done}. Go on with: localrl train --resume --out "
+            f"{shlex.quote(str(session.folder))}"
+        ) from None
+    except LocalRLError as error:
+        session.run.event("failed", reason=str(error))
+        raise
 
 
 class Stopwatch:
@@ -106,12 +155,12 @@ class Stopwatch:
         return time.perf_counter() - self._started
 
 
-def _time_is_up(config: RunConfig, started: float) -> bool:
-    limit = config.run.minutes
-    return limit is not None and time.monotonic() - started >= 60 * limit
+def _time_is_up(session: Session) -> bool:
+    limit = session.config.run.minutes
+    return limit is not None and session.trained_s >= 60 * limit
 
 
 def _evaluation_due(config: RunConfig, step: int) -> bool:
-    """Every eval_every steps; after the last step the closing evaluation does it."""
+    """Before the first step, after the last, and every eval_every steps."""
     every = config.run.eval_every
-    return every > 0 and step % every == 0 and step < config.run.steps
+    return step in (0, config.run.steps) or (every > 0 and step % every == 0)

@@ -69,10 +69,14 @@ def test_the_written_configuration_is_the_one_that_ran(result):
     assert tomllib.loads((result.folder / "config.toml").read_text())["run"]["eval_every"] == 2
 
 
+WITH_TOOLS = {"rollout/turns", "tools/call_frequency", "tools/failure_frequency"}
+"""Metrics of tasks with tools alone; `test_conversations.py` sees them."""
+
+
 def test_every_metric_is_in_the_table_and_every_one_of_the_table_is_logged(result):
     logged = set().union(*read_jsonl(result.folder / "metrics.jsonl"))
     known = {name.replace("<name>", "final_answer") for name in METRICS}
-    assert logged == known
+    assert logged == known - WITH_TOOLS
 
 
 def test_evaluations_come_before_after_and_between(result):
@@ -357,3 +361,16 @@ def test_the_unsafe_flag_is_written_down_whatever_the_reward(tiny_folder, tmp_pa
     folder = run(tiny_folder, tmp_path / "run", **SHORT, **settings).folder
     kinds = [event["kind"] for event in read_jsonl(folder / "events.jsonl")]
     assert "code_rewards" in kinds
+
+
+def test_reward_functions_are_told_the_steps_done(tiny_folder, tmp_path):
+    """As in TRL: none in the first step, all in the evaluation after the last."""
+    reward = Path(__file__).parent / "rewards" / "trl_style.py"
+    out = run(tiny_folder, tmp_path / "run", **{"task.rewards": [f"{reward}:curriculum"]}).folder
+    lines = list(read_jsonl(out / "metrics.jsonl"))
+    assert [line["reward"] for line in lines if "reward" in line] == pytest.approx(
+        [0, 1 / 3, 2 / 3]
+    )
+    assert [m["eval/mean_reward"] for m in lines if "eval/mean_reward" in m] == pytest.approx(
+        [0, 1]
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
-import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from localrl.embedded import EMBEDDED_MODEL
+from localrl.text import printable
 
 if TYPE_CHECKING:
     from localrl.evaluate import Evaluation, Shown
@@ -28,7 +29,7 @@ class Console:
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
-        self._steps = 0
+        self._first, self._steps = 0, 0
         self._limit_s: float | None = None
         self._started = 0.0
         self._last_line = 0.0
@@ -37,10 +38,10 @@ class Console:
         """Name the model, the task, the machine and the plan."""
         config, plan = session.config, session.plan
         own = config.model.path is None
-        self._steps = config.run.steps
+        self._first, self._steps = session.step, config.run.steps
         self._limit_s = 60 * config.run.minutes if config.run.minutes is not None else None
         self._line(f"run      {session.folder}")
-        name = EMBEDDED_MODEL if own else session.model_folder
+        name = EMBEDDED_MODEL if own else config.model.path
         demonstration = " (embedded, with the demonstration's settings)" if own else ""
         self._line(f"model    {name}{demonstration}")
         self._line(f"task     {session.task.name}: {session.task.description}")
@@ -52,7 +53,9 @@ class Console:
         )
         threads = f", BLAS threads: {plan.threads}" if plan.threads else ""
         self._line(f"machine  {plan.reason}{threads}")
-        if session.held_out:
+        if session.step:
+            self._line(f"resumed  after step {session.step}")
+        elif session.held_out:
             self._line(f"evaluating on {len(session.held_out)} held-out prompts ...")
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
@@ -92,10 +95,16 @@ class Console:
 
     def _start_bar(self) -> None:
         self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=self._steps, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=self._steps,
+            initial=self._first,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
+        )
 
     def _time_left(self, step: int, now: float) -> str:
-        left = (now - self._started) / step * (self._steps - step)
+        left = (now - self._started) / (step - self._first) * (self._steps - step)
         if self._limit_s is not None:
             left = min(left, max(0.0, self._limit_s - (now - self._started)))
         return tqdm.format_interval(left)
@@ -135,15 +144,8 @@ def next_command(result: RunResult) -> str:
     adapter = result.folder / "adapter"
     return (
         f"adapter: {adapter} (mlx-lm format)\n"
-        "next: localrl train --seed 1        the same with other draws\n"
+        f"next: localrl export {shlex.quote(str(result.folder))} --fused  a whole model of it\n"
         "      localrl train --print-config  every setting there is"
-    )
-
-
-def printable(text: str) -> str:
-    """The text without characters that could drive a terminal."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else "�" for c in text
     )
 
 

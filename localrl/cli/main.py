@@ -9,6 +9,14 @@ from typing import Any
 
 import click
 
+from localrl.cli.chat import chat
+from localrl.cli.doctor import doctor
+from localrl.cli.eval import evaluate
+from localrl.cli.export import export
+from localrl.cli.init import init
+from localrl.cli.pull import pull
+from localrl.cli.push import push
+from localrl.cli.show import show
 from localrl.cli.tasks import tasks
 from localrl.cli.train import train
 from localrl.errors import LocalRLError
@@ -44,13 +52,22 @@ def cli(debug: bool) -> None:
 
     \b
       localrl train                    the embedded model, a built-in task, no network
+      localrl init DIR                 a folder of your own to begin with
       localrl train --model DIR ...    a model of your own
       localrl tasks show steps         what a task looks like to the model
     """
 
 
+cli.add_command(init)
 cli.add_command(train)
 cli.add_command(tasks)
+cli.add_command(show)
+cli.add_command(evaluate)
+cli.add_command(chat)
+cli.add_command(export)
+cli.add_command(pull)
+cli.add_command(push)
+cli.add_command(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

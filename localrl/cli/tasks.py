@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from localrl.policy.tokenizer import Tokenizer
     from localrl.rewards.scoring import Scorer
     from localrl.tasks.base import Task
+    from localrl.tasks.environments import Environments
 
 
 @click.group()
@@ -33,8 +33,10 @@ def list_all() -> None:
 def _options(command):
     """The options that `show` and `check` share."""
     for option in (
-        click.option("--model", metavar="DIR", help="Render for this model, not the embedded one."),
+        click.option("--model", metavar="MODEL", help="Render for this, not the embedded model."),
         click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for train."),
+        click.option("--environment", metavar="ENV", help="As for train."),
+        click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for train."),
         click.option("-n", "count", type=click.IntRange(0), default=3, help="Examples to show."),
         click.argument("name"),
     ):
@@ -44,21 +46,21 @@ def _options(command):
 
 @tasks.command()
 @_options
-def show(name: str, count: int, rewards: tuple[str, ...], model: str | None) -> None:
+def show(name: str, count: int, **options: Any) -> None:
     """Show training examples as the model sees them, with their answers.
 
     \b
       localrl tasks show steps
       localrl tasks show problems.jsonl -n 10 --model path/to/model
     """
-    with _opened(name, rewards, model) as (task, _, tokenizer):
-        _head(task)
-        _examples(task, tokenizer, count)
+    with _opened(name, **options) as opened:
+        _head(opened)
+        _examples(opened, count)
 
 
 @tasks.command()
 @_options
-def check(name: str, count: int, rewards: tuple[str, ...], model: str | None) -> None:
+def check(name: str, count: int, **options: Any) -> None:
     """Check a task before training on it: prompts, held-out rows, gold answers, reward time.
 
     \b
@@ -69,49 +71,80 @@ def check(name: str, count: int, rewards: tuple[str, ...], model: str | None) ->
     from localrl.tasks.loading import is_data
 
     rollout = RunConfig().rollout
-    with _opened(name, rewards, model) as (task, scorer, tokenizer):
-        scorer.check(task.train(0).columns)
+    with _opened(name, **options) as opened:
+        opened.scorer.check(opened.task.train(0).columns)
         report = inspect_task(
-            task,
-            scorer,
-            tokenizer,
+            opened.task,
+            opened.scorer,
+            opened.tokenizer,
             max_prompt_tokens=rollout.max_prompt_tokens,
             per_step=rollout.prompts_per_step * rollout.completions,
             gold=is_data(name),
+            environments=opened.environments,
         )
-        _head(task)
+        _head(opened)
         for line in _lines(report, rollout.max_prompt_tokens):
             click.echo(line)
-        _examples(task, tokenizer, count)
+        _examples(opened, count)
+
+
+class _Opened(NamedTuple):
+    """What there is to look at."""
+
+    task: Task
+    scorer: Scorer
+    tokenizer: Tokenizer
+    environments: Environments | None
 
 
 @contextmanager
 def _opened(
-    name: str, rewards: Sequence[str], model: str | None
-) -> Iterator[tuple[Task, Scorer, Tokenizer]]:
-    """The task, its rewards and the model's tokenizer; data without a reward get `accuracy`."""
+    name: str,
+    rewards: Sequence[str],
+    model: str | None,
+    environment: str | None,
+    tools: tuple[str, ...],
+) -> Iterator[_Opened]:
+    """The task, its rewards, the model's tokenizer, and what completions would talk to.
+
+    Data that bring no reward and no environment get `accuracy`.
+    """
     from localrl.config import TaskConfig
-    from localrl.embedded import embedded_model_path
+    from localrl.policy.loading import find_model
     from localrl.policy.tokenizer import load_tokenizer
     from localrl.rewards.catalog import parse_rewards
     from localrl.rewards.scoring import Scorer
-    from localrl.tasks.loading import is_data, open_task
+    from localrl.tasks.loading import is_data, open_task, with_environments
     from localrl.worker import Worker
 
-    config = TaskConfig(name=name)
-    specs = parse_rewards(rewards or (["accuracy"] if is_data(name) else []))
+    config = TaskConfig(name=name, environment=environment, tools=tools)
+    plain = is_data(name) and environment is None
+    specs = parse_rewards(rewards or (["accuracy"] if plain else []))
     with Worker(
         time_limit_s=config.reward_timeout_s,
         memory_limit_bytes=config.reward_memory_mb * 2**20,
     ) as worker:
-        task = open_task(config, specs, worker)
-        scorer = Scorer(task.rewards, worker, lambda line: click.echo(f"warning: {line}", err=True))
-        yield task, scorer, load_tokenizer(Path(model) if model else embedded_model_path())
+        task, environments = with_environments(
+            config, open_task(config, specs, worker), worker, _warn
+        )
+        tokenizer = load_tokenizer(find_model(model))
+        if environments is not None:
+            environments.connect(tokenizer)
+        yield _Opened(task, Scorer(task.rewards, worker, _warn), tokenizer, environments)
 
 
-def _head(task: Task) -> None:
+def _warn(line: str) -> None:
+    click.echo(f"warning: {line}", err=True)
+
+
+def _head(opened: _Opened) -> None:
+    task = opened.task
     parts = ", ".join(f"{spec.name} x {spec.weight:g}" for spec in task.rewards)
     click.echo(f"{task.name}: {task.description}\nrewards: {parts}")
+    for kind in opened.environments.kinds.values() if opened.environments else ():
+        called = ", ".join(schema["function"]["name"] for schema in kind.schemas)
+        what = f"the model may call {called}" if called else "plays in text"
+        click.echo(f"environment: {kind.name}, {what}")
 
 
 def _lines(report: TaskReport, most: int) -> Iterator[str]:
@@ -131,15 +164,19 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
     for scored in report.wrong[:3]:
         parts = {name: values[0] for name, values in scored.parts.items()}
         yield f"  {scored.group.example.id}: {scored.group.example.answer!r:.60} gets {parts}"
-    yield f"reward time: {1000 * report.reward_s:.1f} ms for the completions of a step"
+    if report.reward_s is not None:
+        yield f"reward time: {1000 * report.reward_s:.1f} ms for the completions of a step"
 
 
-def _examples(task: Task, tokenizer: Tokenizer, count: int) -> None:
+def _examples(opened: _Opened, count: int) -> None:
     from localrl.cli.console import printable
+    from localrl.inspection import encode
 
-    for index in range(min(count, task.train_size or count)):
-        example = task.train(index)
-        prompt = tokenizer.encode(example.messages)
+    task, tokenizer = opened.task, opened.tokenizer
+    examples = [task.train(index) for index in range(min(count, task.train_size or count))]
+    for example, prompt in zip(
+        examples, encode(examples, tokenizer, opened.environments), strict=True
+    ):
         click.echo(f"\n{example.id}  ({len(prompt)} tokens)")
-        click.echo(f"  model sees  {printable(tokenizer.render(example.messages))!r}")
+        click.echo(f"  model sees  {printable(tokenizer.inner.decode(list(prompt)))!r}")
         click.echo(f"  answer      {printable(str(example.answer))}")

@@ -18,12 +18,16 @@ from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees, token_logprobs
+from localrl.policy.size import relative_size, weight_norms
 from localrl.records import Batch, MemoryPlan, StepStats
 
 LOGGER = logging.getLogger(__name__)
 
 MOST_SKIPPED = 3
-"""Updates in a row that may be skipped for a gradient that is not finite."""
+"""Steps in a row whose update may be skipped, since something in it was not finite."""
+
+_State = tuple[Any, int]
+"""(adapters, optimizer), and the number of updates that they have had."""
 
 DRIFT_TOKENS = 256
 """Trained tokens from which the policy's drift is measured."""
@@ -40,17 +44,22 @@ class Updater:
         config: LearningConfig,
         temperature: float,
         warn: Callable[[str], None] = LOGGER.warning,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = policy
+        self._beat = beat
         self.shared: bool | None = None
         """Whether prompts and nodes are computed once; None until the first batch has shown it."""
         self._warn = warn
         self.config = config
         self.objective = make_objective(config)
         self.temperature = temperature
+        self._norms: mx.array | None = None
         self.updates = 0
-        self._skipped = 0
-        self._optimizer = optim.Adam(learning_rate=config.lr, bias_correction=True)
+        self.skipped = 0
+        """Steps in a row with an update that was not made."""
+        # Every update sets its own rate.
+        self.optimizer = optim.Adam(learning_rate=0.0, bias_correction=True)
 
     @property
     def learning_rate(self) -> float:
@@ -60,14 +69,33 @@ class Updater:
     def update(self, batch: Batch, plan: MemoryPlan) -> StepStats:
         """Update the adapters on one step's batch; an empty batch changes nothing.
 
-        Raises: LocalRLError when the gradient was not finite several times in a row.
+        Nothing that is not finite stays: not a loss, a gradient, an adapter, nor adapters under
+        which a log-probability is none. The adapters and the optimizer are then as they were.
+
+        Raises: LocalRLError when that happened in several steps in a row.
         """
         if not any(node.trained.any() for node in batch.nodes):
             return NO_UPDATE
-        first = self._apply(batch, plan)
+        before = self._state()
+        first = stats = self._apply(batch, plan)
         for _ in range(self.config.updates_per_step - 1):
-            self._apply(batch, plan)
-        return replace(first, drift=self._drift(batch, plan)) if first.updated else first
+            # Once more would be the same again.
+            stats = stats if stats.problem else self._apply(batch, plan)
+        problem, drift = stats.problem, None
+        if first.updated:
+            drift = self._drift(batch, plan)
+            if not np.isfinite(drift):
+                self._put_back(before)
+                problem, drift = "log-probabilities after the update were not finite", None
+        self._count(problem)
+        updated = drift is not None
+        size = self._relative_size() if updated else None
+        return replace(first, drift=drift, updated=updated, problem=problem, relative_size=size)
+
+    def _relative_size(self) -> float:
+        if self._norms is None:
+            self._norms = weight_norms(self.policy.model)
+        return relative_size(self.policy.model, self._norms)
 
     def _drift(self, batch: Batch, plan: MemoryPlan) -> float:
         """Mean |log-probability now - at the start of the step| over the tokens of a few prompts.
@@ -87,6 +115,7 @@ class Updater:
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
         total, gradient = _Totals(), None
         for micro in self._micro_batches(batch, plan):
+            self._beat()
             reference = self._reference(micro, plan.head_chunk)
             (_, sums), grad = value_and_grad(micro, reference, plan.head_chunk)
             gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
@@ -141,23 +170,39 @@ class Updater:
         gradient, total = self.gradient(batch, plan)
         norm = global_norm(gradient)
         if not np.isfinite([norm, total.loss]).all():
-            self._skip(norm)
-            return total.stats(batch.z, norm, updated=False)
-        self._skipped = 0
+            return total.stats(batch.z, norm, problem=f"loss {total.loss}, gradient norm {norm}")
+        before = self._state()
         factor = min(1.0, self.config.max_grad_norm / (norm + 1e-12))
-        self._optimizer.learning_rate = self.learning_rate
-        self._optimizer.update(self.policy.model, tree_map(lambda g: g * factor, gradient))
-        mx.eval(self.policy.model.trainable_parameters(), self._optimizer.state)
+        self.optimizer.learning_rate = self.learning_rate
+        self.optimizer.update(self.policy.model, tree_map(lambda g: g * factor, gradient))
+        mx.eval(self.policy.model.trainable_parameters(), self.optimizer.state)
         self.updates += 1
-        return total.stats(batch.z, norm, updated=True)
+        if not _finite(self._state()[0]):
+            self._put_back(before)
+            return total.stats(batch.z, norm, problem="the updated adapters were not finite")
+        return total.stats(batch.z, norm)
 
-    def _skip(self, norm: float) -> None:
-        """Leave the adapters as they are: one bad gradient would ruin them for good."""
-        self._skipped += 1
-        if self._skipped >= MOST_SKIPPED:
+    def _state(self) -> _State:
+        """What an update changes. Arrays are never changed in place, so this copies nothing."""
+        parts = (self.policy.model.trainable_parameters(), self.optimizer.state)
+        return tree_map(lambda array: array, parts), self.updates
+
+    def _put_back(self, state: _State) -> None:
+        (adapters, moments), self.updates = state
+        self.policy.model.update(adapters)
+        self.optimizer.state = moments
+
+    def _count(self, problem: str | None) -> None:
+        """Count steps in a row that went wrong: one bad update would ruin the adapters for good.
+
+        Raises: LocalRLError when they are too many.
+        """
+        self.skipped = self.skipped + 1 if problem else 0
+        if self.skipped >= MOST_SKIPPED:
             raise LocalRLError(
-                f"The gradient was not finite {self._skipped} times in a row (norm {norm}). The "
-                "adapter has diverged: start again with a lower learning.lr."
+                f"An update was not finite {self.skipped} times in a row (the last time: "
+                f"{problem}). The adapter has diverged; the last checkpoint holds it as it was "
+                f"before. Start again with a learning.lr lower than {self.config.lr:g}."
             )
 
 
@@ -186,7 +231,7 @@ class _Totals:
         self.tokens += len(micro.targets)
         self.saved_positions += micro.saved_positions
 
-    def stats(self, z: float, norm: float, *, updated: bool) -> StepStats:
+    def stats(self, z: float, norm: float, *, problem: str | None = None) -> StepStats:
         return StepStats(
             loss=self.loss / z,
             grad_norm=norm,
@@ -198,7 +243,8 @@ class _Totals:
             drift=None,
             trained_tokens=self.tokens,
             saved_positions=self.saved_positions,
-            updated=updated,
+            updated=problem is None,
+            problem=problem,
         )
 
 
@@ -210,6 +256,12 @@ def _some(batch: Batch, tokens: int) -> Batch:
             return replace(batch, prompts=batch.prompts[: node.prompt], nodes=batch.nodes[:n])
         seen += int(node.trained.sum())
     return batch
+
+
+def _finite(tree: Any) -> bool:
+    """Whether all numbers of a tree's arrays are finite."""
+    flat: Any = tree_flatten(tree)
+    return bool(mx.stack([mx.isfinite(array).all() for _, array in flat]).all().item())
 
 
 def global_norm(tree: Any) -> float:

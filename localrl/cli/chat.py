@@ -1,0 +1,170 @@
+"""`localrl chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localrl.cli.eval import configure
+from localrl.errors import ConfigError, DataError, LocalRLError
+from localrl.text import printable
+
+if TYPE_CHECKING:
+    from localrl.policy.model import Policy
+
+HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends (or Ctrl-D)"
+
+
+@click.command()
+@click.argument("run", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="A folder, or user/name; default: the embedded one.")
+@click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
+@click.option("--adapter", metavar="DIR", help="With the adapter in this folder.")
+@click.option("--system", metavar="TEXT", help="A system message; default: that of the run.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    default=1.0,
+    help="Of sampling; 0 takes the likeliest token; default 1.",
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="Of an answer; default: as in training.")
+@click.option("--seed", type=click.IntRange(0), help="For the same answers again.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for train.")
+def chat(
+    run: Path | None,
+    settings: tuple[str, ...],
+    system: str | None,
+    temperature: float,
+    max_tokens: int | None,
+    seed: int | None,
+    **options: Any,
+) -> None:
+    """Talk to a model, with a run's adapter and without it.
+
+    \b
+      localrl chat runs/steps-1
+      echo "What is 2+2?" | localrl chat --model DIR --temperature 0
+    """
+    from localrl.backend import mx
+    from localrl.parts import load, open_policy, settle
+
+    config = configure(run, settings, options)
+    settled = settle(config)
+    policy, _ = open_policy(settled, load(settled))
+    if seed is not None:
+        mx.random.seed(seed)
+    talk = Talk(
+        policy,
+        temperature=temperature,
+        max_tokens=max_tokens or config.rollout.max_completion_tokens,
+        system=config.task.system if system is None else system,
+        has_adapter=settled.adapter is not None,
+    )
+    name = f"{settled.model_folder.name}{', with its adapter' if talk.adapter else ''}"
+    click.echo(f"{printable(name)}. {HELP}", err=True)
+    for line in _lines():
+        if not talk.hear(line):
+            break
+
+
+def _lines() -> Iterator[str]:
+    """What a person or a pipe says, line by line."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  (lets input() edit lines)
+
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+
+
+@dataclass
+class Talk:
+    """A conversation that goes on."""
+
+    policy: Policy
+    temperature: float
+    max_tokens: int
+    system: str | None
+    has_adapter: bool
+    messages: list[dict[str, str]] = field(default_factory=list)
+    """Without the system message."""
+    adapter: bool = field(init=False)
+    """Whether answers come from the model with its adapter."""
+
+    def __post_init__(self) -> None:
+        self.adapter = self.has_adapter
+
+    def hear(self, line: str) -> bool:
+        """Answer a line, or do what it commands; false when it ends the conversation."""
+        text = line.strip()
+        if text.startswith("/"):
+            return self._command(text)
+        if text:
+            self._answer(text)
+        return True
+
+    def _command(self, text: str) -> bool:
+        if text == "/adapter" and not self.has_adapter:
+            click.echo("There is no adapter. Name one with --adapter, or a run.", err=True)
+        elif text in ("/base", "/adapter"):
+            self.adapter = text == "/adapter"
+            click.echo(f"answers now come from the {text[1:]}", err=True)
+        elif text == "/reset":
+            self.messages.clear()
+            click.echo("forgotten", err=True)
+        elif text != "/quit":
+            click.echo(f"There is no {printable(text)}: {HELP}", err=True)
+        return text != "/quit"
+
+    def _answer(self, text: str) -> None:
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            answer = self._stream([*head, *asked])
+        except (ConfigError, DataError) as error:  # a template that refuses these messages
+            click.echo(f"{printable(str(error))} (/reset forgets what was said)", err=True)
+            return
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def _stream(self, messages: list[dict[str, str]]) -> str:
+        """Sample an answer, and show its text as it comes. Ctrl-C ends it early."""
+        from contextlib import nullcontext
+
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        from localrl.policy.lora import adapters_off
+
+        tokenizer, model = self.policy.tokenizer, self.policy.model
+        if unknown := tokenizer.unknown(messages):
+            raise DataError(f"The model has no token for {unknown!r}.")
+        prompt, pieces = list(tokenizer.encode(messages)), []
+        try:
+            with nullcontext() if self.adapter else adapters_off(model):
+                for response in stream_generate(
+                    model,
+                    tokenizer.inner,
+                    prompt,
+                    max_tokens=self.max_tokens,
+                    sampler=make_sampler(self.temperature),
+                ):
+                    pieces.append(response.text)
+                    click.echo(printable(response.text), nl=False)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+        except RuntimeError as error:  # mlx's own
+            raise LocalRLError(f"The model cannot answer: {error}.") from error
+        click.echo()
+        return "".join(pieces)

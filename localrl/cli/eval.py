@@ -1,0 +1,157 @@
+"""`localrl eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from localrl.comparing import Difference, Result, Side
+    from localrl.config import RunConfig
+
+SETTINGS = {
+    "model": "model.path",
+    "quantize": "model.quantize",
+    "adapter": "lora.adapter",
+    "task": "task.name",
+    "rewards": "task.rewards",
+    "environment": "task.environment",
+    "tools": "task.tools",
+    "prompts": "task.eval_prompts",
+    "unsafe_code": "task.unsafe_code",
+}
+"""Options that are settings under another name."""
+
+
+@click.command("eval")
+@click.argument("run", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="A folder, or user/name; default: the embedded one.")
+@click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
+@click.option("--adapter", metavar="DIR", help="Compare with the adapter in this folder.")
+@click.option("--task", metavar="TASK", help="A built-in task, or your file.jsonl or folder.")
+@click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for train.")
+@click.option("--environment", metavar="ENV", help="As for train.")
+@click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for train.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
+@click.option("--unsafe-code", is_flag=True, default=None, help="As for train.")
+@click.option(
+    "-k", "--samples", type=click.IntRange(1), default=1, help="Completions of each prompt."
+)
+@click.option("--prompts", type=click.IntRange(1), help="The most held-out prompts.")
+@click.option(
+    "--temperature", type=click.FloatRange(0.01, 100), default=1.0, help="Of sampling; default 1."
+)
+@click.option("--seed", type=click.IntRange(0), help="Of the draws; default: as in training.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there too.")
+def evaluate(
+    run: Path | None,
+    settings: tuple[str, ...],
+    samples: int,
+    temperature: float,
+    seed: int | None,
+    as_json: bool,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Measure a model on held-out prompts: pass@k, and what an adapter changes.
+
+    \b
+      localrl eval runs/steps-1                      a run's adapter against its base
+      localrl eval runs/steps-1 -k 8 --prompts 100   pass@1 to pass@8
+      localrl eval --model DIR --adapter DIR --task data.jsonl --reward accuracy
+    """
+    from localrl.comparing import evaluate_model
+    from localrl.evaluate import EVALUATION_SEED
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists. Name another file with --out, or move it away.")
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"There is no folder {out.parent} to write {out.name} into.")
+    result = evaluate_model(
+        configure(run, settings, options),
+        samples=samples,
+        temperature=temperature,
+        seed=EVALUATION_SEED if seed is None else seed,
+        warn=lambda line: click.echo(f"warning: {line}", err=True),
+        tell=lambda line: click.echo(line, err=True),
+    )
+    text = json.dumps(result.to_dict(), indent=2)
+    click.echo(text if as_json else table(result))
+    if out is not None:
+        from localrl.runs.logs import write_atomic
+
+        write_atomic(out, text.encode() + b"\n")
+
+
+def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, Any]) -> RunConfig:
+    """The settings of the run, when one is named, with its adapter; options and --set over them.
+
+    Raises: ConfigError when there is no such run, or it has no adapter.
+    """
+    from localrl.config import RunConfig, parse_setting
+
+    given = dict(parse_setting(text) for text in settings)
+    given |= {SETTINGS[name]: value for name, value in options.items() if value not in (None, ())}
+    if run is None:
+        return RunConfig.create(given)
+    file = run / "config.toml"
+    if not file.is_file():
+        raise ConfigError(
+            f"There is no run in {run} (no config.toml). Name the folder that `localrl train` "
+            "wrote, or a model with --model and an adapter with --adapter."
+        )
+    if "lora.adapter" not in given:
+        if not (run / "adapter" / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{run} holds no adapter yet: one is written when the run ends. Go on with "
+                f"localrl train --resume --out {run}, or name another with --adapter."
+            )
+        given["lora.adapter"] = str(run / "adapter")
+    return RunConfig.create(given, file=file)
+
+
+def table(result: Result) -> str:
+    """What was measured, for people."""
+    lines = [
+        f"{result.task}: {result.prompts} held-out prompts, {result.samples} completions of each, "
+        f"temperature {result.temperature:g}",
+        f"{'':10}{'':>8}{'rate':>8}{'95 % interval':>18}",
+    ]
+    for name, side in (("base", result.base), ("adapter", result.with_adapter)):
+        lines += _rows(name, side) if side is not None else []
+    if result.difference is not None:
+        lines += ["", _told(result.difference)]
+    return "\n".join(lines)
+
+
+def _rows(name: str, side: Side) -> list[str]:
+    rows = [
+        f"{name:10}{f'pass@{rate.k}':>8}{rate.rate:>8.3f}"
+        f"{f'{rate.ci95[0]:.3f} to {rate.ci95[1]:.3f}':>18}"
+        for rate in side.pass_at
+    ]
+    reward = "unknown" if side.mean_reward is None else f"{side.mean_reward:.3f}"
+    rest = (
+        f"{name:10}mean reward {reward}, {side.mean_completion_tokens:.1f} tokens, "
+        f"{side.cut_off:.0%} cut off"
+    )
+    if side.unjudged:
+        rest += f", {side.unjudged} of {side.completions} completions without a verdict"
+    return [*rows, rest]
+
+
+def _told(difference: Difference) -> str:
+    interval = "unknown"
+    if difference.ci95 is not None:
+        interval = f"{difference.ci95[0]:+.3f} to {difference.ci95[1]:+.3f}"
+    return (
+        f"adapter - base  {difference.value:+.3f} in pass@1 ({interval}), p = {difference.p:.2g} "
+        f"({difference.test}); better on {difference.adapter_better}, worse on "
+        f"{difference.base_better} of {difference.prompts} prompts"
+    )

@@ -1,0 +1,244 @@
+"""What works on a task together: its rewards, the model, what samples and what learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from localrl import backend
+from localrl.checks import check
+from localrl.config import RunConfig
+from localrl.errors import ConfigError
+from localrl.learning.tracker import Tracker
+from localrl.learning.update import Updater
+from localrl.memory.plan import make_plan
+from localrl.policy.loading import find_model
+from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
+from localrl.policy.precision import dense_bytes
+from localrl.policy.scoring import group_logprobs
+from localrl.policy.selfcheck import check_batching
+from localrl.pulse import Pulse
+from localrl.records import Example, Group, MemoryPlan, RewardSpec
+from localrl.rewards.catalog import parse_rewards
+from localrl.rewards.code import allow_unsafe_code, check_code_rewards
+from localrl.rewards.scoring import Scorer
+from localrl.rollouts.decode import Decoder
+from localrl.rollouts.groups import Shape, make_shape
+from localrl.rollouts.stops import make_stops
+from localrl.sampling import Rescore, Sampler
+from localrl.sharing.adapters import Adapter
+from localrl.sharing.base import find_base_id
+from localrl.sharing.starting import starting_adapter
+from localrl.tasks.base import Task
+from localrl.tasks.loading import open_task, with_environments
+from localrl.worker import Worker
+
+SOME = 8
+"""Examples that are looked at before a run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """Settings that were read and found to go together, before anything is loaded."""
+
+    config: RunConfig
+    """With rank, scale and places of the adapter that it starts from."""
+    rewards: Sequence[RewardSpec]
+    shape: Shape
+    model_folder: Path
+    adapter: Adapter | None
+    """The one to start from."""
+
+
+def settle(config: RunConfig) -> Settled:
+    """Read what the settings name, but for the model's weights and the task.
+
+    Raises: ConfigError, saying what cannot work; CheckpointError for a damaged adapter.
+    """
+    rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
+    shape = make_shape(config.rollout)
+    model_folder = find_model(config.model.path)
+    config, adapter = starting_adapter(config, read_shape(model_folder).layers)
+    find_base_id(config.model.base_id, model_folder, config.model.path)
+    allow_unsafe_code(config.task.unsafe_code)
+    return Settled(config, rewards, shape, model_folder, adapter)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What works on a task together; a run has a folder besides."""
+
+    config: RunConfig
+    model_folder: Path
+    task: Task
+    policy: Policy
+    plan: MemoryPlan
+    scorer: Scorer
+    decoder: Decoder
+    sampler: Sampler
+    updater: Updater
+    tracker: Tracker
+    held_out: list[Example]
+
+
+@contextmanager
+def open_parts(
+    settled: Settled,
+    *,
+    warn: Callable[[str], None],
+    pulse: Pulse,
+    plan: MemoryPlan | None = None,
+) -> Iterator[Parts]:
+    """Open the task, its rewards and the model. plan: that of the run that goes on.
+
+    Raises: ConfigError or DataError, saying what cannot work.
+    """
+    config = settled.config
+    with Worker(
+        time_limit_s=config.task.reward_timeout_s,
+        memory_limit_bytes=config.task.reward_memory_mb * 2**20,
+    ) as worker:
+        task = open_task(config.task, settled.rewards, worker)
+        check(config, settled.shape, task)
+        task, environments = with_environments(config.task, task, worker, warn)
+        scorer = Scorer(
+            task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=pulse.beat
+        )
+        scorer.check(task.train(0).columns)
+        held_out = task.evaluation(config.task.eval_prompts)
+        loaded = load(settled)
+        _check_vocabulary(loaded, task, held_out, settled.model_folder)
+        policy, plan = open_policy(settled, loaded, plan)
+        check_batching(policy)
+        if environments is not None:
+            environments.connect(policy.tokenizer)
+        decoder = _decoder(config, policy, plan, pulse)
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
+        tracker = Tracker()
+        yield Parts(
+            config=config,
+            model_folder=settled.model_folder,
+            task=task,
+            policy=policy,
+            plan=plan,
+            scorer=scorer,
+            decoder=decoder,
+            sampler=Sampler(
+                config,
+                task,
+                plan,
+                decoder,
+                tracker,
+                settled.shape,
+                scorer.score,
+                _rescore(updater, plan),
+                environments,
+            ),
+            updater=updater,
+            tracker=tracker,
+            held_out=held_out,
+        )
+
+
+def load(settled: Settled) -> LoadedModel:
+    """The model, before adapters.
+
+    Raises: ConfigError when it cannot be read.
+    """
+    wish = settled.config.model
+    return load_model(settled.model_folder, quantize=wish.quantize, thinking=wish.thinking)
+
+
+def open_policy(
+    settled: Settled, loaded: LoadedModel, plan: MemoryPlan | None = None
+) -> tuple[Policy, MemoryPlan]:
+    """The model with its adapters, within a plan: this one, or one that is made now."""
+    if plan and plan.threads:
+        backend.set_threads(plan.threads)
+    plan = plan or _plan(settled.config, loaded, settled.model_folder)
+    return _policy(settled.config, loaded, plan, settled.adapter), plan
+
+
+def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
+    """What code in answers will run in; None when no reward of ours runs any.
+
+    A user's reward may run some too, so that the unsafe flag is never passed over in silence.
+
+    Raises: ConfigError when nothing holds it.
+    """
+    ours = any(spec.target.startswith("localrl.rewards.code:") for spec in task.rewards)
+    if not ours and not config.task.unsafe_code:
+        return None
+    found = check_code_rewards()
+    if found.startswith("UNSAFE"):
+        warn(found)
+    return found
+
+
+def _check_vocabulary(
+    loaded: LoadedModel, task: Task, held_out: Sequence[Example], folder: Path
+) -> None:
+    """Raises: ConfigError when the model cannot read the task's first prompts."""
+    size = min(SOME, task.train_size or SOME)
+    examples = [*map(task.train, range(size)), *held_out[:SOME]]
+    unknown = dict.fromkeys(c for e in examples for c in loaded.tokenizer.unknown(e.messages))
+    if unknown:
+        raise ConfigError(
+            f"The model in {folder} has no token for {''.join(unknown)!r}, which prompts of "
+            f"{task.name!r} contain. Name another model with --model; the embedded one reads the "
+            "tasks steps, sums and sorting."
+        )
+
+
+def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, pulse: Pulse) -> Decoder:
+    rollout = config.rollout
+    stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, text=rollout.stop_text)
+    return Decoder(policy, rollout.temperature, plan.decode_rows, stops=stops, beat=pulse.beat)
+
+
+def _rescore(updater: Updater, plan: MemoryPlan) -> Rescore:
+    def rescore(groups: Sequence[Group]) -> list[list[np.ndarray]]:
+        return group_logprobs(
+            updater.policy,
+            groups,
+            shared=bool(updater.shared),
+            micro_rows=plan.micro_rows,
+            head_chunk=plan.head_chunk,
+            temperature=updater.temperature,
+        )
+
+    return rescore
+
+
+def _plan(config: RunConfig, loaded: LoadedModel, folder: Path) -> MemoryPlan:
+    if config.memory.threads:
+        backend.set_threads(config.memory.threads)
+    machine = backend.describe()
+    return make_plan(
+        config,
+        vocabulary=read_shape(folder).vocabulary,
+        dense_bytes=dense_bytes(loaded.model),
+        on_cpu=machine.device == "cpu",
+        threads=machine.threads,
+    )
+
+
+def _policy(
+    config: RunConfig, loaded: LoadedModel, plan: MemoryPlan, start: Adapter | None
+) -> Policy:
+    return make_policy(
+        loaded,
+        rank=config.lora.rank,
+        scale=config.lora.scale,
+        seed=config.run.seed,
+        for_cpu=backend.describe().device == "cpu",
+        dense=plan.dequantise,
+        layers=config.lora.layers,
+        keys=config.lora.keys,
+        weights=start.weights if start else None,
+        source=config.lora.adapter,
+    )
