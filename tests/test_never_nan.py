@@ -20,6 +20,7 @@ from localrl.learning.update import NO_UPDATE, Updater
 from localrl.resuming import read
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
+from localrl.session import Silent
 
 SHORT = f"{Path(__file__).parent / 'worker_functions.py'}:short"
 BAD_STEP = 3
@@ -125,3 +126,26 @@ def test_a_bad_update_is_taken_back_whole(tmp_path, lr, problem, updates):
     assert bad.skipped == 0
     one, other = everything(bad), everything(good)
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_warnings_are_events_and_a_run_that_goes_on_does_not_repeat_them(tiny_folder, tmp_path):
+    class Listener(Silent):
+        def __init__(self):
+            self.lines = []
+
+        def warn(self, line):
+            self.lines.append(line)
+
+    # A random model never ends an answer of three tokens.
+    settings = {"rollout.max_completion_tokens": 3, "learning.lr": 0.0}
+    first, second = Listener(), Listener()
+    out = tmp_path / "run"
+    train(config(tiny_folder, out, **settings), progress=first)
+    more = {**settings, "run.steps": 8}
+    train(config(tiny_folder, out, **more), resume=True, progress=second)
+    told = [e for e in read_jsonl(out / "events.jsonl") if e["kind"] == "warning"]
+    assert [(e["step"], e["name"]) for e in told] == [(5, "truncation")]
+    assert told[0]["text"] in first.lines
+    assert told[0]["text"] not in second.lines
+    sizes = [m["update/relative_size"] for m in read_jsonl(out / "metrics.jsonl") if "reward" in m]
+    assert {size for size in sizes if size is not None} <= {0.0}

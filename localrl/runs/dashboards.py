@@ -140,6 +140,8 @@ def _wandb(module: Any, run: Path, settings: Numbers, step: int) -> Dashboard:
         x_disable_machine_info=True,
         x_disable_stats=True,
         x_save_requirements=False,
+        host="unnamed",
+        username="unnamed",
     )
     # The marker is written once, so a run that goes on has the same id.
     id = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]
