@@ -68,9 +68,9 @@ def settle(config: RunConfig) -> Settled:
     return Settled(config, rewards, shape, model_folder, adapter)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Parts:
-    """What works on a task together; a run has a folder besides."""
+    """What works on a task together; a `Session` has a run folder besides."""
 
     config: RunConfig
     model_folder: Path

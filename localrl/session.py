@@ -11,29 +11,22 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.checks import tracker_weight
-from localrl.config import RunConfig
 from localrl.evaluate import Evaluation, evaluate, temperature_one
 from localrl.keys import keyed_uniforms
 from localrl.learning.credit import Credit, assign_credit
 from localrl.learning.downsample import max_variance
 from localrl.learning.objectives import denominator, weigh_prompt
 from localrl.learning.selection import Selection, round_small, select
-from localrl.learning.tracker import Tracker
-from localrl.learning.update import Updater
 from localrl.memory.machine import resident_bytes
-from localrl.policy.model import Policy
-from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
-from localrl.rewards.scoring import Scorer
-from localrl.rollouts.decode import Decoder
+from localrl.parts import Parts
+from localrl.records import ScoredGroup, StepStats
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.dashboards import Dashboard, log
 from localrl.runs.folder import RunFolder
 from localrl.runs.health import Health
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
-from localrl.sampling import Sampler
 from localrl.sharing.adapters import adapter_of, write_adapter
 from localrl.sharing.base import find_base_id
-from localrl.tasks.base import Task
 
 
 class Progress(Protocol):
@@ -55,22 +48,11 @@ class Silent:
 
 
 @dataclass(eq=False)
-class Session:
+class Session(Parts):
     """Everything open for one run, and the few things that are done with several of them."""
 
-    config: RunConfig
-    model_folder: Path
-    task: Task
-    policy: Policy
-    plan: MemoryPlan
-    scorer: Scorer
-    decoder: Decoder
-    sampler: Sampler
-    updater: Updater
-    tracker: Tracker
     run: RunFolder
     progress: Progress
-    held_out: list[Example]
     checkpoints: Checkpoints
     sources: Mapping[str, str]
     """What the run is made from, see `resuming.sources_of`."""

@@ -124,14 +124,14 @@ def test_a_run_with_a_tool_raises_its_reward(tmp_path):
         {
             "model.path": "turns-0.1m",
             "task.name": "calculator",
-            "task.eval_prompts": 64,
+            "task.eval_prompts": 48,
             "rollout.prompts_per_step": 16,
             "rollout.group_size": 2,
             "rollout.max_turns": 2,
             "rollout.max_completion_tokens": 48,
             "learning.lr": 3e-3,
             "learning.warmup_steps": 0,
-            "run.steps": 16,
+            "run.steps": 12,
             "run.out": str(tmp_path / "run"),
         }
     )

@@ -64,6 +64,7 @@ SAME_LEVEL = {
     ("resuming", "session"),
     ("resuming", "evaluate"),
     ("pulse", "errors"),
+    ("session", "parts"),
     ("session", "evaluate"),
     ("session", "sampling"),
     ("session", "checks"),

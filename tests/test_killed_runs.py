@@ -8,12 +8,12 @@ from test_resuming import SMALL, outcome
 
 from localrl.runs.checkpoints import Checkpoints, damage
 
-SETTINGS = {**SMALL, "run.steps": 8, "run.checkpoint_every": 1, "rollout.replay_groups": 1}
+SETTINGS = {**SMALL, "run.steps": 6, "run.eval_every": 0, "run.checkpoint_every": 1, "rollout.replay_groups": 1}
 
 
 @pytest.fixture(scope="module")
 def killer(tiny_folder):
-    killer = Killer({**SETTINGS, "model.path": str(tiny_folder)}, seed=0, most_s=1.5)
+    killer = Killer({**SETTINGS, "model.path": str(tiny_folder)}, seed=0, most_s=0.9)
     yield killer
     killer.close()
 

@@ -124,6 +124,14 @@ def size(n: float) -> str:
     return f"{n / UNITS[name]:.3g} {name}"
 
 
+TROUBLE = {
+    "restarted": "The run died and was begun again from its last checkpoint",
+    "update_skipped": "An update was not made",
+    "failed": "The run ended with an error",
+}
+"""Events that carry a reason, in words."""
+
+
 def _from_events(events: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     failed = [event for event in events if event.get("kind") == "checkpoint_failed"]
@@ -138,6 +146,10 @@ def _from_events(events: Sequence[Mapping[str, Any]]) -> list[str]:
             )
         if str(event.get("sandbox", "")).startswith("UNSAFE"):
             found.append("Code in answers ran without a sandbox.")
+        if event.get("kind") == "warning":
+            found.append(f"Step {event.get('step')}: {event.get('text')}")
+        if event.get("kind") in TROUBLE:
+            found.append(f"{TROUBLE[event['kind']]}: {event.get('reason')}")
     return list(dict.fromkeys(found))
 
 

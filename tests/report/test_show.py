@@ -125,6 +125,8 @@ def test_warnings(tree_run):
         {"kind": "rollouts_thinned", "step": 7, "every": 10},
         {"kind": "code_rewards", "sandbox": "UNSAFE: none"},
         {"kind": "checkpoint_failed", "reason": "disk full"},
+        {"kind": "warning", "step": 9, "text": "all rewards are equal"},
+        {"kind": "restarted", "reason": "it was aborted"},
     ]
     told = facts.warnings(
         replace(run, steps=[bad], events=events, plan={"limit_bytes": 2**30}, unread={"x": 2})
@@ -132,6 +134,8 @@ def test_warnings(tree_run):
     for words in (
         "2 lines of x",
         "the last: disk full",
+        "Step 9: all rewards are equal",
+        "begun again from its last checkpoint: it was aborted",
         "From step 7 on rollouts.jsonl has every 10th group",
         "without a sandbox",
         "3 reward calls failed",
@@ -141,7 +145,7 @@ def test_warnings(tree_run):
         "2 GiB, more than the limit of 1 GiB",
     ):
         assert sum(words in line for line in told) == 1, (words, told)
-    assert len(told) == 9
+    assert len(told) == 11
 
 
 def test_numbers_for_people():
