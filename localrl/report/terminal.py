@@ -41,7 +41,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
         return
     yield f"\ncurves over steps {run.steps[0]['step']} to {run.step}: lowest, curve, highest, last"
     for chart in charts(run):
-        yield from curve(chart, max(10, width - LABEL - 31))
+        yield from curve(chart, max(10, width - LABEL - 32))
     yield f"\nstep {run.step}"
     for key in KEYS:
         if key in run.steps[-1]:
@@ -59,7 +59,7 @@ def curve(chart: Chart, width: int) -> Iterator[str]:
         name = chart.title if len(chart.lines) == 1 else f"{chart.title}, {line.label}"
         unit = f" {chart.unit}" if chart.unit else ""
         yield (
-            f"{one_line(name, LABEL):{LABEL}}{_short(low):>9} {blocks} {_short(high):<8}"
+            f"{one_line(name, LABEL):{LABEL}}{_short(low):>9} {blocks} {_short(high):<8} "
             f"{_short(known[-1])}{unit}"
         ).rstrip()
 
@@ -110,4 +110,4 @@ def _row(name: str, text: str) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

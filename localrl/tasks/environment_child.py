@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,8 @@ def _describe(environment: Any, tools: Sequence[str]) -> dict[str, Any]:
 
 def schema(function: Callable[..., Any]) -> dict[str, Any]:
     """The JSON schema of a function with type hints and a Google docstring, as TRL makes it."""
+    # It would advise whoever has no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import get_json_schema  # a second and a half, only where there are some
 
     return get_json_schema(function)
