@@ -51,8 +51,10 @@ class Keeper:
 
     def _due(self, step: int) -> bool:
         run = self._session.config.run
-        if step == 0 or step in self._session.evaluations or step >= run.steps:
+        if step in self._session.evaluations or step >= run.steps:
             return True
+        if step == 0:  # what there is to lose is the evaluation that comes now
+            return not self._session.held_out
         if run.keep_every and step % run.keep_every == 0:
             return True
         if run.checkpoint_every:
