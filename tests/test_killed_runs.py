@@ -8,7 +8,13 @@ from test_resuming import SMALL, outcome
 
 from localrl.runs.checkpoints import Checkpoints, damage
 
-SETTINGS = {**SMALL, "run.steps": 6, "run.eval_every": 0, "run.checkpoint_every": 1, "rollout.replay_groups": 1}
+SETTINGS = {
+    **SMALL,
+    "run.steps": 6,
+    "run.eval_every": 0,
+    "run.checkpoint_every": 1,
+    "rollout.replay_groups": 1,
+}
 
 
 @pytest.fixture(scope="module")
