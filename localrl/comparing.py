@@ -113,7 +113,7 @@ def evaluate_model(
     Raises: ConfigError or DataError, saying what cannot work; RewardError when rewards fail.
     """
     settled = settle(config)
-    with open_parts(settled, warn=warn, pulse=Pulse()) as parts:
+    with open_parts(settled, warn=warn, pulse=Pulse(), trains=False) as parts:
         check_sandbox(parts.config, parts.task, warn)
         if not parts.held_out:
             raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Name a number.")

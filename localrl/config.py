@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,9 @@ THINKING = ("auto", "on", "off")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """What `localrl.learning.objective` defines."""
 
+LIMIT_FORM = r"(?i)\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB|%)\s*"
+"""A size or a share, as `localrl.memory.limit` reads it."""
+
 
 def setting(
     default: Any,
@@ -58,9 +62,10 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    form: str | None = None,
 ) -> Any:
     """A field of a section: its default, one line of help, and the values that it may take."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "form": form}
     return field(default=default, metadata=metadata)
 
 
@@ -191,6 +196,11 @@ class MemoryConfig:
     head_chunk: int = setting(0, "positions whose logits exist at once; 0: chosen", low=0)
     dequantise: str = setting("auto", "float32 base on CPU", choices=("auto", "on", "off"))
     threads: int = setting(0, "threads of the CPU's matrix products; 0: chosen", low=0)
+    limit: str | None = setting(
+        None, "most that MLX may hold: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
+    )
+    pin: str | None = setting(None, "plan.json to use as it is")
+    recalibrate: bool = setting(False, "measure memory again, and choose sizes by that")
 
 
 @dataclass(frozen=True)
@@ -371,6 +381,9 @@ def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if choices and value not in choices:
         wanted = f"{', '.join(choices[:-1])} or {choices[-1]}"
         raise ConfigError(f"{key} is {value!r}; it must be {wanted} ({_help(spec)}).")
+    form = spec.metadata["form"]
+    if form and not re.fullmatch(form, str(value)):
+        raise ConfigError(f"{key} is {value!r}; it is not written as it must be ({_help(spec)}).")
     return value
 
 

@@ -10,14 +10,21 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from localrl import backend
+from localrl.doctor_machine import (
+    SAME_VERSION,
+    Row,
+    blas_speed_row,
+    decode_speed_row,
+    memory_rows,
+    pair_rows,
+)
 from localrl.errors import LocalRLError
+from localrl.memory.machine import read_machine
 from localrl.policy.folder import WEIGHTS, check_folder
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
@@ -26,8 +33,6 @@ from localrl.policy.selfcheck import check_batching
 from localrl.records import Batch, BatchNode
 from localrl.rewards.code import check_code_rewards
 from localrl.runs.folder import package_versions
-
-Status = Literal["ok", "warn", "fail"]
 
 LOWEST = {
     "mlx": ((0, 32, 2), "earlier ones place rotary positions of batches wrongly on Metal"),
@@ -45,31 +50,27 @@ FEW_BYTES, NO_BYTES = 2_000_000_000, 100_000_000
 EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One thing that was looked at."""
-
-    id: str
-    """Stays the same from version to version."""
-    status: Status
-    text: str
-    """What was found, in one line."""
-    todo: str | None = None
-    """What to do about it."""
-
-
 def look_at_machine() -> Iterator[Row]:
-    """Versions, device, disk, sandbox, token."""
+    """Versions, device, memory, speed, disk, sandbox, token."""
     yield Row("python", "ok", "python {}.{}.{}".format(*sys.version_info))
     found = package_versions(LOWEST)
     for name in LOWEST:
         yield package_row(name, found[name.replace("-", "_")])
+    together = package_versions(("mlx", *SAME_VERSION))
+    yield from pair_rows(
+        {name: together[name.replace("-", "_")] for name in ("mlx", *SAME_VERSION)}
+    )
     machine = backend.describe()
     yield Row("device", "ok", f"{machine.device} on {platform.platform(terse=True)}")
     if machine.blas:
         threads = f", {machine.threads} threads" if machine.threads else ""
         slow = machine.note is not None
         yield Row("blas", "warn" if slow else "ok", f"{machine.blas}{threads}", machine.note)
+    yield from memory_rows(read_machine())
+    speed = blas_speed_row(machine.device)
+    if speed:
+        yield speed
+    yield decode_speed_row()
     yield disk_row(shutil.disk_usage(Path.cwd()).free)
     yield _sandbox()
     yield _token()

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Callable
 from typing import Self
 
+from localrl.backend import mx
 from localrl.errors import CheckpointError
-from localrl.resuming import State, take, write
+from localrl.memory.failures import failure_of
+from localrl.resuming import State, put, take, write
 from localrl.session import Session
 
 LEAST_S, COST = 2.0, 0.01
 """Seconds between checkpoints at least, and the share of the time that writing them may take."""
 MOST_FAILURES = 3
 """Checkpoints in a row that may fail to be written before the run stops."""
+MOST_REFUSALS = 5
+"""Times that a step is tried again with smaller batches."""
 
 
 class Keeper:
     """Keeps the state of a running session safe; use it as a context manager.
 
-    What is stopped within it, by a request or an error, is saved as it was after its last step.
+    What is stopped within it, by a request or an error, is saved as it was after its last step;
+    but not after an error that puts in doubt what the GPU has computed.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._state: State | None = None
         self._saved = session.checkpoints.steps()[-1:] == [session.step]
+        self._state: State | None = take(session, session.step) if self._saved else None
         self._marked = (session.step, len(session.evaluations)) if self._saved else None
         self._cost_s = 0.0
         self._last = time.monotonic()
@@ -33,9 +40,37 @@ class Keeper:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._saved and (kind is None or not issubclass(kind, CheckpointError)):
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        doubtful = error is not None and failure_of(error) == "poisoned"
+        if not self._saved and not doubtful and not isinstance(error, CheckpointError):
             self._save()
+
+    def attempt(self, work: Callable[[Session, int], object], step: int) -> None:
+        """Do the work of a step; again, with the same draws in smaller batches, when an allocation
+        is refused.
+
+        Raises: what the work raises, also a refusal when nothing is left to give up.
+        """
+        for _ in range(MOST_REFUSALS):
+            try:
+                work(self._session, step)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if failure_of(error) != "refused" or not self._session.give_way(step, str(error)):
+                    raise
+            # Outside of the handler, whose error holds on to the arrays of the failed try.
+            self._go_back()
+        work(self._session, step)
+
+    def _go_back(self) -> None:
+        """Put the session back to what it was before the step, but for its plan."""
+        assert self._state is not None
+        put(self._state, self._session)
+        self._session.drop_logs()
+        self._session.watch.calm = 0
+        self._state = take(self._session, self._state.step)
+        gc.collect()
+        mx.clear_cache()
 
     def mark(self, step: int) -> None:
         """This step is done. Its state is kept, and written when that is due.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from localrl import backend
 from localrl.config import RunConfig, keys
 from localrl.learning.objectives import describe
-from localrl.parts import check_sandbox, open_parts, settle
+from localrl.memory.adapting import Watch
+from localrl.memory.plan import changes
+from localrl.parts import Parts, check_sandbox, open_parts, settle
 from localrl.pulse import Pulse
 from localrl.resuming import reopen, sources_of
 from localrl.runs import dashboards
@@ -43,12 +45,14 @@ def open_session(
     config, warn = settled.config, progress.warn
     with ExitStack() as stack:
         before = stack.enter_context(reopen(config, warn)) if resume else None
-        plan = before.plan_after(restart, settled.shape.leaves) if before else None
+        plan = before.plan_after(restart, settled.shape) if before else None
         parts = stack.enter_context(open_parts(settled, warn=warn, pulse=pulse, plan=plan))
         sandbox = check_sandbox(config, parts.task, warn)
         run = before.run if before else stack.enter_context(_open_folder(config, overwrite))
         run.write_config(config.to_toml())
         run.write_plan(parts.plan)
+        if not before:
+            _tell_less(parts, run, warn)
         if sandbox:
             run.event("code_rewards", sandbox=sandbox)
         run.event("objective", **describe(config.learning, config.rollout.completions))
@@ -59,6 +63,7 @@ def open_session(
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
             sources=sources_of(parts.model_folder, parts.task, parts.held_out),
             health=Health(config, {spec.name: spec.weight for spec in parts.task.rewards}),
+            watch=Watch(parts.plan),
         )
         if before:
             before.continue_in(session)
@@ -72,6 +77,17 @@ def open_session(
             warn(note)
         progress.begin(session)
         yield session
+
+
+def _tell_less(parts: Parts, run: RunFolder, warn: Callable[[str], None]) -> None:
+    """Say aloud where memory leaves less to each prompt than the configuration asks for."""
+    given = changes(parts.asked.plan, parts.plan)
+    less = {name: list(given[name]) for name in ("group_size", "max_completion_tokens")
+            if name in given}  # fmt: skip
+    if less:
+        run.event("plan", step=0, reason=parts.plan.reason, changed=less)
+        sizes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in less.items())
+        warn(f"to fit into memory this run has {sizes}")
 
 
 @contextmanager

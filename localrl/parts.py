@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from localrl import backend
+from localrl.backend import mx
 from localrl.checks import check
 from localrl.config import RunConfig
 from localrl.errors import ConfigError
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
-from localrl.memory.plan import make_plan
+from localrl.memory.machine import read_machine
+from localrl.memory.plan import Asked, cache_bytes
+from localrl.memory.sizes import Sizes
+from localrl.planning import ask, make_plan, shape_of, sizes_of, worth_measuring
+from localrl.policy.checkpointing import can_checkpoint
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
-from localrl.policy.precision import dense_bytes
 from localrl.policy.scoring import group_logprobs
 from localrl.policy.selfcheck import check_batching
+from localrl.probing import calibrated
 from localrl.pulse import Pulse
 from localrl.records import Example, Group, MemoryPlan, RewardSpec
 from localrl.rewards.catalog import parse_rewards
@@ -50,6 +55,7 @@ class Settled:
     rewards: Sequence[RewardSpec]
     shape: Shape
     model_folder: Path
+    sizes: Sizes
     adapter: Adapter | None
     """The one to start from."""
 
@@ -65,7 +71,8 @@ def settle(config: RunConfig) -> Settled:
     config, adapter = starting_adapter(config, read_shape(model_folder).layers)
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
-    return Settled(config, rewards, shape, model_folder, adapter)
+    sizes = sizes_of(model_folder, config.model.quantize)
+    return Settled(config, rewards, shape, model_folder, sizes, adapter)
 
 
 @dataclass(eq=False)
@@ -77,12 +84,27 @@ class Parts:
     task: Task
     policy: Policy
     plan: MemoryPlan
+    asked: Asked
+    """What the plan was made from."""
+    may_checkpoint: bool
     scorer: Scorer
     decoder: Decoder
     sampler: Sampler
     updater: Updater
     tracker: Tracker
     held_out: list[Example]
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that must be decoded at once: those of one tree."""
+        shape = self.sampler.shape
+        return shape.leaves if shape.leaves > shape.roots else 1
+
+    def use(self, plan: MemoryPlan) -> None:
+        """Go on with another plan."""
+        self.plan = self.sampler.plan = plan
+        self.sampler.shape = shape_of(self.config, plan)
+        self.decoder.rows, self.decoder.prefill_rows = plan.decode_rows, plan.prefill_rows
 
 
 @contextmanager
@@ -92,10 +114,12 @@ def open_parts(
     warn: Callable[[str], None],
     pulse: Pulse,
     plan: MemoryPlan | None = None,
+    trains: bool = True,
 ) -> Iterator[Parts]:
     """Open the task, its rewards and the model. plan: that of the run that goes on.
 
-    Raises: ConfigError or DataError, saying what cannot work.
+    Raises: ConfigError or DataError, saying what cannot work; MemoryBudgetError, before weights are
+    loaded, when there is no memory for it.
     """
     config = settled.config
     with Worker(
@@ -110,14 +134,20 @@ def open_parts(
         )
         scorer.check(task.train(0).columns)
         held_out = task.evaluation(config.task.eval_prompts)
+        asked = ask_for(settled, trains=trains, turns=environments is not None)
+        planned, plan = plan, plan or make_plan(config, asked)
         loaded = load(settled)
         _check_vocabulary(loaded, task, held_out, settled.model_folder)
-        policy, plan = open_policy(settled, loaded, plan)
-        check_batching(policy)
+        policy = open_policy(settled, loaded, plan)
+        policy = check_batching(policy)
         if environments is not None:
             environments.connect(policy.tokenizer)
-        decoder = _decoder(config, policy, plan, pulse)
         updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
+        may_checkpoint = trains and can_checkpoint(policy)
+        asked = replace(asked, may_checkpoint=may_checkpoint)
+        if trains and planned is None and worth_measuring(config, plan):
+            plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)
+        decoder = _decoder(config, policy, plan, pulse)
         tracker = Tracker()
         yield Parts(
             config=config,
@@ -125,6 +155,8 @@ def open_parts(
             task=task,
             policy=policy,
             plan=plan,
+            asked=asked,
+            may_checkpoint=may_checkpoint,
             scorer=scorer,
             decoder=decoder,
             sampler=Sampler(
@@ -133,9 +165,9 @@ def open_parts(
                 plan,
                 decoder,
                 tracker,
-                settled.shape,
+                shape_of(config, plan),
                 scorer.score,
-                _rescore(updater, plan),
+                _rescore(updater),
                 environments,
             ),
             updater=updater,
@@ -153,14 +185,28 @@ def load(settled: Settled) -> LoadedModel:
     return load_model(settled.model_folder, quantize=wish.quantize, thinking=wish.thinking)
 
 
-def open_policy(
-    settled: Settled, loaded: LoadedModel, plan: MemoryPlan | None = None
-) -> tuple[Policy, MemoryPlan]:
-    """The model with its adapters, within a plan: this one, or one that is made now."""
-    if plan and plan.threads:
+def ask_for(settled: Settled, *, trains: bool, turns: bool = False) -> Asked:
+    """What the settings ask of this machine's memory.
+
+    Raises: ConfigError when `memory.limit` cannot be what it is.
+    """
+    if threads := settled.config.memory.threads:
+        backend.set_threads(threads)
+    held = mx.get_active_memory() + mx.get_cache_memory()
+    machine = read_machine()
+    return ask(settled.config, settled.sizes, machine, trains=trains, turns=turns, held=held)
+
+
+def open_policy(settled: Settled, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
+    """The model with its adapters, within a plan."""
+    if plan.threads:
         backend.set_threads(plan.threads)
-    plan = plan or _plan(settled.config, loaded, settled.model_folder)
-    return _policy(settled.config, loaded, plan, settled.adapter), plan
+    if plan.limit_bytes is not None:
+        on_cpu = backend.describe().device == "cpu"
+        mx.set_cache_limit(cache_bytes(plan.limit_bytes, on_cpu=on_cpu))
+        # Beyond it MLX waits for what is running before it allocates more, and frees its buffers.
+        mx.set_memory_limit(plan.limit_bytes)
+    return _policy(settled.config, loaded, plan, settled.adapter)
 
 
 def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
@@ -197,11 +243,18 @@ def _check_vocabulary(
 def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, pulse: Pulse) -> Decoder:
     rollout = config.rollout
     stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, text=rollout.stop_text)
-    return Decoder(policy, rollout.temperature, plan.decode_rows, stops=stops, beat=pulse.beat)
+    return Decoder(
+        policy,
+        rollout.temperature,
+        plan.decode_rows,
+        stops=stops,
+        beat=pulse.beat,
+        prefill_rows=plan.prefill_rows,
+    )
 
 
-def _rescore(updater: Updater, plan: MemoryPlan) -> Rescore:
-    def rescore(groups: Sequence[Group]) -> list[list[np.ndarray]]:
+def _rescore(updater: Updater) -> Rescore:
+    def rescore(groups: Sequence[Group], plan: MemoryPlan) -> list[list[np.ndarray]]:
         return group_logprobs(
             updater.policy,
             groups,
@@ -212,19 +265,6 @@ def _rescore(updater: Updater, plan: MemoryPlan) -> Rescore:
         )
 
     return rescore
-
-
-def _plan(config: RunConfig, loaded: LoadedModel, folder: Path) -> MemoryPlan:
-    if config.memory.threads:
-        backend.set_threads(config.memory.threads)
-    machine = backend.describe()
-    return make_plan(
-        config,
-        vocabulary=read_shape(folder).vocabulary,
-        dense_bytes=dense_bytes(loaded.model),
-        on_cpu=machine.device == "cpu",
-        threads=machine.threads,
-    )
 
 
 def _policy(

@@ -246,6 +246,8 @@ class MemoryPlan:
     group_size: int
     decode_rows: int
     """Sequences decoded at once."""
+    prefill_rows: int
+    """Prompts prefilled at once."""
     micro_rows: int
     """Sequences in one backward pass."""
     head_chunk: int
@@ -260,6 +262,8 @@ class MemoryPlan:
     """None: not estimated."""
     limit_bytes: int | None
     reason: str
+    measured: bool = False
+    """Whether the prediction rests on measurements of this machine and model."""
 
 
 @dataclass(frozen=True)

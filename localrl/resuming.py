@@ -23,10 +23,11 @@ from localrl.config import RunConfig, keys
 from localrl.errors import CheckpointError, ConfigError
 from localrl.evaluate import Evaluation, Shown
 from localrl.learning.tracker import Known, Tracker
-from localrl.memory.plan import smaller
+from localrl.memory.adapting import Watch, smaller
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
+from localrl.rollouts.groups import Shape
 from localrl.rollouts.replay import Replay, ReplayCounts, Stored
 from localrl.rollouts.reuse import Earlier
 from localrl.runs.checkpoints import Checkpoints
@@ -59,6 +60,7 @@ TYPES: dict[str, type] = {
         Stored,
         Tally,
         Tracker,
+        Watch,
     )
 }
 """Every record that a state may hold."""
@@ -101,6 +103,8 @@ def take(session: Session, step: int) -> State:
         "trained_s": session.trained_s,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
+        "watch": copy.copy(session.watch),
+        "peak_bytes": session.peak_bytes,
         "sources": session.sources,
         "offsets": session.run.sizes(),
         "tracker": copy.deepcopy(session.tracker),
@@ -181,6 +185,7 @@ def put(state: State, session: Session) -> None:
     sampler.replays, sampler.earlier = values["replays"], values["earlier"]
     sampler.rescored_tokens = values["rescored_tokens"]
     session.scorer.restore(values["rewards"])
+    session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]
 
 
 def _part(state: State, prefix: str) -> dict[str, mx.array]:
@@ -217,11 +222,12 @@ class Before:
         """The plan that it had."""
         return self.state.values["plan"] if self.state else None
 
-    def plan_after(self, restart: Restart | None, least_rows: int) -> MemoryPlan | None:
+    def plan_after(self, restart: Restart | None, shape: Shape) -> MemoryPlan | None:
         """The plan to go on with: its own, or what the supervised process before has left of it."""
         if restart is None:
             return self.plan
         plan = MemoryPlan(**json.loads((self.run.path / "plan.json").read_bytes()))
+        least_rows = shape.leaves if shape.leaves > shape.roots else 1
         return smaller(plan, least_rows=least_rows) if restart.smaller else plan
 
     def continue_in(self, session: Session) -> None:

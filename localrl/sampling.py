@@ -24,7 +24,7 @@ from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
 from localrl.tasks.order import choose, take
 
-Rescore = Callable[[Sequence[Group]], list[list[np.ndarray]]]
+Rescore = Callable[[Sequence[Group], MemoryPlan], list[list[np.ndarray]]]
 """Log-probabilities (n,) of every node of each group, under the policy as it is now."""
 
 
@@ -152,7 +152,7 @@ class Sampler:
     def _now(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
         """Log-probabilities of earlier groups under the policy as it is now."""
         self.rescored_tokens += sum(len(node.token_ids) for g in groups for node in g.nodes)
-        return self.rescore(groups) if groups else []
+        return self.rescore(groups, self.plan) if groups else []
 
     def learn(self, scored: Sequence[ScoredGroup], version: int) -> None:
         """Take in a step's fresh groups, which the policy of this version wrote."""

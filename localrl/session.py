@@ -17,9 +17,11 @@ from localrl.learning.credit import Credit, assign_credit
 from localrl.learning.downsample import max_variance
 from localrl.learning.objectives import denominator, weigh_prompt
 from localrl.learning.selection import Selection, round_small, select
-from localrl.memory.machine import resident_bytes
+from localrl.memory.adapting import Reading, Watch, give_way
+from localrl.memory.machine import read_machine, resident_bytes
+from localrl.memory.plan import changes
 from localrl.parts import Parts
-from localrl.records import ScoredGroup, StepStats
+from localrl.records import MemoryPlan, ScoredGroup, StepStats
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.dashboards import Dashboard, log
 from localrl.runs.folder import RunFolder
@@ -57,6 +59,8 @@ class Session(Parts):
     sources: Mapping[str, str]
     """What the run is made from, see `resuming.sources_of`."""
     health: Health
+    watch: Watch
+    """What memory was like lately."""
     dashboards: Sequence[Dashboard] = ()
     step: int = 0
     """Steps done when it was opened: 0, or more when it goes on with an earlier run."""
@@ -64,6 +68,8 @@ class Session(Parts):
     """Completion tokens sampled so far."""
     trained_s: float = 0.0
     """Seconds of all steps so far."""
+    peak_bytes: int = 0
+    """The most that MLX held in a step so far."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     """By the step after which they were made."""
 
@@ -133,15 +139,19 @@ class Session(Parts):
             max_completion_tokens=self.plan.max_completion_tokens,
             turns=self.sampler.turns,
         )
-        self.scorer.take_logs()  # those of held-out completions say nothing about a step
-        if self.sampler.environments is not None:
-            self.sampler.environments.take_counts()
+        self.drop_logs()  # those of held-out completions say nothing about a step
         numbers = evaluation.summary()
         del numbers["ci95"]
         self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
         self.progress.evaluated(step, evaluation)
         self.evaluations[step] = evaluation
         return evaluation
+
+    def drop_logs(self) -> None:
+        """Forget what rewards and tools have told since the last time."""
+        self.scorer.take_logs()
+        if self.sampler.environments is not None:
+            self.sampler.environments.take_counts()
 
     def log_step(
         self,
@@ -154,6 +164,7 @@ class Session(Parts):
         """Write one step's metrics and rollouts, replayed ones included, and show them."""
         self.tokens += metrics["rollout/tokens"]
         logs, tokenizer = self.scorer.take_logs(), self.policy.tokenizer
+        self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
         record = {
             **logs.means(),
             **self._tool_metrics(metrics["rollout/completions"]),
@@ -162,10 +173,10 @@ class Session(Parts):
             "rewards/failures": sum(count.failures for count in self.scorer.counts.values()),
             "rollout/informative_groups": sum(selection.informative),
             "memory/peak_bytes": mx.get_peak_memory(),
+            "memory/cache_bytes": mx.get_cache_memory(),
             "memory/resident_bytes": resident_bytes(),
             **metrics,
         }
-        mx.reset_peak_memory()
         self._write(record)
         self.run.rollouts(
             step,
@@ -187,6 +198,32 @@ class Session(Parts):
         for warning in self.health.see(record):
             self.run.event("warning", step=step, name=warning.name, text=warning.text)
             self.progress.warn(warning.text)
+
+    def revise_plan(self, step: int) -> None:
+        """Compare what the step took with the plan; another one, when there is reason, is said."""
+        reading = Reading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
+        mx.reset_peak_memory()
+        found = self.watch.see(
+            self.plan, reading, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint
+        )
+        if found is not None:
+            self.replan(step, *found)
+
+    def give_way(self, step: int, reason: str) -> bool:
+        """Go on with smaller batches after an allocation was refused; False when there are none."""
+        plan = give_way(self.plan, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint)
+        if plan is not None:
+            self.replan(step, plan, reason)
+        return plan is not None
+
+    def replan(self, step: int, plan: MemoryPlan, reason: str) -> None:
+        """Use another plan from now on, and tell everyone."""
+        told = {name: list(pair) for name, pair in changes(self.plan, plan).items()}
+        self.use(plan)
+        self.run.write_plan(plan)
+        self.run.event("plan", step=step, reason=reason, changed=told)
+        sizes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in told.items())
+        self.progress.warn(f"{reason}; from now on {sizes}")
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics down, and let the dashboards have their numbers."""
@@ -234,7 +271,14 @@ class Session(Parts):
         return folder
 
     def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:
-        """Write eval.json, when there were evaluations."""
+        """Write what memory the run took, and eval.json, when there were evaluations."""
+        self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
+        self.run.event(
+            "memory",
+            predicted_bytes=self.plan.predicted_bytes,
+            peak_bytes=self.peak_bytes,
+            limit_bytes=self.plan.limit_bytes,
+        )
         if base is None or adapter is None:
             return
         result = {

@@ -19,6 +19,7 @@ from localrl.evaluate import Evaluation
 from localrl.keeping import Keeper
 from localrl.opening import open_session
 from localrl.pulse import Pulse
+from localrl.records import MemoryPlan
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
 from localrl.runs.supervised import Restart
 from localrl.session import Progress, Session, Silent
@@ -34,6 +35,10 @@ class RunResult:
     """Seconds of its steps, those before a resumption included, without evaluations."""
     base: Evaluation | None
     adapter: Evaluation | None
+    plan: MemoryPlan
+    """The last one."""
+    peak_bytes: int
+    """The most that MLX held."""
 
 
 def train(
@@ -67,17 +72,21 @@ def train(
         while True:
             keeper.mark(step)
             if _evaluation_due(session.config, step):
-                session.evaluate(step)
+                keeper.attempt(Session.evaluate, step)
                 keeper.mark(step)
             if step >= config.run.steps or _time_is_up(session):
                 break
             step += 1
-            train_step(session, step)
+            keeper.attempt(train_step, step)
+            session.revise_plan(step)
         session.save_adapter()
+        keeper.attempt(Session.evaluate, step)
         base, adapter = session.evaluate(0), session.evaluate(step)
         keeper.mark(step)
         session.finish(base, adapter)
-    return RunResult(session.folder, step, session.trained_s, base, adapter)
+    return RunResult(
+        session.folder, step, session.trained_s, base, adapter, session.plan, session.peak_bytes
+    )
 
 
 def train_step(session: Session, step: int) -> None:

@@ -23,6 +23,7 @@ def plan(micro_rows=3, head_chunk=16):
     return MemoryPlan(
         group_size=4,
         decode_rows=8,
+        prefill_rows=8,
         micro_rows=micro_rows,
         head_chunk=head_chunk,
         max_prompt_tokens=64,

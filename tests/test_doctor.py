@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -12,6 +14,8 @@ from click.testing import CliRunner
 from localrl import doctor as machine
 from localrl.cli.doctor import doctor
 from localrl.doctor import disk_row, look_at_model, package_row
+from localrl.doctor_machine import blas_speed_row, memory_rows, pair_rows, speed_row
+from localrl.memory.machine import Machine, mac
 
 
 def found(name, **wishes):
@@ -26,6 +30,7 @@ def rows():
 def test_this_machine_is_fit(rows):
     assert list(rows)[:2] == ["python", "package.mlx"]
     assert {"device", "blas", "disk", "sandbox", "token"} <= set(rows)
+    assert {"memory", "memory.limit", "blas.speed", "decode.speed"} <= set(rows)
     assert not [row for row in rows.values() if row.status == "fail"]
     assert all(row.todo for row in rows.values() if row.status == "warn")
 
@@ -44,6 +49,84 @@ def test_versions():
     old = package_row("jinja2", "3.1.5")
     assert (old.status, old.todo) == ("fail", "pip install --upgrade 'jinja2>=3.1.6'")
     assert package_row("mlx-lm", None).status == "fail"
+
+
+def test_packages_that_belong_together():
+    found = {"mlx": "0.32.4", "mlx-metal": "0.32.2", "mlx-cpu": "0.32.4", "mlx-cuda-12": None}
+    metal, cpu = pair_rows(found)
+    assert (metal.id, metal.status, cpu.id, cpu.status) == (
+        "pair.mlx-metal", "fail", "pair.mlx-cpu", "ok",
+    )  # fmt: skip
+    assert metal.text == "mlx 0.32.4 and mlx-metal 0.32.2 must be of one version"
+    assert metal.todo == "pip install --force-reinstall --no-deps 'mlx-metal==0.32.4'"
+    assert list(pair_rows({"mlx": None, "mlx-metal": "0.32.4"})) == []
+
+
+def memory(machine):
+    return {row.id: row for row in memory_rows(machine)}
+
+
+def test_memory_of_a_healthy_mac():
+    rows = memory(replace(mac(16), swap_used_bytes=10**9))
+    assert [row.status for row in rows.values()] == ["ok", "ok"]
+    assert rows["memory"].text == (
+        "17.2 GB in all, 12.9 GB available, swap used 1.0 GB, pressure normal"
+    )
+    limit = rows["memory.limit"].text
+    assert limit.startswith("MLX may hold 9.2 GB: 80 % of the 11.5 GB that Metal recommends;")
+    assert limit.endswith("this process holds 537 MB now")
+
+
+@pytest.mark.parametrize(
+    "change", [{"pressure": "warn"}, {"pressure": "critical"}, {"swap_used_bytes": 5 * 2**30}]
+)
+def test_memory_that_is_short(change):
+    row = memory(replace(mac(16), **change))["memory"]
+    assert row.status == "warn"
+    assert row.todo
+
+
+def test_a_limit_too_small_for_a_model():
+    row = memory(replace(mac(16), available_bytes=10**8))["memory.limit"]
+    assert row.status == "warn"
+    assert "--memory-limit" in str(row.todo)
+
+
+def test_memory_of_a_container():
+    inside = Machine("Linux", "cpu", container_limit_bytes=4 * 10**9, container_bytes=3 * 10**9)
+    rows = memory(inside)
+    assert "container 4.0 GB, 3.0 GB left" in rows["memory"].text
+    assert "80 % of what is left to this container" in rows["memory.limit"].text
+
+
+def test_memory_that_is_unknown():
+    rows = memory(Machine("Linux", "cpu"))
+    assert rows["memory"].text == (
+        "unknown in all, unknown available, swap used unknown, pressure unknown"
+    )
+    assert rows["memory.limit"].status == "warn"
+    assert "available memory cannot be read" in rows["memory.limit"].text
+
+
+def test_products_that_are_slow():
+    """2 * (128**3 + 256**3 + 384**3) = 150,994,944 operations."""
+    slow = speed_row(0.0301, 0.015)
+    assert slow.status == "warn"
+    assert slow.text == "matrix products: MLX 5.0, NumPy 10.1 GFLOP/s: MLX takes 2.0 times as long"
+    assert speed_row(0.03, 0.015).status == "ok"
+    assert blas_speed_row("metal") is None
+
+
+def test_speeds_are_numbers(rows):
+    products = re.search(r"MLX ([\d.]+), NumPy ([\d.]+) GFLOP/s", rows["blas.speed"].text)
+    assert products is not None
+    assert float(products[1]) > 0
+    decoded = re.search(
+        r"(\d+) tokens/s at 1 row, (\d+) tokens/s at 16 rows", rows["decode.speed"].text
+    )
+    assert decoded is not None
+    assert int(decoded[1]) > 0
+    assert int(decoded[2]) > 0
 
 
 def test_disk():

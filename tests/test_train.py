@@ -46,7 +46,7 @@ def test_the_run_folder_holds_everything(result):
     assert {"localrl", "format", "mlx", "mlx_lm", "numpy", "blas"} <= set(marker)
     plan = json.loads((result.folder / "plan.json").read_text())
     assert plan["threads"] >= 1
-    assert plan["predicted_bytes"] is None
+    assert 0 < plan["predicted_bytes"] < plan["limit_bytes"]
 
 
 def test_the_objective_is_written_down_for_what_it_is(result, tiny_folder, tmp_path):

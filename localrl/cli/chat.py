@@ -51,11 +51,13 @@ def chat(
       echo "What is 2+2?" | localrl chat --model DIR --temperature 0
     """
     from localrl.backend import mx
-    from localrl.parts import load, open_policy, settle
+    from localrl.parts import ask_for, load, open_policy, settle
+    from localrl.planning import make_plan
 
     config = configure(run, settings, options)
     settled = settle(config)
-    policy, _ = open_policy(settled, load(settled))
+    plan = make_plan(config, ask_for(settled, trains=False))
+    policy = open_policy(settled, load(settled), plan)
     if seed is not None:
         mx.random.seed(seed)
     talk = Talk(

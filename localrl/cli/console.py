@@ -91,6 +91,7 @@ class Console:
         click.echo(
             f"{result.steps} steps in {result.train_s:.0f} s; all of it is in {result.folder}"
         )
+        click.echo(memory(result))
         click.echo(next_command(result))
 
     def _start_bar(self) -> None:
@@ -139,6 +140,15 @@ def comparison(base: Evaluation, adapter: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory(result: RunResult) -> str:
+    """What the run was thought to take, and what it took."""
+    predicted, limit = result.plan.predicted_bytes, result.plan.limit_bytes
+    return (
+        f"memory: predicted at most {_bytes(predicted)}, measured {_bytes(result.peak_bytes)}, "
+        f"limit {_bytes(limit)}"
+    )
+
+
 def next_command(result: RunResult) -> str:
     """What to try now."""
     adapter = result.folder / "adapter"
@@ -170,6 +180,12 @@ def _postfix(metrics: Mapping[str, Any]) -> str:
         f"informative {metrics['rollout/informative_groups']}/{metrics['rollout/groups']}, "
         f"{rate:.0f} tok/s, {memory / 2**30:.2f} GiB"
     )
+
+
+def _bytes(size: int | None) -> str:
+    from localrl.memory.limit import show
+
+    return "unknown" if size is None else show(size)
 
 
 def _number(value: float | None, digits: int = 3) -> str:

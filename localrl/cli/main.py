@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
+from localrl.cli.bench import bench
 from localrl.cli.chat import chat
 from localrl.cli.doctor import doctor
 from localrl.cli.eval import evaluate
 from localrl.cli.export import export
 from localrl.cli.init import init
+from localrl.cli.plan import plan
 from localrl.cli.pull import pull
 from localrl.cli.push import push
 from localrl.cli.show import show
@@ -54,6 +56,7 @@ def cli(debug: bool) -> None:
       localrl train                    the embedded model, a built-in task, no network
       localrl init DIR                 a folder of your own to begin with
       localrl train --model DIR ...    a model of your own
+      localrl plan --model DIR ...     whether it fits into memory
       localrl tasks show steps         what a task looks like to the model
     """
 
@@ -68,6 +71,8 @@ cli.add_command(export)
 cli.add_command(pull)
 cli.add_command(push)
 cli.add_command(doctor)
+cli.add_command(plan)
+cli.add_command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
+from localrl.memory.failures import failure_of
 from localrl.pulse import Pulse
-from localrl.runs.supervised import OUT_OF_MEMORY, Supervisor, ran_out_of_memory
+from localrl.runs.supervised import OUT_OF_MEMORY, Supervisor
 from localrl.session import Session
 from localrl.train import train
 
@@ -53,8 +54,8 @@ def run_here(
                 restart=restart,
             )
     except (MemoryError, RuntimeError) as error:
-        if supervisor is None or not ran_out_of_memory(error):
+        if supervisor is None or failure_of(error) is None:
             raise
-        console.warn(f"out of memory: {error}")
+        console.warn(f"out of memory, or the GPU failed: {error}")
         sys.exit(OUT_OF_MEMORY)
     console.finish(result)

@@ -24,6 +24,7 @@ FLAGS = {
     "unsafe_code": "task.unsafe_code",
     "environment": "task.environment",
     "tools": "task.tools",
+    "memory_limit": "memory.limit",
 }
 """Flags that are settings under another name."""
 GIVEN = "localrl.train.arguments"
@@ -59,6 +60,7 @@ class Train(click.Command):
 @click.option("--seed", type=int, help="Every random draw derives from it.")
 @click.option("--eval-every", type=int, help="Evaluate every N steps too.")
 @click.option("--out", metavar="DIR", help="Run folder; without it a new one below runs/.")
+@click.option("--memory-limit", metavar="SIZE", help="The most MLX may hold: 6GB, or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
 @click.option("--overwrite", is_flag=True, help="Rename an existing run folder out of the way.")

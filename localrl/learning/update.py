@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
 from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
 from localrl.learning.objectives import make_objective
+from localrl.policy.checkpointing import checkpointed
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
@@ -117,7 +119,7 @@ class Updater:
         for micro in self._micro_batches(batch, plan):
             self._beat()
             reference = self._reference(micro, plan.head_chunk)
-            (_, sums), grad = value_and_grad(micro, reference, plan.head_chunk)
+            (_, sums), grad = value_and_grad(micro, reference, plan)
             gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
             # Frees this micro-batch's graph before the next one is built.
             mx.eval(gradient, *vars(sums).values())
@@ -139,10 +141,11 @@ class Updater:
         return pack(batch, plan.micro_rows)
 
     def _loss(
-        self, micro: MicroBatch, reference: mx.array | None, head_chunk: int
+        self, micro: MicroBatch, reference: mx.array | None, plan: MemoryPlan
     ) -> tuple[mx.array, ObjectiveSums]:
-        logprobs, anchors = self._logprobs(micro, head_chunk), mx.array(micro.anchor_logprobs)
-        coefficients = mx.array(micro.coefficients)
+        with checkpointed(self.policy) if plan.grad_checkpoint else nullcontext():
+            logprobs = self._logprobs(micro, plan.head_chunk)
+        anchors, coefficients = mx.array(micro.anchor_logprobs), mx.array(micro.coefficients)
         sums = policy_sums(self.objective, logprobs, anchors, coefficients, micro.rows)
         if reference is not None:
             weights = mx.array(micro.kl_weights)

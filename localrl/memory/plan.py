@@ -2,71 +2,298 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 
 from localrl.config import RunConfig
-from localrl.memory.machine import available_bytes
+from localrl.errors import MemoryBudgetError
+from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, estimate
+from localrl.memory.limit import Limit, show, write_limit
+from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
 
-LOGIT_BYTES = 64 * 2**20
-"""Logits of one head chunk, in float32."""
-SMALLER = 0.8
-"""What is left of a plan after a death that may have been for memory."""
+LOGIT_BYTES = 32 * 2**20
+"""Logits of one head chunk, in float32: a larger vocabulary has fewer positions in a chunk."""
+LEAST_CHUNK, LEAST_LENGTH = 16, 16
+"""Positions of a chunk, and tokens of a completion, below which nothing is given up."""
 MICRO_TOKENS = 4096
 """Tokens of one backward pass, when the user does not say."""
-DENSE_SHARE = 0.4
-"""Share of the available memory that a float32 copy of the base may take."""
+CACHED, CACHED_ON_CPU = 0.05, 32 * 2**20
+"""Share of the limit for freed buffers that MLX keeps; on the CPU not more than these bytes, which
+are MLX's own choice there."""
+MEASURED_SHARE, PRIOR_SHARE = 0.85, 0.75
+"""Of the limit, what the predicted peak may take. The rest is for freed buffers and for what the
+prediction is wrong by: 10 % once it is measured, more while it rests on priors."""
+TIGHT_SHARE = 0.95
+"""The same for the fewest rows, which priors have promised to fit: freed buffers have the rest."""
 
 
-def make_plan(
-    config: RunConfig, *, vocabulary: int, dense_bytes: int, on_cpu: bool, threads: int | None
-) -> MemoryPlan:
-    """The sizes that the configuration asks for, the others by rule of thumb.
+@dataclass(frozen=True)
+class Asked:
+    """What a run wants, and what it may have."""
 
-    `dense_bytes` is what the base would take as float32 matrices. Nothing is estimated or limited
-    here: `predicted_bytes` and `limit_bytes` are None.
-    """
+    plan: MemoryPlan
+    """Its sizes where memory is no matter."""
+    sizes: Sizes
+    jobs: Mapping[int, Job]
+    """By group size, the wanted one first, then smaller ones that the strategy can have too."""
+    limit: Limit
+    may_checkpoint: bool = True
+
+    def estimate(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> Estimate:
+        """Bytes with this plan."""
+        return estimate(self.sizes, self.jobs[plan.group_size], plan, coefficients)
+
+    def needed(self, peak: int, *, measured: bool = False) -> int:
+        """The limit under which a predicted peak is let through."""
+        return -int(-peak // (MEASURED_SHARE if measured else PRIOR_SHARE)) + 1
+
+
+def wanted(config: RunConfig, *, vocabulary: int, on_cpu: bool, threads: int | None) -> MemoryPlan:
+    """The sizes that the configuration asks for, the others by rule of thumb."""
     rollout, memory = config.rollout, config.memory
     longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
-    dequantise, reason = _dequantise(memory.dequantise, dense_bytes, on_cpu)
+    paths = rollout.prompts_per_step * rollout.completions  # more rows could not be made fewer
+    rows = memory.decode_rows or paths
+    micro_rows = memory.micro_rows or max(1, min(paths, MICRO_TOKENS // longest))
+    chunk = min(LOGIT_BYTES // (4 * vocabulary), micro_rows * rollout.max_completion_tokens)
     return MemoryPlan(
         group_size=rollout.completions,
-        decode_rows=memory.decode_rows or rollout.prompts_per_step * rollout.completions,
-        micro_rows=memory.micro_rows or max(1, MICRO_TOKENS // longest),
-        head_chunk=memory.head_chunk or max(16, LOGIT_BYTES // (4 * vocabulary)),
+        decode_rows=rows,
+        prefill_rows=rows,
+        micro_rows=micro_rows,
+        head_chunk=memory.head_chunk or max(1, chunk),
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_completion_tokens=rollout.max_completion_tokens,
         grad_checkpoint=False,
-        dequantise=dequantise,
+        dequantise=memory.dequantise == "on" or (memory.dequantise == "auto" and on_cpu),
         threads=threads,
         predicted_bytes=None,
         limit_bytes=None,
-        reason=reason,
+        reason="",
     )
 
 
-def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:
-    """The plan with batches 20 % smaller; what a step computes stays the same but for rounding.
+def fit(asked: Asked, coefficients: Coefficients = PRIORS) -> MemoryPlan:
+    """The wanted plan, or what of it fits under the limit.
 
-    least_rows: how many rows must be decoded at once, those of one tree.
+    It gives way in this order, and only where that helps: rows of a backward pass, the head's
+    chunk, gradient checkpointing, prompts prefilled and rows decoded at once, dequantised weights,
+    the group size, the length of completions. What then fits again is taken back.
+
+    Raises: MemoryBudgetError when nothing fits, naming the limit that would do.
     """
-    rows = max(int(SMALLER * plan.decode_rows), least_rows, 1)
+    if asked.limit.bytes is None:
+        return _unlimited(asked, coefficients)
+    share = MEASURED_SHARE if coefficients.measured else PRIOR_SHARE
+    room = _Room(asked, coefficients, share * asked.limit.bytes)
+    plan = asked.plan
+    for give_way in (_update, _rollout, _dense, _group, _length):
+        if room.fits(plan):
+            break
+        plan = give_way(plan, room)
+    if not room.fits(plan):
+        raise _refusal(asked, plan, coefficients)
+    return _finished(_take_back(plan, room), asked, coefficients)
+
+
+def refit(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> MemoryPlan:
+    """The plan after a measurement: other rows, the same group size and length.
+
+    Raises: MemoryBudgetError when not even the fewest rows fit.
+    """
+    kept = {
+        "group_size": plan.group_size,
+        "max_completion_tokens": plan.max_completion_tokens,
+        "dequantise": plan.dequantise,
+    }
+    job = {plan.group_size: asked.jobs[plan.group_size]}
+    same = replace(asked, plan=replace(asked.plan, **kept), jobs=job)
+    found = None
+    with suppress(MemoryBudgetError):
+        found = fit(same, coefficients)
+    if found is None or kept.keys() & changes(found, same.plan).keys():
+        found, limit = _finished(_smallest(same), same, coefficients), asked.limit.bytes or 0
+        if (found.predicted_bytes or 0) > TIGHT_SHARE * limit:
+            # Under the limit that it names nothing need be given up but rows.
+            raise _refusal(asked, _smallest(asked), coefficients)
+    return replace(found, reason=_reason(asked, found, coefficients))
+
+
+def cache_bytes(limit: int, *, on_cpu: bool) -> int:
+    """Freed buffers that MLX may keep under a limit."""
+    share = int(CACHED * limit)
+    return min(share, CACHED_ON_CPU) if on_cpu else share
+
+
+def changes(before: MemoryPlan, after: MemoryPlan) -> dict[str, tuple[object, object]]:
+    """What differs between two plans, but for the numbers that say so."""
+    told = ("predicted_bytes", "limit_bytes", "reason", "measured")
+    pairs = {f.name: (getattr(before, f.name), getattr(after, f.name)) for f in fields(before)}
+    return {name: pair for name, pair in pairs.items() if name not in told and pair[0] != pair[1]}
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What there is for a plan."""
+
+    asked: Asked
+    coefficients: Coefficients
+    bytes: float
+
+    def of(self, plan: MemoryPlan) -> Estimate:
+        return self.asked.estimate(plan, self.coefficients)
+
+    def fits(self, plan: MemoryPlan) -> bool:
+        return self.of(plan).peak <= self.bytes
+
+    def updates(self, plan: MemoryPlan) -> bool:
+        found = self.of(plan)
+        return found.stays + found.update <= self.bytes
+
+    def decodes(self, plan: MemoryPlan) -> bool:
+        found = self.of(plan)
+        return found.stays + found.rollout <= self.bytes
+
+
+Fits = Callable[[MemoryPlan], bool]
+
+
+def _update(plan: MemoryPlan, room: _Room) -> MemoryPlan:
+    """Fewer rows, a smaller chunk, recomputed blocks, as far as the update needs them."""
+    if room.updates(plan):
+        return plan
+    plan = _most(plan, "micro_rows", 1, room.updates)
+    if not room.updates(plan):
+        plan = _most(plan, "head_chunk", LEAST_CHUNK, room.updates)
+    if not room.updates(plan) and room.asked.may_checkpoint:
+        plan = replace(plan, grad_checkpoint=True)
+    return plan
+
+
+def _rollout(plan: MemoryPlan, room: _Room) -> MemoryPlan:
+    """Fewer rows decoded and prompts prefilled at once, as far as the rollouts need it."""
+    if room.decodes(plan):
+        return plan
+    plan = _most(plan, "prefill_rows", 1, room.decodes)
+    if room.decodes(plan):
+        return plan
+    return _most(plan, "decode_rows", _least_rows(plan, room.asked), room.decodes)
+
+
+def _dense(plan: MemoryPlan, room: _Room) -> MemoryPlan:
+    packed = replace(plan, dequantise=False)
+    return packed if room.of(packed).peak < room.of(plan).peak else plan
+
+
+def _group(plan: MemoryPlan, room: _Room) -> MemoryPlan:
+    """A smaller group, where its completions are decoded or scored together."""
+    best = plan
+    for size in room.asked.jobs:
+        if size < best.group_size and not room.fits(best):
+            found = replace(plan, group_size=size)
+            rows = max(1, min(plan.decode_rows, _least_rows(found, room.asked)))
+            found = replace(found, decode_rows=rows)
+            if room.of(found).peak < room.of(best).peak:
+                best = found
+    return best
+
+
+def _length(plan: MemoryPlan, room: _Room) -> MemoryPlan:
+    return _most(plan, "max_completion_tokens", LEAST_LENGTH, room.fits, step=LEAST_LENGTH)
+
+
+def _take_back(plan: MemoryPlan, room: _Room) -> MemoryPlan:
+    """The plan with as much of what it gave up as fits after all."""
+    for field, value in (("grad_checkpoint", False), ("dequantise", room.asked.plan.dequantise)):
+        back = replace(plan, **{field: value})
+        if room.fits(back):
+            plan = back
+    for field in ("decode_rows", "prefill_rows", "micro_rows", "head_chunk"):
+        wish = replace(plan, **{field: getattr(room.asked.plan, field)})
+        plan = _most(wish, field, getattr(plan, field), room.fits)
+    return plan
+
+
+def _most(plan: MemoryPlan, field: str, least: int, fits: Fits, *, step: int = 1) -> MemoryPlan:
+    """The plan with the largest value of a field, from `least` to its own, that fits, or `least`.
+
+    By bisection: more never takes less.
+    """
+    most = getattr(plan, field)
+    if most <= least or fits(plan):
+        return plan
+    low, high = least // step, -(-most // step)  # high does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (
+            (middle, high) if fits(replace(plan, **{field: middle * step})) else (low, middle)
+        )
+    return replace(plan, **{field: max(least, low * step)})
+
+
+def _smallest(asked: Asked) -> MemoryPlan:
+    """The wanted group and length with the smallest batches."""
+    return replace(
+        asked.plan,
+        decode_rows=min(asked.plan.decode_rows, _least_rows(asked.plan, asked)),
+        prefill_rows=1,
+        micro_rows=1,
+        head_chunk=min(asked.plan.head_chunk, LEAST_CHUNK),
+        grad_checkpoint=asked.may_checkpoint,
+    )
+
+
+def _least_rows(plan: MemoryPlan, asked: Asked) -> int:
+    job = asked.jobs[plan.group_size]
+    return job.leaves if job.forks else 1
+
+
+def _unlimited(asked: Asked, coefficients: Coefficients) -> MemoryPlan:
+    """No limit is known: the wanted plan, but nothing is unpacked."""
+    plan = asked.plan
+    if asked.limit.from_machine and asked.sizes.bits:
+        plan = replace(plan, dequantise=False)
+    return _finished(plan, asked, coefficients)
+
+
+def _finished(plan: MemoryPlan, asked: Asked, coefficients: Coefficients) -> MemoryPlan:
     return replace(
         plan,
-        decode_rows=min(plan.decode_rows, rows),
-        micro_rows=max(1, int(SMALLER * plan.micro_rows)),
-        head_chunk=max(1, int(SMALLER * plan.head_chunk)),
+        predicted_bytes=asked.estimate(plan, coefficients).peak,
+        limit_bytes=asked.limit.bytes,
+        measured=coefficients.measured,
+        reason=_reason(asked, plan, coefficients),
     )
 
 
-def _dequantise(wish: str, dense_bytes: int, on_cpu: bool) -> tuple[bool, str]:
-    if wish != "auto":
-        return wish == "on", f"memory.dequantise is {wish}"
-    if not on_cpu:
-        return False, "the GPU multiplies quantised weights as they are"
-    free = available_bytes()
-    if free is None:
-        return False, "the available memory is unknown, so the base stays quantised"
-    fits = dense_bytes <= DENSE_SHARE * free
-    sizes = f"float32 base {dense_bytes / 2**20:.0f} MiB, available {free / 2**20:.0f} MiB"
-    return fits, f"{sizes}: {'dequantised for speed' if fits else 'stays quantised'}"
+def _reason(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> str:
+    """One line: what is predicted from what, under which limit, and what was given up."""
+    peak = show(asked.estimate(plan, coefficients).peak)
+    basis = "measured constants" if coefficients.measured else "priors"
+    limit = asked.limit
+    bound = f"limit {show(limit.bytes)} ({limit.reason})" if limit.bytes else limit.reason
+    given = ", ".join(_given(asked.plan, plan))
+    return f"predicted peak {peak} from {basis}; {bound}" + (f"; gave up: {given}" if given else "")
+
+
+def _given(wish: MemoryPlan, plan: MemoryPlan) -> Iterator[str]:
+    for name, (was, now) in changes(wish, plan).items():
+        if isinstance(was, bool):
+            yield f"{name} {'on' if now else 'off'}"
+        else:
+            yield f"{name} {was} -> {now}"
+
+
+def _refusal(asked: Asked, least: MemoryPlan, coefficients: Coefficients) -> MemoryBudgetError:
+    found = asked.estimate(least, coefficients)
+    enough = write_limit(asked.needed(found.peak, measured=coefficients.measured))
+    limit = asked.limit
+    return MemoryBudgetError(
+        f"This does not fit: with the smallest batches it takes {show(found.peak)}, of them "
+        f"{show(found.weights)} the weights, and it may take a part of {show(limit.bytes or 0)} "
+        f"({limit.reason}). The least limit that would do is --memory-limit {enough}. Or "
+        "choose a smaller model, --quantize 4, or a lower rollout.max_prompt_tokens "
+        f"({least.max_prompt_tokens} now)."
+    )

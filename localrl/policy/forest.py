@@ -8,6 +8,8 @@ levels as a cache. Papers: Prefix Grouper (arXiv 2506.05433), Tree Training (251
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,34 +25,48 @@ def forest_states(policy: Policy, layout: Layout) -> mx.array:
     states = []
     above: list[LevelCache] | None = None
     for level in layout.levels:
-        caches = _level_caches(policy, level, above)
+        last = level is layout.levels[-1]
+        caches = _level_caches(policy, level, above, last)
         hidden = policy.hidden(mx.array(level.tokens), cache=caches)  # (R, L, d)
         states.append(hidden.reshape(-1, hidden.shape[-1]))
         above = caches
     return mx.concatenate(states)
 
 
+KeysValues = tuple[mx.array, mx.array]
+"""Both (R, heads, L, head_dim)."""
+
+
 class LevelCache:
     """One layer's keys and values of a level, in the place of one of mlx-lm's caches.
 
-    Holds the ancestors' keys and values (R, heads, P, head_dim), which of these P positions are
-    real, and after the layer has run its own behind them.
+    Knows the cache of the level above, which of its positions are real ancestors, and after the
+    layer has run the level's own keys and values and those with the ancestors' before them.
     """
 
-    def __init__(
-        self, keys: mx.array | None, values: mx.array | None, valid: np.ndarray, lengths: np.ndarray
-    ) -> None:
-        self.keys, self.values = keys, values
-        self._valid = valid  # (R, P) bool
-        self._lengths = lengths
-        self.offset = mx.array(valid.sum(axis=1).astype(np.int32))  # (R,) rotary position
+    def __init__(self, level: Level, above: LevelCache | None, last: bool) -> None:
+        self._above, self._lengths = above, level.lengths
+        self.last = last
+        """Whether no level is below."""
+        self.own: KeysValues | None = None
+        self._whole: KeysValues | None = None
+        if above is None:
+            self._valid = np.zeros((len(level.tokens), 0), bool)
+        else:
+            self._valid = above._valid_below(level)  # (R, P) bool
+            self._parents = mx.array(level.parents)
+        before = self._valid.sum(axis=1).astype(np.int32)
+        self.offset = mx.array(before)  # (R,) rotary position
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         """The ancestors' and these, (R, heads, P + L, head_dim)."""
-        if self.keys is not None and self.values is not None:
-            keys = mx.concatenate([self.keys, keys], axis=2)
-            values = mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values = keys, values
+        self.own = keys, values
+        if self._above is not None:
+            assert self._above._whole is not None
+            before = [array[self._parents] for array in self._above._whole]
+            keys = mx.concatenate([before[0], keys], axis=2)
+            values = mx.concatenate([before[1], values], axis=2)
+        self._whole = keys, values
         return keys, values
 
     def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array:
@@ -64,19 +80,31 @@ class LevelCache:
             mask &= position[:, None, :] > own[:, :, None] - window_size
         return mx.array(mask[:, None])
 
-    def below(self, level: Level) -> LevelCache:
-        """The cache of this layer for the level below."""
-        assert self.keys is not None
-        assert self.values is not None
-        n = self.keys.shape[2] - self._valid.shape[1]
-        own = np.arange(n) < self._lengths[:, None]
-        valid = np.concatenate([self._valid, own], axis=1)[level.parents]
-        parents = mx.array(level.parents)
-        return LevelCache(self.keys[parents], self.values[parents], valid, level.lengths)
+    def lineage(self) -> list[KeysValues]:
+        """The levels' own keys and values above this one, from the top: no row stands twice."""
+        if self._above is None:
+            return []
+        assert self._above.own is not None
+        return [*self._above.lineage(), self._above.own]
+
+    def renewed(self, lineage: Sequence[KeysValues]) -> LevelCache:
+        """This cache as it was before its layer ran, below levels with these keys and values."""
+        fresh = copy.copy(self)
+        fresh.own = fresh._whole = None
+        if self._above is not None:
+            fresh._above = self._above.renewed(lineage[:-1])
+            fresh._above.update_and_fetch(*lineage[-1])
+        return fresh
+
+    def _valid_below(self, level: Level) -> np.ndarray:
+        """(R, P) bool: which positions, for each row of the level below, are its ancestors'."""
+        assert self.own is not None
+        own = np.arange(self.own[0].shape[2]) < self._lengths[:, None]
+        return np.concatenate([self._valid, own], axis=1)[level.parents]
 
 
-def _level_caches(policy: Policy, level: Level, above: list[LevelCache] | None) -> list[LevelCache]:
-    if above is None:
-        empty = np.zeros((len(level.tokens), 0), bool)
-        return [LevelCache(None, None, empty, level.lengths) for _ in policy.model.layers]
-    return [cache.below(level) for cache in above]
+def _level_caches(
+    policy: Policy, level: Level, above: list[LevelCache] | None, last: bool
+) -> list[LevelCache]:
+    parents = above or [None] * len(policy.model.layers)
+    return [LevelCache(level, parent, last) for parent in parents]

@@ -159,11 +159,11 @@ def make_policy(
     the quantised layers; both in place: there is one copy of the weights.
     """
     model = loaded.model
+    if dense:
+        dequantise(model, as_float32=for_cpu)
     if for_cpu:
         to_float32(model)
         use_fast_swiglu(model)
-    if dense:
-        dequantise(model)
     hidden, head = split_head(model)
     adapted = attach(model, rank=rank, scale=scale, seed=seed, layers=layers, keys=keys)
     if weights is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from localrl.backend import mx, nn, tree_unflatten
+from localrl.backend import mx, nn, tree_flatten, tree_unflatten
 from localrl.errors import ConfigError
 from localrl.policy.lora import linear_shape
 
@@ -27,21 +27,41 @@ def dense_bytes(model: nn.Module) -> int:
 
 
 def to_float32(model: nn.Module) -> None:
-    """Cast every floating parameter, quantisation scales included, to float32 in place."""
-    model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
+    """Cast every floating parameter, quantisation scales included, to float32 in place.
+
+    One array after another, so that both forms exist of one array only; the largest first, while
+    the others are still small.
+    """
+    waiting: Any = tree_flatten(model.parameters())
+    waiting.sort(key=lambda named: named[1].nbytes)
+    while waiting:
+        name, array = waiting.pop()
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(mx.float32)
+            model.update(tree_unflatten([(name, array)]))
+        mx.eval(array)
 
 
-def dequantise(model: nn.Module) -> None:
-    """Replace quantised linear and embedding layers by dense ones of the same values, in place."""
-    replaced: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.QuantizedLinear):
-            replaced.append((path, _dense_linear(module)))
-        elif isinstance(module, nn.QuantizedEmbedding):
-            replaced.append((path, _dense_embedding(module)))
-    model.update_modules(tree_unflatten(replaced))
-    mx.eval(model.parameters())
+def dequantise(model: nn.Module, *, as_float32: bool) -> None:
+    """Replace quantised linear and embedding layers by dense ones of the same values, in place.
+
+    as_float32: the values are computed in float32, whatever the type of the scales. One layer after
+    another, so that both forms exist of one layer only; the largest first.
+    """
+    waiting = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    ]
+    waiting.sort(key=lambda named: named[1].weight.nbytes)
+    while waiting:
+        path, module = waiting.pop()
+        if as_float32:
+            module.set_dtype(mx.float32)
+        linear = isinstance(module, nn.QuantizedLinear)
+        dense = _dense_linear(module) if linear else _dense_embedding(module)
+        model.update_modules(tree_unflatten([(path, dense)]))
+        mx.eval(dense.parameters())
 
 
 def quantise(model: Any, bits: int) -> None:

@@ -166,6 +166,7 @@ class Scorer:
         for name, tally in tallies.items():
             history = self._histories[name]
             history.calls, history.failures = tally.calls, tally.failures
+            history.shares.clear()
             history.shares.extend(tally.shares)
 
     def check(self, columns: Iterable[str] | None = None) -> None:

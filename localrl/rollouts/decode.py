@@ -24,7 +24,6 @@ from localrl.rollouts.stops import Stops
 CHILDREN = 2
 """Rows that a fork makes of one."""
 
-
 @dataclass
 class DecodeCounts:
     """What decoding has cost so far."""
@@ -79,6 +78,8 @@ class Decoder:
     """Rules that end completions early."""
     beat: Callable[[], None] = lambda: None
     """Called with every forward call; it may raise to end the decoding."""
+    prefill_rows: int = 0
+    """The most prompts prefilled at once; 0: as many as there are rows for."""
 
     def decode(
         self,
@@ -177,6 +178,7 @@ class Decoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], mx.array]:
         """One forward over all prompts: a cache of as many rows, and their next logits (P, V)."""
+        self.beat()
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
         for i, prompt in enumerate(prompts):
@@ -220,6 +222,7 @@ class _Waiting:
             sources.append(self._prefilled[self._prompt(0)])
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
         forks = mx.array(sources)
+        forks = mx.array(sources)
         # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
         cache = copy.deepcopy(self._cache)
         for layer in cache:
@@ -249,8 +252,10 @@ class _Waiting:
         return self._ledger.requests[self._queue[place][0]].prompt
 
     def _prefill(self, free: int) -> None:
-        """Prefill the prompts of as many waiting roots as there are free rows."""
-        wanted = dict.fromkeys(self._prompt(i) for i in range(min(max(free, 1), len(self._queue))))
+        """Prefill the prompts of as many waiting roots as there are free rows, or the first few."""
+        count = min(max(free, 1), len(self._queue))
+        wanted = list(dict.fromkeys(self._prompt(i) for i in range(count)))
+        wanted = wanted[: self._decoder.prefill_rows or None]
         self._prefilled = {prompt: row for row, prompt in enumerate(wanted)}
         self._cache, self._logits = self._decoder.prefill([self._prompts[p] for p in wanted])
 

@@ -87,6 +87,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/update_s": ("s", "gradient and optimizer"),
     "step_time": ("s", "the whole step"),
     "memory/peak_bytes": ("bytes", "largest amount MLX held in the step"),
+    "memory/cache_bytes": ("bytes", "freed buffers that MLX kept at the step's end"),
     "memory/resident_bytes": ("bytes", "what the process held at the step's end; null if unknown"),
     "eval/pass@1": ("share", "held-out completions with the highest reward"),
     "eval/n": ("completions", "held-out completions that have a reward"),

@@ -20,14 +20,6 @@ VARIABLE = "LOCALRL_SUPERVISOR"
 OUT_OF_MEMORY = 71
 """The status of a process that ran out of memory and could still say so."""
 
-EXHAUSTED = (
-    "Unable to allocate",
-    "Attempting to allocate",
-    "Insufficient Memory",
-    "Resource limit (",
-)
-"""What MLX 0.32 says, in a RuntimeError, when it lacks memory or buffers."""
-
 
 @dataclass(frozen=True)
 class Restart:
@@ -83,10 +75,3 @@ def find_supervisor() -> Supervisor | None:
     channel.set_inheritable(False)
     restart = message["restart"]
     return Supervisor(channel, Restart(**restart) if restart else None)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was lacking."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in EXHAUSTED)

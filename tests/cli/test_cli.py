@@ -111,6 +111,8 @@ def test_an_existing_folder_is_refused_and_overwrite_keeps_the_old(tiny_folder, 
         (["train", "--model", "nowhere"], 2, "no model in nowhere"),
         (["train", "--task", "sumz"], 2, "did you mean 'sums'"),
         (["train", "--resume", "--out", "none"], 2, "There is no run in none"),
+        (["train", "--memory-limit", "lots"], 2, "memory.limit is 'lots'"),
+        (["train", "--memory-limit", "1MB"], 3, "The least limit that would do is --memory-limit"),
         (["train", "none.toml"], 2, "Cannot read the configuration none.toml"),
         (["tasks", "show", "sumz"], 2, "did you mean 'sums'"),
         (["nonsense"], 2, "No such command"),
@@ -144,9 +146,11 @@ def test_flags_win_over_set_and_set_over_the_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("[run]\nsteps = 1\nseed = 1\n[rollout]\ngroup_size = 3\n")
     done = localrl(
-        "train", file, "--set", "run.steps=2", "--set", "run.seed=2", "--seed", 3, "--print-config"
-    )
+        "train", file, "--set", "run.steps=2", "--set", "run.seed=2", "--seed", 3, "--print-config",
+        "--memory-limit", "70%",
+    )  # fmt: skip
     resolved = tomllib.loads(done.stdout)
+    assert resolved["memory"]["limit"] == "70%"
     assert resolved["run"]["steps"] == 2
     assert resolved["run"]["seed"] == 3
     assert resolved["rollout"]["group_size"] == 3

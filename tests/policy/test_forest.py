@@ -22,7 +22,7 @@ WIDE = LearningConfig(clip_low=1.0, clip_high=100.0)
 
 
 def plan(micro_rows=4) -> MemoryPlan:
-    return MemoryPlan(8, 8, micro_rows, 16, 64, 40, False, True, None, None, None, "")
+    return MemoryPlan(8, 8, 8, micro_rows, 16, 64, 40, False, True, None, None, None, "")
 
 
 def make_batch(*groups: ScoredGroup) -> Batch:

@@ -112,7 +112,7 @@ def test_every_adapter_learns_through_quantised_weights(policy):
     quantised = [m for m in policy.model.modules() if isinstance(m, nn.QuantizedLinear)]
     assert quantised
     updater = Updater(policy, LEARNING, 0.8, lambda line: None)
-    plan = MemoryPlan(8, 8, 4, 16, 64, 40, False, True, None, None, None, "")
+    plan = MemoryPlan(8, 8, 8, 4, 16, 64, 40, False, True, None, None, None, "")
     gradient, _ = updater.gradient(batch(), plan)
     assert np.isfinite(global_norm(gradient))
     still = [name for name, array in tree_flatten(gradient) if not mx.any(array != 0).item()]

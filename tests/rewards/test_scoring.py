@@ -254,6 +254,15 @@ def test_unsendable_column_is_named(worker: Worker) -> None:
         Scorer([spec("length")], worker).score([group("a", level={1, 2})])
 
 
+def test_a_step_that_is_done_again_leaves_no_calls_of_its_first_try(worker: Worker) -> None:
+    scorer = Scorer([spec("length")], worker)
+    scorer.score([group("ab")])
+    before = scorer.tallies()
+    scorer.score([group("ab")])
+    scorer.restore(before)
+    assert scorer.tallies() == before
+
+
 def test_overhead_of_a_call_is_small(worker: Worker) -> None:
     scorer = Scorer([spec("length")], worker)
     scorer.score([group("ab")])

@@ -18,8 +18,8 @@ def examples():
     return [Example(id=text, messages=({"role": "user", "content": text},)) for text in TEXTS]
 
 
-def sample(policy, examples, *, rows, temperature=1.0, step=1, group_size=6):
-    decoder = Decoder(policy, temperature, rows)
+def sample(policy, examples, *, rows, temperature=1.0, step=1, group_size=6, prefill_rows=0):
+    decoder = Decoder(policy, temperature, rows, prefill_rows=prefill_rows)
     prompts = [policy.tokenizer.encode(example.messages) for example in examples]
     groups = sample_groups(
         decoder,
@@ -67,6 +67,35 @@ def test_forward_calls_are_as_few_as_can_be(policy, examples):
     longest = max(len(completion) for completion in completions(groups))
     # One prefill gives the first tokens; every further token of the longest one is one call.
     assert counts.forward_calls == 1 + longest - 1
+
+
+@pytest.mark.parametrize("prefill_rows", [1, 2, 3, 5, 6])
+def test_the_prompts_prefilled_at_once_change_nothing(policy, examples, prefill_rows, monkeypatch):
+    whole, once = sample(policy, examples, rows=30)
+    sizes = []
+    prefill = type(policy).prefill
+
+    def counted(self, tokens, lengths):
+        sizes.append(len(lengths))
+        return prefill(self, tokens, lengths)
+
+    monkeypatch.setattr(type(policy), "prefill", counted)
+    parts, counts = sample(policy, examples, rows=30, prefill_rows=prefill_rows)
+    assert same(completions(whole), completions(parts))
+    for a, b in zip(completions(whole), completions(parts), strict=True):
+        np.testing.assert_allclose(a.sampled_logprobs, b.sampled_logprobs, atol=1e-4)
+    expected = {1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 5: [5], 6: [5]}
+    assert sizes == expected[prefill_rows]
+    # All rows begin before the first of them goes on: only the prefills are more.
+    assert counts.forward_calls == once.forward_calls + len(sizes) - 1
+    assert counts.prefill_positions == once.prefill_positions
+
+
+def test_prompts_wait_for_a_prefill_of_few_and_for_room(policy, examples):
+    whole, _ = sample(policy, examples, rows=30)
+    parts, counts = sample(policy, examples, rows=7, prefill_rows=2)
+    assert same(completions(whole), completions(parts))
+    assert counts.prefill_positions == sum(len(group.prompt_ids) for group in whole)
 
 
 def test_finished_rows_make_room(policy, examples):

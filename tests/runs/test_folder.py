@@ -197,7 +197,7 @@ def test_folder_renamed_before_it_was_locked_is_made_again(
 
 
 def test_config_and_plan(tmp_path: Path) -> None:
-    plan = MemoryPlan(8, 64, 4, 128, 256, 512, False, True, None, None, 6 << 30, "fits")
+    plan = MemoryPlan(8, 64, 64, 4, 128, 256, 512, False, True, None, None, 6 << 30, "fits")
     with open_run(tmp_path / "run", overwrite=False) as folder:
         folder.write_config('name = "größe"\n')
         folder.write_plan(plan)

@@ -14,7 +14,7 @@ import pytest
 
 from localrl.config import RunConfig
 from localrl.errors import Stopped
-from localrl.memory.plan import smaller
+from localrl.memory.adapting import smaller
 from localrl.pulse import Pulse
 from localrl.records import MemoryPlan
 from localrl.runs.logs import read_jsonl
@@ -44,7 +44,8 @@ tell(run=str(run))
 
 MEMORY = """
 from localrl.backend import mx
-from localrl.runs.supervised import OUT_OF_MEMORY, ran_out_of_memory
+from localrl.memory.failures import failure_of
+from localrl.runs.supervised import OUT_OF_MEMORY
 pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 2**28
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -54,7 +55,7 @@ try:
         kept.append(mx.ones((2048, 2048)))
         mx.eval(kept)
 except (MemoryError, RuntimeError) as error:
-    sys.exit(OUT_OF_MEMORY if ran_out_of_memory(error) else 1)
+    sys.exit(OUT_OF_MEMORY if failure_of(error) == "refused" else 1)
 """
 
 
@@ -485,12 +486,15 @@ def test_a_smaller_plan_changes_sizes_of_batches_alone():
     sizes = {"group_size": 8, "max_prompt_tokens": 64, "max_completion_tokens": 40}
     rest = {"grad_checkpoint": False, "dequantise": True, "threads": 2, "reason": "",
             "predicted_bytes": None, "limit_bytes": None}  # fmt: skip
-    plan = MemoryPlan(**sizes, **rest, decode_rows=32, micro_rows=5, head_chunk=16)
+    plan = MemoryPlan(**sizes, **rest, decode_rows=32, prefill_rows=10, micro_rows=5, head_chunk=16)
     once = smaller(plan, least_rows=8)
-    assert once == MemoryPlan(**sizes, **rest, decode_rows=25, micro_rows=4, head_chunk=12)
+    assert once == MemoryPlan(
+        **sizes, **rest, decode_rows=25, prefill_rows=8, micro_rows=4, head_chunk=12
+    )
     for _ in range(20):
         once = smaller(once, least_rows=8)
-    assert (once.decode_rows, once.micro_rows, once.head_chunk) == (8, 1, 1)
+    assert (once.decode_rows, once.prefill_rows) == (8, 1)
+    assert (once.micro_rows, once.head_chunk) == (1, 1)
 
 
 def test_ends_in_words():

@@ -1,0 +1,224 @@
+"""Predicted against measured peaks of MLX's memory, for random models of several shapes.
+
+    python benchmarks/memory.py            writes benchmarks/memory.md and memory.jsonl
+
+Every row is a step at its worst: all prompts and completions as long as the plan allows, decoded by
+the real decoder and learned from by the real update. "prior" is what `localrl plan` says before it
+has measured anything, "calibrated" the same after the two short passes of the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from localrl.backend import mx, nn
+
+HERE = Path(__file__).parent
+MIB = 2**20
+QWEN = {
+    "model_type": "qwen3",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
+WINDOWS = {"sliding_window": 64, "sliding_window_pattern": 3, "query_pre_attn_scalar": 32}
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "qwen3 1 M, tied": ({**QWEN, "hidden_size": 128, "num_hidden_layers": 4,
+        "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 1024}, 0),
+    "qwen3 8 M, untied": ({**QWEN, "hidden_size": 256, "num_hidden_layers": 8,
+        "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 4096, "tie_word_embeddings": False}, 0),
+    "llama 14 M, 4-bit": ({**QWEN, "model_type": "llama", "hidden_size": 256,
+        "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": 32000}, 4),
+    "gemma3 17 M, windows": ({**QWEN, **WINDOWS, "model_type": "gemma3_text", "hidden_size": 256,
+        "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "vocab_size": 50000, "head_dim": 64,
+        "tie_word_embeddings": False}, 0),
+    "qwen2 20 M, 8 heads": ({**QWEN, "model_type": "qwen2", "hidden_size": 512,
+        "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 2048}, 0),
+    "qwen3 56 M, vocabulary 152k": ({**QWEN, "hidden_size": 256, "num_hidden_layers": 16,
+        "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "vocab_size": 151936}, 0),
+    "qwen3 60 M, float32": ({**QWEN, "hidden_size": 512, "num_hidden_layers": 16,
+        "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 64, "vocab_size": 8192}, 0),
+}  # fmt: skip
+RUNS: tuple[dict[str, Any], ...] = (
+    {"group": 8, "prompt": 32, "length": 32},
+    {"group": 16, "prompt": 64, "length": 64},
+    {"group": 8, "prompt": 128, "length": 128, "micro": 4},
+    {"group": 8, "prompt": 128, "length": 256, "micro": 4, "checkpoint": True},
+    {"group": 2, "prompt": 32, "length": 512},
+    {"group": 4, "prompt": 64, "length": 1024, "micro": 1},
+)
+"""Completions of a prompt, tokens, rows of a backward pass (0: all); two prompts a step."""
+PROMPTS = 2
+
+
+class Endless:
+    """A tokenizer whose completions never end."""
+
+    end_ids: frozenset[int] = frozenset()
+
+    def decode(self, ids: Any) -> str:
+        return ""
+
+
+def measure(name: str) -> list[dict[str, Any]]:
+    """All rows of one shape, in this process."""
+    # After localrl.backend, which chooses MLX's BLAS.
+    from mlx_lm.utils import _get_classes
+
+    from localrl.config import RunConfig
+    from localrl.learning.update import Updater
+    from localrl.memory.limit import Limit
+    from localrl.memory.machine import resident_bytes
+    from localrl.memory.plan import Asked, wanted
+    from localrl.memory.sizes import quantised, read_sizes
+    from localrl.planning import _job
+    from localrl.policy.model import LoadedModel, make_policy
+    from localrl.probing import measure as calibrate
+
+    shape, bits = SHAPES[name]
+    mx.random.seed(0)
+    model_class, arguments = _get_classes(shape)
+    model = model_class(arguments.from_dict(shape))
+    if bits:
+        nn.quantize(model, group_size=64, bits=bits)
+    mx.eval(model.parameters())
+    sizes = quantised(read_sizes({**shape, "dtype": "float32"}), bits)
+    policy = make_policy(
+        LoadedModel(model, Endless()),
+        rank=16,
+        scale=2.0,
+        seed=0,
+        for_cpu=True,
+        dense=not bits,  # type: ignore[arg-type]
+    )
+    rows = []
+    for run in RUNS:
+        config = RunConfig.create(
+            {
+                "model.path": "random",
+                "rollout.group_size": run["group"],
+                "rollout.prompts_per_step": PROMPTS,
+                "rollout.max_prompt_tokens": run["prompt"],
+                "rollout.max_completion_tokens": run["length"],
+                "memory.micro_rows": run.get("micro", 0) or PROMPTS * run["group"],
+                "memory.dequantise": "off" if bits else "auto",
+                "task.eval_prompts": 0,
+            }
+        )
+        plan = wanted(config, vocabulary=sizes.vocabulary, on_cpu=True, threads=None)
+        plan = replace(plan, grad_checkpoint=run.get("checkpoint", False))
+        job = _job(config, sizes, run["group"], True, True, False)
+        assert job is not None
+        asked = Asked(plan, sizes, {run["group"]: job}, Limit(None, "", from_machine=False))
+        updater = Updater(policy, config.learning, 1.0)
+        coefficients = calibrate(updater, asked, plan)
+        assert coefficients is not None
+        peak = _step(policy, updater, plan)
+        rows.append(
+            {
+                "shape": name,
+                **run,
+                "peak": peak,
+                "prior": asked.estimate(plan).peak,
+                "calibrated": asked.estimate(plan, coefficients).peak,
+                "parts": vars(asked.estimate(plan)),
+                "b": coefficients.linear,
+                "c": coefficients.quadratic,
+                "weights": mx.get_active_memory(),
+                "resident": resident_bytes(),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _step(policy: Any, updater: Any, plan: Any) -> dict[str, int]:
+    """Peaks of decoding and of learning, all sequences at their longest."""
+    import numpy as np
+
+    from localrl.records import Batch, BatchNode
+    from localrl.rollouts.batch import TreeRequest
+    from localrl.rollouts.decode import Decoder
+
+    ids = np.random.default_rng(0).integers(0, 1000, (PROMPTS, plan.max_prompt_tokens))
+    prompts = [tuple(map(int, row)) for row in ids]
+    group, length = plan.group_size, plan.max_completion_tokens
+    decoder = Decoder(policy, 1.0, plan.decode_rows, prefill_rows=plan.prefill_rows)
+    requests = [TreeRequest(i, (0, 1, str(i)), group, group, length) for i in range(PROMPTS)]
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    segments = decoder.decode(prompts, requests)
+    rollout = mx.get_peak_memory()
+    ones = np.ones(length, np.float32)
+    nodes = [
+        BatchNode(
+            s.tree, -1, s.token_ids.astype(np.int32), (-1) ** i * ones, s.logprobs, True, 0 * ones
+        )
+        for i, s in enumerate(segments)
+    ]
+    batch = Batch(tuple(prompts), tuple(nodes), float(PROMPTS * length))
+    updater.shared = True
+    updater.update(batch, plan)  # from here on the moments exist
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    updater.update(batch, plan)
+    return {"rollout": rollout, "update": mx.get_peak_memory()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The page."""
+    head = (
+        "| model | group | prompt | completion | rows | recomputed | rollouts | update | prior | | "
+        "calibrated | | b | c | process |\n|" + "---|" * 15 + "\n"
+    )
+    return head + "".join(f"| {' | '.join(map(str, _cells(row)))} |\n" for row in rows)
+
+
+def _cells(row: dict[str, Any]) -> list[object]:
+    peak = max(row["peak"].values())
+    cells: list[object] = [row["shape"], row["group"], row["prompt"], row["length"]]
+    cells += [row.get("micro") or PROMPTS * row["group"], "yes" if row.get("checkpoint") else ""]
+    cells += [f"{row['peak'][phase] / MIB:.0f}" for phase in ("rollout", "update")]
+    for kind in ("prior", "calibrated"):
+        cells += [f"{row[kind] / MIB:.0f}", f"{100 * (row[kind] / peak - 1):+.0f} %"]
+    return [*cells, f"{row['b']:.2f}", f"{row['c']:.2f}", f"{row['resident'] / MIB:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--table", action="store_true", help="only write the page again")
+    asked = parser.parse_args()
+    if asked.shape:
+        measure(asked.shape)
+        return
+    log = HERE / "memory.jsonl"
+    if not asked.table:
+        lines = []
+        for shape in SHAPES:
+            command = [sys.executable, __file__, "--shape", shape]
+            lines += subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()
+            log.write_bytes(b"\n".join(lines) + b"\n")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    page = HERE / "memory.md"
+    before = page.read_text().split("| model |")[0] if page.exists() else ""
+    page.write_text(before + table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""docs/benchmarks.md and its picture, from the results of `side_by_side.py` and `to_target.py`.
+
+python benchmarks/side_by_side_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from localrl.runs.logs import read_jsonl
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+TITLES = {"short": "A prompt of 20 tokens", "long": "A prompt of 500 tokens"}
+OWN = ("localrl", "TRL")
+"""They bring a BLAS of their own, and stand in both tables."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One tool on one job, over all rounds."""
+
+    tool: str
+    step_s: float
+    """Median of all steps after each process's first."""
+    low_s: float
+    high_s: float
+    """Of the rounds' medians."""
+    tokens_per_s: float
+    peak_bytes: float
+    rounds: int
+    counts: dict[str, int]
+    problem: str | None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All results, or none."""
+    return list(read_jsonl(path)) if path.exists() else []
+
+
+def lines(results: list[dict[str, Any]], job: str, blas: bool) -> list[Line]:
+    """The table of a job, the fastest first: all tools as installed, or with one BLAS."""
+    wanted = [r for r in results if r["job"] == job and (r["blas"] == blas or r["tool"] in OWN)]
+    tools = dict.fromkeys(r["tool"] for r in wanted)
+    found = [_line(tool, [r for r in wanted if r["tool"] == tool]) for tool in tools]
+    return sorted(found, key=lambda line: line.step_s)
+
+
+def _line(tool: str, runs: list[dict[str, Any]]) -> Line:
+    good = [run for run in runs if len(run["seconds"]) > 1]
+    if not good:
+        nothing = float("nan")
+        problem = runs[0]["problem"] or "it ended after one step"
+        return Line(tool, float("inf"), nothing, nothing, nothing, nothing, 0, {}, problem)
+    medians = [median(run["seconds"][1:]) for run in good]
+    step_s = median(s for run in good for s in run["seconds"][1:])
+    tokens = median(t for run in good for t in run["tokens"])
+    return Line(
+        tool,
+        step_s,
+        min(medians),
+        max(medians),
+        tokens / step_s,
+        median(run["peak_bytes"] for run in good),
+        len(good),
+        good[0]["counts"][-1] if good[0]["counts"] else {},
+        None,
+    )
+
+
+def table(found: list[Line]) -> str:
+    """Markdown; ratios are to localrl."""
+    ours = next(line for line in found if line.tool == "localrl")
+    rows = [
+        "| tool | seconds a step | times ours | medians of rounds | tokens/s | MiB | times ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in found:
+        if line.problem:
+            rows.append(f"| {line.tool} | failed: {line.problem} | | | | | |")
+            continue
+        rows.append(
+            f"| {line.tool} | {line.step_s:.2f} | {line.step_s / ours.step_s:.2f} "
+            f"| {line.low_s:.2f} to {line.high_s:.2f} ({line.rounds}) | {line.tokens_per_s:.0f} "
+            f"| {line.peak_bytes / 2**20:.0f} | {line.peak_bytes / ours.peak_bytes:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def sentence(found: list[Line]) -> str:
+    """What a table says, in one line."""
+    by_tool = {line.tool: line for line in found if not line.problem}
+    ours = by_tool.pop("localrl", None)
+    if ours is None:
+        return "localrl was not measured."
+    said = []
+    if trl := by_tool.pop("TRL", None):
+        said.append(f"TRL's step takes {trl.step_s / ours.step_s:.1f} times as long as localrl's")
+    if by_tool:
+        best = min(by_tool.values(), key=lambda line: line.step_s)
+        said.append(
+            f"the fastest MLX tool's ({best.tool}) {best.step_s / ours.step_s:.1f} times as long"
+        )
+    return "; ".join(said) + "." if said else ""
+
+
+def counted(results: list[dict[str, Any]]) -> str:
+    """Forward calls and positions of one step, as each tool's process has counted them."""
+    rows = ["| tool | prompt | in a step |", "|---|---|---|"]
+    seen = set()
+    for run in results:
+        key = (run["tool"], run["job"])
+        if key in seen or not run["counts"] or not run["counts"][-1]:
+            continue
+        seen.add(key)
+        told = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in run["counts"][-1].items())
+        rows.append(f"| {run['tool']} | {run['job']} | {told} |")
+    return "\n".join(rows)
+
+
+def versions(results: list[dict[str, Any]]) -> str:
+    """What was installed."""
+    found: dict[str, dict[str, str]] = {}
+    for run in results:
+        if run["versions"]:
+            found[run["tool"]] = run["versions"]
+    return "\n".join(
+        f"- {tool}: {', '.join(f'{name} {number}' for name, number in numbers.items())}"
+        for tool, numbers in found.items()
+    )
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Seconds a step, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
+
+    jobs = [job for job in TITLES if any(r["job"] == job for r in results)]
+    figure, axes = pyplot.subplots(
+        1, len(jobs), figsize=(5 * len(jobs), 3.4), constrained_layout=True, squeeze=False
+    )
+    for job, place in zip(jobs, axes[0], strict=True):
+        bars = [(line, "") for line in lines(results, job, True)]
+        bars += [
+            (line, ", as installed") for line in lines(results, job, False) if line.tool not in OWN
+        ]
+        bars = [(line, note) for line, note in bars if not line.problem][::-1]
+        names = [line.tool + note for line, note in bars]
+        colours = ["C0" if line.tool == "localrl" else "0.7" for line, _ in bars]
+        drawn = place.barh(names, [line.step_s for line, _ in bars], color=colours)
+        place.bar_label(drawn, fmt="%.2f", padding=3)
+        place.set(xscale="log", xlabel="seconds a step", title=TITLES[job])
+        place.margins(x=0.2)
+        place.xaxis.set_minor_formatter(NullFormatter())
+        place.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def page(results: list[dict[str, Any]], about: dict[str, Any], rest: Iterable[str]) -> str:
+    """The whole document."""
+    loads = [run["load"] for run in results]
+    parts = [
+        f"""# localrl beside other tools
+
+The same random Qwen3 (7.3 million weights, 8 layers, 256 wide, vocabulary 4,096), the same prompts,
+8 completions of 64 tokens of one prompt in a step, the same reward, LoRA of rank 8 on all linear
+layers, Adam, float32. Every measurement is a process of its own, with nothing else running; the
+tools take turns over the rounds. "Seconds a step" is the median of all steps after each process's
+first; "times ours" is the ratio to localrl's median. "MiB" is the median over rounds of the most
+resident memory that a process and its children held together, imports included.
+
+Measured on: {about["machine"]}, {about["cores"]} cores, {about["started"]}; load average when a
+measurement began {min(loads):.1f} to {max(loads):.1f}.
+Made by `benchmarks/side_by_side.py`; nothing here was measured on a Mac.
+
+![Seconds a step](benchmarks.png)""",
+    ]
+    for job, title in TITLES.items():
+        for blas, note in ((True, "every MLX tool with localrl's BLAS"), (False, "as installed")):
+            found = lines(results, job, blas)
+            if found:
+                parts.append(f"## {title}, {note}\n\n{sentence(found)}\n\n{table(found)}")
+    parts.append(
+        "MLX's wheel for Linux multiplies matrices with the reference BLAS. The tables with one "
+        "BLAS are\nthe ones to quote; on a Mac all MLX tools have the same one anyway.\n\n"
+        f"## Forward calls\n\n{counted(results)}"
+        f"\n\n## Versions\n\n{versions(results)}"
+    )
+    return "\n\n".join([*parts, *rest]) + "\n"
+
+
+def write_page() -> None:
+    """Read the results, write the page and the picture."""
+    results = read(HERE / "side_by_side.jsonl")
+    about = json.loads((HERE / "side_by_side.machine.json").read_text())
+    draw(results, DOCS / "benchmarks.png")
+    rest = []
+    if (HERE / "to_target.jsonl").is_file():
+        from to_target import section
+
+        rest = [section(read(HERE / "to_target.jsonl"))]
+    (DOCS / "benchmarks.md").write_text(page(results, about, rest), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_page()

@@ -1,0 +1,117 @@
+"""`localrl bench`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from localrl.bench import DecodeRate
+    from localrl.bench_profile import Profile
+
+
+def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    """Distinct numbers, in order."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,2,4,8.") from None
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", help="A folder, or user/name; else the embedded one.")
+@click.option("--quantize", type=int, default=0, metavar="BITS", help="As for train.")
+@click.option(
+    "--rows",
+    default="1,2,4,8,16",
+    callback=_counts,
+    show_default=True,
+    help="Completions decoded at once; the most are also the group that is trained.",
+)
+@click.option("--tokens", default=64, show_default=True, help="Tokens of a completion.")
+@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of the prompt.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Times that everything is measured, after a warm-up; medians are shown.",
+)
+@click.option("--profile", "with_profile", is_flag=True, help="Where the time of a step goes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    model: str | None,
+    quantize: int,
+    rows: tuple[int, ...],
+    tokens: int,
+    prompt_tokens: int,
+    repeats: int,
+    with_profile: bool,
+    as_json: bool,
+) -> None:
+    """Measure how fast this machine decodes and trains a model.
+
+    Prompts and rewards mean nothing, and nothing is kept. Other programs that run now make it
+    slower.
+
+    \b
+      localrl bench
+      localrl bench --model path/to/model --rows 1,8 --tokens 128 --profile
+    """
+    from localrl.bench import Wanted, measure, open_bench
+
+    opened = open_bench(model, quantize, Wanted(rows, prompt_tokens, tokens, repeats))
+    if not as_json:
+        for text in opened.left_out:
+            click.echo(f"left out, there is no memory for it: {text}")
+        click.echo("rows   tokens/s   ms a token   first, ms   MLX's peak, MB")
+    report = measure(opened, (lambda rate: None) if as_json else _show_rate)
+    profiled = None
+    if with_profile:
+        from localrl.bench_profile import profile
+
+        profiled = profile(opened)
+        report["profile"] = _as_json(profiled)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    _show(report)
+    if profiled:
+        _show_profile(profiled)
+
+
+def _show_rate(rate: DecodeRate) -> None:
+    click.echo(
+        f"{rate.rows:4}{rate.tokens_per_s:11.0f}{rate.step_ms:13.2f}{rate.first_ms:12.1f}"
+        f"{rate.peak_bytes / 1e6:17.0f}"
+    )
+
+
+def _show(report: dict) -> None:
+    fit, update = report["fit"], report["update"]
+    if fit:
+        length = "" if fit["c_ms"] is None else f" + {1e3 * fit['c_ms']:.3f} us x rows x length"
+        click.echo(
+            f"a token takes {fit['a_ms']:.2f} ms + {fit['b_ms']:.3f} ms x rows{length}; "
+            f"the fit is {fit['residual']:.0%} off"
+        )
+    click.echo(
+        f"update: {update['positions']} positions of {update['completions']} completions in "
+        f"{update['update_s']:.2f} s, {update['positions_per_s']:.0f} positions/s, MLX's peak "
+        f"{update['peak_bytes'] / 1e6:.0f} MB"
+    )
+
+
+def _show_profile(profile: Profile) -> None:
+    click.echo(f"\none step, one prompt: {profile.step_s:.3f} s")
+    for stage in profile.stages:
+        share = stage.seconds / profile.step_s
+        click.echo(f"  {stage.name:28}{1e3 * stage.seconds:9.1f} ms{share:7.0%}  x {stage.calls}")
+
+
+def _as_json(profile: Profile) -> dict:
+    from dataclasses import asdict
+
+    return asdict(profile)

@@ -1,0 +1,105 @@
+"""`localrl plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from localrl.cli.train import FLAGS, train
+
+if TYPE_CHECKING:
+    from localrl.planning import Outlook
+
+SHARED = (
+    "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts",
+    "memory_limit", "settings",
+)  # fmt: skip
+"""What it has in common with `localrl train`."""
+
+
+@click.command(params=[param for param in train.params if param.name in SHARED])
+@click.option("--mac", type=click.IntRange(4, 1024), metavar="GB", help="As if on a Mac like that.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    config: str | None, settings: tuple[str, ...], mac: int | None, as_json: bool, **flags: Any
+) -> None:
+    """Say whether a run fits into memory, with which sizes, and what it gives up for that.
+
+    Takes the settings of `localrl train`. Nothing is loaded: the model may also be a config.json,
+    or the name of a well-known one that is not on this machine. Exits with 3 when nothing fits.
+
+    \b
+      localrl plan
+      localrl plan my.toml --memory-limit 6GB
+      localrl plan --model mlx-community/Qwen3-0.6B-4bit --mac 8
+    """
+    from localrl.config import RunConfig, parse_setting
+    from localrl.memory import machine
+    from localrl.planning import outlook
+
+    given = dict(parse_setting(text) for text in settings)
+    given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
+    here = machine.read_machine() if mac is None else machine.mac(mac)
+    found = outlook(RunConfig.create(given, file=config), here)
+    click.echo(json.dumps(_fields(found), indent=2) if as_json else _page(found, mac))
+
+
+def _fields(found: Outlook) -> dict[str, Any]:
+    return {
+        "plan": asdict(found.plan),
+        "wanted": asdict(found.asked.plan),
+        "bytes": {**vars(found.estimate), "peak": found.estimate.peak},
+        "limit_for_everything_bytes": found.enough,
+        "machine": asdict(found.machine),
+        "limit": asdict(found.asked.limit),
+    }
+
+
+def _page(found: Outlook, mac: int | None) -> str:
+    from localrl.memory.estimate import told
+    from localrl.memory.limit import show
+
+    plan, limit = found.plan, found.asked.limit
+    lines = [
+        f"model    {found.model}: {found.weights / 1e6:,.0f} million weights",
+        f"limit    {show(limit.bytes)}: {limit.reason}" if limit.bytes else limit.reason,
+    ]
+    if mac is not None:
+        lines.append(f"         predicted for a Mac with {mac} GB, and never run on one")
+    if found.machine.resident_bytes:
+        held = show(found.machine.resident_bytes)
+        lines.append(f"process  holds {held} beside what MLX will hold")
+    lines += ["", f"{'':34}{'bytes at most':>14}"]
+    lines += [f"{name:34}{show(size):>14}" for name, size in told(found.estimate) if size]
+    basis = "measured on this machine" if plan.measured else "priors, not measured here"
+    lines += [f"{'peak':34}{show(found.estimate.peak):>14}   ({basis})", ""]
+    lines += [f"{'':34}{'wanted':>14}{'planned':>14}"]
+    for name in SIZES:
+        wish, now = getattr(found.asked.plan, name), getattr(plan, name)
+        mark = "" if wish == now else "   gave way"
+        lines.append(f"{name:34}{_value(wish):>14}{_value(now):>14}{mark}")
+    return "\n".join([*lines, "", _verdict(found)])
+
+
+SIZES = (
+    "group_size", "max_prompt_tokens", "max_completion_tokens", "decode_rows", "prefill_rows",
+    "micro_rows", "head_chunk", "grad_checkpoint", "dequantise",
+)  # fmt: skip
+
+
+def _value(value: object) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+def _verdict(found: Outlook) -> str:
+    from localrl.memory.limit import show, write_limit
+
+    if found.asked.limit.bytes is None:
+        return "Nothing is known of this machine's memory, so that nothing is limited."
+    if not found.gave_way:
+        return "It fits, and nothing is given up."
+    more = f"With a limit of {write_limit(found.enough)} ({show(found.enough)})"
+    return f"It fits, with less than was wanted. {more} nothing would be given up."

@@ -1,0 +1,135 @@
+"""Between two steps: was memory near its end, and what the next plan is then.
+
+Only batching changes as long as that helps, so that the expected gradient stays what it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from localrl.memory.limit import show
+from localrl.memory.machine import Machine
+from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH
+from localrl.records import MemoryPlan
+
+NEAR = 0.95
+"""Share of the limit above which the next plan is smaller."""
+ROOM, CALM_STEPS = 0.7, 10
+"""After so many steps in a row below this share of the limit, what was given up grows again."""
+SMALLER = 0.8
+"""What is left of a plan when memory was lacking."""
+LARGER = 1.25
+SPARE = 0.04
+"""Share of the machine's memory that stays available, else the next plan is smaller."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a step took, and how the machine is after it."""
+
+    peak_bytes: int
+    cached_bytes: int
+    machine: Machine
+
+
+@dataclass
+class Watch:
+    """What is remembered from step to step."""
+
+    most: MemoryPlan
+    """The plan at the start: nothing grows beyond it."""
+    calm: int = 0
+    """Steps in a row with room."""
+
+    def see(
+        self, plan: MemoryPlan, reading: Reading, *, least_rows: int, may_checkpoint: bool
+    ) -> tuple[MemoryPlan, str] | None:
+        """The next plan and why, or None when it stays.
+
+        least_rows: how many rows must be decoded at once, those of one tree.
+        """
+        tight = _tight(plan, reading)
+        if tight:
+            self.calm = 0
+            over = plan.limit_bytes is not None and reading.peak_bytes > plan.limit_bytes
+            return _less(plan, tight, least_rows, may_checkpoint, over=over)
+        limit = plan.limit_bytes
+        self.calm = self.calm + 1 if limit is None or reading.peak_bytes < ROOM * limit else 0
+        if self.calm < CALM_STEPS or _rows(plan) == _rows(self.most):
+            return None
+        self.calm = 0
+        return self._more(plan), f"{CALM_STEPS} steps with room"
+
+    def _more(self, plan: MemoryPlan) -> MemoryPlan:
+        grown = {
+            name: min(most, max(now + 1, int(LARGER * now)))
+            for (name, now), most in zip(
+                _rows(plan).items(), _rows(self.most).values(), strict=True
+            )
+        }
+        return replace(plan, **grown)
+
+
+def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:
+    """The plan with batches 20 % smaller; what a step computes stays the same but for rounding.
+
+    least_rows: how many rows must be decoded at once, those of one tree.
+    """
+    rows = max(int(SMALLER * plan.decode_rows), least_rows, 1)
+    return replace(
+        plan,
+        decode_rows=min(plan.decode_rows, rows),
+        prefill_rows=max(1, int(SMALLER * plan.prefill_rows)),
+        micro_rows=max(1, int(SMALLER * plan.micro_rows)),
+        head_chunk=max(1, int(SMALLER * plan.head_chunk)),
+    )
+
+
+def give_way(plan: MemoryPlan, *, least_rows: int, may_checkpoint: bool) -> MemoryPlan | None:
+    """A plan that takes less and computes the same, or None when there is none."""
+    floor = {
+        "decode_rows": max(1, least_rows),
+        "prefill_rows": 1,
+        "micro_rows": 1,
+        "head_chunk": LEAST_CHUNK,
+    }
+    less = smaller(plan, least_rows=least_rows)
+    rows = {
+        name: max(now, min(floor[name], getattr(plan, name))) for name, now in _rows(less).items()
+    }
+    less = replace(less, **rows)
+    if plan.micro_rows == 1 and may_checkpoint:
+        less = replace(less, grad_checkpoint=True)
+    return None if less == plan else less
+
+
+def _less(
+    plan: MemoryPlan, why: str, least_rows: int, may_checkpoint: bool, *, over: bool
+) -> tuple[MemoryPlan, str] | None:
+    less = give_way(plan, least_rows=least_rows, may_checkpoint=may_checkpoint)
+    if less is not None:
+        return less, why
+    length = int(SMALLER * plan.max_completion_tokens)
+    if not over or length < LEAST_LENGTH:
+        return None
+    note = f"{why}, and batches cannot be smaller: completions are cut off at {length} tokens now"
+    return replace(plan, max_completion_tokens=length), note
+
+
+def _tight(plan: MemoryPlan, reading: Reading) -> str | None:
+    """What is short, in words."""
+    limit, machine = plan.limit_bytes, reading.machine
+    if limit is not None and reading.peak_bytes + reading.cached_bytes > NEAR * limit:
+        held = f"a peak of {show(reading.peak_bytes)} and {show(reading.cached_bytes)} of freed"
+        return f"{held} buffers, near the limit of {show(limit)}"
+    if machine.pressure in ("warn", "critical"):
+        return f"the system's memory pressure is {machine.pressure}"
+    free, total = machine.available_bytes, machine.total_bytes
+    if free is not None and total is not None and free < SPARE * total:
+        return f"only {show(free)} of this machine's {show(total)} are available"
+    return None
+
+
+def _rows(plan: MemoryPlan) -> dict[str, int]:
+    names = ("decode_rows", "prefill_rows", "micro_rows", "head_chunk")
+    return {name: getattr(plan, name) for name in names}

@@ -1,0 +1,124 @@
+"""The settings of a config.json that sizes follow from: checked, and without gaps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from localrl.errors import ConfigError
+from localrl.memory.families import Family
+from localrl.memory.layers import Packing
+
+MOST_LAYERS = 100_000
+"""More blocks than this are a mistake in the file."""
+
+_REQUIRED = ("num_hidden_layers", "hidden_size", "vocab_size")
+_POSITIVE = (
+    *_REQUIRED,
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+    *("sliding_window_pattern", "decoder_sparse_step", "conv_L_cache", "block_multiple_of"),
+)
+_COUNTS = (
+    *("sliding_window", "num_experts", "num_local_experts", "n_routed_experts"),
+    *("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "block_ff_dim"),
+    *("shared_expert_intermediate_size", "first_k_dense_replace", "linear_conv_kernel_dim"),
+    *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads"),
+    "linear_value_head_dim",
+)
+_LISTS = ("layer_types", "full_attn_idxs", "mlp_only_layers")
+_FOREIGN = {
+    "mxfp4": Packing(4, 32, "mxfp4"),
+    "mxfp8": Packing(8, 32, "mxfp8"),
+    "modelopt": Packing(4, 16, "nvfp4"),
+}
+_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
+
+
+def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The settings of a text model, with the family's own ones and defaults for all others.
+
+    Raises: ConfigError when a size is missing or impossible.
+    """
+    given = {name: value for name, value in config.items() if value is not None}
+    text = {**family.defaults, **given, **family.fixed}
+    for name in _REQUIRED:
+        if name not in text:
+            raise ConfigError(
+                f"The config.json has no {name}; name the config.json of a language model."
+            )
+    for name in (*_POSITIVE, *_COUNTS):
+        _check_count(name, text.get(name), least=1 if name in _POSITIVE else 0)
+    for name in _LISTS:
+        _check_list(name, text.get(name))
+    multiplier = text.get("block_ffn_dim_multiplier", 1.0)
+    if not isinstance(multiplier, int | float) or not 0 < multiplier < 1000:
+        raise ConfigError(
+            f"The config.json has an impossible block_ffn_dim_multiplier: {multiplier!r:.80}."
+        )
+    if text["num_hidden_layers"] > MOST_LAYERS:
+        raise ConfigError(f"The config.json has {text['num_hidden_layers']} layers.")
+    _default(text, "num_attention_heads", max(1, text["hidden_size"] // 64))
+    _default(text, "num_key_value_heads", text["num_attention_heads"])
+    _default(text, "head_dim", text["hidden_size"] // text["num_attention_heads"])
+    _default(text, "intermediate_size", 4 * text["hidden_size"])
+    _default(text, "tie_word_embeddings", False)
+    types = text.get("layer_types")
+    if types is not None and len(types) != text["num_hidden_layers"]:
+        raise ConfigError(
+            f"The config.json has {len(types)} layer_types for {text['num_hidden_layers']} layers."
+        )
+    return text
+
+
+def packing_of(settings: Mapping[str, Any]) -> Packing:
+    """How matrices are packed by default; 0 bits where MLX would hold floats, as of fp8 files.
+
+    settings: `quantization` or `quantization_config` of a config.json.
+
+    Raises: ConfigError when a number is impossible.
+    """
+    method = settings.get("quant_method")
+    if method in _FOREIGN:
+        return _FOREIGN[method]
+    bits = settings.get("bits", settings.get("w_bit"))
+    group = settings.get("group_size", settings.get("q_group_size", 64))
+    if bits is None:
+        return Packing()
+    for name, value in {"bits": bits, "group_size": group}.items():
+        _check_count(f"quantization.{name}", value, least=1)
+    return Packing(bits, group, settings.get("mode", "affine"))
+
+
+def exceptions(settings: Mapping[str, Any]) -> dict[int | None, dict[str, Any]]:
+    """What the quantisation says of single matrices, by path in the block of that number.
+
+    None stands for the embedding and the head.
+    """
+    found: dict[int | None, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if not isinstance(value, bool | Mapping):
+            continue
+        if match := _BLOCK.fullmatch(name):
+            found.setdefault(int(match[1]), {})[match[2]] = value
+        else:
+            found.setdefault(None, {})[name.rsplit(".", 1)[-1]] = value
+    return found
+
+
+def _check_count(name: str, value: Any, *, least: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        raise ConfigError(f"The config.json has an impossible {name}: {value!r:.80}.")
+
+
+def _check_list(name: str, value: Any) -> None:
+    if value is None or (isinstance(value, list) and all(isinstance(v, int | str) for v in value)):
+        return
+    raise ConfigError(f"The config.json has a {name} that is no plain list: {value!r:.80}.")
+
+
+def _default(text: dict[str, Any], name: str, value: Any) -> None:
+    if text.get(name) is None:
+        text[name] = value

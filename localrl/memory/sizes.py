@@ -1,0 +1,265 @@
+"""The sizes of a model that its memory follows from, read from its config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from localrl.config import closest
+from localrl.errors import ConfigError
+from localrl.memory import families
+from localrl.memory.families import FULL, NONE
+from localrl.memory.layers import Block, Matrix, Packing
+from localrl.memory.settings import complete, exceptions, packing_of
+
+__all__ = [
+    "FULL",
+    "NONE",
+    "Parameters",
+    "Sizes",
+    "kv_bytes",
+    "lora_parameters",
+    "parameters",
+    "quantised",
+    "read_sizes",
+    "weight_bytes",
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of a text model."""
+
+    family: str
+    """`model_type` of its config.json."""
+    width: int
+    """Numbers of a token's state between blocks."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Numbers between the matrices of a feed-forward layer; of all experts of a token together."""
+    vocabulary: int
+    tied: bool
+    """Whether the head is the embedding."""
+    windows: tuple[int, ...]
+    """For each block: FULL, NONE, or how many tokens its sliding window has."""
+    state_numbers: int = 0
+    """Numbers of a row's recurrent states, of all blocks together."""
+    bits: int = 0
+    """Of a quantised weight; 0: not quantised."""
+    quant_group_size: int = 64
+    stored_bytes: int | None = None
+    """Of the files with the weights; None: not on this machine."""
+    float_bytes: int = 2
+    """Of a float as it is stored: 2 of bfloat16 and float16, 4 of float32."""
+    known: bool = True
+    """Whether the family is known matrix by matrix; False: read as if it were a Llama."""
+    blocks: tuple[Block, ...] = ()
+    """What each block holds, for counting weights; `read_sizes` fills it."""
+    ends: Block | None = None
+    """Embedding, last norm, and the head unless it is tied."""
+
+    @property
+    def layers(self) -> int:
+        """Blocks."""
+        return len(self.windows)
+
+    @property
+    def matrices(self) -> Iterator[Matrix]:
+        """All matrices of the model."""
+        for block in self.parts:
+            yield from block.matrices
+
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """Blocks and ends.
+
+        Raises: ValueError when this was not made by `read_sizes`.
+        """
+        if self.ends is None:
+            raise ValueError("Weights can be counted in what read_sizes made alone.")
+        return (*self.blocks, self.ends)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of weights by kind; scales of quantised ones are not counted."""
+
+    embedding: int
+    head: int
+    """0 where the head is the embedding."""
+    linear: int
+    """Of linear layers in the blocks, routers included, with their biases."""
+    experts: int
+    others: int
+    """Of norms and convolutions."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.head + self.linear + self.experts + self.others
+
+
+def read_sizes(config: Mapping[str, Any], *, weight_bytes: int | None = None) -> Sizes:
+    """Sizes of the text model that a parsed config.json describes, as mlx-lm builds it.
+
+    weight_bytes: of its weight files, where they are on this machine.
+
+    Raises: ConfigError when a size is missing or impossible.
+    """
+    nested = config.get("text_config")
+    inner = nested if isinstance(nested, Mapping) else {}
+    family = families.find_family(config)
+    text = complete({**config, **inner}, family)
+    windows = families.kinds(text, family)
+    found = Sizes(
+        family=str(config.get("model_type", "")),
+        width=text["hidden_size"],
+        heads=text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"],
+        head_dim=text["head_dim"],
+        ffn=families.ffn(text, family),
+        vocabulary=text["vocab_size"],
+        tied=bool(text["tie_word_embeddings"]),
+        windows=windows,
+        state_numbers=families.state_numbers(text, windows),
+        stored_bytes=weight_bytes,
+        float_bytes=4 if "float32" in (text.get("dtype"), text.get("torch_dtype")) else 2,
+        known=family.known,
+        blocks=tuple(families.blocks(text, family, windows)),
+        ends=families.ends(text),
+    )
+    settings = config.get("quantization") or text.get("quantization_config")
+    return _packed(found, settings) if isinstance(settings, Mapping) else found
+
+
+def parameters(sizes: Sizes) -> Parameters:
+    """How many weights the model has, as mlx-lm counts them."""
+    kinds = dict.fromkeys(("embedding", "head", "linear", "router", "experts"), 0)
+    for matrix in sizes.matrices:
+        kinds[matrix.kind] += matrix.weights + matrix.biases
+    return Parameters(
+        embedding=kinds["embedding"],
+        head=kinds["head"],
+        linear=kinds["linear"] + kinds["router"],
+        experts=kinds["experts"],
+        others=sum(part.others for part in sizes.parts),
+    )
+
+
+def weight_bytes(sizes: Sizes, *, float32: bool, dense: bool) -> int:
+    """Bytes of the weights as MLX holds them.
+
+    float32: every float is cast to float32, scales of quantised weights too, as on the CPU. dense:
+    quantised linear layers and embeddings are unpacked. Of a family that is not known the ratio to
+    the form in the files is counted, and the files give the rest where they are there.
+    """
+    held = _bytes(sizes, 4 if float32 else sizes.float_bytes, dense)
+    if sizes.known or sizes.stored_bytes is None:
+        return held
+    return round(held * sizes.stored_bytes / _bytes(sizes, sizes.float_bytes, False))
+
+
+def lora_parameters(sizes: Sizes, rank: int, layers: int = 0, keys: Collection[str] = ()) -> int:
+    """Weights of adapters of that rank on the last `layers` blocks (0: on all).
+
+    keys: paths inside a block; without any, all linear layers but routers. Experts have none.
+
+    Raises: ConfigError when there are not as many blocks, or, in a known family, no such layers.
+    """
+    if layers > sizes.layers:
+        raise ConfigError(f"lora.layers is {layers}; the model has {sizes.layers} blocks (0: all).")
+    adapted = [
+        matrix
+        for block in sizes.parts[:-1][sizes.layers - layers if layers else 0 :]
+        for matrix in block.matrices
+        if matrix.kind in ("linear", "router")
+    ]
+    _check_keys(keys, sorted({matrix.path for matrix in adapted}), sizes.known)
+    return rank * sum(
+        matrix.inputs + matrix.outputs
+        for matrix in adapted
+        if (matrix.path in keys if keys else matrix.kind == "linear")
+    )
+
+
+def kv_bytes(
+    sizes: Sizes,
+    tokens: int,
+    *,
+    bytes_per_number: int,
+    step: int = 64,
+    prompt: int | None = None,
+) -> int:
+    """Bytes of one row's cache when it holds that many tokens.
+
+    Layers that keep all tokens grow by `step`. A window's layer keeps the whole prompt until the
+    first token after it, and then at most its window. prompt: how many of the tokens were
+    prefilled at once; None: the row is past its prompt, and windows count as grown by `step`.
+    """
+    kept = sum(_kept(window, tokens, step, prompt) for window in sizes.windows)
+    numbers = 2 * sizes.kv_heads * sizes.head_dim * kept + sizes.state_numbers
+    return numbers * bytes_per_number
+
+
+def quantised(sizes: Sizes, bits: int) -> Sizes:
+    """The sizes after `localrl train --quantize`: groups of 64, or of 32 where 64 do not fit.
+
+    0 bits, and as many as the model has, change nothing. Otherwise the bytes of its files are no
+    longer known.
+    """
+    if bits in (0, sizes.bits) or sizes.ends is None:
+        return sizes
+    parts = [part.packed(Packing(bits, 32)).packed(Packing(bits, 64)) for part in sizes.parts]
+    if sizes.family == "qwen3_moe":  # the family's own wish
+        parts = [part.overridden({"mlp.gate": {"bits": 8}}) for part in parts]
+    return replace(sizes, bits=bits, blocks=tuple(parts[:-1]), ends=parts[-1], stored_bytes=None)
+
+
+def _packed(sizes: Sizes, settings: Mapping[str, Any]) -> Sizes:
+    """The sizes of a model that is stored quantised like this."""
+    packing, special = packing_of(settings), exceptions(settings)
+    numbered: list[int | None] = [*range(sizes.layers), None]
+    parts = [
+        part.packed(packing).overridden(special.get(number, {}))
+        for number, part in zip(numbered, sizes.parts, strict=True)
+    ]
+    return replace(
+        sizes,
+        bits=packing.bits,
+        quant_group_size=packing.group_size,
+        blocks=tuple(parts[:-1]),
+        ends=parts[-1],
+    )
+
+
+def _bytes(sizes: Sizes, float_bytes: int, dense: bool) -> int:
+    matrices = sum(m.bytes(float_bytes=float_bytes, dense=dense) for m in sizes.matrices)
+    return matrices + float_bytes * sum(part.others for part in sizes.parts)
+
+
+def _check_keys(keys: Collection[str], paths: Sequence[str], known: bool) -> None:
+    for key in sorted(set(keys) - set(paths)):
+        if known:
+            raise ConfigError(
+                f"lora.keys holds {key!r}, which is no linear layer of the adapted blocks."
+                f"{closest(key, paths)} There are {', '.join(paths)}."
+            )
+
+
+def _kept(window: int, tokens: int, step: int, prompt: int | None) -> int:
+    """Tokens that a layer has room for."""
+    if window == NONE:
+        return 0
+    if window == FULL:
+        return _ceil(tokens, step)
+    first = prompt or 0
+    if first and tokens <= first:
+        return tokens
+    return window if first >= window else min(window, first + _ceil(tokens - first, step))
+
+
+def _ceil(number: int, step: int) -> int:
+    return -(-number // step) * step

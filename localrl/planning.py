@@ -1,0 +1,204 @@
+"""What a run asks of the memory, from its settings alone, and the plan that answers.
+
+Nothing is loaded for it: the model is known by its config.json, or by the table of known shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from localrl import backend
+from localrl.config import RunConfig
+from localrl.embedded import EMBEDDED_MODEL
+from localrl.errors import ConfigError
+from localrl.memory.calibration import key_of, recall
+from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job
+from localrl.memory.known import find_known
+from localrl.memory.limit import memory_limit
+from localrl.memory.machine import Machine
+from localrl.memory.plan import Asked, changes, fit, refit, wanted
+from localrl.memory.sizes import Sizes, parameters, quantised, read_sizes
+from localrl.policy.folder import WEIGHTS, check_folder, read_object
+from localrl.policy.loading import find_model
+from localrl.records import MemoryPlan
+from localrl.rollouts.groups import Shape, make_shape
+
+NEAR = 0.5
+"""Share of the limit from which a prediction is measured: priors are wrong by less than half."""
+
+
+def sizes_of(folder: Path, quantize: int) -> Sizes:
+    """Sizes of the model in a folder, as it will be after `--quantize`.
+
+    Raises: ConfigError when its config.json is missing or is not a text model's.
+    """
+    config = check_folder(folder)
+    stored = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
+    return quantised(read_sizes(config, weight_bytes=stored), quantize)
+
+
+def ask(
+    config: RunConfig,
+    sizes: Sizes,
+    machine: Machine,
+    *,
+    trains: bool = True,
+    turns: bool = False,
+    held: int = 0,
+) -> Asked:
+    """What the configuration asks of this machine's memory.
+
+    turns: completions have several turns, also where only the task says so. held: bytes that MLX
+    holds now: see `memory_limit`.
+
+    Raises: ConfigError when `memory.limit` cannot be what it is.
+    """
+    on_cpu = machine.device == "cpu"
+    threads = backend.describe().threads if on_cpu else None
+    plan = wanted(config, vocabulary=sizes.vocabulary, on_cpu=on_cpu, threads=threads)
+    groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
+    turns = turns or bool(config.task.environment or config.task.tools)
+    found = ((n, _job(config, sizes, n, on_cpu, trains, turns)) for n in groups)
+    jobs = {n: job for n, job in found if job}
+    limit = memory_limit(config.memory.limit, machine, held)
+    return Asked(plan, sizes, jobs, limit)
+
+
+def shape_of(config: RunConfig, plan: MemoryPlan) -> Shape:
+    """How the completions of a prompt are asked for under a plan."""
+    return make_shape(replace(config.rollout, group_size=plan.group_size))
+
+
+def make_plan(config: RunConfig, asked: Asked) -> MemoryPlan:
+    """The plan before anything is loaded: pinned, from priors, with stored measurements in rows.
+
+    Measurements of earlier runs may raise row counts, never the group size or the length: priors
+    alone decide these, so that the next run of the same settings computes the same.
+
+    Raises: MemoryBudgetError when nothing fits; ConfigError for a pin that cannot be read.
+    """
+    if config.memory.pin:
+        return pinned(Path(config.memory.pin), config)
+    plan = fit(asked)
+    known = _known_for(config, asked, plan)
+    return refit(asked, plan, known) if known else plan
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What `localrl plan` tells."""
+
+    model: str
+    weights: int
+    """Numbers of them."""
+    machine: Machine
+    asked: Asked
+    plan: MemoryPlan
+    estimate: Estimate
+
+    @property
+    def gave_way(self) -> bool:
+        """Whether the plan is less than was wanted."""
+        return bool(changes(self.asked.plan, self.plan))
+
+    @property
+    def enough(self) -> int:
+        """The limit, in bytes, under which nothing is given up."""
+        return self.asked.needed(self.asked.estimate(self.asked.plan).peak)
+
+
+def outlook(config: RunConfig, machine: Machine) -> Outlook:
+    """The plan for a machine, from the settings and the model's config.json alone.
+
+    Raises: ConfigError when the model is not known; MemoryBudgetError when nothing fits.
+    """
+    sizes, name = _find_sizes(config.model.path, config.model.quantize)
+    asked = ask(config, sizes, machine)
+    plan = make_plan(config, asked)
+    known = _known_for(config, asked, plan) if plan.measured else None
+    found = asked.estimate(plan, known or PRIORS)
+    return Outlook(name, parameters(sizes).total, machine, asked, plan, found)
+
+
+def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
+    """Sizes of a model on this machine, of a config.json, or of a well-known one."""
+    file = Path(name) if name else None
+    if file is not None and file.is_file():
+        config = read_object(file)
+    else:
+        try:
+            folder = find_model(name)
+            return sizes_of(folder, quantize), name or EMBEDDED_MODEL
+        except ConfigError:
+            found = find_known(name or "")
+            if found is None:
+                raise
+            config = dict(found)
+    return quantised(read_sizes(config), quantize), str(name)
+
+
+def worth_measuring(config: RunConfig, plan: MemoryPlan) -> bool:
+    """Whether the plan is near enough to its limit for its constants to matter."""
+    if config.memory.pin or plan.limit_bytes is None or plan.predicted_bytes is None:
+        return False
+    near = plan.predicted_bytes > NEAR * plan.limit_bytes
+    return config.memory.recalibrate or (near and not plan.measured)
+
+
+def _known_for(config: RunConfig, asked: Asked, plan: MemoryPlan) -> Coefficients | None:
+    """What was measured in earlier runs, unless it is to be measured again."""
+    if config.memory.recalibrate:
+        return None
+    return recall(key_of(asked.sizes, asked.jobs[plan.group_size]))
+
+
+def pinned(path: Path, config: RunConfig) -> MemoryPlan:
+    """The plan in a file, as it is.
+
+    Raises: ConfigError when it is no plan, or is one for other lengths than the configuration's.
+    """
+    try:
+        plan = MemoryPlan(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"memory.pin is {str(path)!r}, which is no plan ({error}). Name the plan.json of a "
+            "run, or leave it out."
+        ) from None
+    for name in ("group_size", "max_prompt_tokens", "max_completion_tokens"):
+        wish = getattr(config.rollout, "completions" if name == "group_size" else name)
+        if getattr(plan, name) > wish:
+            raise ConfigError(
+                f"The plan in {path} has {name} {getattr(plan, name)}, more than rollout.{name}, "
+                f"which is {wish}. Raise that, or pin another plan."
+            )
+    return plan
+
+
+def _job(
+    config: RunConfig, sizes: Sizes, group_size: int, on_cpu: bool, trains: bool, turns: bool
+) -> Job | None:
+    """What a group of this size asks; None for one that the strategy cannot have."""
+    rollout, task, lora = config.rollout, config.task, config.lora
+    least = 2 if rollout.strategy == "flat" else 1
+    if group_size < min(least, rollout.completions):
+        return None
+    try:
+        shape = make_shape(replace(rollout, group_size=group_size))
+    except ConfigError:
+        if group_size == rollout.completions:
+            raise
+        return None
+    return Job(
+        prompts=rollout.prompts_per_step,
+        evaluated=task.eval_prompts,
+        leaves=shape.leaves,
+        forks=shape.leaves > shape.roots,
+        turns=turns,
+        rank=lora.rank,
+        lora_layers=lora.layers,
+        lora_keys=lora.keys,
+        float_bytes=4 if on_cpu else sizes.float_bytes,
+        trains=trains,
+    )

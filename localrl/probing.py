@@ -1,0 +1,93 @@
+"""Two short passes of the update, to measure what priors had guessed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.learning.update import Updater
+from localrl.memory.calibration import Probe, key_of, remember, solve
+from localrl.memory.estimate import Coefficients, paths_at_once
+from localrl.memory.plan import Asked, fit, refit
+from localrl.records import Batch, BatchNode, MemoryPlan
+
+PARTS = (4, 2)
+"""The probes' lengths, as parts of the longest prompt and completion."""
+LEAST_LENGTH, MOST_LENGTH = 8, 1024
+
+
+def calibrated(
+    updater: Updater, asked: Asked, plan: MemoryPlan, warn: Callable[[str], None], *, anew: bool
+) -> MemoryPlan:
+    """The plan with the constants of this machine and model, which are stored for next time.
+
+    anew: the group size and the length of completions may change too.
+
+    Raises: MemoryBudgetError when not even the smallest batches fit.
+    """
+    coefficients = measure(updater, asked, plan)
+    if coefficients is None:
+        warn("two short passes took memory that no constants explain; the plan rests on priors")
+        return plan
+    problem = remember(key_of(asked.sizes, asked.jobs[plan.group_size]), coefficients)
+    if problem:
+        warn(f"the measured memory constants are not stored: {problem}")
+    if not anew:
+        return refit(asked, plan, coefficients)
+    found = fit(asked, coefficients)
+    # The base is loaded in the form that it has.
+    return replace(found, dequantise=plan.dequantise)
+
+
+def measure(updater: Updater, asked: Asked, plan: MemoryPlan) -> Coefficients | None:
+    """Coefficients from the gradients of as many rows as planned, at two lengths."""
+    return solve([_probe(updater, asked, _shorter(plan, part)) for part in PARTS])
+
+
+def _shorter(plan: MemoryPlan, part: int) -> MemoryPlan:
+    """The plan for prompts and completions of a part of their length, in as many head chunks."""
+    lengths = {
+        name: min(MOST_LENGTH, max(LEAST_LENGTH, getattr(plan, name) // part))
+        for name in ("max_prompt_tokens", "max_completion_tokens")
+    }
+    return replace(plan, **lengths, head_chunk=max(1, plan.head_chunk // part))
+
+
+def _probe(updater: Updater, asked: Asked, plan: MemoryPlan) -> Probe:
+    batch = _batch(paths_at_once(asked.jobs[plan.group_size], plan), plan, asked.sizes.vocabulary)
+    updater.gradient(batch, plan)  # finds out how the family is scored, and warms up
+    shared, updater.shared = updater.shared, bool(updater.shared)
+    try:
+        peak = peak_of(lambda: updater.gradient(batch, plan))
+        return Probe(asked.estimate(plan), peak)
+    finally:
+        updater.shared = None if shared else shared
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes that MLX held during the work, above what it held before."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    work()
+    mx.synchronize()
+    return mx.get_peak_memory() - before
+
+
+def _batch(paths: int, plan: MemoryPlan, vocabulary: int) -> Batch:
+    """That many completions, as long as the plan allows; which tokens does not matter."""
+    length, size = plan.max_completion_tokens, plan.group_size
+    tokens = (np.arange(length) * 7919 + 1) % vocabulary
+    ones = np.ones(length, np.float32)
+    nodes = [
+        BatchNode(n // size, -1, tokens.astype(np.int32), ones, -ones, True, 0 * ones)
+        for n in range(paths)
+    ]
+    prompts = ((1,) * plan.max_prompt_tokens,) * (nodes[-1].prompt + 1)
+    return Batch(prompts, tuple(nodes), float(paths * length))

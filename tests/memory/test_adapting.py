@@ -1,0 +1,178 @@
+"""What the next plan is after a step, by what the step took and how the machine is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from localrl.memory.adapting import (
+    CALM_STEPS,
+    LARGER,
+    NEAR,
+    ROOM,
+    SPARE,
+    Reading,
+    Watch,
+    give_way,
+    smaller,
+)
+from localrl.memory.machine import Machine
+from localrl.memory.plan import LEAST_CHUNK, changes
+from localrl.records import MemoryPlan
+
+GB = 10**9
+PLAN = MemoryPlan(
+    group_size=4,
+    decode_rows=20,
+    prefill_rows=10,
+    micro_rows=5,
+    head_chunk=100,
+    max_prompt_tokens=64,
+    max_completion_tokens=100,
+    grad_checkpoint=False,
+    dequantise=True,
+    threads=2,
+    predicted_bytes=8 * GB,
+    limit_bytes=10 * GB,
+    reason="",
+)
+HOST = Machine("Linux", "cpu", total_bytes=64 * GB, available_bytes=32 * GB, pressure="normal")
+ROWS = ("decode_rows", "prefill_rows", "micro_rows", "head_chunk")
+LEAST = replace(PLAN, decode_rows=1, prefill_rows=1, micro_rows=1, head_chunk=LEAST_CHUNK)
+
+
+def reading(share=0.9, *, cached=0, **machine) -> Reading:
+    """After a step that took this share of the limit."""
+    return Reading(int(share * 10 * GB), cached, replace(HOST, **machine))
+
+
+def see(plan, found, watch=None, *, least_rows=1, may_checkpoint=True):
+    watch = watch or Watch(plan)
+    return watch.see(plan, found, least_rows=least_rows, may_checkpoint=may_checkpoint)
+
+
+def test_a_step_well_below_the_limit_changes_nothing():
+    assert see(PLAN, reading(0.9)) is None
+    assert see(PLAN, reading(0.1)) is None
+
+
+def test_near_the_limit_batches_are_a_fifth_smaller():
+    assert see(PLAN, reading(NEAR)) is None
+    plan, why = see(PLAN, reading(NEAR + 0.001))
+    assert [getattr(plan, row) for row in ROWS] == [16, 8, 4, 80]
+    assert changes(PLAN, plan).keys() == set(ROWS)
+    assert why == "a peak of 9.5 GB and 0 MB of freed buffers, near the limit of 10.0 GB"
+
+
+def test_freed_buffers_count():
+    assert see(PLAN, reading(0.9, cached=GB // 4)) is None
+    plan, why = see(PLAN, reading(0.9, cached=GB))
+    assert plan.micro_rows == 4
+    assert "1.0 GB of freed buffers" in why
+
+
+@pytest.mark.parametrize("pressure", ["warn", "critical"])
+def test_pressure_makes_batches_smaller(pressure):
+    plan, why = see(PLAN, reading(0.1, pressure=pressure))
+    assert plan.decode_rows == 16
+    assert why == f"the system's memory pressure is {pressure}"
+
+
+def test_little_free_memory_makes_batches_smaller():
+    assert see(PLAN, reading(0.1, available_bytes=int(SPARE * 64 * GB) + 1)) is None
+    plan, why = see(PLAN, reading(0.1, available_bytes=int(SPARE * 64 * GB) - 1))
+    assert plan.decode_rows == 16
+    assert why == "only 2.6 GB of this machine's 64.0 GB are available"
+
+
+def test_what_is_not_known_is_no_reason():
+    unknown = {"total_bytes": None, "available_bytes": None, "pressure": None}
+    assert see(PLAN, reading(0.5, **unknown)) is None
+    assert see(replace(PLAN, limit_bytes=None), reading(5.0, **unknown)) is None
+    assert see(replace(PLAN, limit_bytes=None), reading(5.0, pressure="warn")) is not None
+
+
+def test_a_tree_is_decoded_whole():
+    plan, _ = see(PLAN, reading(1.0), least_rows=18)
+    assert plan.decode_rows == 18
+    plan, _ = see(plan, reading(1.0), least_rows=18)
+    assert (plan.decode_rows, plan.prefill_rows) == (18, 6)
+
+
+def test_nothing_falls_below_its_least():
+    plan, steps = PLAN, 0
+    while (found := see(plan, reading(0.96), may_checkpoint=False)) is not None:
+        plan, steps = found[0], steps + 1
+        assert steps < 50
+    assert changes(LEAST, plan) == {}
+    # Asked for smaller chunks, they stay as they are.
+    few = replace(LEAST, head_chunk=3)
+    assert give_way(few, least_rows=1, may_checkpoint=False) is None
+
+
+def test_blocks_are_recomputed_once_the_update_has_one_row():
+    two = replace(PLAN, micro_rows=2)
+    plan, _ = see(two, reading(1.0))
+    assert (plan.micro_rows, plan.grad_checkpoint) == (1, False)
+    plan, _ = see(plan, reading(1.0))
+    assert plan.grad_checkpoint
+    assert give_way(LEAST, least_rows=1, may_checkpoint=True) == replace(
+        LEAST, grad_checkpoint=True
+    )
+
+
+def test_the_length_falls_last_and_only_above_the_limit():
+    floor = replace(LEAST, grad_checkpoint=True)
+    assert see(floor, reading(0.99)) is None
+    assert see(floor, reading(0.5, pressure="critical")) is None
+    plan, why = see(floor, reading(1.01))
+    assert changes(floor, plan) == {"max_completion_tokens": (100, 80)}
+    assert why.endswith("batches cannot be smaller: completions are cut off at 80 tokens now")
+    for _ in range(20):
+        plan = (see(plan, reading(1.01)) or (plan, ""))[0]
+    assert 16 <= plan.max_completion_tokens < 20
+
+
+def test_after_calm_steps_it_grows_up_to_what_it_was():
+    watch, plan = Watch(PLAN), smaller(smaller(PLAN, least_rows=1), least_rows=1)
+    sizes = [plan.decode_rows]
+    for step in range(1, 4 * CALM_STEPS + 1):
+        found = see(plan, reading(ROOM - 0.01), watch)
+        assert (found is not None) == (step % CALM_STEPS == 0 and plan.decode_rows < 20)
+        if found is not None:
+            grown, why = found
+            assert why == f"{CALM_STEPS} steps with room"
+            for row in ROWS:
+                now, most = getattr(grown, row), getattr(PLAN, row)
+                before = getattr(plan, row)
+                assert now == min(most, max(before + 1, int(LARGER * before)))
+            plan = grown
+            sizes.append(plan.decode_rows)
+    assert sizes == [12, 15, 18, 20]
+    assert {row: getattr(plan, row) for row in ROWS} == {row: getattr(PLAN, row) for row in ROWS}
+
+
+def test_it_does_not_grow_without_room_nor_after_a_tight_step():
+    watch, plan = Watch(PLAN), smaller(PLAN, least_rows=1)
+    for _ in range(3 * CALM_STEPS):
+        assert see(plan, reading(ROOM + 0.01), watch) is None
+    for _ in range(CALM_STEPS - 1):
+        assert see(plan, reading(0.5), watch) is None
+    assert see(plan, reading(0.5, pressure="warn"), watch) is not None
+    for _ in range(CALM_STEPS - 1):
+        assert see(plan, reading(0.5), watch) is None
+    assert see(plan, reading(0.5), watch) is not None
+
+
+def test_what_was_never_given_up_is_no_reason_to_grow():
+    watch = Watch(PLAN)
+    for _ in range(3 * CALM_STEPS):
+        assert see(PLAN, reading(0.1), watch) is None
+
+
+def test_smaller_batches_are_a_fifth_smaller():
+    once = smaller(PLAN, least_rows=1)
+    assert [getattr(once, row) for row in ROWS] == [16, 8, 4, 80]
+    assert smaller(PLAN, least_rows=19).decode_rows == 19
+    assert smaller(PLAN, least_rows=30).decode_rows == 20

@@ -1,0 +1,230 @@
+"""What a run takes, by its sizes: worked by hand, against MLX's own counters, and in its form."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import tiny
+
+from localrl.backend import mx
+from localrl.config import LearningConfig
+from localrl.learning.update import Updater
+from localrl.memory.estimate import (
+    OTHER,
+    Coefficients,
+    Job,
+    estimate,
+    head_bytes,
+    paths_at_once,
+    told,
+)
+from localrl.memory.sizes import FULL, NONE, read_sizes
+from localrl.planning import sizes_of
+from localrl.policy.model import load_model, make_policy
+from localrl.records import MemoryPlan
+
+CONFIG = {
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+}
+SIZES = read_sizes(CONFIG)
+JOB = Job(
+    prompts=4,
+    evaluated=0,
+    leaves=8,
+    forks=False,
+    turns=False,
+    rank=8,
+    lora_layers=0,
+    lora_keys=(),
+    float_bytes=4,
+)
+TREE = replace(JOB, forks=True)
+PLAN = MemoryPlan(
+    group_size=8,
+    decode_rows=32,
+    prefill_rows=4,
+    micro_rows=4,
+    head_chunk=64,
+    max_prompt_tokens=100,
+    max_completion_tokens=156,
+    grad_checkpoint=False,
+    dequantise=True,
+    threads=None,
+    predicted_bytes=None,
+    limit_bytes=None,
+    reason="",
+)
+TOKEN = 2 * 4 * 32 * 3 * 4
+"""Bytes of a token's keys and values: 4 heads of 32 numbers in 3 blocks, float32."""
+
+
+def test_caches_by_hand():
+    found = estimate(SIZES, JOB, PLAN)
+    assert found.prompts == 4 * 128 * TOKEN  # 100 tokens in steps of 64
+    assert found.caches == 32 * 256 * TOKEN * 4 // 3  # while one block of three grows
+    fewer = estimate(SIZES, JOB, replace(PLAN, decode_rows=8, prefill_rows=1))
+    assert fewer.prompts == 128 * TOKEN
+    assert fewer.caches == 8 * 256 * TOKEN * 4 // 3
+    half = estimate(SIZES, replace(JOB, float_bytes=2), PLAN)
+    assert (half.prompts, half.caches) == (found.prompts // 2, found.caches // 2)
+
+
+def test_no_more_rows_than_there_are_completions():
+    assert estimate(SIZES, JOB, replace(PLAN, decode_rows=99)).caches == (
+        estimate(SIZES, JOB, PLAN).caches
+    )
+    many = estimate(SIZES, replace(JOB, evaluated=50), replace(PLAN, decode_rows=99))
+    assert many.caches == 50 * 256 * TOKEN * 4 // 3
+    assert paths_at_once(JOB, replace(PLAN, micro_rows=99)) == 32
+
+
+def test_weights_and_adapters_by_hand():
+    matrices = 3 * (2 * 128 * 256 + 2 * 128 * 128 + 3 * 128 * 256)
+    norms = 3 * (2 * 128 + 2 * 32) + 128
+    found = estimate(SIZES, JOB, PLAN)
+    assert found.weights == 4 * (1000 * 128 + matrices + norms)
+    adapter = 4 * 8 * 3 * (2 * (128 + 256) + 2 * (128 + 128) + 3 * (128 + 256))
+    assert found.adapters == 3 * adapter  # with two moments
+    assert found.stays == found.weights + found.adapters + OTHER
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_stays_is_what_mlx_holds_after_loading(tmp_path, bits, dense):
+    changes = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    wide = {**changes, "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 3000}
+    folder = tiny.make_folder(tmp_path, bits=bits, **wide)
+    gc.collect()
+    before = mx.get_active_memory()
+    loaded = load_model(folder)
+    policy = make_policy(loaded, rank=8, scale=1.0, seed=0, for_cpu=True, dense=dense)
+    del loaded
+    updater = Updater(policy, LearningConfig(), 1.0)
+    updater.optimizer.init(policy.model.trainable_parameters())
+    mx.eval(policy.model.parameters(), updater.optimizer.state)
+    gc.collect()
+    found = estimate(sizes_of(folder, 0), JOB, replace(PLAN, dequantise=dense))
+    held = mx.get_active_memory() - before
+    assert found.stays - OTHER == pytest.approx(held, rel=0.05)
+
+
+def lengths(field, job=JOB, **changes):
+    """A part's bytes at completions of 64, 128, 192, ... tokens."""
+    plans = [replace(PLAN, max_completion_tokens=64 * n, **changes) for n in range(1, 7)]
+    return [getattr(estimate(SIZES, job, plan), field) for plan in plans]
+
+
+def differences(values):
+    return [b - a for a, b in pairwise(values)]
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("job", [JOB, TREE], ids=["flat", "tree"])
+def test_the_update_is_a_polynomial_of_the_second_degree(job, grad_checkpoint):
+    once = {"job": job, "grad_checkpoint": grad_checkpoint, "head_chunk": 1}
+    linear, quadratic = lengths("linear", **once), lengths("quadratic", **once)
+    assert all(abs(d) <= 4 for d in differences(differences(linear)))  # rounded to bytes
+    second = differences(differences(quadratic))
+    assert min(second) > 0
+    assert max(second) - min(second) <= 4
+    assert lengths("head", **once) == [0] * 6
+    gradients = estimate(SIZES, job, PLAN).gradients
+    stays = estimate(SIZES, job, PLAN).stays
+    parts = [stays + sum(two) + gradients for two in zip(linear, quadratic, strict=True)]
+    assert all(peak >= part for peak, part in zip(lengths("peak", **once), parts, strict=True))
+
+
+def test_all_leaves_of_a_tree_are_learned_from_together():
+    one = replace(PLAN, micro_rows=1)
+    assert paths_at_once(TREE, one) == 8
+    assert estimate(SIZES, TREE, one) == estimate(SIZES, TREE, replace(one, micro_rows=8))
+    assert estimate(SIZES, TREE, one).update > estimate(SIZES, JOB, one).update
+    assert estimate(SIZES, TREE, one).rollout == estimate(SIZES, JOB, one).rollout
+
+
+def test_each_turn_reads_its_path_again():
+    turns = replace(JOB, turns=True)
+    found, plain = estimate(SIZES, turns, PLAN), estimate(SIZES, JOB, PLAN)
+    assert found.prompts == 4 * 256 * TOKEN
+    assert found.drawing > plain.drawing
+    assert (found.caches, found.update) == (plain.caches, plain.update)
+
+
+def test_shared_prompts_count_once():
+    long = replace(PLAN, max_prompt_tokens=400)
+    shared = estimate(SIZES, JOB, long)
+    hybrid = read_sizes({**tiny.CONFIG, **tiny.FAMILIES["lfm2"]})
+    assert NONE in hybrid.windows
+    alike = replace(hybrid, windows=(FULL,) * 3, state_numbers=0)
+    assert estimate(alike, JOB, long).linear < estimate(hybrid, JOB, long).linear
+    assert shared.linear < 4 * estimate(SIZES, JOB, replace(long, micro_rows=1)).linear
+
+
+@pytest.mark.parametrize("job", [JOB, TREE], ids=["flat", "tree"])
+def test_recomputing_blocks_takes_less(job):
+    plain, again = (estimate(SIZES, job, replace(PLAN, grad_checkpoint=on)) for on in (False, True))
+    assert again.linear < plain.linear
+    assert again.quadratic < plain.quadratic
+    assert again.rollout == plain.rollout
+
+
+def test_nothing_is_learned_where_nothing_trains():
+    found = estimate(SIZES, replace(JOB, trains=False), PLAN)
+    assert found.optimizer == found.linear == found.quadratic == found.head == 0
+    assert found.rollout == estimate(SIZES, JOB, PLAN).rollout
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("job", [JOB, TREE], ids=["flat", "tree"])
+def test_more_never_takes_less(job, grad_checkpoint):
+    plan = replace(PLAN, grad_checkpoint=grad_checkpoint)
+    was = estimate(SIZES, job, plan).peak
+    for name in ("decode_rows", "prefill_rows", "micro_rows", "max_prompt_tokens",
+                 "max_completion_tokens", "head_chunk"):  # fmt: skip
+        for times in (2, 3, 8):
+            more = replace(plan, **{name: times * getattr(plan, name)})
+            assert estimate(SIZES, job, more).peak >= was, name
+    for name in ("prompts", "evaluated", "rank", "leaves"):
+        more = replace(job, **{name: 3 * getattr(job, name) + 30})
+        assert estimate(SIZES, more, plan).peak >= was, name
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+        more = read_sizes({**CONFIG, name: 3 * CONFIG[name]})
+        assert estimate(more, job, plan).peak > was, name
+
+
+def test_a_chunk_bounds_the_logits():
+    assert head_bytes(10**9, 50, 1000) == head_bytes(50, 50, 1000)
+    for chunk in (1, 16, 50):
+        assert head_bytes(2 * chunk, 400, 1000) >= head_bytes(chunk, 400, 1000)
+    # However many chunks there are, a few of them exist at once.
+    assert head_bytes(16, 10**9, 1000) == head_bytes(16, 10**6, 1000)
+
+
+@pytest.mark.parametrize("part", ["linear", "quadratic", "head"])
+def test_measured_factors_scale_their_parts_alone(part):
+    wide = replace(PLAN, head_chunk=10**6)
+    vast = replace(SIZES, vocabulary=10**6)
+    plain = vars(estimate(vast, JOB, wide))
+    found = vars(estimate(vast, JOB, wide, Coefficients(**{part: 3.0})))
+    assert plain[part] > 0
+    assert found.pop(part) == pytest.approx(3 * plain.pop(part), abs=3)
+    assert found == plain
+
+
+def test_parts_that_are_told_have_names_of_their_own():
+    found = estimate(SIZES, JOB, PLAN)
+    parts = dict(told(found))
+    assert len(parts) == len(list(told(found)))
+    assert parts["weights"] == found.weights
+    assert all(size >= 0 for size in parts.values())
