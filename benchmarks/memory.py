@@ -1,6 +1,7 @@
 """Predicted against measured peaks of MLX's memory, for random models of several shapes.
 
-    python benchmarks/memory.py            writes benchmarks/memory.md and memory.jsonl
+    python benchmarks/memory.py            writes benchmarks/memory.md and memory.jsonl; goes on
+                                           where memory.jsonl ends
 
 Every row is a step at its worst: all prompts and completions as long as the plan allows, decoded by
 the real decoder and learned from by the real update. "prior" is what `localrl plan` says before it
@@ -63,6 +64,11 @@ RUNS: tuple[dict[str, Any], ...] = (
     {"group": 4, "prompt": 64, "length": 1024, "micro": 1},
 )
 """Completions of a prompt, tokens, rows of a backward pass (0: all); two prompts a step."""
+QUANTISED: tuple[dict[str, Any], ...] = (
+    {"group": 2, "prompt": 32, "length": 32},
+    {"group": 4, "prompt": 64, "length": 64, "micro": 2},
+)
+"""Fewer of them where products are quantised: they take minutes on a CPU."""
 PROMPTS = 2
 
 
@@ -107,7 +113,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         dense=not bits,  # type: ignore[arg-type]
     )
     rows = []
-    for run in RUNS:
+    for run in QUANTISED if bits else RUNS:
         config = RunConfig.create(
             {
                 "model.path": "random",
@@ -209,8 +215,9 @@ def main() -> None:
         return
     log = HERE / "memory.jsonl"
     if not asked.table:
-        lines = []
-        for shape in SHAPES:
+        lines = log.read_bytes().splitlines() if log.exists() else []
+        done = {json.loads(line)["shape"] for line in lines}
+        for shape in [name for name in SHAPES if name not in done]:
             command = [sys.executable, __file__, "--shape", shape]
             lines += subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()
             log.write_bytes(b"\n".join(lines) + b"\n")

@@ -67,6 +67,8 @@ def open_session(
         )
         if before:
             before.continue_in(session)
+            if restart and restart.smaller:
+                session.watch = Watch(session.plan)  # never back to the plan that has died
             for record in read_jsonl(run.path / "metrics.jsonl"):
                 session.health.see(record)  # it was warned of these
         session.dashboards = stack.enter_context(_dashboards(session))

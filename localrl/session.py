@@ -203,6 +203,8 @@ class Session(Parts):
         """Compare what the step took with the plan; another one, when there is reason, is said."""
         reading = Reading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
         mx.reset_peak_memory()
+        if self.config.memory.pin:
+            return
         found = self.watch.see(
             self.plan, reading, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint
         )

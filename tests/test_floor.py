@@ -142,13 +142,13 @@ def test_micro_batches_add_no_more_than_their_prompts(endless, monkeypatch):
 def test_the_drift_is_measured_on_a_sample_once_and_without_gradient(endless, monkeypatch):
     updater, prompts = make_updater(endless), 8
     batch = batch_of(updater, rollout(endless, prompts=prompts)[0])
-    sampled = -(-DRIFT_TOKENS // (G * S))
-    assert sampled < prompts
+    paths = -(-DRIFT_TOKENS // S)
+    assert paths < prompts * G
     calls = Calls(monkeypatch, endless)
     updater.update(batch, make_plan())
-    each = P - 1 + G * S
-    assert calls.positions == (prompts + sampled) * each
-    assert calls.head == [prompts * G * S] * HEADS + [sampled * G * S]
+    whole, sample = prompts * (P - 1 + G * S), -(-paths // G) * (P - 1) + paths * S
+    assert calls.positions == whole + sample
+    assert calls.head == [prompts * G * S] * HEADS + [paths * S]
 
 
 def test_completions_that_teach_nothing_cost_nothing(endless, monkeypatch):

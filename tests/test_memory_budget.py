@@ -76,11 +76,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """No constants of other tests, and nothing of theirs in MLX's memory."""
+    """No constants of other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    gc.collect()
-    mx.clear_cache()
-    mx.reset_peak_memory()
 
 
 def config(place, out, model=None, **changes):
@@ -92,7 +89,6 @@ def config(place, out, model=None, **changes):
 def run(place, out, *, model=None, resume=False, progress=None, **changes):
     gc.collect()
     mx.clear_cache()
-    mx.reset_peak_memory()
     made = config(place, out, model, **changes)
     return train(made, resume=resume, progress=progress)
 
@@ -167,7 +163,7 @@ def test_plan_against_peak(unlimited):
     assert "predicted at most unknown" in memory(replace(unlimited, plan=unknown))
 
 
-@pytest.mark.parametrize("share", [1.3, 1.0, 0.8, 0.65, 0.5, 0.35, 0.1])
+@pytest.mark.parametrize("share", [1.3, 1.0, 0.7, 0.5, 0.35, 0.1])
 def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, unlimited, share):
     limit = int(share * unlimited.peak_bytes) // 10**4 * 10**4
     loaded, load_model = [], parts().load_model
@@ -175,8 +171,9 @@ def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, 
         parts(), "load_model", lambda *args, **more: loaded.append(1) or load_model(*args, **more)
     )
     fits, told = True, ""
+    count = {"run.steps": 2 if share >= 1 else 1}
     try:
-        result = run(place, tmp_path / "run", **{"memory.limit": megabytes(limit)})
+        result = run(place, tmp_path / "run", **count, **{"memory.limit": megabytes(limit)})
     except MemoryBudgetError as error:
         fits, told = False, str(error)
     if not fits:
@@ -186,8 +183,8 @@ def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, 
         named = re.search(r"--memory-limit (\d+)MB", told)
         assert named
         limit = int(named[1]) * 10**6
-        result = run(place, tmp_path / "run", **{"memory.limit": f"{named[1]}MB"})
-    assert result.steps == 2
+        result = run(place, tmp_path / "run", **count, **{"memory.limit": f"{named[1]}MB"})
+    assert result.steps == count["run.steps"]
     assert_below(result.folder, limit)
     assert fits or limit > share * unlimited.peak_bytes
     assert result.plan.max_completion_tokens == 24 or share < 1.3

@@ -102,7 +102,7 @@ class Updater:
     def _drift(self, batch: Batch, plan: MemoryPlan) -> float:
         """Mean |log-probability now - at the start of the step| over the tokens of a few prompts.
 
-        One forward pass over a sample: enough prompts for `DRIFT_TOKENS` trained tokens.
+        One forward pass over a sample: enough trees for `DRIFT_TOKENS` trained tokens.
         """
         moved = np.concatenate(
             [
@@ -252,11 +252,12 @@ class _Totals:
 
 
 def _some(batch: Batch, tokens: int) -> Batch:
-    """The first prompts of a batch that have this many trained tokens, or all of it."""
+    """The first trees of a batch that have this many trained tokens, or all of it."""
     seen = 0
     for n, node in enumerate(batch.nodes):
-        if seen >= tokens and node.prompt != batch.nodes[n - 1].prompt:
-            return replace(batch, prompts=batch.prompts[: node.prompt], nodes=batch.nodes[:n])
+        if seen >= tokens and node.parent < 0:
+            prompts = batch.prompts[: batch.nodes[n - 1].prompt + 1]
+            return replace(batch, prompts=prompts, nodes=batch.nodes[:n])
         seen += int(node.trained.sum())
     return batch
 

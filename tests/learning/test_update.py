@@ -298,8 +298,8 @@ def test_drift_is_how_far_the_step_has_moved(own_policy):
     assert stats.drift > 0.01
 
 
-@pytest.mark.parametrize(("tokens", "measured"), [(1, 12), (12, 12), (13, 24), (1000, 36)])
-def test_drift_is_measured_on_the_first_prompts(own_policy, monkeypatch, tokens, measured):
+@pytest.mark.parametrize(("tokens", "measured"), [(1, 6), (7, 9), (12, 12), (13, 18), (1000, 36)])
+def test_drift_is_measured_on_the_first_trees(own_policy, monkeypatch, tokens, measured):
     monkeypatch.setattr(update, "DRIFT_TOKENS", tokens)
     step = [aged(own_policy, reused(), {}) for _ in range(3)]
     step = [replace(g, group=replace(g.group, prompt_ids=(1, 5, n, 2))) for n, g in enumerate(step)]
