@@ -182,6 +182,7 @@ def load(settled: Settled) -> LoadedModel:
     Raises: ConfigError when it cannot be read.
     """
     wish = settled.config.model
+    mx.reset_peak_memory()  # what an earlier run of this process took is not this one's
     return load_model(settled.model_folder, quantize=wish.quantize, thinking=wish.thinking)
 
 
