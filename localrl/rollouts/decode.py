@@ -24,6 +24,7 @@ from localrl.rollouts.stops import Stops
 CHILDREN = 2
 """Rows that a fork makes of one."""
 
+
 @dataclass
 class DecodeCounts:
     """What decoding has cost so far."""
@@ -221,7 +222,6 @@ class _Waiting:
         while self._queue and self._prompt(0) in self._prefilled and self._fits(rows):
             sources.append(self._prefilled[self._prompt(0)])
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
-        forks = mx.array(sources)
         forks = mx.array(sources)
         # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
         cache = copy.deepcopy(self._cache)
