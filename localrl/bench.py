@@ -28,6 +28,7 @@ from localrl.planning import make_plan
 from localrl.policy.forest_packing import Layout
 from localrl.policy.model import Policy, read_shape
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
+from localrl.policy.selfcheck import check_batching
 from localrl.records import Batch, Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.batch import TreeRequest
 from localrl.rollouts.decode import Decoder
@@ -110,7 +111,7 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
     config = _config(model, quantize, wanted)
     settled = settle(config)
     plan = make_plan(config, ask_for(settled, trains=True))
-    policy = open_policy(settled, load(settled), plan)
+    policy = check_batching(open_policy(settled, load(settled), plan))
     endless = replace(policy, tokenizer=replace(policy.tokenizer, end_ids=frozenset()))
     draws = np.random.default_rng(0)
     most = read_shape(settled.model_folder).vocabulary

@@ -136,7 +136,7 @@ def _token() -> Row:
     return Row("token", "ok", "no token for the Hub; only `localrl push` and gated models need one")
 
 
-def _checked(id: str, check: Callable[[], None], text: str) -> Row:
+def _checked(id: str, check: Callable[[], object], text: str) -> Row:
     try:
         check()
     except LocalRLError as error:

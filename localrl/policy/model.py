@@ -33,6 +33,8 @@ class Policy:
     """(B, L) tokens to (B, L, d) states before the head; None where the family hides them."""
     head: Callable[[mx.array], mx.array] | None
     """(N, d) states to (N, V) logits."""
+    shares_prompts: bool = False
+    """Whether rows may read the keys and values of one prompt: see `prefix.fork_prompts`."""
 
     def prefill(self, tokens: mx.array, lengths: Sequence[int]) -> tuple[list[Any], mx.array]:
         """Run right-padded prompts (P, L): a cache of P rows, and the logits (P, V) after each.

@@ -6,6 +6,7 @@ not hold that would sample from wrong distributions without an error.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
+from localrl.policy.prefix import PrefixCache, fork_prompts, use_shared_prompts
 
 PROMPTS = ((5, 6, 7), (1, 2, 3, 4, 8, 9))
 """Token ids of the two prompts; every vocabulary has them."""
@@ -22,8 +24,10 @@ FORK = (0, 1, 1)
 """Rows of the batch that the three go on from."""
 
 
-def check_batching(policy: Policy) -> None:
+def check_batching(policy: Policy) -> Policy:
     """Compare padded and forked rows with plain ones; some 40 tokens through the model.
+
+    Returns the policy, which shares prompts where its family computes the same with them.
 
     Raises: ConfigError when the family cannot be decoded in batches, or gives other logits there.
     """
@@ -44,6 +48,7 @@ def check_batching(policy: Policy) -> None:
                 f"{name} than for single ones (relative error {error:.2g}), so that localrl would "
                 "train on wrong probabilities. Use another model."
             )
+    return replace(policy, shares_prompts=_shares_prompts(policy, expected[1]))
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -72,10 +77,27 @@ def _plain(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
 
 def _batched(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
     """The same logits from one padded batch that forks."""
-    most = max(map(len, PROMPTS))
-    tokens = mx.array([[*prompt, *[0] * (most - len(prompt))] for prompt in PROMPTS])
-    cache, first = policy.prefill(tokens, [len(prompt) for prompt in PROMPTS])
+    cache, first = _prefill(policy)
     for layer in cache:
         layer.filter(mx.array(FORK))
     second = policy.model(mx.array(NEXT)[:, None], cache=cache)[:, -1]
     return np.array(first.astype(mx.float32)), np.array(second.astype(mx.float32))
+
+
+def _prefill(policy: Policy) -> tuple[list[Any], mx.array]:
+    most = max(map(len, PROMPTS))
+    tokens = mx.array([[*prompt, *[0] * (most - len(prompt))] for prompt in PROMPTS])
+    return policy.prefill(tokens, [len(prompt) for prompt in PROMPTS])
+
+
+def _shares_prompts(policy: Policy, expected: np.ndarray) -> bool:
+    """Whether rows that read one copy of their prompt give the logits (3, V) after it."""
+    try:
+        use_shared_prompts(policy.model)
+        cache = fork_prompts(_prefill(policy)[0], np.array(FORK), range(len(PROMPTS)))
+        shared = [layer for layer in cache if isinstance(layer, PrefixCache)]
+        logits = policy.model(mx.array(NEXT)[:, None], cache=cache)[:, -1].astype(mx.float32)
+        close = difference(np.array(logits), expected) < tolerance(policy)
+    except Exception:  # whatever a family's own code raises; its rows then have whole caches
+        return False
+    return bool(shared) and close and all(layer.attended for layer in shared)

@@ -7,7 +7,6 @@ that there are never more than `rows`.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
+from localrl.policy.prefix import fork_prompts, pays
 from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest
 from localrl.rollouts.stops import Stops
 
@@ -198,6 +198,10 @@ class _Waiting:
         self._decoder = decoder
         self._prompts = prompts
         self._ledger = ledger
+        self._shares = decoder.policy.shares_prompts and pays(
+            [len(prompts[r.prompt]) * (r.leaves - 1) for r in ledger.requests],
+            decoder.rows / max(sum(r.leaves for r in ledger.requests), 1),
+        )
         self._queue = deque(
             (tree, n) for tree, request in enumerate(ledger.requests) for n in range(request.roots)
         )
@@ -223,10 +227,8 @@ class _Waiting:
             sources.append(self._prefilled[self._prompt(0)])
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
         forks = mx.array(sources)
-        # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
-        cache = copy.deepcopy(self._cache)
-        for layer in cache:
-            layer.filter(forks)
+        names = list(self._prefilled) if self._shares else None
+        cache = fork_prompts(self._cache, np.array(sources), names)
         count = len(segments)
         stops = self._decoder.stops
         before = [self._ledger.request(segment).before for segment in segments]
