@@ -29,7 +29,8 @@ for line in sys.stdin:
         resume, pulse = os.path.exists(settings["run.out"] + "/config.toml"), Pulse()
         try:
             with stop_on_signals(pulse):
-                train(RunConfig.create(settings), resume=resume, pulse=pulse)
+                # A run that was killed before it had settings is moved aside.
+                train(RunConfig.create(settings), resume=resume, overwrite=not resume, pulse=pulse)
             os._exit(0)
         except Stopped:
             os._exit(75)

@@ -213,11 +213,16 @@ def _claim(out: Path, overwrite: bool) -> TextIO | None:
 
 
 def _is_used(out: Path) -> bool:
-    """True when the folder holds anything; raises NotADirectoryError for a file."""
+    """True when the folder holds anything but what is left of a process that was killed before it
+    had begun; raises NotADirectoryError for a file."""
     try:
-        return any(entry.name not in IGNORED for entry in out.iterdir())
+        return not all(_is_left_over(entry) for entry in out.iterdir())
     except FileNotFoundError:
         return False
+
+
+def _is_left_over(entry: Path) -> bool:
+    return entry.name in IGNORED or entry.name.startswith(f".{MARKER}.tmp-")
 
 
 def _move_aside(out: Path) -> None:

@@ -110,6 +110,15 @@ def test_used_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_what_a_process_leaves_that_was_killed_before_it_began_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("pid 7 on here")
+    (tmp_path / ".run.json.tmp-7").write_text("{")
+    with open_run(tmp_path, overwrite=False):
+        assert (tmp_path / "run.json").is_file()
+    with pytest.raises(ConfigError, match="not empty"):
+        open_run(tmp_path, overwrite=False)
+
+
 def test_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ConfigError, match="out cannot be made: Not a directory"):
