@@ -51,9 +51,6 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "qwen3 56 M, vocabulary 152k": ({**QWEN, "hidden_size": 256, "num_hidden_layers": 16,
         "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
         "vocab_size": 151936}, 0),
-    "qwen3 60 M, float32": ({**QWEN, "hidden_size": 512, "num_hidden_layers": 16,
-        "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "head_dim": 64, "vocab_size": 8192}, 0),
 }  # fmt: skip
 RUNS: tuple[dict[str, Any], ...] = (
     {"group": 8, "prompt": 32, "length": 32},
