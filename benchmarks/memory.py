@@ -91,6 +91,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     from localrl.memory.sizes import quantised, read_sizes
     from localrl.planning import _job
     from localrl.policy.model import LoadedModel, make_policy
+    from localrl.policy.selfcheck import check_batching
     from localrl.probing import measure as calibrate
 
     shape, bits = SHAPES[name]
@@ -109,6 +110,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         for_cpu=True,
         dense=not bits,  # type: ignore[arg-type]
     )
+    policy = check_batching(policy)
     rows = []
     for run in QUANTISED if bits else RUNS:
         config = RunConfig.create(

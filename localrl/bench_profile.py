@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,11 +29,14 @@ from localrl.bench import (
     seconds,
 )
 from localrl.learning.update import global_norm
+from localrl.policy.array_scoring import Head
+from localrl.policy.model import Logits, Policy
 from localrl.policy.packing import MicroBatch
 from localrl.policy.scoring import head_logprobs, token_logprobs
 from localrl.records import Batch, Group
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.scoring import Scorer
+from localrl.rollouts.batch import take
 from localrl.rollouts.decode import Decoder, draw
 from localrl.runs.logs import GroupRecord, JsonLines, rollout_line
 from localrl.runs.metrics import rollout_metrics
@@ -110,40 +113,39 @@ def _rollout(opened: Opened, scorer: Scorer) -> list[Stage]:
 
 def _decode(opened: Opened) -> tuple[float, float, float]:
     """Seconds of building the graphs of all decode calls, of computing them, and of all."""
-    watched = _Watched(opened.endless.model)
-    policy = replace(opened.endless, model=watched)
-    whole_s = float(decode_once(opened, opened.plan.group_size, policy).sum())
+    watched = _Watched(opened.endless)
+    whole_s = float(decode_once(opened, opened.plan.group_size, cast(Policy, watched)).sum())
     return watched.build_s, watched.compute_s, whole_s
 
 
 class _Watched:
-    """A model whose decode calls are timed, and made to finish."""
+    """A policy whose decode calls are timed, and made to finish."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
         self.build_s = self.compute_s = 0.0
 
-    def __call__(self, tokens: mx.array, **options: Any) -> mx.array:
+    def step(self, tokens: np.ndarray, cache: Sequence[Any]) -> Logits:
         start = time.perf_counter()
-        logits = self._model(tokens, **options)
-        if tokens.shape[1] > 1:
-            return logits  # a prefill of a family whose head is not apart
+        logits = self._policy.step(tokens, cache)
         built = time.perf_counter()
-        mx.eval(logits, [layer.state for layer in options["cache"]])
+        if isinstance(logits, np.ndarray):  # computed at once, without a graph
+            self.compute_s += built - start
+            return logits
+        mx.eval(logits, [layer.state for layer in cache])
         self.build_s += built - start
         self.compute_s += time.perf_counter() - built
         return logits
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self._policy, name)
 
 
 def _draw_s(opened: Opened) -> float:
     """Seconds of drawing one token for every row."""
     _, logits = Decoder(opened.endless, 1.0, 1).prefill([opened.prompt])
-    logits = mx.contiguous(mx.repeat(logits, opened.plan.group_size, axis=0))
-    coins = mx.array(np.random.default_rng(0).random(len(logits), np.float32))
-    mx.eval(logits, coins)
+    logits = take(logits, np.zeros(opened.plan.group_size, int))
+    coins = np.random.default_rng(0).random(len(logits), np.float32)
     times = [seconds(lambda: mx.eval(*draw(logits, coins, 1.0))) for _ in range(20)]
     return median(times)
 
@@ -182,18 +184,20 @@ def _forward(opened: Opened, micros: list[MicroBatch]) -> None:
 
 def _head_s(opened: Opened, micros: list[MicroBatch]) -> float:
     """Seconds of the head's forward; 0 where it cannot be told from the body."""
-    head, hidden = opened.policy.head, opened.policy.hidden
+    policy, chunk = opened.policy, opened.plan.head_chunk
+    head, hidden = policy.head, policy.hidden
     if head is None or hidden is None:
         return 0.0
     width = hidden(mx.array([[1]])).shape[-1]
-    work = [
-        (mx.random.normal((len(micro.sources), width)), mx.array(micro.targets)) for micro in micros
-    ]
-    mx.eval(work)
+    work = [(mx.random.normal((len(micro.sources), width)), micro.targets) for micro in micros]
+    mx.eval([states for states, _ in work])
 
     def score() -> None:
         for states, targets in work:
-            mx.eval(head_logprobs(head, states, targets, 1.0, opened.plan.head_chunk))
+            if policy.arrays is not None:
+                Head(policy.arrays.read(), targets, 1.0, chunk).logprobs(np.array(states).T)
+            else:
+                mx.eval(head_logprobs(head, states, mx.array(targets), 1.0, chunk))
 
     return seconds(score)
 

@@ -19,6 +19,7 @@ from localrl.errors import LocalRLError
 from localrl.memory.limit import memory_limit, show
 from localrl.memory.machine import Machine
 from localrl.policy.model import Policy, load_model, make_policy
+from localrl.rollouts.batch import take
 from localrl.rollouts.decode import Decoder, draw
 
 Status = Literal["ok", "warn", "fail"]
@@ -183,12 +184,14 @@ def _embedded_policy() -> Policy:
 def _decode_rate(policy: Policy, rows: int, tokens: int) -> float:
     """Tokens per second of so many rows together; all go on to the end, whatever they say."""
     decoder = Decoder(policy, 1.0, rows)
-    cache, logits = decoder.prefill([DECODE_PROMPT] * rows)
-    coins = mx.array(np.random.default_rng(0).random((tokens, rows), np.float32))
+    cache, logits = decoder.prefill([DECODE_PROMPT])
+    sources = np.zeros(rows, int)
+    cache, logits = policy.fork(cache, sources, None), take(logits, sources)
+    coins = np.random.default_rng(0).random((tokens, rows), np.float32)
     start = time.perf_counter()
     for step in range(tokens):
         drawn, logprobs, entropies = draw(logits, coins[step], 1.0)
         mx.eval(drawn, logprobs, entropies)
-        logits = policy.model(drawn[:, None], cache=cache)[:, -1]
+        logits = policy.step(np.array(drawn), cache)
     mx.eval(logits)
     return rows * tokens / (time.perf_counter() - start)

@@ -11,12 +11,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from arrays import array_policy
 
+from localrl.backend import mx
 from localrl.config import LearningConfig
 from localrl.learning.credit import assign_credit
 from localrl.learning.selection import select
 from localrl.learning.update import DRIFT_TOKENS, Updater
 from localrl.memory.plan import wanted
+from localrl.policy import prefix
+from localrl.policy.array_model import Linears
+from localrl.policy.selfcheck import check_batching
 from localrl.records import Example, ScoredGroup
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
@@ -161,3 +166,135 @@ def test_completions_that_teach_nothing_cost_nothing(endless, monkeypatch):
     calls = Calls(monkeypatch, endless)
     updater.gradient(batch, make_plan())
     assert calls.body == [(1, P - 1), (G, S)]
+
+
+SCORED = 2
+"""Calls of NumPy's head for a gradient: for the log-probabilities and for their slope. The way back
+through it is a product by itself."""
+
+
+class Columns:
+    """Columns that the first layers of each block, and the head, are given by NumPy."""
+
+    def __init__(self, monkeypatch, policy):
+        self.blocks: list[list[int]] = [[] for _ in policy.model.layers]
+        self.head: list[int] = []
+        self._places = {self._address(policy.model.model.embed_tokens.weight): self.head}
+        for counted, block in zip(self.blocks, policy.model.layers, strict=True):
+            self._places[self._address(block.self_attn.q_proj.linear.weight)] = counted
+        call = Linears.__call__
+
+        def count(linears, x):
+            place = self._places.get(linears.weights[0].ctypes.data)
+            if place is not None:
+                place.append(x.shape[1])
+            return call(linears, x)
+
+        def refuse(*given, **options):
+            raise AssertionError("MLX was to compute this")
+
+        monkeypatch.setattr(Linears, "__call__", count)
+        monkeypatch.setattr(type(policy.model.model), "__call__", refuse)
+
+    def _address(self, array: mx.array) -> int:
+        return np.array(array, copy=False).ctypes.data
+
+    @property
+    def body(self) -> list[int]:
+        """Of one block; all have the same."""
+        assert all(counted == self.blocks[0] for counted in self.blocks)
+        return self.blocks[0]
+
+
+@pytest.fixture
+def arrays(endless):
+    checked = check_batching(endless)
+    assert checked.arrays is not None
+    return checked
+
+
+@pytest.mark.parametrize("shared_positions", [0, 1 << 30], ids=["shared", "copied"])
+def test_a_rollout_of_arrays_is_one_prefill_and_a_step_for_each_further_token(
+    arrays, monkeypatch, shared_positions
+):
+    monkeypatch.setattr(prefix, "SHARED_POSITIONS", shared_positions)
+    columns = Columns(monkeypatch, arrays)
+    groups, counts = rollout(arrays)
+    assert [len(completion) for completion in groups[0].completions()] == [S] * G
+    assert columns.body == [P] + [G] * (S - 1)
+    assert columns.head == [1] + [G] * (S - 1)
+    assert counts.forward_calls == len(columns.body)
+
+
+def test_rows_of_arrays_that_have_ended_do_not_come_back(policy, monkeypatch):
+    policy = check_batching(policy)
+    columns = Columns(monkeypatch, policy)
+    groups, _ = rollout(policy, prompts=4)
+    lengths = np.array([len(c) for group in groups for c in group.completions()])
+    assert lengths.min() < lengths.max()
+    assert columns.body[0] == 4 * P
+    assert len(columns.body) == lengths.max()
+    for token, rows in enumerate(columns.body[1:], start=1):
+        alive = int((lengths > token).sum())
+        assert alive <= rows < alive + max(1, rows / 8)
+    assert columns.head == [4, *columns.body[1:]]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_an_update_of_arrays_is_one_pass_with_the_prompt_once(arrays, monkeypatch, recomputed):
+    updater = make_updater(arrays)
+    batch = batch_of(updater, rollout(arrays)[0])
+    columns = Columns(monkeypatch, arrays)
+    updater.gradient(batch, make_plan(grad_checkpoint=recomputed))
+    # A block that is computed again begins with the lowest level.
+    assert columns.body == [P - 1, G * S] + [G * S, P - 1] * recomputed
+    assert columns.head == [G * S] * SCORED
+
+
+def test_micro_batches_of_arrays_add_no_more_than_their_prompts(arrays, monkeypatch):
+    updater = make_updater(arrays)
+    batch = batch_of(updater, rollout(arrays, prompts=3)[0])
+    columns = Columns(monkeypatch, arrays)
+    updater.gradient(batch, replace(make_plan(), micro_rows=G))
+    assert columns.body == [P - 1, G * S] * 3
+    assert columns.head == [G * S] * 3 * SCORED
+
+
+def test_the_drift_of_arrays_is_measured_on_a_sample_once(arrays, monkeypatch):
+    updater, prompts = make_updater(arrays), 8
+    batch = batch_of(updater, rollout(arrays, prompts=prompts)[0])
+    paths = -(-DRIFT_TOKENS // S)
+    columns = Columns(monkeypatch, arrays)
+    updater.update(batch, make_plan())
+    whole, sample = prompts * (P - 1 + G * S), -(-paths // G) * (P - 1) + paths * S
+    assert sum(columns.body) == whole + sample
+    assert columns.head == [prompts * G * S] * SCORED + [paths * S]
+
+
+def test_completions_that_teach_nothing_cost_arrays_nothing(arrays, monkeypatch):
+    updater = make_updater(arrays)
+    groups, _ = rollout(arrays, prompts=2)
+    rewards = [(0.0, 1.0, 0.5, 0.5), (1.0,) * G]
+    scored = [ScoredGroup(g, r, {"r": r}) for g, r in zip(groups, rewards, strict=True)]
+    credits = [assign_credit(group) for group in scored]
+    batch = select(scored, credits, 2.0 * S, updater.objective).batch
+    columns = Columns(monkeypatch, arrays)
+    updater.gradient(batch, make_plan())
+    assert columns.body == [P - 1, 2 * S]
+    assert columns.head == [2 * S] * SCORED
+
+
+def test_the_way_back_ends_at_the_lowest_adapter(tmp_path, monkeypatch):
+    policy = array_policy(tmp_path / "model", "smollm3", layers=1)
+    updater = make_updater(policy)
+    batch = batch_of(updater, rollout(policy)[0])
+    back, calls = Linears.back, []
+
+    def count(linears, *given):
+        calls.append(linears)
+        return back(linears, *given)
+
+    monkeypatch.setattr(Linears, "back", count)
+    updater.gradient(batch, make_plan())
+    # The head, and of the last block's four inputs each on two levels.
+    assert len(calls) == 1 + 4 * 2

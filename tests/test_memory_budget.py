@@ -196,7 +196,7 @@ def parts():
     return parts
 
 
-def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch, unlimited):
+def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):
     found, gradient = [], Updater.gradient
 
     def watched(self, batch, plan):
@@ -205,9 +205,9 @@ def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Updater, "gradient", watched)
     results, gradients = [], []
-    for share in (1.3, 0.65):
-        limit = {"memory.limit": megabytes(share * unlimited.peak_bytes)}
-        results.append(run(place, tmp_path / str(share), **limit, **{"run.steps": 1}))
+    for limit in ("100MB", "50MB"):
+        large = {"memory.limit": limit, "rollout.prompts_per_step": 8, "run.steps": 1}
+        results.append(run(place, tmp_path / limit, **large))
         gradients.append(found[-1][0])
     whole, half = (result.plan for result in results)
     assert half.micro_rows < whole.micro_rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
 from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
 from localrl.learning.objectives import make_objective
-from localrl.policy.checkpointing import checkpointed
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
@@ -143,8 +141,14 @@ class Updater:
     def _loss(
         self, micro: MicroBatch, reference: mx.array | None, plan: MemoryPlan
     ) -> tuple[mx.array, ObjectiveSums]:
-        with checkpointed(self.policy) if plan.grad_checkpoint else nullcontext():
-            logprobs = self._logprobs(micro, plan.head_chunk)
+        logprobs = token_logprobs(
+            self.policy,
+            micro,
+            temperature=self.temperature,
+            head_chunk=plan.head_chunk,
+            gradient=True,
+            recompute=plan.grad_checkpoint,
+        )
         anchors, coefficients = mx.array(micro.anchor_logprobs), mx.array(micro.coefficients)
         sums = policy_sums(self.objective, logprobs, anchors, coefficients, micro.rows)
         if reference is not None:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from localrl.memory.array_estimate import Extent, fits, prefill_bytes, update_bytes
 from localrl.memory.sizes import NONE, Sizes, kv_bytes, lora_parameters, weight_bytes
 from localrl.records import MemoryPlan
 
@@ -171,9 +172,14 @@ def _rollout(sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[int, int, int]:
     row = kv_bytes(sizes, length, bytes_per_number=job.float_bytes, step=CACHE_STEP)
     growth = 1 + 1 / sizes.layers  # a block's cache exists twice while it grows
     logits = LOGIT_COPIES * 4 * rows * sizes.vocabulary
-    scores = PREFILL_SCORES * sizes.heads * read * read
-    states = PREFILL_STATES * read * sizes.width
-    prefill = job.float_bytes * prefilled * (scores + states)
+    if _in_arrays(sizes, job, plan):
+        prefill = prefill_bytes(
+            sizes, Extent(prefilled * read, prefilled * read, 0, prefilled, read, read)
+        )
+    else:
+        scores = PREFILL_SCORES * sizes.heads * read * read
+        states = PREFILL_STATES * read * sizes.width
+        prefill = job.float_bytes * prefilled * (scores + states)
     return prefilled * prompt, round(rows * row * growth), round(max(logits, prefill))
 
 
@@ -181,6 +187,11 @@ def _update(
     sizes: Sizes, job: Job, plan: MemoryPlan, coefficients: Coefficients
 ) -> tuple[int, int, int]:
     """What grows with positions, with their square, and the head's chunks."""
+    if _in_arrays(sizes, job, plan):
+        parts = _array_update(sizes, job, plan)
+        factors = coefficients.linear, coefficients.quadratic, coefficients.head
+        linear, quadratic, head = (f * part for f, part in zip(factors, parts, strict=True))
+        return round(linear), round(quadratic), round(head)
     paths, rows = paths_at_once(job, plan), NONE in sizes.windows
     length = plan.max_prompt_tokens + plan.max_completion_tokens
     if rows:  # families that do not share prompts
@@ -213,6 +224,27 @@ def _update(
         round(coefficients.quadratic * job.float_bytes * quadratic),
         round(coefficients.head * max(0.0, head)),
     )
+
+
+def _in_arrays(sizes: Sizes, job: Job, plan: MemoryPlan) -> bool:
+    return fits(sizes, float_bytes=job.float_bytes, dense=plan.dequantise)
+
+
+def _array_update(sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[float, float, float]:
+    paths = paths_at_once(job, plan)
+    prompt, own = plan.max_prompt_tokens, plan.max_completion_tokens
+    trees = math.ceil(paths / max(1, plan.group_size))
+    prompts, paths_own = trees * prompt, paths * own
+    extent = Extent(
+        prompts + paths_own,
+        max(prompts, paths_own),
+        paths * prompt,
+        paths,
+        own,
+        prompt + own,
+    )
+    chunk = max(1, min(plan.head_chunk, paths * own))
+    return update_bytes(sizes, extent, 4 * chunk * sizes.vocabulary, recompute=plan.grad_checkpoint)
 
 
 def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:

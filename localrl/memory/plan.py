@@ -53,10 +53,11 @@ class Asked:
 def wanted(config: RunConfig, *, vocabulary: int, on_cpu: bool, threads: int | None) -> MemoryPlan:
     """The sizes that the configuration asks for, the others by rule of thumb."""
     rollout, memory = config.rollout, config.memory
-    longest = rollout.max_prompt_tokens + rollout.max_completion_tokens
+    # A prompt is computed once for its group.
+    each = rollout.max_completion_tokens + rollout.max_prompt_tokens / rollout.completions
     paths = rollout.prompts_per_step * rollout.completions  # more rows could not be made fewer
     rows = memory.decode_rows or paths
-    micro_rows = memory.micro_rows or max(1, min(paths, MICRO_TOKENS // longest))
+    micro_rows = memory.micro_rows or max(1, min(paths, int(MICRO_TOKENS / each)))
     chunk = min(LOGIT_BYTES // (4 * vocabulary), micro_rows * rollout.max_completion_tokens)
     return MemoryPlan(
         group_size=rollout.completions,

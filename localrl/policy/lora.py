@@ -33,7 +33,8 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
-        return y + self.scale * ((x @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype))
+        lora_b = (self.scale * self.lora_b).astype(x.dtype)  # smaller than what it makes
+        return y + (x @ self.lora_a.astype(x.dtype)) @ lora_b
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:

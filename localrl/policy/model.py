@@ -11,14 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.activations import use_fast_swiglu
+from localrl.policy.array_decode import ArrayCache, prefill
+from localrl.policy.array_model import ArrayModel
 from localrl.policy.folder import check_folder
 from localrl.policy.lora import attach, fill
 from localrl.policy.precision import dequantise, quantise, to_float32
+from localrl.policy.prefix import fork_prompts
 from localrl.policy.rope import rope_settings
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
+
+Logits = mx.array | np.ndarray
+"""NumPy's where it computes them."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,22 @@ class Policy:
     """(N, d) states to (N, V) logits."""
     shares_prompts: bool = False
     """Whether rows may read the keys and values of one prompt: see `prefix.fork_prompts`."""
+    arrays: ArrayModel | None = None
+    """The model as NumPy computes it; None where MLX does all."""
 
-    def prefill(self, tokens: mx.array, lengths: Sequence[int]) -> tuple[list[Any], mx.array]:
+    def prefill(self, tokens: np.ndarray, lengths: Sequence[int]) -> tuple[Any, Logits]:
         """Run right-padded prompts (P, L): a cache of P rows, and the logits (P, V) after each.
 
-        The head runs on the last position of each prompt alone, where the family allows it.
+        The head runs on the last position of each prompt alone, where the family allows it. All is
+        computed when this returns.
         """
+        if self.arrays is not None:
+            return prefill(self.arrays, tokens, np.array(lengths, np.int32))
+        cache, logits = self._prefill(mx.array(tokens), lengths)
+        mx.eval(logits, [layer.state for layer in cache])
+        return cache, logits
+
+    def _prefill(self, tokens: mx.array, lengths: Sequence[int]) -> tuple[list[Any], mx.array]:
         cache = _empty_cache(self.model, len(lengths))
         padding = [tokens.shape[1] - length for length in lengths]
         for layer in cache:
@@ -53,6 +71,18 @@ class Policy:
         for layer in cache:
             layer.finalize()
         return cache, logits
+
+    def fork(self, prefilled: Any, rows: np.ndarray, names: Sequence[int] | None) -> list[Any]:
+        """Caches of B rows that go on from prefilled ones: see `prefix.fork_prompts`."""
+        if self.arrays is None:
+            return fork_prompts(prefilled, rows, names)
+        return [ArrayCache(self.arrays, prefilled, rows, names)]
+
+    def step(self, tokens: np.ndarray, cache: Sequence[Any]) -> Logits:
+        """Feed one token (B,) to each row of forked caches: the logits (B, V) after it."""
+        if self.arrays is None:
+            return self.model(mx.array(tokens[:, None]), cache=cache)[:, -1]
+        return cache[0].step(tokens)
 
 
 CACHE_STEP = 64

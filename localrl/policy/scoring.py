@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from localrl.backend import mx, tree_flatten
+from localrl.policy.array_scoring import array_logprobs
+from localrl.policy.checkpointing import checkpointed
 from localrl.policy.forest import forest_states
 from localrl.policy.forest_packing import Layout
 from localrl.policy.model import Policy
@@ -18,13 +21,36 @@ Head = Callable[[mx.array], mx.array]
 
 
 def token_logprobs(
-    policy: Policy, micro: MicroBatch, *, temperature: float, head_chunk: int
+    policy: Policy,
+    micro: MicroBatch,
+    *,
+    temperature: float,
+    head_chunk: int,
+    gradient: bool = False,
+    recompute: bool = False,
 ) -> mx.array:
     """Float32 log-probabilities (N,) of a micro-batch's targets.
 
     The distribution is that of the sampler: logits divided by the temperature, over the whole
-    vocabulary.
+    vocabulary. gradient: the result is differentiated by the adapters; with `recompute` what goes
+    on inside a block is computed again then.
     """
+    if policy.arrays is not None:
+        return array_logprobs(
+            policy.arrays,
+            micro,
+            temperature=temperature,
+            head_chunk=head_chunk,
+            gradient=gradient,
+            recompute=recompute,
+        )
+    with checkpointed(policy) if recompute else nullcontext():
+        return _token_logprobs(policy, micro, temperature, head_chunk)
+
+
+def _token_logprobs(
+    policy: Policy, micro: MicroBatch, temperature: float, head_chunk: int
+) -> mx.array:
     sources, targets = mx.array(micro.sources), mx.array(micro.targets)
     if isinstance(micro.tokens, Layout):
         states = forest_states(policy, micro.tokens)  # (positions, d)

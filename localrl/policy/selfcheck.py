@@ -13,6 +13,7 @@ import numpy as np
 
 from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
+from localrl.policy.array_model import ArrayModel, UnfitError
 from localrl.policy.model import Policy
 from localrl.policy.prefix import PrefixCache, fork_prompts, use_shared_prompts
 
@@ -27,10 +28,12 @@ FORK = (0, 1, 1)
 def check_batching(policy: Policy) -> Policy:
     """Compare padded and forked rows with plain ones; some 40 tokens through the model.
 
-    Returns the policy, which shares prompts where its family computes the same with them.
+    Returns the policy, which shares prompts, and on the CPU decodes in NumPy, where its family
+    computes the same so.
 
     Raises: ConfigError when the family cannot be decoded in batches, or gives other logits there.
     """
+    policy = replace(policy, arrays=None)
     family = type(policy.model).__module__.rpartition(".")[2]
     expected = _plain(policy)
     try:
@@ -48,7 +51,8 @@ def check_batching(policy: Policy) -> Policy:
                 f"{name} than for single ones (relative error {error:.2g}), so that localrl would "
                 "train on wrong probabilities. Use another model."
             )
-    return replace(policy, shares_prompts=_shares_prompts(policy, expected[1]))
+    policy = replace(policy, shares_prompts=_shares_prompts(policy, expected[1]))
+    return replace(policy, arrays=_arrays(policy, expected))
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -84,9 +88,9 @@ def _batched(policy: Policy) -> tuple[np.ndarray, np.ndarray]:
     return np.array(first.astype(mx.float32)), np.array(second.astype(mx.float32))
 
 
-def _prefill(policy: Policy) -> tuple[list[Any], mx.array]:
+def _prefill(policy: Policy) -> tuple[Any, Any]:
     most = max(map(len, PROMPTS))
-    tokens = mx.array([[*prompt, *[0] * (most - len(prompt))] for prompt in PROMPTS])
+    tokens = np.array([[*prompt, *[0] * (most - len(prompt))] for prompt in PROMPTS], np.int32)
     return policy.prefill(tokens, [len(prompt) for prompt in PROMPTS])
 
 
@@ -101,3 +105,20 @@ def _shares_prompts(policy: Policy, expected: np.ndarray) -> bool:
     except Exception:  # whatever a family's own code raises; its rows then have whole caches
         return False
     return bool(shared) and close and all(layer.attended for layer in shared)
+
+
+def _arrays(policy: Policy, expected: tuple[np.ndarray, np.ndarray]) -> ArrayModel | None:
+    """The model for NumPy, if it gives the logits of `_plain`, with copied and shared prompts."""
+    if mx.default_device().type != mx.cpu:
+        return None
+    try:
+        tried = replace(policy, arrays=ArrayModel(policy.model))
+        cache, first = _prefill(tried)
+        found = [(first, expected[0])]
+        for names in (None, range(len(PROMPTS))):
+            rows = tried.fork(cache, np.array(FORK), names)
+            found.append((tried.step(np.array(NEXT), rows), expected[1]))
+    except (UnfitError, AttributeError, TypeError, ValueError):  # built otherwise than expected
+        return None
+    close = all(difference(np.array(a), b) < tolerance(policy) for a, b in found)
+    return tried.arrays if close else None

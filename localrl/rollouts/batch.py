@@ -12,12 +12,25 @@ import numpy as np
 from localrl.backend import mx
 from localrl.errors import LocalRLError
 from localrl.keys import keyed_uniforms
+from localrl.policy.model import Logits
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import FinishReason, Leaf, Node
 from localrl.rollouts.stops import Early, Tails
 
 End = Literal["stop", "length", "fork"] | Early
 """Why a segment ended."""
+
+
+def take(logits: Logits, rows: np.ndarray) -> Logits:
+    """These rows."""
+    return logits[rows] if isinstance(logits, np.ndarray) else logits[mx.array(rows)]
+
+
+def join(one: Logits, two: Logits) -> Logits:
+    """Rows of both."""
+    if isinstance(one, np.ndarray):
+        return np.concatenate([one, two])
+    return mx.concatenate([one, mx.array(two)])
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Rows:
     """The rows being decoded: which segment each is writing, its next logits, the shared cache."""
 
     cache: list[Any]
-    logits: mx.array  # (B, V)
+    logits: Logits  # (B, V)
     segments: np.ndarray  # (B,) index of the segment being written
     lengths: np.ndarray  # (B,) tokens on the path so far
     alive: np.ndarray  # (B,) bool; a finished row may ride along for a while
@@ -91,10 +104,9 @@ class Rows:
 
     def take(self, keep: np.ndarray) -> None:
         """Keep these rows only; an index that repeats forks its row."""
-        index = mx.array(keep)
         for layer in self.cache:
-            layer.filter(index)
-        self.logits = self.logits[index]
+            layer.filter(mx.array(keep))
+        self.logits = take(self.logits, keep)
         self.segments, self.lengths = self.segments[keep], self.lengths[keep]
         self.alive = self.alive[keep]
         if self.tails is not None:
@@ -104,7 +116,7 @@ class Rows:
         """Add the rows of another batch."""
         for layer, more in zip(self.cache, other.cache, strict=True):
             layer.extend(more)
-        self.logits = mx.concatenate([self.logits, other.logits])
+        self.logits = join(self.logits, other.logits)
         self.segments = np.concatenate([self.segments, other.segments])
         self.lengths = np.concatenate([self.lengths, other.lengths])
         self.alive = np.concatenate([self.alive, other.alive])

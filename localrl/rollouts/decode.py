@@ -16,9 +16,9 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.errors import ConfigError
-from localrl.policy.model import Policy
-from localrl.policy.prefix import fork_prompts, pays
-from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest
+from localrl.policy.model import Logits, Policy
+from localrl.policy.prefix import pays
+from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest, take
 from localrl.rollouts.stops import Stops
 
 CHILDREN = 2
@@ -151,9 +151,7 @@ class Decoder:
 
     def _draw(self, live: Rows, ledger: Ledger) -> np.ndarray:
         """Draw the next token of every row, and write down those of living rows."""
-        tokens, logprobs, entropies = draw(
-            live.logits, mx.array(ledger.uniforms(live)), self.temperature
-        )
+        tokens, logprobs, entropies = draw(live.logits, ledger.uniforms(live), self.temperature)
         mx.eval(tokens, logprobs, entropies)
         drawn = np.array(tokens)
         ledger.write(live, drawn, np.array(logprobs), np.array(entropies))
@@ -172,20 +170,19 @@ class Decoder:
             keep = np.flatnonzero(live.alive)
             live.take(keep)
             tokens = tokens[keep]
-        live.logits = self.policy.model(mx.array(tokens[:, None]), cache=live.cache)[:, -1]
+        live.logits = self.policy.step(tokens, live.cache)
         self.counts.forward_calls += 1
         self.counts.decode_positions += len(live)
         return live
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], mx.array]:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Logits]:
         """One forward over all prompts: a cache of as many rows, and their next logits (P, V)."""
         self.beat()
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)] = prompt
-        cache, logits = self.policy.prefill(mx.array(tokens), lengths)
-        mx.eval(logits, [layer.state for layer in cache])
+        cache, logits = self.policy.prefill(tokens, lengths)
         self.counts.forward_calls += 1
         self.counts.prefill_positions += sum(lengths)
         return cache, logits
@@ -206,8 +203,8 @@ class _Waiting:
             (tree, n) for tree, request in enumerate(ledger.requests) for n in range(request.roots)
         )
         self._prefilled: dict[int, int] = {}  # prompt -> row of the caches below
-        self._cache: list[Any] = []
-        self._logits = mx.array([])
+        self._cache: Any = []
+        self._logits: Logits = mx.array([])
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -226,15 +223,14 @@ class _Waiting:
         while self._queue and self._prompt(0) in self._prefilled and self._fits(rows):
             sources.append(self._prefilled[self._prompt(0)])
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
-        forks = mx.array(sources)
         names = list(self._prefilled) if self._shares else None
-        cache = fork_prompts(self._cache, np.array(sources), names)
+        cache = self._decoder.policy.fork(self._cache, np.array(sources), names)
         count = len(segments)
         stops = self._decoder.stops
         before = [self._ledger.request(segment).before for segment in segments]
         return Rows(
             cache,
-            self._logits[forks],
+            take(self._logits, np.array(sources)),
             np.array(segments),
             np.zeros(count, int),
             np.ones(count, bool),
@@ -279,34 +275,40 @@ def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
     )
 
 
-def draw(
-    logits: mx.array, uniforms: mx.array, temperature: float
-) -> tuple[mx.array, mx.array, mx.array]:
+def draw(logits: Logits, uniforms: np.ndarray, temperature: float) -> tuple[Logits, Logits, Logits]:
     """One token per row by inverting the cumulative distribution, in float32.
 
     logits (B, V), uniforms (B,) in (0, 1). Returns tokens, their log-probabilities and the entropy
     of the whole distribution, each (B,). One exponential serves all three.
     """
+    xp = _library(logits)
     shifted, weights, total = _weigh(logits, temperature)
-    cumulative = mx.cumsum(weights, axis=-1)
+    cumulative = xp.cumsum(weights, axis=-1)
     # The first entry above the mark: a token of weight 0 is never it.
-    mark = (uniforms * cumulative[:, -1])[:, None]
-    tokens = mx.argmax(cumulative > mark, axis=-1)
-    log_total = mx.log(total)
-    logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
+    mark = (xp.array(uniforms, dtype=xp.float32) * cumulative[:, -1])[:, None]
+    tokens = xp.argmax(cumulative > mark, axis=-1)
+    log_total = xp.log(total)
+    logprobs = xp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
     return tokens, logprobs, log_total - (weights * shifted).sum(axis=-1) / total
 
 
-def entropy(logits: mx.array, temperature: float) -> mx.array:
+@np.errstate(invalid="ignore")
+def entropy(logits: Logits, temperature: float) -> Logits:
     """Entropy (B,) in nats of each row's next-token distribution."""
     shifted, weights, total = _weigh(logits, temperature)
-    return mx.log(total) - (weights * shifted).sum(axis=-1) / total
+    return _library(logits).log(total) - (weights * shifted).sum(axis=-1) / total
 
 
-def _weigh(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+def _weigh(logits: Logits, temperature: float) -> tuple[Logits, Logits, Logits]:
     """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
-    logits = logits.astype(mx.float32) / temperature
+    xp = _library(logits)
+    logits = logits.astype(xp.float32) / temperature
     # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
-    shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
-    weights = mx.exp(shifted)
+    shifted = xp.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
+    weights = xp.exp(shifted)
     return shifted, weights, weights.sum(axis=-1)
+
+
+def _library(array: Logits) -> Any:
+    """NumPy or MLX, whose functions have the same names here."""
+    return np if isinstance(array, np.ndarray) else mx

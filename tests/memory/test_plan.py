@@ -70,7 +70,7 @@ def test_sizes_that_were_asked_for_are_kept():
 def test_the_others_are_chosen():
     made = want(**{"rollout.prompts_per_step": 4, "rollout.group_size": 6})
     assert (made.decode_rows, made.prefill_rows) == (24, 24)
-    assert made.micro_rows == 4096 // (512 + 256)
+    assert made.micro_rows == 12  # 4,096 tokens, with a sixth of a prompt of 512 to each 256
 
 
 def test_they_are_not_more_than_there_is():

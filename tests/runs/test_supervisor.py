@@ -271,7 +271,7 @@ REAL = {
     "run.steps": 16,
     "run.checkpoint_every": 1,
     # Nothing that a death could make smaller, so that the runs are equal in every bit.
-    "memory.decode_rows": 4,
+    "memory.decode_rows": 1,
     "memory.micro_rows": 1,
     "memory.head_chunk": 1,
 }

@@ -1,0 +1,91 @@
+"""The same where NumPy computes the model on the CPU, and `policy.array_pass` decides what is kept.
+
+Nothing here grows with the square of a length: scores exist for one part of the queries at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from localrl.memory.sizes import FULL, Sizes
+
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
+"""`policy.array_model.FAMILIES`."""
+QUERIES, SCORES = 128, 1 << 20
+"""Those of `policy.array_attention`."""
+SCORE_COPIES = 2.0
+"""Arrays as large as the scores at work: weights and their slopes."""
+LOGIT_COPIES = 1.0
+"""Arrays as large as a chunk's logits: they become their slope in place."""
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What one pass computes."""
+
+    positions: int
+    largest: int
+    """Positions of the largest level: one is worked on at a time."""
+    copied: int
+    """Positions of ancestors, for each row that attends to them."""
+    paths: int
+    length: int
+    """Positions of a path that are its own."""
+    seen: int
+    """The most positions that one attends to."""
+
+
+def fits(sizes: Sizes, *, float_bytes: int, dense: bool) -> bool:
+    """Whether NumPy computes such a model: one of its families, in float32, without windows."""
+    return (
+        float_bytes == FLOAT
+        and sizes.family in FAMILIES
+        and (dense or not sizes.bits)
+        and all(window == FULL for window in sizes.windows)
+    )
+
+
+def update_bytes(
+    sizes: Sizes, extent: Extent, logits: int, *, recompute: bool
+) -> tuple[float, float, float]:
+    """What grows with the positions, scores, and logits, of one backward pass.
+
+    logits: bytes of a head chunk's.
+    """
+    keys = 2 * sizes.kv_heads * sizes.head_dim  # and values
+    inside = _inside(sizes)
+    pairs = keys * (extent.positions + extent.copied)
+    kept = sizes.width * extent.positions + pairs
+    work = _work(sizes) * extent.largest
+    if recompute:
+        work += inside * extent.largest
+    else:
+        kept += inside * extent.positions
+    scores = SCORE_COPIES * FLOAT * scores_at_once(sizes, extent)
+    head = max(0.0, LOGIT_COPIES * logits - FLOAT * work - scores)
+    return FLOAT * (sizes.layers * kept + work), scores, head
+
+
+def prefill_bytes(sizes: Sizes, extent: Extent) -> float:
+    """Above the keys and values, while prompts are prefilled."""
+    states = (_inside(sizes) + 3 * sizes.width + sizes.ffn) * extent.positions
+    return FLOAT * (states + SCORE_COPIES * scores_at_once(sizes, extent))
+
+
+def scores_at_once(sizes: Sizes, extent: Extent) -> int:
+    """Scores of as many rows as `array_attention` takes together."""
+    row = sizes.heads * min(extent.length, QUERIES) * extent.seen
+    return row * min(extent.paths, max(1, SCORES // max(row, 1)))
+
+
+def _inside(sizes: Sizes) -> int:
+    """Numbers of a position that a block keeps beside its entering states, keys and values."""
+    queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    return sizes.width + 2 * queries + keys + 2 * sizes.ffn
+
+
+def _work(sizes: Sizes) -> int:
+    """Numbers of a position on the way back through a block: feed-forward layer or attention."""
+    queries = sizes.heads * sizes.head_dim
+    return max(4 * sizes.ffn, 5 * queries) + 2 * sizes.width

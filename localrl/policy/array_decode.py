@@ -1,0 +1,278 @@
+"""Decoding on the CPU: one token of every row at a time, in NumPy on MLX's own memory.
+
+MLX's CPU backend takes tens of microseconds for each operation and some 20 ns for each exponential;
+NumPy takes one and one. A small model's token is hundreds of operations, so it is made here, with
+the arithmetic of mlx-lm's families and the same BLAS.
+
+Rows of one prompt can share its keys and values, as in `prefix`: then all rows of a prompt are
+multiplied with them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from localrl.policy.array_math import Pair, quiet, softmax, swiglu, zeros
+from localrl.policy.array_model import ArrayModel, Block
+from localrl.policy.array_pass import Pass
+from localrl.policy.forest_packing import Level
+
+STEP = 64
+"""Tokens by which buffers grow."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """Prompts (P) that rows go on from."""
+
+    layers: list[Pair]
+    """Keys and values (P, kv_heads, L, head_dim) in every layer, padded on the right."""
+    lengths: np.ndarray
+    """(P,)"""
+
+
+@quiet
+def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Prefilled, Any]:
+    """Run right-padded prompts (P, L): what rows go on from, and the logits (P, V) after each."""
+    level = Level(tokens, lengths, np.zeros(0, np.int32))
+    one = Pass(model, [level], keep=False)
+    pairs: list[Pair] = []
+    states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
+    return Prefilled(pairs, lengths), np.ascontiguousarray(one.weights.logits(states).T)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Keys and values (kv_heads, L, head_dim) of one prompt in every layer."""
+
+    name: int
+    layers: tuple[Pair, ...]
+    length: int
+
+
+class ArrayCache:
+    """What rows have written in every layer, and the step that writes more.
+
+    It stands in the place of mlx-lm's caches of all layers; it has the weights of when it was made.
+    """
+
+    def __init__(
+        self,
+        model: ArrayModel,
+        prefilled: Prefilled,
+        rows: np.ndarray,
+        names: Sequence[int] | None,
+    ) -> None:
+        """Rows (B,) go on from those of a prefilled batch; names: see `prefix.fork_prompts`."""
+        self._model, self._weights = model, model.read()
+        self.prompts: list[Prompt] = []
+        self._seats: list[tuple[int, slice | np.ndarray]] = []
+        own = prefilled.lengths[rows]
+        self.sources, none = rows, np.zeros(len(rows), int)
+        self.starts, self.lengths = (none, own) if names is None else (own, none)
+        tokens = _whole(int(self.lengths.max()) + 1)
+        shape = (len(rows), model.kv_heads, tokens, model.head_dim)
+        if names is None:
+            self._layers = [_copied(pair, shape, rows, own) for pair in prefilled.layers]
+            return
+        for place, (name, length) in enumerate(zip(names, prefilled.lengths, strict=True)):
+            parts = tuple((k[place, :, :length], v[place, :, :length]) for k, v in prefilled.layers)
+            self.prompts.append(Prompt(name, parts, int(length)))
+        self._layers = [(zeros(shape), zeros(shape)) for _ in prefilled.layers]
+        self._seat()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @quiet
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits (B, V) after one more token (B,) of each row."""
+        self._grow(int(self.lengths.max()) + 1)
+        weights, positions = self._weights, self.starts + self.lengths
+        tables = {id(turn): turn.tables(positions) for turn in self._model.rotaries}
+        mask = self._mask()
+        x = np.ascontiguousarray(weights.embedding[tokens].T)  # (d, B)
+        for n, block in enumerate(weights.blocks):
+            turns = tables[id(self._model.rotaries[n])]
+            found = self._attend(n, block, block.attention_norm(x), turns, mask)
+            x += block.output(found)[0]
+            gate, up = block.gate_up(block.feed_forward_norm(x))
+            x += block.down(swiglu(gate, up))[0]
+        self.lengths += 1
+        return np.ascontiguousarray(weights.logits(x).T)
+
+    def filter(self, indices: Any) -> None:
+        """Keep these rows; an index that repeats forks its row."""
+        keep = np.array(indices)
+        used = int(self.lengths.max())
+        if (np.diff(keep) > 0).all():
+            self._layers = [(_close(k, keep, used), _close(v, keep, used)) for k, v in self._layers]
+        else:
+            self._layers = [
+                (_gather(k, keep, used), _gather(v, keep, used)) for k, v in self._layers
+            ]
+        self.sources, self.starts = self.sources[keep], self.starts[keep]
+        self.lengths = self.lengths[keep]
+        self._seat()
+
+    def extend(self, other: ArrayCache) -> None:
+        """Add the rows of another cache, and its prompts where they are new."""
+        used = int(max(self.lengths.max(), other.lengths.max()))
+        self._layers = [
+            (_join(a, c, used), _join(b, d, used))
+            for (a, b), (c, d) in zip(self._layers, other._layers, strict=True)
+        ]
+        places = self._adopt(other.prompts)
+        sources = places[other.sources] if len(places) else other.sources
+        self.sources = np.concatenate([self.sources, sources])
+        self.starts = np.concatenate([self.starts, other.starts])
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+        self._seat()
+
+    def _adopt(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Add the prompts that are new; the place of each."""
+        names = [prompt.name for prompt in self.prompts]
+        self.prompts += [prompt for prompt in prompts if prompt.name not in names]
+        names = [prompt.name for prompt in self.prompts]
+        return np.array([names.index(prompt.name) for prompt in prompts], int)
+
+    def _seat(self) -> None:
+        """Look which rows go on from which prompt; prompts without rows are forgotten."""
+        if not self.prompts:
+            return
+        used, self.sources = np.unique(self.sources, return_inverse=True)
+        self.prompts = [self.prompts[place] for place in used]
+        self._seats = [
+            (place, _rows_of(np.flatnonzero(self.sources == place))) for place in range(len(used))
+        ]
+
+    def _grow(self, tokens: int) -> None:
+        """Make room, one layer after another, for that many tokens in each row."""
+        if tokens <= self._layers[0][0].shape[2]:
+            return
+        everything = np.arange(len(self))
+        for n, pair in enumerate(self._layers):
+            keys, values = (_gather(a, everything, tokens - 1, tokens) for a in pair)
+            self._layers[n] = keys, values
+
+    def _mask(self) -> np.ndarray | None:
+        """0 where a row attends to, -inf where not, (B, 1, 1, prompts + tails); None if all do."""
+        last = int(self.lengths.max())
+        most = max((prompt.length for prompt in self.prompts), default=0)
+        if (self.lengths == last).all() and (not most or (self.starts == most).all()):
+            return None
+        allowed = np.arange(last + 1) <= self.lengths[:, None]
+        if most:
+            allowed = np.concatenate([np.arange(most) < self.starts[:, None], allowed], axis=1)
+        return np.where(allowed, np.float32(0), np.float32(-np.inf))[:, None, None]
+
+    def _attend(
+        self, n: int, block: Block, x: np.ndarray, tables: Pair, mask: np.ndarray | None
+    ) -> np.ndarray:
+        """What attention finds (heads * head_dim, B) for normed states (d, B) of layer n."""
+        model, turn, rows = self._model, self._model.rotaries[n].turn, x.shape[1]
+        queries, keys, values = (
+            y.reshape(-1, model.head_dim, rows) for y in block.queries_keys_values(x)
+        )
+        if block.query_norm is not None and block.key_norm is not None:
+            queries, keys = block.query_norm(queries), block.key_norm(keys)
+        self._write(n, turn(keys, tables), values)
+        queries = turn(queries, tables)
+        queries *= np.float32(model.scale)
+        queries = np.ascontiguousarray(queries.transpose(2, 0, 1))
+        found = self._find(n, queries.reshape(rows, model.kv_heads, -1, model.head_dim), mask)
+        return found.reshape(rows, -1).T
+
+    def _write(self, n: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Put those of one token, (kv_heads, head_dim, B) each, at the end of every row."""
+        places = self.lengths
+        for buffer, new in zip(self._layers[n], (keys, values), strict=True):
+            if (places == places[0]).all():
+                buffer[:, :, places[0]] = new.transpose(2, 0, 1)
+            else:
+                buffer[np.arange(len(places)), :, places] = new.transpose(2, 0, 1)
+
+    def _find(self, n: int, queries: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """Values (B, kv_heads, r, head_dim) weighted by one softmax over prompt and tail."""
+        last = int(self.lengths.max()) + 1
+        keys, values = (buffer[:, :, :last] for buffer in self._layers[n])
+        if not self.prompts:
+            scores = queries @ keys.swapaxes(-1, -2)
+            if mask is not None:
+                scores += mask
+            return softmax(scores) @ values
+        most = max(prompt.length for prompt in self.prompts)
+        scores = np.zeros((*queries.shape[:3], most + last), np.float32)
+        np.matmul(queries, keys.swapaxes(-1, -2), out=scores[..., most:])
+        for prompt, rows in self._groups():
+            scores[rows, ..., : prompt.length] = _over(
+                queries[rows], prompt.layers[n][0].swapaxes(-1, -2)
+            )
+        if mask is not None:
+            scores += mask
+        softmax(scores)
+        found = scores[..., most:] @ values
+        for prompt, rows in self._groups():
+            found[rows] += _over(scores[rows, ..., : prompt.length], prompt.layers[n][1])
+        return found
+
+    def _groups(self) -> Iterator[tuple[Prompt, slice | np.ndarray]]:
+        return ((self.prompts[place], rows) for place, rows in self._seats)
+
+
+def _over(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """(n, kv_heads, r, a) times (kv_heads, a, b), as one product of a head: (n, kv_heads, r, b)."""
+    n, heads, r, a = rows.shape
+    folded = rows.swapaxes(0, 1).reshape(heads, n * r, a)
+    return (folded @ matrix).reshape(heads, n, r, -1).swapaxes(0, 1)
+
+
+def _whole(tokens: int) -> int:
+    """Room for so many tokens."""
+    return -(-tokens // STEP) * STEP
+
+
+def _copied(pair: Pair, shape: tuple[int, ...], rows: np.ndarray, lengths: np.ndarray) -> Pair:
+    """A layer's own copy of these rows of a prefilled one."""
+    keys, values = zeros(shape), zeros(shape)
+    for new, old in zip((keys, values), pair, strict=True):
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            new[i, :, :length] = old[row, :, :length]
+    return keys, values
+
+
+def _gather(buffer: np.ndarray, keep: np.ndarray, used: int, tokens: int = 1) -> np.ndarray:
+    """A new buffer with these rows' first `used` tokens, and room for at least `tokens`."""
+    heads, size = buffer.shape[1], buffer.shape[3]
+    new = zeros((len(keep), heads, max(buffer.shape[2], _whole(tokens)), size))
+    for i, row in enumerate(keep):
+        new[i, :, :used] = buffer[row, :, :used]
+    return new
+
+
+def _close(buffer: np.ndarray, keep: np.ndarray, used: int) -> np.ndarray:
+    """The same buffer with these rows, ascending, moved up to its front."""
+    for i, row in enumerate(keep):
+        if i != row:
+            buffer[i, :, :used] = buffer[row, :, :used]
+    return buffer[: len(keep)]
+
+
+def _join(one: np.ndarray, two: np.ndarray, used: int) -> np.ndarray:
+    """Rows of both, with room for more than `used` tokens."""
+    heads, size = one.shape[1], one.shape[3]
+    new = zeros((len(one) + len(two), heads, _whole(used + 1), size))
+    for start, old in ((0, one), (len(one), two)):
+        length = min(used, old.shape[2])
+        new[start : start + len(old), :, :length] = old[:, :, :length]
+    return new
+
+
+def _rows_of(index: np.ndarray) -> slice | np.ndarray:
+    """The same rows as a slice, where they follow each other: a view instead of a copy."""
+    follows = len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index)))
+    return slice(int(index[0]), int(index[-1]) + 1) if follows else index

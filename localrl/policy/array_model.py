@@ -1,0 +1,241 @@
+"""A model's weights as NumPy arrays: views of MLX's own memory.
+
+Families whose blocks are attention and a gated feed-forward layer, with root-mean-square norms and
+rotary positions, can be read so; others stay with MLX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from localrl.backend import mx, nn
+from localrl.policy.array_math import Adapter, Linears, Norm, Pair, like
+from localrl.policy.lora import LoRALinear
+
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
+"""Modules of mlx-lm whose models are computed by `array_decode` as they are there."""
+ROTARIES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
+"""Layers that turn each position by its own angles, however long the text gets."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+"""Layers of a block, in the order in which its `Linears` have them."""
+PROBED = 16
+"""Positions by which two rotary layers are told apart."""
+
+
+class UnfitError(Exception):
+    """The model is not one that is computed here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One layer of the model."""
+
+    attention_norm: Norm
+    queries_keys_values: Linears
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: Linears
+    feed_forward_norm: Norm
+    gate_up: Linears
+    down: Linears
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any of its layers has an adapter."""
+        layers = (self.queries_keys_values, self.output, self.gate_up, self.down)
+        return any(layer.down is not None for layer in layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """All that decoding reads, as it was when it was read."""
+
+    embedding: np.ndarray
+    """(V, d)"""
+    blocks: tuple[Block, ...]
+    norm: Norm
+    head: Linears
+
+    def logits(self, states: np.ndarray) -> np.ndarray:
+        """(V, n) of states (d, n) after the last block."""
+        return self.head(self.norm(states))[0]
+
+    def logits_back(self, states: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        """Slope by the states (d, n), from that by their logits."""
+        by_normed, _ = self.head.back(states, [slope])
+        assert by_normed is not None
+        return self.norm.back(states, by_normed)
+
+    @property
+    def lowest_adapted(self) -> int:
+        """The first block with an adapter: the way back ends there."""
+        adapted = (n for n, block in enumerate(self.blocks) if block.adapted)
+        return next(adapted, len(self.blocks))
+
+
+class Rotary:
+    """The rotary positions of a layer as tables: columns x * cosines + x[partners] * sines.
+
+    They are read off the layer itself, whatever its scaling, since it is linear in its input.
+    """
+
+    def __init__(self, layer: Any, size: int) -> None:
+        """size: of a head. Raises: UnfitError for a layer that is not known to be linear."""
+        if type(layer).__name__ not in ROTARIES:
+            raise UnfitError(f"positions by {type(layer).__name__}")
+        self._layer = layer
+        dims = getattr(layer, "dims", getattr(layer, "dim", size))
+        places = np.arange(size)
+        if getattr(layer, "traditional", False):
+            first, partners = places % 2 == 0, places ^ 1
+        else:
+            first, partners = places < dims // 2, (places + dims // 2) % dims
+        self._first = first | (places >= dims)
+        self.partners = np.where(places < dims, partners, places)
+        self._tables = self._read(PROBED)
+
+    def tables(self, positions: np.ndarray) -> Pair:
+        """Cosines and sines (head_dim, B) at these positions (B,)."""
+        most = int(positions.max()) + 1
+        if most > self._tables[0].shape[1]:
+            self._tables = self._read(1 << (most - 1).bit_length())
+        cosines, sines = self._tables
+        return cosines[:, positions], sines[:, positions]
+
+    def turn(self, x: np.ndarray, tables: Pair) -> np.ndarray:
+        """Columns (heads, head_dim, B) turned by their positions."""
+        other = self._partners_of(x)
+        other *= tables[1]
+        other += np.multiply(x, tables[0], out=like(x))
+        return other
+
+    def back(self, slope: np.ndarray, tables: Pair) -> np.ndarray:
+        """Slope by what was turned, from that by what came of it."""
+        other = self._partners_of(np.multiply(slope, tables[1], out=like(slope)))
+        other += np.multiply(slope, tables[0], out=like(slope))
+        return other
+
+    def _partners_of(self, x: np.ndarray) -> np.ndarray:
+        return x.take(self.partners, axis=1, out=like(x), mode="wrap")  # "raise" would buffer it
+
+    def like(self, other: Rotary) -> bool:
+        """Whether the other turns as this one does."""
+        mine, others = (np.stack([t[:, :PROBED] for t in r._tables]) for r in (self, other))
+        return np.array_equal(mine, others) and np.array_equal(self.partners, other.partners)
+
+    def _read(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes of an input of ones at the first members of all pairs, and at the second."""
+        shape = (1, 1, length, len(self._first))
+        one, two = (
+            np.array(self._layer(mx.broadcast_to(mx.array(half.astype(np.float32)), shape)))[0, 0]
+            for half in (self._first, ~self._first)
+        )
+        cosines, sines = np.where(self._first, one, two), np.where(self._first, two, one)
+        return np.ascontiguousarray(cosines.T), np.ascontiguousarray(sines.T)
+
+
+class ArrayModel:
+    """A model of one of the families above, whose weights are read anew for every batch of rows."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises: UnfitError for other families, for windows, and for weights that are not dense
+        float32."""
+        if type(model).__module__.rpartition(".")[2] not in FAMILIES:
+            raise UnfitError("another family")
+        if any(getattr(block, "use_sliding", False) for block in model.layers):
+            raise UnfitError("windows")
+        self._model = model
+        first = model.layers[0].self_attn
+        self.scale: float = first.scale
+        self.heads, self.kv_heads = first.n_heads, first.n_kv_heads
+        block = self.read().blocks[0]
+        self.head_dim = block.queries_keys_values.weights[0].shape[0] // self.heads
+        self.rotaries = self._rotaries()
+
+    def adapters(self) -> list[LoRALinear]:
+        """The adapted layers, in the order in which a block's `Linears` come."""
+        return [
+            module
+            for block in self._model.layers
+            for module in (
+                *(getattr(block.self_attn, name) for name in ATTENTION),
+                *(getattr(block.mlp, name) for name in FEED_FORWARD),
+            )
+            if isinstance(module, LoRALinear) and module.scale != 0
+        ]
+
+    def read(self) -> Weights:
+        """The weights as they are now; adapters of scale 0 are left out."""
+        body = self._model.model
+        embedding = _array(body.embed_tokens.weight)
+        tied = "lm_head" not in self._model
+        head = Linears((embedding,), (None,), None, (None,)) if tied else None
+        return Weights(
+            embedding,
+            tuple(_block(block) for block in self._model.layers),
+            _norm(body.norm),
+            head or _linears(self._model.lm_head),
+        )
+
+    def _rotaries(self) -> list[Rotary]:
+        """Of each block; blocks that turn alike have one in common."""
+        found: list[Rotary] = []
+        for block in self._model.layers:
+            mine = Rotary(block.self_attn.rope, self.head_dim)
+            found.append(next((other for other in found if other.like(mine)), mine))
+        return found
+
+
+def _block(block: Any) -> Block:
+    attention, feed_forward = block.self_attn, block.mlp
+    return Block(
+        _norm(block.input_layernorm),
+        _linears(attention.q_proj, attention.k_proj, attention.v_proj),
+        _norm(attention.q_norm) if "q_norm" in attention else None,
+        _norm(attention.k_norm) if "k_norm" in attention else None,
+        _linears(attention.o_proj),
+        _norm(block.post_attention_layernorm),
+        _linears(feed_forward.gate_proj, feed_forward.up_proj),
+        _linears(feed_forward.down_proj),
+    )
+
+
+def _norm(norm: Any) -> Norm:
+    if type(norm) is not nn.RMSNorm:
+        raise UnfitError(f"norm {type(norm).__name__}")
+    return Norm(_array(norm.weight)[:, None], norm.eps)
+
+
+def _linears(*layers: Any) -> Linears:
+    bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+    if any(type(base) is not nn.Linear for base in bases):
+        raise UnfitError("layers that are not dense")
+    downs: list[np.ndarray] = []
+    adapters: list[Adapter | None] = []
+    rank = 0
+    for layer in layers:
+        if not isinstance(layer, LoRALinear) or layer.scale == 0:
+            adapters.append(None)
+            continue
+        downs.append(_array(layer.lora_a).T)
+        place = slice(rank, rank + len(downs[-1]))
+        up = np.ascontiguousarray(_array(layer.lora_b).T) * np.float32(layer.scale)
+        adapters.append(Adapter(place, up, layer.scale))
+        rank = place.stop
+    return Linears(
+        tuple(_array(base.weight) for base in bases),
+        tuple(_array(base.bias)[:, None] if "bias" in base else None for base in bases),
+        np.concatenate(downs) if downs else None,
+        tuple(adapters),
+    )
+
+
+def _array(array: mx.array) -> np.ndarray:
+    """A view of it."""
+    if array.dtype != mx.float32:
+        raise UnfitError(f"weights of {array.dtype}")
+    return np.array(array, copy=False)
