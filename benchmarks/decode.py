@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,14 +34,15 @@ PICTURE = HERE.parent / "docs" / "decode.png"
 
 def bare(opened: Opened, rows: int) -> np.ndarray:
     """(tokens - 1,) seconds of each token after the first."""
-    cache, logits = opened.policy.prefill(mx.array([opened.prompt]), [len(opened.prompt)])
+    policy = replace(opened.policy, arrays=None)
+    cache, logits = policy.prefill(np.array([opened.prompt]), [len(opened.prompt)])
     for layer in cache:
         layer.filter(mx.array([0] * rows))
     tokens = mx.random.categorical(mx.repeat(logits, rows, axis=0))
     mx.eval(tokens)
     marks = [time.perf_counter()]
     for _ in range(opened.wanted.tokens - 1):
-        logits = opened.policy.model(tokens[:, None], cache=cache)[:, -1]
+        logits = policy.model(tokens[:, None], cache=cache)[:, -1]
         tokens = mx.random.categorical(logits)
         mx.eval(tokens)
         marks.append(time.perf_counter())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,7 @@ MOST_SKIPPED = 3
 _State = tuple[Any, int]
 """(adapters, optimizer), and the number of updates that they have had."""
 
-DRIFT_TOKENS = 256
+DRIFT_TOKENS = 128
 """Trained tokens from which the policy's drift is measured."""
 
 NO_UPDATE = StepStats(*(None,) * 8, trained_tokens=0, saved_positions=0, updated=False)
@@ -268,15 +269,19 @@ def _some(batch: Batch, tokens: int) -> Batch:
 
 def _finite(tree: Any) -> bool:
     """Whether all numbers of a tree's arrays are finite."""
-    flat: Any = tree_flatten(tree)
-    return bool(mx.stack([mx.isfinite(array).all() for _, array in flat]).all().item())
+    return all(np.isfinite(array).all() for array in _views(tree))
 
 
 def global_norm(tree: Any) -> float:
-    """Euclidean norm of all arrays of a tree together."""
+    """Euclidean norm of all float32 arrays of a tree together."""
+    # By NumPy: hundreds of small arrays are as many operations of a graph.
+    return math.sqrt(sum(float(np.vdot(array, array)) for array in _views(tree)))
+
+
+def _views(tree: Any) -> Iterator[np.ndarray]:
+    mx.eval(tree)
     flat: Any = tree_flatten(tree)
-    squares = [mx.square(array.astype(mx.float32)).sum() for _, array in flat]
-    return _number(mx.sqrt(mx.stack(squares).sum()))
+    return (np.array(array, copy=False) for _, array in flat)
 
 
 def _number(scalar: mx.array) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.policy.array_math import like, room, zeros
+from localrl.policy.array_math import room, zeros
 
 QUERIES = 128
 """Positions whose scores exist at once."""
@@ -42,14 +42,14 @@ class Attention:
 
     def back(self, found: Heads, slope: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
         """Slopes by queries, keys and values, from that by what was found."""
-        by_queries = like(self.queries)
+        by_queries = room(self.queries.shape)
         by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
         within = np.einsum("...i,...i->...", slope, found)[..., None]
         for rows, block, seen, weights in self._blocks():
             mine = slope[rows, :, :, block]
             by_values[rows, :, seen] += (weights.swapaxes(-1, -2) @ mine).sum(axis=2)
             values = self.values[rows, :, None, seen].swapaxes(-1, -2)
-            by_scores = np.matmul(mine, values, out=like(weights))
+            by_scores = np.matmul(mine, values, out=room(weights.shape))
             by_scores -= within[rows, :, :, block]
             by_scores *= weights
             by_scores *= np.float32(self.scale)

@@ -17,6 +17,9 @@ from localrl.backend import mx
 LARGE = 1 << 12
 """Numbers from which on an array is laid into MLX's memory."""
 
+FEW = 64
+"""Columns, one for each row that is decoded, up to which it is not: a step is soon over."""
+
 quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 """Numbers of a model that diverges are looked for where they end up, in loss and adapters."""
 
@@ -121,7 +124,8 @@ class Linears:
 
 def times(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     """weight @ x."""
-    return np.matmul(weight, x, out=room((*weight.shape[:-1], x.shape[-1])))
+    few = x.shape[-1] <= FEW
+    return np.matmul(weight, x, out=None if few else room((*weight.shape[:-1], x.shape[-1])))
 
 
 def room(shape: tuple[int, ...]) -> np.ndarray:
@@ -140,8 +144,8 @@ def zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def like(x: np.ndarray) -> np.ndarray:
-    """Room for as much."""
-    return room(x.shape)
+    """Room for as many columns."""
+    return np.empty(x.shape, np.float32) if x.shape[-1] <= FEW else room(x.shape)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
