@@ -29,7 +29,7 @@ from localrl.bench import (
     seconds,
 )
 from localrl.learning.update import global_norm
-from localrl.policy.array_scoring import Head
+from localrl.policy.array_scoring import ChunkedHead
 from localrl.policy.model import Logits, Policy
 from localrl.policy.packing import MicroBatch
 from localrl.policy.scoring import head_logprobs, token_logprobs
@@ -192,10 +192,12 @@ def _head_s(opened: Opened, micros: list[MicroBatch]) -> float:
     work = [(mx.random.normal((len(micro.sources), width)), micro.targets) for micro in micros]
     mx.eval([states for states, _ in work])
 
+    weights = policy.arrays.read() if policy.arrays is not None else None
+
     def score() -> None:
         for states, targets in work:
-            if policy.arrays is not None:
-                Head(policy.arrays.read(), targets, 1.0, chunk).logprobs(np.array(states).T)
+            if weights is not None:
+                ChunkedHead(weights, targets, 1.0, chunk).logprobs(np.array(states).T)
             else:
                 mx.eval(head_logprobs(head, states, mx.array(targets), 1.0, chunk))
 

@@ -19,7 +19,7 @@ from localrl.learning.update import Updater
 from localrl.memory.machine import read_machine
 from localrl.memory.plan import Asked, cache_bytes
 from localrl.memory.sizes import Sizes
-from localrl.planning import ask, make_plan, shape_of, sizes_of, worth_measuring
+from localrl.planning import as_found, ask, make_plan, shape_of, sizes_of, worth_measuring
 from localrl.policy.checkpointing import can_checkpoint
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
@@ -140,10 +140,12 @@ def open_parts(
         _check_vocabulary(loaded, task, held_out, settled.model_folder)
         policy = open_policy(settled, loaded, plan)
         policy = check_batching(policy)
+        fixed = planned is not None or bool(config.memory.pin)
+        asked, plan = as_found(asked, plan, arrays=policy.arrays is not None, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
         updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
-        may_checkpoint = trains and can_checkpoint(policy)
+        may_checkpoint = trains and (policy.arrays is not None or can_checkpoint(policy))
         asked = replace(asked, may_checkpoint=may_checkpoint)
         if trains and planned is None and worth_measuring(config, plan):
             plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)

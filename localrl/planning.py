@@ -14,7 +14,7 @@ from localrl.config import RunConfig
 from localrl.embedded import EMBEDDED_MODEL
 from localrl.errors import ConfigError
 from localrl.memory.calibration import key_of, recall
-from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job
+from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, in_arrays
 from localrl.memory.known import find_known
 from localrl.memory.limit import memory_limit
 from localrl.memory.machine import Machine
@@ -147,11 +147,27 @@ def worth_measuring(config: RunConfig, plan: MemoryPlan) -> bool:
     return config.memory.recalibrate or (near and not plan.measured)
 
 
+def as_found(
+    asked: Asked, plan: MemoryPlan, *, arrays: bool, fixed: bool
+) -> tuple[Asked, MemoryPlan]:
+    """Both, now that it is known whether NumPy computes the model. fixed: the plan stays.
+
+    Raises: MemoryBudgetError when MLX has to, and not even the fewest rows fit so.
+    """
+    jobs = {size: replace(job, arrays=arrays) for size, job in asked.jobs.items()}
+    found = replace(asked, jobs=jobs)
+    if fixed or asked.limit.bytes is None:
+        return found, plan
+    if in_arrays(asked.sizes, asked.jobs[plan.group_size], plan) == arrays:
+        return found, plan
+    return found, refit(found, plan, PRIORS)
+
+
 def _known_for(config: RunConfig, asked: Asked, plan: MemoryPlan) -> Coefficients | None:
     """What was measured in earlier runs, unless it is to be measured again."""
     if config.memory.recalibrate:
         return None
-    return recall(key_of(asked.sizes, asked.jobs[plan.group_size]))
+    return recall(key_of(asked.sizes, asked.jobs[plan.group_size], plan))
 
 
 def pinned(path: Path, config: RunConfig) -> MemoryPlan:

@@ -33,7 +33,7 @@ def calibrated(
     if coefficients is None:
         warn("two short passes took memory that no constants explain; the plan rests on priors")
         return plan
-    problem = remember(key_of(asked.sizes, asked.jobs[plan.group_size]), coefficients)
+    problem = remember(key_of(asked.sizes, asked.jobs[plan.group_size], plan), coefficients)
     if problem:
         warn(f"the measured memory constants are not stored: {problem}")
     if not anew:

@@ -11,6 +11,8 @@ from localrl.memory.sizes import FULL, Sizes
 
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
 """`policy.array_model.FAMILIES`."""
+LLAMAS = {"mistral": "llama", "iquestcoder": "llama", "xverse": "llama"}
+"""Families that are mlx-lm's Llama under another name."""
 QUERIES, SCORES = 128, 1 << 20
 """Those of `policy.array_attention`."""
 SCORE_COPIES = 2.0
@@ -40,7 +42,7 @@ def fits(sizes: Sizes, *, float_bytes: int, dense: bool) -> bool:
     """Whether NumPy computes such a model: one of its families, in float32, without windows."""
     return (
         float_bytes == FLOAT
-        and sizes.family in FAMILIES
+        and LLAMAS.get(sizes.family, sizes.family) in FAMILIES
         and (dense or not sizes.bits)
         and all(window == FULL for window in sizes.windows)
     )
@@ -55,9 +57,9 @@ def update_bytes(
     """
     keys = 2 * sizes.kv_heads * sizes.head_dim  # and values
     inside = _inside(sizes)
-    pairs = keys * (extent.positions + extent.copied)
-    kept = sizes.width * extent.positions + pairs
-    work = _work(sizes) * extent.largest
+    kept = (sizes.width + keys) * extent.positions
+    # Of one block at a time: every row's copy of its ancestors, and the slopes by it.
+    work = _work(sizes) * extent.largest + 2 * keys * extent.copied
     if recompute:
         work += inside * extent.largest
     else:

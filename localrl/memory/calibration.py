@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from localrl.backend import mx
-from localrl.memory.estimate import Coefficients, Estimate, Job
+from localrl.memory.estimate import Coefficients, Estimate, Job, in_arrays
 from localrl.memory.sizes import Sizes
+from localrl.records import MemoryPlan
 
 TRUST = 0.05
 """Weight of the priors beside the measurements: two passes of like length say little on how their
@@ -29,6 +30,8 @@ UNEXPLAINED = 0.25
 """So is a share of a peak, above this, that the factors leave unexplained."""
 
 
+FORMULA = 2
+"""Of `estimate`: one more when it changes, since factors on another mean nothing."""
 FACTORS = ("linear", "quadratic", "head")
 
 
@@ -59,12 +62,13 @@ def solve(probes: Sequence[Probe]) -> Coefficients | None:
     return _checked(*map(float, factors))
 
 
-def key_of(sizes: Sizes, job: Job) -> str:
-    """What coefficients hold for: shapes, adapters, MLX version, device."""
+def key_of(sizes: Sizes, job: Job, plan: MemoryPlan) -> str:
+    """What coefficients hold for: shapes, adapters, MLX version, device, the formula they scale."""
     shape = asdict(replace(sizes, stored_bytes=None))
     adapters = [job.rank, job.lora_layers, sorted(job.lora_keys), job.float_bytes]
     device = mx.device_info().get("architecture", "")
-    text = json.dumps([shape, adapters, version("mlx"), str(mx.default_device()), device])
+    formula = [FORMULA, in_arrays(sizes, job, plan)]
+    text = json.dumps([shape, adapters, version("mlx"), str(mx.default_device()), device, formula])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -6,9 +6,10 @@ Rollouts and update do not overlap, so the peak is the larger of the two, above 
     update = b T + c T^2 + head
 
 a: weights, adapters and their Adam moments, read from shapes. T: positions of a backward pass; its
-quadratic term is unfused attention, which keeps the scores of every block. The constants are fits
-to measurements on the CPU backend (`benchmarks/memory.md`); two short passes replace them by those
-of the machine and the model at hand (`Coefficients`).
+quadratic term is unfused attention, which keeps the scores of every block; where NumPy computes the
+model, `array_estimate` stands for the update. The constants are fits to measurements on the CPU
+backend (`benchmarks/memory.md`); two short passes replace them by those of the machine and the
+model at hand (`Coefficients`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Job:
     float_bytes: int
     """Of an activation: 4 on the CPU, where everything is float32."""
     trains: bool = True
+    arrays: bool | None = None
+    """Whether NumPy computes the model; None: not looked at yet."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _rollout(sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[int, int, int]:
     row = kv_bytes(sizes, length, bytes_per_number=job.float_bytes, step=CACHE_STEP)
     growth = 1 + 1 / sizes.layers  # a block's cache exists twice while it grows
     logits = LOGIT_COPIES * 4 * rows * sizes.vocabulary
-    if _in_arrays(sizes, job, plan):
+    if in_arrays(sizes, job, plan):
         prefill = prefill_bytes(
             sizes, Extent(prefilled * read, prefilled * read, 0, prefilled, read, read)
         )
@@ -187,7 +190,7 @@ def _update(
     sizes: Sizes, job: Job, plan: MemoryPlan, coefficients: Coefficients
 ) -> tuple[int, int, int]:
     """What grows with positions, with their square, and the head's chunks."""
-    if _in_arrays(sizes, job, plan):
+    if in_arrays(sizes, job, plan):
         parts = _array_update(sizes, job, plan)
         factors = coefficients.linear, coefficients.quadratic, coefficients.head
         linear, quadratic, head = (f * part for f, part in zip(factors, parts, strict=True))
@@ -226,7 +229,10 @@ def _update(
     )
 
 
-def _in_arrays(sizes: Sizes, job: Job, plan: MemoryPlan) -> bool:
+def in_arrays(sizes: Sizes, job: Job, plan: MemoryPlan) -> bool:
+    """Whether NumPy computes the model: as it was found, or as its sizes let expect."""
+    if job.arrays is not None:
+        return job.arrays
     return fits(sizes, float_bytes=job.float_bytes, dense=plan.dequantise)
 
 

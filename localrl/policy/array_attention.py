@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.policy.array_math import room, zeros
+from localrl.policy.array_math import room, softmax, zeros
 
 QUERIES = 128
 """Positions whose scores exist at once."""
@@ -29,8 +29,9 @@ class Attention:
     queries: Heads
     keys: np.ndarray
     values: np.ndarray
-    mask: np.ndarray
-    """(R, L, T) bool, True where a query sees a key."""
+    valid: np.ndarray
+    """(R, P) bool: which of the first P keys are ancestors. The others are the queries' own
+    positions, of which each sees those up to itself."""
     scale: float
 
     def forward(self) -> Heads:
@@ -38,6 +39,7 @@ class Attention:
         found = room((*self.queries.shape[:-1], self.values.shape[-1]))
         for rows, block, seen, weights in self._blocks():
             np.matmul(weights, self.values[rows, :, None, seen], out=found[rows, :, :, block])
+            del weights  # before the next ones are made
         return found
 
     def back(self, found: Heads, slope: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
@@ -47,7 +49,7 @@ class Attention:
         within = np.einsum("...i,...i->...", slope, found)[..., None]
         for rows, block, seen, weights in self._blocks():
             mine = slope[rows, :, :, block]
-            by_values[rows, :, seen] += (weights.swapaxes(-1, -2) @ mine).sum(axis=2)
+            by_values[rows, :, seen] += _over_queries(weights, mine)
             values = self.values[rows, :, None, seen].swapaxes(-1, -2)
             by_scores = np.matmul(mine, values, out=room(weights.shape))
             by_scores -= within[rows, :, :, block]
@@ -55,7 +57,8 @@ class Attention:
             by_scores *= np.float32(self.scale)
             keys, queries = self.keys[rows, :, None, seen], self.queries[rows, :, :, block]
             np.matmul(by_scores, keys, out=by_queries[rows, :, :, block])
-            by_keys[rows, :, seen] += (by_scores.swapaxes(-1, -2) @ queries).sum(axis=2)
+            by_keys[rows, :, seen] += _over_queries(by_scores, queries)
+            del weights, by_scores
         return by_queries, by_keys, by_values
 
     def _blocks(self) -> Iterator[tuple[slice, slice, slice, np.ndarray]]:
@@ -70,19 +73,32 @@ class Attention:
                 yield (part, block, *self._weights(part, block))
 
     def _weights(self, rows: slice, block: slice) -> tuple[slice, np.ndarray]:
-        mask = self.mask[rows, block]
-        columns = np.flatnonzero(mask.any(axis=(0, 1)))
-        seen = slice(int(columns[0]), int(columns[-1]) + 1)
-        mask = mask[:, :, seen]
+        seen = slice(0, self.valid.shape[1] + block.stop)
         queries = self.queries[rows, :, :, block] * np.float32(self.scale)
         keys = self.keys[rows, :, None, seen].swapaxes(-1, -2)
         scores = np.matmul(queries, keys, out=room((*queries.shape[:-1], keys.shape[-1])))
-        if not mask.all():
-            scores += np.where(mask, np.float32(0), np.float32(-1e30))[:, None, None]
-        scores -= scores.max(axis=-1, keepdims=True)
-        np.exp(scores, out=scores)
-        scores /= scores.sum(axis=-1, keepdims=True)
-        return seen, scores
+        scores += self._hidden(rows, block)
+        return seen, softmax(scores)
+
+    def _hidden(self, rows: slice, block: slice) -> np.ndarray:
+        """What makes nothing of keys that a query does not see, (.., 1, 1, L, P + block's end)."""
+        valid = self.valid[rows]
+        valid = valid[:1] if valid.all() else valid
+        shape = (len(valid), block.stop - block.start)
+        own = np.tri(shape[1], block.stop, block.start, dtype=bool)
+        parts = [
+            np.broadcast_to(valid[:, None], (*shape, valid.shape[1])),
+            np.broadcast_to(own, (*shape, block.stop)),
+        ]
+        hidden = np.where(np.concatenate(parts, axis=2), np.float32(0), np.float32(-1e30))
+        return hidden[:, None, None]
+
+
+def _over_queries(weights: Heads, x: Heads) -> np.ndarray:
+    """(R, h, r, L, T) and (R, h, r, L, d): the sum over r and L, (R, h, T, d)."""
+    rows, heads, more, length, size = weights.shape
+    folded = weights.reshape(rows, heads, more * length, size).swapaxes(-1, -2)
+    return folded @ x.reshape(rows, heads, more * length, -1)
 
 
 def as_heads(columns: np.ndarray, rows: int, size: int, kv_heads: int) -> Heads:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from localrl.policy.array_math import Pair, quiet, softmax, swiglu, zeros
-from localrl.policy.array_model import ArrayModel, Block
+from localrl.policy.array_model import ArrayModel, Block, Weights
 from localrl.policy.array_pass import Pass
 from localrl.policy.forest_packing import Level
 
@@ -33,6 +33,8 @@ class Prefilled:
     """Keys and values (P, kv_heads, L, head_dim) in every layer, padded on the right."""
     lengths: np.ndarray
     """(P,)"""
+    weights: Weights
+    """They were made with."""
 
 
 @quiet
@@ -42,7 +44,9 @@ def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple
     one = Pass(model, [level], keep=False)
     pairs: list[Pair] = []
     states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
-    return Prefilled(pairs, lengths), np.ascontiguousarray(one.weights.logits(states).T)
+    return Prefilled(pairs, lengths, one.weights), np.ascontiguousarray(
+        one.weights.logits(states).T
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +61,7 @@ class Prompt:
 class ArrayCache:
     """What rows have written in every layer, and the step that writes more.
 
-    It stands in the place of mlx-lm's caches of all layers; it has the weights of when it was made.
+    It stands in the place of mlx-lm's caches of all layers; it has the weights of the prefill.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class ArrayCache:
         names: Sequence[int] | None,
     ) -> None:
         """Rows (B,) go on from those of a prefilled batch; names: see `prefix.fork_prompts`."""
-        self._model, self._weights = model, model.read()
+        self._model, self._weights = model, prefilled.weights
         self.prompts: list[Prompt] = []
         self._seats: list[tuple[int, slice | np.ndarray]] = []
         own = prefilled.lengths[rows]
@@ -109,12 +113,9 @@ class ArrayCache:
         """Keep these rows; an index that repeats forks its row."""
         keep = np.array(indices)
         used = int(self.lengths.max())
-        if (np.diff(keep) > 0).all():
-            self._layers = [(_close(k, keep, used), _close(v, keep, used)) for k, v in self._layers]
-        else:
-            self._layers = [
-                (_gather(k, keep, used), _gather(v, keep, used)) for k, v in self._layers
-            ]
+        pick = _close if (np.diff(keep) > 0).all() else _gather
+        for n, (keys, values) in enumerate(self._layers):  # one after another, for their memory
+            self._layers[n] = pick(keys, keep, used), pick(values, keep, used)
         self.sources, self.starts = self.sources[keep], self.starts[keep]
         self.lengths = self.lengths[keep]
         self._seat()
@@ -122,10 +123,9 @@ class ArrayCache:
     def extend(self, other: ArrayCache) -> None:
         """Add the rows of another cache, and its prompts where they are new."""
         used = int(max(self.lengths.max(), other.lengths.max()))
-        self._layers = [
-            (_join(a, c, used), _join(b, d, used))
-            for (a, b), (c, d) in zip(self._layers, other._layers, strict=True)
-        ]
+        for n, (keys, values) in enumerate(self._layers):
+            more = other._layers[n]
+            self._layers[n] = _join(keys, more[0], used), _join(values, more[1], used)
         places = self._adopt(other.prompts)
         sources = places[other.sources] if len(places) else other.sources
         self.sources = np.concatenate([self.sources, sources])

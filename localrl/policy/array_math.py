@@ -27,11 +27,6 @@ Pair = tuple[np.ndarray, np.ndarray]
 """By an adapter's lora_a (in, rank) and lora_b (rank, out); or keys and values."""
 
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-"""Layers of a block, in this order."""
-
-
 @dataclass(frozen=True, eq=False)
 class Norm:
     """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) of columns (..., d, B)."""

@@ -16,7 +16,7 @@ from localrl.policy.array_math import Adapter, Linears, Norm, Pair, like
 from localrl.policy.lora import LoRALinear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
-"""Modules of mlx-lm whose models are computed by `array_decode` as they are there."""
+"""Modules of mlx-lm whose models are computed in NumPy as they are there."""
 ROTARIES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
 """Layers that turn each position by its own angles, however long the text gets."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -52,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """All that decoding reads, as it was when it was read."""
+    """The weights as they were when they were read."""
 
     embedding: np.ndarray
     """(V, d)"""

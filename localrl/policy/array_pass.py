@@ -9,51 +9,15 @@ for each block and level, and let go as the backward pass meets them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from localrl.policy.array_attention import Attention, as_columns, as_heads
-from localrl.policy.array_math import Norm, Pair, quiet, room, swiglu, swiglu_back, zeros
+from localrl.policy.array_levels import Ground
+from localrl.policy.array_math import Norm, Pair, quiet, swiglu, swiglu_back
 from localrl.policy.array_model import ArrayModel, Block, Rotary
 from localrl.policy.forest_packing import Level
-
-
-@dataclass(frozen=True, eq=False)
-class Ground:
-    """One level: its tokens, and what each position sees."""
-
-    level: Level
-    above: Ground | None
-
-    @property
-    def rows(self) -> int:
-        """R."""
-        return len(self.level.tokens)
-
-    @cached_property
-    def valid(self) -> np.ndarray:
-        """(R, P) bool: positions of the levels above that are real ancestors."""
-        if self.above is None:
-            return np.zeros((self.rows, 0), bool)
-        own = np.arange(self.above.level.tokens.shape[1]) < self.above.level.lengths[:, None]
-        return np.concatenate([self.above.valid, own], axis=1)[self.level.parents]
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """(R * L,) rotary positions."""
-        length = self.level.tokens.shape[1]
-        return (self.valid.sum(axis=1, keepdims=True) + np.arange(length)).ravel()
-
-    @cached_property
-    def mask(self) -> np.ndarray:
-        """(R, L, P + L) bool: real ancestors, and own positions up to each."""
-        length = self.level.tokens.shape[1]
-        shape = (self.rows, length)
-        before = np.broadcast_to(self.valid[:, None], (*shape, self.valid.shape[1]))
-        own = np.broadcast_to(np.tri(length, dtype=bool), (*shape, length))
-        return np.concatenate([before, own], axis=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +25,8 @@ class Kept:
     """What a block has made of a level, (.., R * L) columns but for keys and values."""
 
     entered: np.ndarray
-    pair: Pair
-    """Keys and values of the level and its ancestors, (R, kv_heads, P + L, head_dim)."""
+    own: Pair
+    """Keys and values (R, kv_heads, L, head_dim)."""
     queries: np.ndarray | None = None
     """Before norm and positions, as the next one."""
     keys: np.ndarray | None = None
@@ -108,13 +72,14 @@ class Pass:
         ]
         for n, block in enumerate(weights.blocks):
             made: list[Kept] = []
+            above: Pair | None = None
             for place, x in enumerate(states):
-                kept, states[place] = self._block(n, block, place, x, made[-1] if made else None)
+                kept, above, states[place] = self._block(n, block, place, x, above)
                 made.append(kept)
-            if pairs is not None:
-                pairs.append(made[-1].pair)
+            if pairs is not None and above is not None:
+                pairs.append(above)
             if self._keep and n >= self._lowest:
-                self._kept.append([self._cut(kept) for kept in made])
+                self._kept.append(made)
         return np.concatenate(states, axis=1)
 
     @quiet
@@ -124,70 +89,67 @@ class Pass:
         slopes = [np.ascontiguousarray(part) for part in np.split(slope, edges, axis=1)]
         found: list[list[Pair]] = []
         for n in reversed(range(self._lowest, len(self.weights.blocks))):
-            kept = self._kept.pop()
-            whole = [tuple(zeros(array.shape) for array in k.pair) for k in kept]
-            total: list[Pair] = []
-            for place in reversed(range(len(kept))):
-                back = _Back(self, n, place, self._again(n, place, kept))
-                slopes[place], mine, ancestors = back.run(
-                    slopes[place], whole[place], n > self._lowest
-                )
-                if place:
-                    _add_rows(whole[place - 1], ancestors, self.grounds[place].level.parents)
-                kept.pop()
-                total = _sums(total, mine) if total else mine
-            found.append(total)
+            found.append(self._block_back(n, slopes))
         return [pair for pairs in reversed(found) for pair in pairs]
 
-    def _cut(self, kept: Kept) -> Kept:
-        return Kept(kept.entered, kept.pair) if self._recompute else kept
+    def _block_back(self, n: int, slopes: list[np.ndarray]) -> list[Pair]:
+        """Slopes by a block's adapters; `slopes` by what leaves it become those by what enters."""
+        kept, total = self._kept.pop(), list[Pair]()
+        pairs: list[Pair] = []
+        for ground, one in zip(self.grounds, kept, strict=True):
+            pairs.append(ground.behind(one.own, pairs[-1] if pairs else None))
+        below: Pair | None = None
+        for place in reversed(range(len(kept))):
+            above = pairs[place - 1] if place else None
+            back = _Back(self, n, place, self._again(n, place, kept.pop(), above), pairs.pop())
+            slopes[place], mine, by_pair = back.run(slopes[place], below, n > self._lowest)
+            if above is not None:
+                below = self.grounds[place].gather(by_pair, above)
+            total = _sums(total, mine) if total else mine
+            del back
+        return total
 
-    def _again(self, n: int, place: int, kept: Sequence[Kept]) -> Kept:
+    def _again(self, n: int, place: int, kept: Kept, above: Pair | None) -> Kept:
         """What the block made of the level, computed once more where it was not kept."""
-        mine = kept[place]
-        if mine.queries is not None:
-            return mine
-        above = kept[place - 1] if place else None
-        return self._block(n, self.weights.blocks[n], place, mine.entered, above)[0]
+        if kept.queries is not None:
+            return kept
+        block = self.weights.blocks[n]
+        return self._block(n, block, place, kept.entered, above, whole=True)[0]
 
     def _block(
-        self, n: int, block: Block, place: int, x: np.ndarray, above: Kept | None
-    ) -> tuple[Kept, np.ndarray]:
-        """What is kept of a level in a block, and the states after it."""
+        self,
+        n: int,
+        block: Block,
+        place: int,
+        x: np.ndarray,
+        above: Pair | None,
+        whole: bool = False,
+    ) -> tuple[Kept, Pair, np.ndarray]:
+        """What is kept of a level in a block, its keys and values, and the states after it.
+
+        above: keys and values of the level above. whole: keep all that the way back needs.
+        """
         queries, keys, values = block.queries_keys_values(block.attention_norm(x))
-        pair = self._pair(n, block, place, keys, values, above)
+        own = self._heads(place, self._positioned(n, place, block.key_norm, keys))
+        own = own, self._heads(place, values)
+        pair = self.grounds[place].behind(own, above)
         found = as_columns(self.attention(n, block, place, queries, pair).forward())
+        kept = Kept(x, own)
+        whole = whole or (self._keep and not self._recompute)
+        if whole:
+            kept = replace(kept, queries=queries, keys=keys, found=found)
+        del queries, keys, values
         between = block.output(found)[0]
         between += x
         gate, up = block.gate_up(block.feed_forward_norm(between))
         after = block.down(swiglu(gate, up))[0]
         after += between
-        if not self._keep:
-            return Kept(x, pair), after
-        return Kept(x, pair, queries, keys, found, between, gate, up), after
+        return replace(kept, between=between, gate=gate, up=up) if whole else kept, pair, after
 
-    def _pair(
-        self,
-        n: int,
-        block: Block,
-        place: int,
-        keys: np.ndarray,
-        values: np.ndarray,
-        above: Kept | None,
-    ) -> Pair:
-        """Keys and values of the ancestors and, turned, of the level, from its columns."""
-        model, ground = self._model, self.grounds[place]
-        columns = (self._positioned(n, place, block.key_norm, keys), values)
-        length, before = ground.level.tokens.shape[1], ground.valid.shape[1]
-        made: list[np.ndarray] = []
-        for i, own in enumerate(columns):
-            both = room((ground.rows, model.kv_heads, before + length, model.head_dim))
-            heads = as_heads(own, ground.rows, model.head_dim, model.kv_heads)
-            both[:, :, before:] = heads[:, :, 0]
-            if above is not None:
-                both[:, :, :before] = above.pair[i][ground.level.parents]
-            made.append(both)
-        return made[0], made[1]
+    def _heads(self, place: int, columns: np.ndarray) -> np.ndarray:
+        """Columns of keys or values as (R, kv_heads, L, head_dim)."""
+        model, rows = self._model, self.grounds[place].rows
+        return as_heads(columns, rows, model.head_dim, model.kv_heads)[:, :, 0]
 
     def attention(
         self, n: int, block: Block, place: int, queries: np.ndarray, pair: Pair
@@ -196,7 +158,7 @@ class Pass:
         model, ground = self._model, self.grounds[place]
         turned = self._positioned(n, place, block.query_norm, queries)
         heads = as_heads(turned, ground.rows, model.head_dim, model.kv_heads)
-        return Attention(heads, *pair, ground.mask, model.scale)
+        return Attention(heads, *pair, ground.valid, model.scale)
 
     def _positioned(self, n: int, place: int, norm: Norm | None, columns: np.ndarray) -> np.ndarray:
         """Queries or keys, normed and turned."""
@@ -224,17 +186,18 @@ class Pass:
 class _Back:
     """The way back through one block for one level."""
 
-    def __init__(self, whole: Pass, n: int, place: int, kept: Kept) -> None:
-        self._pass, self._n, self._place, self._kept = whole, n, place, kept
+    def __init__(self, whole: Pass, n: int, place: int, kept: Kept, pair: Pair) -> None:
+        self._pass, self._n, self._place = whole, n, place
+        self._kept, self._pair = kept, pair
         self._block = whole.weights.blocks[n]
 
     def run(
-        self, slope: np.ndarray, whole: tuple[np.ndarray, ...], further: bool
-    ) -> tuple[np.ndarray, list[Pair], tuple[np.ndarray, ...]]:
-        """Slopes by what entered, by the adapters, and by the ancestors' keys and values.
+        self, slope: np.ndarray, below: Pair | None, further: bool
+    ) -> tuple[np.ndarray, list[Pair], Pair]:
+        """Slopes by what entered, by the adapters, and by keys and values, ancestors included.
 
-        whole: by the level's keys and values, ancestors included, from the levels below. Without
-        `further` the first is not computed.
+        below: by the level's keys and values, from the levels below it. Without `further` the first
+        is not computed.
         """
         slope, feed_forward = self._feed_forward(slope)
         block, kept, one = self._block, self._kept, self._pass
@@ -243,16 +206,11 @@ class _Back:
         assert kept.keys is not None
         by_found, output = block.output.back(kept.found, [slope])
         assert by_found is not None
-        attention = one.attention(self._n, block, self._place, kept.queries, kept.pair)
-        rows, kv_heads, _, size = attention.keys.shape
-        folded = (as_heads(a, rows, size, kv_heads) for a in (kept.found, by_found))
-        by_queries, by_keys, by_values = attention.back(*folded)
-        by_keys += whole[0]
-        by_values += whole[1]
-        before = by_keys.shape[2] - one.grounds[self._place].level.tokens.shape[1]
-        own = [as_columns(a[:, :, None, before:]) for a in (by_keys, by_values)]
+        by_queries, by_pair = self._attention(kept.queries, kept.found, by_found, below)
+        length = one.grounds[self._place].level.tokens.shape[1]
+        own = [as_columns(array[:, :, None, -length:]) for array in by_pair]
         slopes = [
-            self._unpositioned(block.query_norm, kept.queries, as_columns(by_queries)),
+            self._unpositioned(block.query_norm, kept.queries, by_queries),
             self._unpositioned(block.key_norm, kept.keys, own[0]),
             own[1],
         ]
@@ -260,8 +218,20 @@ class _Back:
         by_normed, first = block.queries_keys_values.back(normed, slopes, further)
         if by_normed is not None:
             slope += block.attention_norm.back(kept.entered, by_normed)
-        ancestors = tuple(a[:, :, :before] for a in (by_keys, by_values))
-        return slope, [*first, *output, *feed_forward], ancestors
+        return slope, [*first, *output, *feed_forward], by_pair
+
+    def _attention(
+        self, queries: np.ndarray, found: np.ndarray, by_found: np.ndarray, below: Pair | None
+    ) -> tuple[np.ndarray, Pair]:
+        """Slopes by the turned queries' columns, and by keys and values."""
+        attention = self._pass.attention(self._n, self._block, self._place, queries, self._pair)
+        rows, kv_heads, _, size = attention.keys.shape
+        folded = (as_heads(array, rows, size, kv_heads) for array in (found, by_found))
+        by_queries, by_keys, by_values = attention.back(*folded)
+        if below is not None:
+            by_keys += below[0]
+            by_values += below[1]
+        return as_columns(by_queries), (by_keys, by_values)
 
     def _feed_forward(self, slope: np.ndarray) -> tuple[np.ndarray, list[Pair]]:
         """Slope by the states between, and by the adapters behind them."""
@@ -288,12 +258,3 @@ class _Back:
 
 def _sums(one: Sequence[Pair], two: Sequence[Pair]) -> list[Pair]:
     return [(a + c, b + d) for (a, b), (c, d) in zip(one, two, strict=True)]
-
-
-def _add_rows(
-    whole: tuple[np.ndarray, ...], more: tuple[np.ndarray, ...], parents: np.ndarray
-) -> None:
-    """Add to each parent what its children have for it."""
-    for total, part in zip(whole, more, strict=True):
-        for row, parent in enumerate(parents):
-            total[parent] += part[row]

@@ -29,10 +29,10 @@ def array_logprobs(
     block, and its keys and values.
     """
     one = Pass(model, _levels(micro), keep=gradient, recompute=recompute)
-    head = Head(one.weights, micro.targets, temperature, head_chunk)
-    if not gradient:
-        return mx.array(head.logprobs(one.forward()[:, micro.sources]))
+    head = ChunkedHead(one.weights, micro.targets, temperature, head_chunk)
     layers = model.adapters()
+    if not gradient or not layers:
+        return mx.array(head.logprobs(one.forward()[:, micro.sources]))
     states: list[np.ndarray] = []
 
     def forward(*_: mx.array) -> mx.array:
@@ -51,7 +51,7 @@ def array_logprobs(
     return function(*(array for layer in layers for array in (layer.lora_a, layer.lora_b)))
 
 
-class Head:
+class ChunkedHead:
     """The head at some targets (N,), `chunk` of them at a time.
 
     The gradient is closed-form, d logp / d logits = (onehot(target) - softmax) / temperature; no
@@ -72,7 +72,8 @@ class Head:
         found: list[np.ndarray] = []
         for part in self._parts:
             weights, chosen = self._softmax(states, part)
-            found.append(chosen - np.log(weights.sum(axis=0)))
+            found.append(chosen - np.log(_total(weights)))
+            del weights  # before the next ones are made
         return np.concatenate(found)
 
     @quiet
@@ -82,9 +83,10 @@ class Head:
         for part in self._parts:
             weights, _ = self._softmax(states, part)
             share = slope[part] / self._temperature
-            weights *= -share / weights.sum(axis=0)
+            weights *= -share / _total(weights)
             weights[self._targets[part], np.arange(len(share))] += share
             found[:, part] = self._weights.logits_back(states[:, part], weights)
+            del weights
         return found
 
     def _softmax(self, states: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -94,6 +96,11 @@ class Head:
         logits -= logits.max(axis=0)
         chosen = logits[self._targets[part], np.arange(logits.shape[1])]
         return np.exp(logits, out=logits), chosen
+
+
+def _total(weights: np.ndarray) -> np.ndarray:
+    """Sums (n,) over the vocabulary; row after row, which float32 would lose the small ones in."""
+    return weights.sum(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _levels(micro: MicroBatch) -> tuple[Level, ...]:

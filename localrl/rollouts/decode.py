@@ -225,12 +225,15 @@ class _Waiting:
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
         names = list(self._prefilled) if self._shares else None
         cache = self._decoder.policy.fork(self._cache, np.array(sources), names)
+        logits = take(self._logits, np.array(sources))
+        if not self._queue:  # nobody goes on from them any more
+            self._cache, self._logits = [], np.zeros(0)
         count = len(segments)
         stops = self._decoder.stops
         before = [self._ledger.request(segment).before for segment in segments]
         return Rows(
             cache,
-            take(self._logits, np.array(sources)),
+            logits,
             np.array(segments),
             np.zeros(count, int),
             np.ones(count, bool),
@@ -292,20 +295,25 @@ def draw(logits: Logits, uniforms: np.ndarray, temperature: float) -> tuple[Logi
     return tokens, logprobs, log_total - (weights * shifted).sum(axis=-1) / total
 
 
-@np.errstate(invalid="ignore")
 def entropy(logits: Logits, temperature: float) -> Logits:
     """Entropy (B,) in nats of each row's next-token distribution."""
     shifted, weights, total = _weigh(logits, temperature)
     return _library(logits).log(total) - (weights * shifted).sum(axis=-1) / total
 
 
+@np.errstate(invalid="ignore")  # the ledger refuses what is not finite
 def _weigh(logits: Logits, temperature: float) -> tuple[Logits, Logits, Logits]:
     """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
-    xp = _library(logits)
-    logits = logits.astype(xp.float32) / temperature
     # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
-    shifted = xp.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
-    weights = xp.exp(shifted)
+    if isinstance(logits, np.ndarray):
+        shifted = logits / np.float32(temperature)
+        shifted -= shifted.max(axis=-1, keepdims=True)
+        np.maximum(shifted, np.float32(-1e4), out=shifted)
+        weights = np.exp(shifted)
+    else:
+        logits = logits.astype(mx.float32) / temperature
+        shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
+        weights = mx.exp(shifted)
     return shifted, weights, weights.sum(axis=-1)
 
 

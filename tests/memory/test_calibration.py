@@ -20,9 +20,9 @@ from localrl.memory.calibration import Probe, key_of, recall, remember, solve, s
 from localrl.memory.estimate import Coefficients, Estimate, estimate
 from localrl.memory.limit import Limit
 from localrl.memory.machine import Machine
-from localrl.memory.plan import MEASURED_SHARE
+from localrl.memory.plan import MEASURED_SHARE, fit
 from localrl.memory.sizes import quantised, read_sizes
-from localrl.planning import ask, make_plan, sizes_of, worth_measuring
+from localrl.planning import as_found, ask, make_plan, sizes_of, worth_measuring
 from localrl.probing import calibrated, measure, peak_of
 from localrl.records import Batch, BatchNode
 
@@ -132,7 +132,7 @@ def test_constants_hold_for_one_shape_one_adapter_and_one_mlx(monkeypatch):
 
     def key(sizes=sizes, **settings):
         made = wish(sizes, **settings)
-        return key_of(made.sizes, made.jobs[made.plan.group_size])
+        return key_of(made.sizes, made.jobs[made.plan.group_size], made.plan)
 
     # Where the files are, and what is asked of the model, does not matter.
     assert key() == key(read_sizes(tiny.CONFIG)) == key(**{"rollout.group_size": 8})
@@ -160,7 +160,10 @@ def test_stored_constants_are_used_next_time_but_for_group_and_length(tmp_path, 
     first = make_plan(config, made)
     assert not first.measured
     assert worth_measuring(config, first)
-    remember(key_of(sizes, made.jobs[8]), Coefficients(linear=0.5, quadratic=0.5, measured=True))
+    remember(
+        key_of(sizes, made.jobs[8], made.plan),
+        Coefficients(linear=0.5, quadratic=0.5, measured=True),
+    )
     second = make_plan(config, made)
     assert second.measured
     assert not worth_measuring(config, second)
@@ -242,7 +245,7 @@ def test_after_two_short_passes_the_prediction_holds(learner, tmp_path, monkeypa
     assert warned == []
     assert plan.measured
     job = made.jobs[4]
-    coefficients = recall(key_of(sizes, job))
+    coefficients = recall(key_of(sizes, job, plan))
     assert coefficients is not None
     for micro_rows in (4, 1):
         now = replace(plan, micro_rows=micro_rows)
@@ -307,3 +310,25 @@ def test_calibrating_anew_may_change_group_and_length(learner, tmp_path, monkeyp
     anew = calibrated(updater, made, short, print, anew=True)
     assert anew.max_completion_tokens == 32
     assert anew.predicted_bytes <= MEASURED_SHARE * 10**9
+
+
+def test_constants_of_another_formula_are_not_taken(monkeypatch):
+    made = wish(read_sizes(tiny.CONFIG))
+    job = made.jobs[made.plan.group_size]
+    keys = {key_of(made.sizes, replace(job, arrays=found), made.plan) for found in (True, False)}
+    assert key_of(made.sizes, job, made.plan) in keys  # as its sizes let expect
+    monkeypatch.setattr(calibration, "FORMULA", -1)
+    assert key_of(made.sizes, job, made.plan) not in keys
+    assert len(keys) == 2
+
+
+def test_a_model_that_mlx_has_to_compute_gets_another_plan():
+    made = wish(read_sizes(tiny.CONFIG), 10**12, **{"memory.micro_rows": 32})
+    limit = made.needed(made.estimate(made.plan).peak)
+    made = replace(made, limit=replace(made.limit, bytes=limit))
+    plan = fit(made)
+    assert as_found(made, plan, arrays=True, fixed=False)[1] == plan
+    assert as_found(made, plan, arrays=False, fixed=True)[1] == plan
+    asked, found = as_found(made, plan, arrays=False, fixed=False)
+    assert found.micro_rows < plan.micro_rows
+    assert asked.estimate(found).peak <= limit < asked.estimate(plan).peak

@@ -19,6 +19,7 @@ from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
 from localrl.policy import array_decode, array_math, prefix
 from localrl.policy.array_decode import ArrayCache
+from localrl.policy.selfcheck import check_batching
 from localrl.records import Example
 from localrl.rollouts.decode import Decoder, LiveView
 from localrl.rollouts.forking import within_budget
@@ -269,3 +270,39 @@ def test_prompts_are_forgotten_when_their_rows_have_left(one):
     np.testing.assert_allclose(found, whole(one, *rows), atol=1e-4)
     del cache
     assert active() == start
+
+
+def test_more_rows_than_a_step_is_counted_for(tmp_path, monkeypatch):
+    """Beyond `FEW` rows results lie in MLX's memory; the samples are the same."""
+    policy = array_policy(tmp_path / "model", "qwen3")
+    shape = {"rows": 24, "roots": 6, "leaves": 6}
+    expected = sample(policy, **shape)
+    monkeypatch.setattr(array_math, "FEW", 3)
+    monkeypatch.setattr(array_math, "LARGE", 1)
+    found = sample(policy, **shape)
+    for one, other in zip(found, expected, strict=True):
+        for a, b in zip(one.nodes, other.nodes, strict=True):
+            np.testing.assert_array_equal(a.token_ids, b.token_ids)
+            np.testing.assert_array_equal(a.sampled_logprobs, b.sampled_logprobs)
+
+
+@pytest.mark.parametrize("work", ["fork", "extend"])
+def test_layers_grow_one_after_another(tmp_path, monkeypatch, work):
+    policy = check_batching(tiny.make_tiny_policy(tmp_path / "model", num_hidden_layers=8))
+    monkeypatch.setattr(array_math, "LARGE", 1)
+    tokens = np.arange(60, dtype=np.int32)[None] % 30 + 1
+    prefilled, _ = policy.prefill(tokens, [60])
+    caches = [policy.fork(prefilled, np.zeros(8, int), None)[0] for _ in range(2)]
+    sizes = [sum(k.nbytes + v.nbytes for k, v in cache._layers) for cache in caches]
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    if work == "fork":
+        caches[0].filter(np.repeat(np.arange(8), 2))
+        more = sizes[0]
+    else:
+        caches[0].extend(caches[1])
+        more = sizes[1]
+    # What is new at the end, and one layer in both forms.
+    layers = len(caches[0]._layers)
+    assert mx.get_peak_memory() - before <= more + 1.1 * (sizes[0] + more) / layers

@@ -15,7 +15,7 @@ from localrl.backend import mx, tree_flatten
 from localrl.config import LearningConfig
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
-from localrl.policy import array_attention
+from localrl.policy import array_attention, array_scoring
 from localrl.policy.array_attention import Attention, as_columns, as_heads
 from localrl.policy.array_model import Weights
 from localrl.policy.array_pass import Pass
@@ -185,9 +185,9 @@ def test_the_slopes_of_attention_are_mlxs(monkeypatch):
     draws = np.random.default_rng(0)
     sizes = (3, 2, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 4), (3, 2, 2, 5, 4)
     queries, keys, values, slope = (draws.normal(size=s).astype(np.float32) for s in sizes)
-    mask = np.concatenate(
-        [draws.random((3, 5, 2)) < 0.5, np.broadcast_to(np.tri(5, dtype=bool), (3, 5, 5))], axis=2
-    )
+    valid = np.array([[True, False], [False, False], [True, True]])
+    before = np.broadcast_to(valid[:, None], (3, 5, 2))
+    mask = np.concatenate([before, np.broadcast_to(np.tri(5, dtype=bool), (3, 5, 5))], axis=2)
 
     def attend(q, k, v):
         scores = 0.7 * (q @ k[:, :, None].swapaxes(-1, -2))
@@ -199,7 +199,7 @@ def test_the_slopes_of_attention_are_mlxs(monkeypatch):
     for block, most in ((128, 1 << 20), (2, 1), (3, 60)):
         monkeypatch.setattr(array_attention, "QUERIES", block)
         monkeypatch.setattr(array_attention, "SCORES", most)
-        attention = Attention(queries, keys, values, mask, 0.7)
+        attention = Attention(queries, keys, values, valid, 0.7)
         found = attention.forward()
         np.testing.assert_allclose(found, np.array(out[0]), atol=1e-5)
         for mine, theirs in zip(attention.back(found, slope), slopes, strict=True):
@@ -290,3 +290,19 @@ def test_no_more_logits_than_a_chunk_at_once(one, monkeypatch, chunk):
     trained = sum(int(node.trained.sum()) for node in batch("flat", kl=0.0).nodes)
     assert max(sizes) == min(chunk, trained)
     assert sum(sizes) == 2 * trained  # for the log-probabilities, and for their slope
+
+
+def test_small_weights_of_a_large_vocabulary_are_not_lost():
+    """Row after row in float32, e ** -17 would be nothing beside 1."""
+    weights = np.full((200_000, 2), np.exp(np.float32(-17)), np.float32)
+    weights[0] = 1
+    exact = 1 + 199_999 * float(weights[1, 0])
+    np.testing.assert_allclose(array_scoring._total(weights), exact, rtol=1e-6)
+
+
+def test_adapters_of_scale_0_are_scored_without_a_gradient(tmp_path):
+    policy = array_policy(tmp_path / "model", "qwen3", scale=0.0)
+    (micro,) = forest_batches(batch("flat"), 100)
+    found = token_logprobs(policy, micro, temperature=1.0, head_chunk=7, gradient=True)
+    expected = token_logprobs(in_mlx(policy), micro, temperature=1.0, head_chunk=7)
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-4)
