@@ -128,7 +128,8 @@ class Updater:
     def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
         """The batch as forests, or as plain rows for families that forests do not fit."""
         if self.shared is None:
-            self.shared = forest_agrees(
+            # In NumPy forests and rows are one code; a family of MLX may not know forests.
+            self.shared = self.policy.arrays is not None or forest_agrees(
                 self.policy, batch, temperature=self.temperature, head_chunk=plan.head_chunk
             )
             if not self.shared:

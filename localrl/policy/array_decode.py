@@ -44,9 +44,8 @@ def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple
     one = Pass(model, [level], keep=False)
     pairs: list[Pair] = []
     states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
-    return Prefilled(pairs, lengths, one.weights), np.ascontiguousarray(
-        one.weights.logits(states).T
-    )
+    logits = np.ascontiguousarray(one.weights.logits(states).T)
+    return Prefilled(pairs, lengths, one.weights), logits
 
 
 @dataclass(frozen=True, eq=False)

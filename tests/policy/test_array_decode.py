@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import tiny
 from arrays import NAMES, array_policy, in_mlx, spoil
 from exact import assert_exact
 from forests import scored
+from samples import sample
 from steps import plan, ragged_group, selection
 
 from localrl.backend import mx
@@ -20,12 +20,7 @@ from localrl.learning.update import Updater
 from localrl.policy import array_decode, array_math, prefix
 from localrl.policy.array_decode import ArrayCache
 from localrl.policy.selfcheck import check_batching
-from localrl.records import Example
-from localrl.rollouts.decode import Decoder, LiveView
-from localrl.rollouts.forking import within_budget
-from localrl.rollouts.groups import Shape, sample_groups
 
-TEXTS = ("12", "sum 1 2 3 and more of it", "a")
 PROMPTS = (5, 6, 7), (1, 2, 3, 4, 8, 9), (10, 11)
 
 
@@ -50,29 +45,6 @@ def caches(monkeypatch):
 
     monkeypatch.setattr(ArrayCache, "__init__", seen)
     return made
-
-
-@dataclass
-class Forks:
-    at: tuple[int, ...]
-
-    def choose(self, view: LiveView) -> np.ndarray:
-        return within_budget(np.isin(view.lengths, self.at) & view.alive, view.entropies, view)
-
-
-def sample(policy, *, rows=64, roots=4, leaves=4, at=(), prefill_rows=0):
-    examples = [Example(id=text, messages=({"role": "user", "content": text},)) for text in TEXTS]
-    return sample_groups(
-        Decoder(policy, 0.8, rows, prefill_rows=prefill_rows),
-        examples,
-        [policy.tokenizer.encode(example.messages) for example in examples],
-        Shape(roots, leaves),
-        max_completion_tokens=12,
-        seed=0,
-        step=1,
-        version=0,
-        rule=Forks(at) if at else None,
-    )
 
 
 def fork(policy, prompts, rows, names=None) -> ArrayCache:
@@ -228,6 +200,7 @@ def counted(monkeypatch):
 
 def active() -> int:
     gc.collect()
+    mx.synchronize()  # what an earlier graph held is given back by another thread
     return mx.get_active_memory()
 
 

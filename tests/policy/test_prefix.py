@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 from exact import assert_exact
+from samples import sample
 
 from localrl.backend import mx
 from localrl.policy import prefix
 from localrl.policy.prefix import PrefixCache, Seats, fork_prompts
 from localrl.policy.selfcheck import check_batching
-from localrl.records import Example
 from localrl.rollouts.batch import TreeRequest
-from localrl.rollouts.decode import Decoder, LiveView
-from localrl.rollouts.forking import within_budget
-from localrl.rollouts.groups import Shape, sample_groups
+from localrl.rollouts.decode import Decoder
 
-TEXTS = ("12", "sum 1 2 3 and more of it", "a", "zebra 99")
 LAYERS = {"qwen3": 2, "llama": 2, "gemma3_text": 1, "lfm2": 1}
 """Families, and how many layers of each share prompts; the others have windows of 8 tokens or
 convolutions."""
@@ -54,29 +51,6 @@ def always(monkeypatch):
     monkeypatch.setattr(prefix, "SHARED_POSITIONS", 0)
     monkeypatch.setattr(prefix, "PrefixCache", Seen)
     return made
-
-
-@dataclass
-class Forks:
-    at: tuple[int, ...]
-
-    def choose(self, view: LiveView) -> np.ndarray:
-        return within_budget(np.isin(view.lengths, self.at) & view.alive, view.entropies, view)
-
-
-def sample(policy, *, rows=64, roots=4, leaves=4, at=(), prefill_rows=0):
-    examples = [Example(id=text, messages=({"role": "user", "content": text},)) for text in TEXTS]
-    return sample_groups(
-        Decoder(policy, 0.8, rows, prefill_rows=prefill_rows),
-        examples,
-        [policy.tokenizer.encode(example.messages) for example in examples],
-        Shape(roots, leaves),
-        max_completion_tokens=16,
-        seed=0,
-        step=1,
-        version=0,
-        rule=Forks(at) if at else None,
-    )
 
 
 def prefill(policy, *prompts):
