@@ -237,7 +237,9 @@ def test_nothing_is_left(sandbox: Sandbox, name: str) -> None:
         with sandbox.start(program, Limits(2.0, 256 * MB, MB), pass_fds=[writing]) as process:
             os.close(writing)
             process.wait()
-            assert select.select([reading], [], [], 2.0)[0]
+            # Root has no limit on processes but what is seen from outside, every 20 ms: on a busy
+            # machine the kernel has thousands to end.
+            assert select.select([reading], [], [], 20.0)[0]
             assert os.read(reading, 1) == b""  # whoever could write is gone
     finally:
         os.close(reading)
