@@ -1,11 +1,12 @@
 """Decode rates of localrl beside a bare loop on the same model, in turn in one process.
 
     python benchmarks/decode.py                      # the 7.3 M random Qwen3 of peers/make_model.py
-    python benchmarks/decode.py --rows 1,4,16,64 --tokens 2048 --repeats 1 --plot
+    python benchmarks/decode.py --rows 1,4,16,64 --tokens 2048 --plot
 
 The bare loop is the least that samples from a model with mlx-lm: prefill, copy the cache, then
 `model(tokens)` and `mx.random.categorical`, one call for each token, with no log-probability, no
-entropy and no end. Prints one JSON object; --plot also draws time over rows and length.
+entropy and no end. Prints one JSON object. --plot draws localrl's time over rows and length
+instead, from one run of each number of rows, without the loop.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def compare(opened: Opened) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]
     return found, steps
 
 
+def alone(opened: Opened) -> dict[int, np.ndarray]:
+    """localrl's seconds of each token, once for each number of rows."""
+    return {rows: decode_once(opened, rows)[1:] for rows in opened.wanted.rows}
+
+
 def draw(steps: dict[int, np.ndarray], fitted: Fit, prompt: int) -> None:
     """Milliseconds of a token over its place, measured and fitted."""
     import matplotlib
@@ -107,7 +113,7 @@ def main(rows: str, tokens: int, prompt_tokens: int, repeats: int, plot: bool) -
         subprocess.run([sys.executable, str(HERE / "peers" / "make_model.py"), folder], check=True)
         wanted = Wanted(counts, prompt_tokens, tokens, repeats)
         opened = open_bench(f"{folder}/model", 0, wanted)
-        found, steps = compare(opened)
+        found, steps = ([], alone(opened)) if plot else compare(opened)
     fitted = fit(steps, prompt_tokens)
     if plot and fitted:
         draw(steps, fitted, prompt_tokens)

@@ -30,9 +30,10 @@ class Keeper:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._saved = session.checkpoints.steps()[-1:] == [session.step]
-        self._state: State | None = take(session, session.step) if self._saved else None
-        self._marked = (session.step, len(session.evaluations)) if self._saved else None
+        self._saved = not session.ranks.leads or session.checkpoints.steps()[-1:] == [session.step]
+        begun = session.ranks.leads and self._saved
+        self._state: State | None = take(session, session.step) if begun else None
+        self._marked = (session.step, len(session.evaluations)) if begun else None
         self._cost_s = 0.0
         self._last = time.monotonic()
         self._failures = 0
@@ -51,7 +52,8 @@ class Keeper:
 
         Raises: what the work raises, also a refusal when nothing is left to give up.
         """
-        for _ in range(MOST_REFUSALS):
+        # Ranks that have come to different points of a step cannot go on together.
+        for _ in range(MOST_REFUSALS if self._session.ranks.size == 1 else 0):
             try:
                 work(self._session, step)
                 return
@@ -78,7 +80,7 @@ class Keeper:
         Raises: CheckpointError when it could not be written several times in a row.
         """
         now = (step, len(self._session.evaluations))
-        if now == self._marked:
+        if now == self._marked or not self._session.ranks.leads:
             return
         self._state, self._saved, self._marked = take(self._session, step), False, now
         if self._due(step):

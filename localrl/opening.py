@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from localrl import backend
 from localrl.config import RunConfig, keys
+from localrl.errors import ConfigError
+from localrl.gathering import gather
 from localrl.learning.objectives import describe
 from localrl.memory.adapting import Watch
 from localrl.memory.plan import changes
 from localrl.parts import Parts, check_sandbox, open_parts, settle
 from localrl.pulse import Pulse
-from localrl.resuming import reopen, sources_of
+from localrl.ranks.collective import ALONE, Ranks
+from localrl.resuming import Before, reopen, share, sources_of
 from localrl.runs import dashboards
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import RunFolder, default_run_path, open_run, package_versions
 from localrl.runs.health import Health
 from localrl.runs.logs import read_jsonl
+from localrl.runs.nowhere import Nowhere
 from localrl.runs.supervised import Restart
 from localrl.session import Progress, Session
 
+AGREED = ("group_size", "max_prompt_tokens", "max_completion_tokens")
+"""What the machine with the least memory decides for all."""
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 
 
@@ -34,8 +42,11 @@ def open_session(
     progress: Progress,
     pulse: Pulse,
     restart: Restart | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Session]:
     """Open everything that the run needs. restart: what a supervisor says of the last process.
+
+    Only rank 0 opens a run folder, or goes on with one; the others begin with its state.
 
     Raises: ConfigError or DataError, saying what cannot work; CheckpointError when a run cannot be
     resumed.
@@ -44,11 +55,17 @@ def open_session(
     settled = settle(config)
     config, warn = settled.config, progress.warn
     with ExitStack() as stack:
-        before = stack.enter_context(reopen(config, warn)) if resume else None
+        resumes = resume and ranks.leads
+        before = stack.enter_context(reopen(config, warn)) if resumes else None
         plan = before.plan_after(restart, settled.shape) if before else None
-        parts = stack.enter_context(open_parts(settled, warn=warn, pulse=pulse, plan=plan))
+        parts = stack.enter_context(
+            open_parts(settled, warn=warn, pulse=pulse, plan=plan, ranks=ranks)
+        )
+        plans = _agree(parts, ranks)
         sandbox = check_sandbox(config, parts.task, warn)
-        run = before.run if before else stack.enter_context(_open_folder(config, overwrite))
+        run = before.run if before else Nowhere()
+        if ranks.leads and not before:
+            run = stack.enter_context(_open_folder(config, overwrite))
         run.write_config(config.to_toml())
         run.write_plan(parts.plan)
         if not before:
@@ -64,14 +81,15 @@ def open_session(
             sources=sources_of(parts.model_folder, parts.task, parts.held_out),
             health=Health(config, {spec.name: spec.weight for spec in parts.task.rewards}),
             watch=Watch(parts.plan),
+            ranks=ranks,
         )
         if before:
-            before.continue_in(session)
-            if restart and restart.smaller:
-                session.watch = Watch(session.plan)  # never back to the plan that has died
-            for record in read_jsonl(run.path / "metrics.jsonl"):
-                session.health.see(record)  # it was warned of these
-        session.dashboards = stack.enter_context(_dashboards(session))
+            _go_on(before, session, restart)
+        if ranks.size > 1:
+            share(session)
+            run.event("ranks", names=list(ranks.names), plans=plans)
+        if ranks.leads:
+            session.dashboards = stack.enter_context(_dashboards(session))
         if restart:
             run.event("restarted", **vars(restart), plan=vars(parts.plan))
         pulse.on_sleep = lambda seconds: run.event("slept", seconds=round(seconds))
@@ -81,7 +99,36 @@ def open_session(
         yield session
 
 
-def _tell_less(parts: Parts, run: RunFolder, warn: Callable[[str], None]) -> None:
+def _go_on(before: Before, session: Session, restart: Restart | None) -> None:
+    """Put the session where the run stood."""
+    before.continue_in(session)
+    if restart and restart.smaller:
+        session.watch = Watch(session.plan)  # never back to the plan that has died
+    for record in read_jsonl(session.folder / "metrics.jsonl"):
+        session.health.see(record)  # it was warned of these
+
+
+def _agree(parts: Parts, ranks: Ranks) -> list[dict[str, Any]]:
+    """Let all ranks use the group size and the lengths of the smallest; the plan of each.
+
+    Raises: ConfigError when there is not a prompt for each.
+    """
+    prompts = parts.config.rollout.prompts_per_step
+    if prompts < ranks.size:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {prompts}: that is not one for each of {ranks.size} "
+            f"ranks, which sample whole groups. Set it to {ranks.size} or a multiple."
+        )
+    plans = gather(ranks, vars(parts.plan))
+    least: dict[str, int] = {name: min(plan[name] for plan in plans) for name in AGREED}
+    agreed = replace(parts.plan, **least)
+    if agreed != parts.plan:
+        parts.use(agreed)
+        parts.sampler.start_rule()
+    return plans
+
+
+def _tell_less(parts: Parts, run: RunFolder | Nowhere, warn: Callable[[str], None]) -> None:
     """Say aloud where memory leaves less to each prompt than the configuration asks for."""
     given = changes(parts.asked.plan, parts.plan)
     less = {name: list(given[name]) for name in ("group_size", "max_completion_tokens")

@@ -27,6 +27,7 @@ from localrl.policy.scoring import group_logprobs
 from localrl.policy.selfcheck import check_batching
 from localrl.probing import calibrated
 from localrl.pulse import Pulse
+from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import Example, Group, MemoryPlan, RewardSpec
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.code import allow_unsafe_code, check_code_rewards
@@ -115,6 +116,7 @@ def open_parts(
     pulse: Pulse,
     plan: MemoryPlan | None = None,
     trains: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Parts]:
     """Open the task, its rewards and the model. plan: that of the run that goes on.
 
@@ -149,6 +151,7 @@ def open_parts(
         asked = replace(asked, may_checkpoint=may_checkpoint)
         if trains and planned is None and worth_measuring(config, plan):
             plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)
+        updater.ranks = ranks  # not before: each machine measures its own memory
         decoder = _decoder(config, policy, plan, pulse)
         tracker = Tracker()
         yield Parts(
@@ -171,6 +174,7 @@ def open_parts(
                 scorer.score,
                 _rescore(updater),
                 environments,
+                ranks,
             ),
             updater=updater,
             tracker=tracker,

@@ -37,21 +37,29 @@ class Pulse:
         self._awake, self._always = awake, always
         self._told = float("-inf")
         self._apart = always() - awake()
-        self._reason: str | None = None
+        self.reason: str | None = None
+        """Why the run is to stop."""
+        self.noticed = False
+        """Whether a beat has stopped the run."""
         self.on_sleep: Callable[[float], None] | None = None
         """Gets the seconds that the machine has slept, at the first beat after it."""
 
     def stop(self, reason: str) -> None:
-        """Let the next beat stop the run. May be called from a signal handler or a thread."""
-        self._reason = reason
+        """Let the next beat stop the run; the first reason counts.
+
+        May be called from a signal handler or a thread.
+        """
+        if self.reason is None:
+            self.reason = reason
 
     def beat(self) -> None:
         """Something has been done.
 
         Raises: Stopped when the run was asked to stop; what was begun since the last step is lost.
         """
-        if self._reason is not None:
-            raise Stopped(self._reason)
+        if self.reason is not None:
+            self.noticed = True
+            raise Stopped(self.reason)
         now = self._awake()
         if self._tell is not None and now - self._told >= EVERY_S:
             self._told = now

@@ -32,7 +32,7 @@ from localrl.rollouts.replay import Replay, ReplayCounts, Stored
 from localrl.rollouts.reuse import Earlier
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
-from localrl.runs.state import decode, encode
+from localrl.runs.state import decode, encode, from_bytes, to_bytes
 from localrl.runs.supervised import Restart
 from localrl.tasks.base import Task
 
@@ -186,6 +186,24 @@ def put(state: State, session: Session) -> None:
     sampler.rescored_tokens = values["rescored_tokens"]
     session.scorer.restore(values["rewards"])
     session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]
+
+
+def share(session: Session) -> None:
+    """Give every rank what rank 0 begins with, after making sure that model and data are the same.
+
+    Raises: CheckpointError when they are not.
+    """
+    ranks, own = session.ranks, session.watch
+    state = take(session, session.step)
+    arrays = {name: np.array(array) for name, array in state.weights.items()}
+    told = ranks.first(to_bytes([state.step, dict(state.values), arrays], TYPES))
+    if ranks.leads:
+        return
+    step, values, arrays = from_bytes(told, TYPES)
+    weights = {name: mx.array(array) for name, array in arrays.items()}
+    # What rewards did is added up over ranks; memory is each machine's own.
+    put(State(step, values | {"rewards": {}, "watch": own}, weights), session)
+    session.step = step
 
 
 def _part(state: State, prefix: str) -> dict[str, mx.array]:

@@ -10,8 +10,10 @@ import numpy as np
 from localrl.checks import reused_roots
 from localrl.config import RunConfig
 from localrl.errors import DataError
+from localrl.gathering import spread, spread_groups
 from localrl.learning.staleness import too_far, with_old_logprobs
 from localrl.learning.tracker import Tracker
+from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.adaptive import Score, collect
 from localrl.rollouts.decode import Decoder
@@ -42,6 +44,8 @@ class Sampler:
     rescore: Rescore
     environments: Environments | None = None
     """What completions talk to; None when they are one turn."""
+    ranks: Ranks = ALONE
+    """Those that share the work."""
     replays: Replay = field(default_factory=Replay)
     earlier: Earlier = field(default_factory=Earlier)
     rescored_tokens: int = 0
@@ -50,6 +54,10 @@ class Sampler:
     """Where paths fork; None where they do not."""
 
     def __post_init__(self) -> None:
+        self.start_rule()
+
+    def start_rule(self) -> None:
+        """Begin with the rule that the configured shape asks for."""
         self.rule = make_rule(self.config.rollout, self.shape)
 
     @property
@@ -75,6 +83,14 @@ class Sampler:
         )
 
     def collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
+        """Scored groups of these examples, of which other ranks make their share."""
+
+        def work(which: Sequence[int]) -> list[ScoredGroup]:
+            return self._collect(step, [examples[i] for i in which], version)
+
+        return spread_groups(self.ranks, examples, work)
+
+    def _collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
         """Scored groups of these examples, in as many rounds as the strategy wants."""
         prompts = self.encode(examples)
         keys = [example.tracker_key for example in examples]
@@ -122,8 +138,14 @@ class Sampler:
             address=(self.config.run.seed, step, "replay"),
             exclude={group.group.example.id for group in fresh},
         )
+        groups = [scored.group for scored in drawn]
+        known = spread(
+            self.ranks,
+            [group.example for group in groups],
+            lambda which: self._now([groups[i] for i in which]),
+        )
         found = []
-        for scored, now in zip(drawn, self._now([g.group for g in drawn]), strict=True):
+        for scored, now in zip(drawn, known, strict=True):
             group = with_old_logprobs(scored.group, now)
             if too_far(group, rollout.replay_drift):
                 self.replays.reject(scored)

@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from localrl import shares
 from localrl.backend import mx
 from localrl.checks import tracker_weight
 from localrl.evaluate import Evaluation, evaluate, temperature_one
+from localrl.gathering import gather
 from localrl.keys import keyed_uniforms
 from localrl.learning.credit import Credit, assign_credit
 from localrl.learning.downsample import max_variance
@@ -21,12 +23,15 @@ from localrl.memory.adapting import Reading, Watch, give_way
 from localrl.memory.machine import read_machine, resident_bytes
 from localrl.memory.plan import changes
 from localrl.parts import Parts
+from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import MemoryPlan, ScoredGroup, StepStats
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.dashboards import Dashboard, log
 from localrl.runs.folder import RunFolder
 from localrl.runs.health import Health
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
+from localrl.runs.metrics import sampled_tokens
+from localrl.runs.nowhere import Nowhere
 from localrl.sharing.adapters import adapter_of, write_adapter
 from localrl.sharing.base import find_base_id
 
@@ -53,7 +58,7 @@ class Silent:
 class Session(Parts):
     """Everything open for one run, and the few things that are done with several of them."""
 
-    run: RunFolder
+    run: RunFolder | Nowhere
     progress: Progress
     checkpoints: Checkpoints
     sources: Mapping[str, str]
@@ -61,6 +66,8 @@ class Session(Parts):
     health: Health
     watch: Watch
     """What memory was like lately."""
+    ranks: Ranks = ALONE
+    """Those that train together."""
     dashboards: Sequence[Dashboard] = ()
     step: int = 0
     """Steps done when it was opened: 0, or more when it goes on with an earlier run."""
@@ -72,6 +79,8 @@ class Session(Parts):
     """The most that MLX held in a step so far."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     """By the step after which they were made."""
+    _waited_s: float = 0.0
+    """For other ranks, before this step."""
 
     @property
     def folder(self) -> Path:
@@ -123,11 +132,11 @@ class Session(Parts):
         self.sampler.learn(fresh, version)
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """pass@1 after a step, logged; None when no evaluation is wanted.
+        """pass@1 after a step, logged; None when none is wanted, or it is another rank's work.
 
         Made from the adapters as they are, unless it was made before.
         """
-        if step in self.evaluations or not self.held_out:
+        if step in self.evaluations or not self.held_out or not self.ranks.leads:
             return self.evaluations.get(step)
         self.tell_rewards(step + 1)
         evaluation = evaluate(
@@ -161,21 +170,29 @@ class Session(Parts):
         selection: Selection,
         metrics: Mapping[str, Any],
     ) -> None:
-        """Write one step's metrics and rollouts, replayed ones included, and show them."""
+        """Write one step's metrics and rollouts, replayed ones included, and show them.
+
+        Rank 0 does, after all have told it of their shares.
+        """
         self.tokens += metrics["rollout/tokens"]
-        logs, tokenizer = self.scorer.take_logs(), self.policy.tokenizer
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
+        told = gather(self.ranks, self._share(scored[: metrics["rollout/groups"]], metrics))
+        if not self.ranks.leads:
+            return
+        logs, tokenizer = shares.logs(told), self.policy.tokenizer
         record = {
             **logs.means(),
-            **self._tool_metrics(metrics["rollout/completions"]),
+            **shares.tools(told, metrics["rollout/completions"]),
             "step": step,
             "num_tokens": self.tokens,
-            "rewards/failures": sum(count.failures for count in self.scorer.counts.values()),
+            "rewards/failures": sum(share["failures"] for share in told),
             "rollout/informative_groups": sum(selection.informative),
             "memory/peak_bytes": mx.get_peak_memory(),
             "memory/cache_bytes": mx.get_cache_memory(),
             "memory/resident_bytes": resident_bytes(),
             **metrics,
+            **shares.counts(told),
+            **shares.rates(told, metrics["step_time"]),
         }
         self._write(record)
         self.run.rollouts(
@@ -232,15 +249,20 @@ class Session(Parts):
         self.run.metrics(metrics)
         log(self.dashboards, metrics, self.progress.warn)
 
-    def _tool_metrics(self, completions: int) -> dict[str, float | None]:
-        """How often tools were called, and failed; nothing where there are none."""
-        environments = self.sampler.environments
-        if environments is None or not environments.has_tools:
-            return {}
-        calls, failures = environments.take_counts()
+    def _share(self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any]) -> shares.Share:
+        """What this rank has done of a step."""
+        environments, logs = self.sampler.environments, self.scorer.take_logs()
+        has_tools = environments is not None and environments.has_tools
+        waited_s = self.ranks.waited_s - self._waited_s
+        self._waited_s = self.ranks.waited_s
         return {
-            "tools/call_frequency": calls / completions,
-            "tools/failure_frequency": failures / calls if calls else None,
+            "counts": {n: metrics[n] for n in self.counters() if n.startswith("rollout/")},
+            "failures": sum(count.failures for count in self.scorer.counts.values()),
+            "tools": environments.take_counts() if environments and has_tools else None,
+            "metrics": logs.metrics,
+            "rows": logs.rows,
+            "tokens": sum(map(sampled_tokens, self.ranks.mine(fresh))),
+            "waited_s": waited_s,
         }
 
     def counters(self) -> dict[str, float]:
@@ -264,16 +286,19 @@ class Session(Parts):
         size = self.task.train_size
         return (step - 1) * self.config.rollout.prompts_per_step / size if size else None
 
-    def save_adapter(self) -> Path:
-        """Write the adapters as mlx-lm and PEFT read them."""
+    def save_adapter(self) -> None:
+        """Write the adapters as mlx-lm and PEFT read them; rank 0 does."""
+        if not self.ranks.leads:
+            return
         folder = self.folder / "adapter"
         wanted = self.config.model
         base_id = find_base_id(wanted.base_id, self.model_folder, wanted.path)
         write_adapter(adapter_of(self.policy.model, base_id=base_id), folder)
-        return folder
 
     def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:
         """Write what memory the run took, and eval.json, when there were evaluations."""
+        if not self.ranks.leads:
+            return
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
         self.run.event(
             "memory",

@@ -16,9 +16,11 @@ from typing import Any
 from localrl.config import RunConfig
 from localrl.errors import LocalRLError, Stopped
 from localrl.evaluate import Evaluation
+from localrl.gathering import gather
 from localrl.keeping import Keeper
 from localrl.opening import open_session
 from localrl.pulse import Pulse
+from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import MemoryPlan
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
 from localrl.runs.supervised import Restart
@@ -49,11 +51,13 @@ def train(
     progress: Progress | None = None,
     pulse: Pulse | None = None,
     restart: Restart | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Teach the configured model the configured task; everything lands in the run folder.
 
     resume: go on with the run in `config.run.out` as if nothing had happened.
     restart: what a supervisor says of the process before this one.
+    ranks: those that train together, see `ranks.collective.join`; only rank 0 has a run folder.
 
     Raises: ConfigError, before anything is computed, when the configuration cannot work;
     RewardError when rewards fail too often; LocalRLError when the adapter diverges; CheckpointError
@@ -66,6 +70,7 @@ def train(
         progress=progress or Silent(),
         pulse=pulse or Pulse(),
         restart=restart,
+        ranks=ranks,
     )
     with opened as session, _told(session), Keeper(session) as keeper:
         step = session.step
@@ -135,12 +140,15 @@ def _told(session: Session) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
+        if not session.ranks.leads:
+            raise Stopped(f"Rank {session.ranks.rank} is stopped by {stopped}.") from None
         steps = session.checkpoints.steps()
         done = f"after step {steps[-1]}" if steps else ""
         session.run.event("stopped", reason=str(stopped))
+        again = "" if session.ranks.size == 1 else " (with as many ranks as you like)"
         raise Stopped(
             f"Stopped by {stopped} {done}. Go on with: localrl train --resume --out "
-            f"{shlex.quote(str(session.folder))}"
+            f"{shlex.quote(str(session.folder))}{again}"
         ) from None
     except LocalRLError as error:
         session.run.event("failed", reason=str(error))
@@ -166,7 +174,10 @@ class Stopwatch:
 
 def _time_is_up(session: Session) -> bool:
     limit = session.config.run.minutes
-    return limit is not None and session.trained_s >= 60 * limit
+    if limit is None:
+        return False
+    # Every rank has a clock of its own: the longest time counts.
+    return any(seconds >= 60 * limit for seconds in gather(session.ranks, session.trained_s))
 
 
 def _evaluation_due(config: RunConfig, step: int) -> bool:

@@ -19,8 +19,9 @@ from localrl.learning.credit import assign_credit
 from localrl.learning.selection import select
 from localrl.learning.update import DRIFT_TOKENS, Updater
 from localrl.memory.plan import wanted
-from localrl.policy import prefix
-from localrl.policy.array_model import Linears
+from localrl.policy import array_merged, prefix
+from localrl.policy.array_math import Linears
+from localrl.policy.array_merged import Merged
 from localrl.policy.selfcheck import check_batching
 from localrl.records import Example, ScoredGroup
 from localrl.rollouts.decode import Decoder
@@ -182,18 +183,27 @@ class Columns:
         self._places = {self._address(policy.model.model.embed_tokens.weight): self.head}
         for counted, block in zip(self.blocks, policy.model.layers, strict=True):
             self._places[self._address(block.self_attn.q_proj.linear.weight)] = counted
-        call = Linears.__call__
+        call, merge, decode = Linears.__call__, array_merged._merge, Merged.__call__
 
         def count(linears, x):
             place = self._places.get(linears.weights[0].ctypes.data)
             if place is not None:
                 place.append(x.shape[1])
-            return call(linears, x)
+            return (decode if isinstance(linears, Merged) else call)(linears, x)
+
+        def count_too(linears):
+            found = merge(linears)
+            place = self._places.get(linears.weights[0].ctypes.data)
+            if place is not None:
+                self._places[found.weights[0].ctypes.data] = place
+            return found
 
         def refuse(*given, **options):
             raise AssertionError("MLX was to compute this")
 
         monkeypatch.setattr(Linears, "__call__", count)
+        monkeypatch.setattr(Merged, "__call__", count)
+        monkeypatch.setattr(array_merged, "_merge", count_too)
         monkeypatch.setattr(type(policy.model.model), "__call__", refuse)
 
     def _address(self, array: mx.array) -> int:

@@ -96,15 +96,27 @@ def train(
       localrl train my.toml --set rollout.group_size=16
     """
     from localrl.config import RunConfig, parse_setting
+    from localrl.ranks.place import find_place
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
-    if resume:
-        config = _stopped_run(config, overwrite, given)
-    resolved = RunConfig.create(given, file=config)
+
+    def resolve() -> RunConfig:
+        file = _stopped_run(config, overwrite, given) if resume else config
+        return RunConfig.create(given, file=file)
+
     if print_config:
-        click.echo(resolved.to_toml())
+        click.echo(resolve().to_toml())
         return
+    place = find_place()
+    if place is not None:
+        if on_battery:
+            raise ConfigError("--on-battery is for a run on one machine. Leave it out.")
+        from localrl.cli.ranks import run_with_others
+
+        run_with_others(place, resolve, overwrite=overwrite, resume=resume)
+        return
+    resolved = resolve()
     from localrl.runs.supervised import find_supervisor
 
     supervisor = find_supervisor()

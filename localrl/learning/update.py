@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from localrl.backend import mx, nn, optim, tree_flatten, tree_map
+from localrl.backend import mx, nn, optim, tree_flatten, tree_map, tree_unflatten
 from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
 from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
 from localrl.learning.objectives import make_objective
+from localrl.learning.sharing import share_of
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees, token_logprobs
 from localrl.policy.size import relative_size, weight_norms
+from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import Batch, MemoryPlan, StepStats
 
 LOGGER = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ class Updater:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = policy
+        self.ranks: Ranks = ALONE
+        """Those that share each batch."""
         self._beat = beat
         self.shared: bool | None = None
         """Whether prompts and nodes are computed once; None until the first batch has shown it."""
@@ -70,6 +75,9 @@ class Updater:
     def update(self, batch: Batch, plan: MemoryPlan) -> StepStats:
         """Update the adapters on one step's batch; an empty batch changes nothing.
 
+        With several ranks each gets the whole batch, computes its share of it, and makes the same
+        update from the sum.
+
         Nothing that is not finite stays: not a loss, a gradient, an adapter, nor adapters under
         which a log-probability is none. The adapters and the optimizer are then as they were.
 
@@ -77,7 +85,7 @@ class Updater:
         """
         if not any(node.trained.any() for node in batch.nodes):
             return NO_UPDATE
-        before = self._state()
+        batch, before = share_of(batch, self.ranks.rank, self.ranks.size), self._state()
         first = stats = self._apply(batch, plan)
         for _ in range(self.config.updates_per_step - 1):
             # Once more would be the same again.
@@ -103,16 +111,18 @@ class Updater:
 
         One forward pass over a sample: enough trees for `DRIFT_TOKENS` trained tokens.
         """
-        moved = np.concatenate(
-            [
-                np.array(self._logprobs(micro, plan.head_chunk)) - micro.anchor_logprobs
-                for micro in self._micro_batches(_some(batch, DRIFT_TOKENS), plan)
-            ]
-        )
-        return float(np.abs(moved).mean())
+        moved = np.zeros(2)  # their sum, and how many there are
+        for micro in self._micro_batches(_some(batch, DRIFT_TOKENS // self.ranks.size), plan):
+            change = np.array(self._logprobs(micro, plan.head_chunk)) - micro.anchor_logprobs
+            moved += np.abs(change).sum(), len(change)
+        total, count = self.ranks.sum(moved)
+        return float(total / count)
 
     def gradient(self, batch: Batch, plan: MemoryPlan) -> tuple[Any, _Totals]:
-        """Gradient of the objective over the batch, divided once by Z; and the sums behind it."""
+        """Gradient of the objective over the batch, divided once by Z; and the sums behind it.
+
+        Of several ranks each gives its share of the batch, and has the sum over all.
+        """
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
         total, gradient = _Totals(), None
         for micro in self._micro_batches(batch, plan):
@@ -123,10 +133,28 @@ class Updater:
             # Frees this micro-batch's graph before the next one is built.
             mx.eval(gradient, *vars(sums).values())
             total.add(sums, micro)
+        if self.ranks.size > 1:
+            gradient, total = self._of_all(gradient, total)
         return tree_map(lambda g: g / batch.z, gradient), total
+
+    def _of_all(self, gradient: Any, total: _Totals) -> tuple[Any, _Totals]:
+        """The sums over ranks; gradient: None where there was nothing to compute."""
+        if gradient is None:
+            gradient = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
+        flat: Any = tree_flatten(gradient)
+        whole = self.ranks.sum(np.concatenate([array.ravel() for array in _views(gradient)]))
+        ends = np.cumsum([array.size for _, array in flat])[:-1]
+        summed = [
+            (name, mx.array(part.reshape(array.shape)))
+            for (name, array), part in zip(flat, np.split(whole, ends), strict=True)
+        ]
+        totals = [json.loads(one) for one in self.ranks.gather(json.dumps(vars(total)).encode())]
+        return tree_unflatten(summed), _Totals.of(totals)
 
     def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
         """The batch as forests, or as plain rows for families that forests do not fit."""
+        if not batch.nodes:  # another rank has it all
+            return iter(())
         if self.shared is None:
             # In NumPy forests and rows are one code; a family of MLX may not know forests.
             self.shared = self.policy.arrays is not None or forest_agrees(
@@ -228,6 +256,13 @@ class _Totals:
     kl_weight: float = 0.0
     tokens: int = 0
     saved_positions: int = 0
+
+    @classmethod
+    def of(cls, parts: Sequence[dict[str, Any]]) -> _Totals:
+        """The totals of all ranks, from the fields of each."""
+        total = cls(**{name: sum(part[name] for part in parts) for name in parts[0]})
+        total.gap_max = max(part["gap_max"] for part in parts)
+        return total
 
     def add(self, sums: ObjectiveSums, micro: MicroBatch) -> None:
         self.loss += _number(sums.loss)

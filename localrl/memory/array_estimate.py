@@ -19,6 +19,8 @@ SCORE_COPIES = 2.0
 """Arrays as large as the scores at work: weights and their slopes."""
 LOGIT_COPIES = 1.0
 """Arrays as large as a chunk's logits: they become their slope in place."""
+MERGED = 128 << 20
+"""`policy.array_merged.MOST_BYTES`."""
 FLOAT = 4
 
 
@@ -73,6 +75,13 @@ def prefill_bytes(sizes: Sizes, extent: Extent) -> float:
     """Above the keys and values, while prompts are prefilled."""
     states = (_inside(sizes) + 3 * sizes.width + sizes.ffn) * extent.positions
     return FLOAT * (states + SCORE_COPIES * scores_at_once(sizes, extent))
+
+
+def merged_bytes(sizes: Sizes) -> int:
+    """The copy of the blocks' matrices that rows are decoded with; none of a larger model."""
+    matrices = (m for block in sizes.parts[:-1] for m in block.matrices if m.kind == "linear")
+    size = FLOAT * sum(matrix.inputs * matrix.outputs for matrix in matrices)
+    return size if size <= MERGED else 0
 
 
 def scores_at_once(sizes: Sizes, extent: Extent) -> int:

@@ -18,7 +18,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from localrl.memory.array_estimate import Extent, fits, prefill_bytes, update_bytes
+from localrl.memory.array_estimate import (
+    Extent,
+    fits,
+    merged_bytes,
+    prefill_bytes,
+    update_bytes,
+)
 from localrl.memory.sizes import NONE, Sizes, kv_bytes, lora_parameters, weight_bytes
 from localrl.records import MemoryPlan
 
@@ -113,6 +119,8 @@ class Estimate:
     """Sums of gradients beside those of a micro-batch."""
     optimizer: int
     """Gradients and the adapters and moments before and after, when they change."""
+    merged: int = 0
+    """A copy of the weights with the adapters in it, to decode with."""
 
     @property
     def stays(self) -> int:
@@ -122,7 +130,7 @@ class Estimate:
     @property
     def rollout(self) -> int:
         """While completions are decoded, above what stays."""
-        return self.prompts + self.caches + self.drawing
+        return self.merged + self.prompts + self.caches + self.drawing
 
     @property
     def update(self) -> int:
@@ -148,6 +156,7 @@ def estimate(
         weights=weights,
         adapters=3 * adapter,
         loading=2 * sizes.vocabulary * sizes.width if on_cpu else 0,
+        merged=merged_bytes(sizes) if in_arrays(sizes, job, plan) else 0,
         prompts=prompts,
         caches=caches,
         drawing=drawing,
@@ -276,6 +285,7 @@ def told(found: Estimate) -> Iterator[tuple[str, int]]:
     """The parts with the names that people see, largest phase last."""
     yield "weights", found.weights
     yield "adapters and Adam", found.adapters
+    yield "rollouts: weights with adapters", found.merged
     yield "rollouts: caches of prompts", found.prompts
     yield "rollouts: caches of completions", found.caches
     yield "rollouts: drawing, prefill", found.drawing

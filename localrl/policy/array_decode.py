@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from localrl.policy.array_math import Pair, quiet, softmax, swiglu, zeros
-from localrl.policy.array_model import ArrayModel, Block, Weights
+from localrl.policy.array_model import ArrayModel
 from localrl.policy.array_pass import Pass
+from localrl.policy.array_weights import Block, Weights
 from localrl.policy.forest_packing import Level
 
 STEP = 64
@@ -34,7 +35,7 @@ class Prefilled:
     lengths: np.ndarray
     """(P,)"""
     weights: Weights
-    """They were made with."""
+    """To go on with."""
 
 
 @quiet
@@ -45,7 +46,7 @@ def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple
     pairs: list[Pair] = []
     states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
     logits = np.ascontiguousarray(one.weights.logits(states).T)
-    return Prefilled(pairs, lengths, one.weights), logits
+    return Prefilled(pairs, lengths, model.for_decoding(one.weights)), logits
 
 
 @dataclass(frozen=True, eq=False)

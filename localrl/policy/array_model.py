@@ -6,13 +6,14 @@ rotary positions, can be read so; others stay with MLX.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from localrl.backend import mx, nn
 from localrl.policy.array_math import Adapter, Linears, Norm, Pair, like
+from localrl.policy.array_merged import Merging
+from localrl.policy.array_weights import Block, Weights
 from localrl.policy.lora import LoRALinear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
@@ -28,53 +29,6 @@ PROBED = 16
 
 class UnfitError(Exception):
     """The model is not one that is computed here."""
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """One layer of the model."""
-
-    attention_norm: Norm
-    queries_keys_values: Linears
-    query_norm: Norm | None
-    key_norm: Norm | None
-    output: Linears
-    feed_forward_norm: Norm
-    gate_up: Linears
-    down: Linears
-
-    @property
-    def adapted(self) -> bool:
-        """Whether any of its layers has an adapter."""
-        layers = (self.queries_keys_values, self.output, self.gate_up, self.down)
-        return any(layer.down is not None for layer in layers)
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """The weights as they were when they were read."""
-
-    embedding: np.ndarray
-    """(V, d)"""
-    blocks: tuple[Block, ...]
-    norm: Norm
-    head: Linears
-
-    def logits(self, states: np.ndarray) -> np.ndarray:
-        """(V, n) of states (d, n) after the last block."""
-        return self.head(self.norm(states))[0]
-
-    def logits_back(self, states: np.ndarray, slope: np.ndarray) -> np.ndarray:
-        """Slope by the states (d, n), from that by their logits."""
-        by_normed, _ = self.head.back(states, [slope])
-        assert by_normed is not None
-        return self.norm.back(states, by_normed)
-
-    @property
-    def lowest_adapted(self) -> int:
-        """The first block with an adapter: the way back ends there."""
-        adapted = (n for n, block in enumerate(self.blocks) if block.adapted)
-        return next(adapted, len(self.blocks))
 
 
 class Rotary:
@@ -155,6 +109,7 @@ class ArrayModel:
         block = self.read().blocks[0]
         self.head_dim = block.queries_keys_values.weights[0].shape[0] // self.heads
         self.rotaries = self._rotaries()
+        self._merging = Merging()
 
     def adapters(self) -> list[LoRALinear]:
         """The adapted layers, in the order in which a block's `Linears` come."""
@@ -180,6 +135,12 @@ class ArrayModel:
             _norm(body.norm),
             head or _linears(self._model.lm_head),
         )
+
+    def for_decoding(self, weights: Weights) -> Weights:
+        """The weights, as they were just read, in the form that decodes a few rows fastest."""
+        layers = self.adapters()
+        made_of = [array for layer in layers for array in (layer.lora_a, layer.lora_b)]
+        return self._merging.of(weights, made_of)
 
     def _rotaries(self) -> list[Rotary]:
         """Of each block; blocks that turn alike have one in common."""

@@ -16,7 +16,8 @@ import numpy as np
 from localrl.policy.array_attention import Attention, as_columns, as_heads
 from localrl.policy.array_levels import Ground
 from localrl.policy.array_math import Norm, Pair, quiet, swiglu, swiglu_back
-from localrl.policy.array_model import ArrayModel, Block, Rotary
+from localrl.policy.array_model import ArrayModel, Rotary
+from localrl.policy.array_weights import Block
 from localrl.policy.forest_packing import Level
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.policy.array_math import like, quiet, zeros
-from localrl.policy.array_model import ArrayModel, Weights
+from localrl.policy.array_model import ArrayModel
 from localrl.policy.array_pass import Pass
+from localrl.policy.array_weights import Weights
 from localrl.policy.forest_packing import Layout, Level
 from localrl.policy.packing import MicroBatch
 

@@ -86,6 +86,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/reward_s": ("s", "of that, reward functions"),
     "time/update_s": ("s", "gradient and optimizer"),
     "step_time": ("s", "the whole step"),
+    "ranks/<rank>/tokens": ("tokens", "of the step, sampled by this one of several ranks"),
+    "ranks/<rank>/tokens_per_s": ("tokens/s", "the same by the time in which it did not wait"),
+    "ranks/<rank>/waited_s": ("s", "of the step, waiting for other ranks or the network"),
     "memory/peak_bytes": ("bytes", "largest amount MLX held in the step"),
     "memory/cache_bytes": ("bytes", "freed buffers that MLX kept at the step's end"),
     "memory/resident_bytes": ("bytes", "what the process held at the step's end; null if unknown"),
@@ -198,6 +201,11 @@ def _forks(scored: ScoredGroup) -> list[int]:
 
 def _key(reason: DropReason) -> str:
     return reason.replace(" ", "_").replace("-", "_")
+
+
+def sampled_tokens(scored: ScoredGroup) -> int:
+    """Tokens that the model wrote in this step."""
+    return _sampled(scored) - _sampled(scored, stale=True)
 
 
 def _sampled(scored: ScoredGroup, *, stale: bool = False) -> int:

@@ -6,6 +6,8 @@ marked. Floats survive exactly: Python writes as many digits as it takes.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -41,6 +43,31 @@ def decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Types) -> Any:
             f"The state cannot be read ({type(error).__name__}: {error}). It was written by "
             "another version of localrl; go on with that version, or start a new run."
         ) from error
+
+
+def to_bytes(value: Any, types: Types) -> bytes:
+    """The value as bytes: a line of JSON, which names each array's type and shape, and the arrays.
+
+    Raises: as `encode` does.
+    """
+    tree, arrays = encode(value, types)
+    told = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
+    head = json.dumps({"tree": tree, "arrays": told}).encode()
+    return b"\n".join([head, b"".join(array.tobytes() for array in arrays.values())])
+
+
+def from_bytes(data: bytes, types: Types) -> Any:
+    """The value that `to_bytes` was given; its arrays may not be written to.
+
+    Raises: CheckpointError for what it did not make.
+    """
+    start = data.index(b"\n") + 1
+    head, arrays = json.loads(data[:start]), {}
+    for name, kind, shape in head["arrays"]:
+        count = math.prod(shape)
+        arrays[name] = np.frombuffer(data, kind, count, start).reshape(shape)
+        start += arrays[name].nbytes
+    return decode(head["tree"], arrays, types)
 
 
 def _encode(value: Any, types: Types, arrays: dict[str, np.ndarray]) -> Any:

@@ -17,8 +17,8 @@ from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
 from localrl.policy import array_attention, array_scoring
 from localrl.policy.array_attention import Attention, as_columns, as_heads
-from localrl.policy.array_model import Weights
 from localrl.policy.array_pass import Pass
+from localrl.policy.array_weights import Weights
 from localrl.policy.forest_packing import Level
 from localrl.policy.packing import forest_batches, row_batches
 from localrl.policy.scoring import group_logprobs, token_logprobs

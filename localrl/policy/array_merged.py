@@ -1,0 +1,94 @@
+"""Weights for decoding: adapters added in, and layers of one input put together.
+
+A token of a few rows is a hundred products of small matrices, and more than half of them are the
+adapters'. In a copy there is one for each input. It is made before rows are decoded and goes with
+them; a larger model would gain less than it costs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.policy.array_math import Linears, room
+from localrl.policy.array_weights import Block, Weights
+
+MOST_BYTES = 128 << 20
+"""Of a copy; `memory.array_estimate.MERGED` is the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Merged(Linears):
+    """Linear layers of one input as one."""
+
+    cuts: tuple[int, ...] = ()
+    """Where the outputs of one end and those of the next begin."""
+
+    def __call__(self, x: np.ndarray) -> list[np.ndarray]:
+        """Columns (in, B) to columns (out, B) of each."""
+        y = self.weights[0] @ x
+        if self.biases[0] is not None:
+            y += self.biases[0]
+        return np.split(y, self.cuts)
+
+
+class Merging:
+    """The merged weights of a model, while anyone decodes with them."""
+
+    def __init__(self) -> None:
+        self._made_of: Sequence[mx.array] = ()
+        self._merged: weakref.ref[Weights] | None = None
+
+    def of(self, weights: Weights, made_of: Sequence[mx.array]) -> Weights:
+        """What to decode with in place of these weights, whose adapters are `made_of` these."""
+        known = self._merged() if self._merged is not None else None
+        # Arrays of MLX never change in place: the same ones have the same numbers.
+        if known is None or list(map(id, made_of)) != list(map(id, self._made_of)):
+            known = merged(weights)
+            self._merged, self._made_of = weakref.ref(known), made_of
+        return known
+
+
+def merged(weights: Weights) -> Weights:
+    """A copy for decoding; the weights themselves where that would be too large."""
+    if sum(map(_bytes, weights.blocks)) > MOST_BYTES:
+        return weights
+    return replace(weights, blocks=tuple(map(_block, weights.blocks)))
+
+
+def _block(block: Block) -> Block:
+    return replace(
+        block,
+        queries_keys_values=_merge(block.queries_keys_values),
+        output=_merge(block.output),
+        gate_up=_merge(block.gate_up),
+        down=_merge(block.down),
+    )
+
+
+def _merge(linears: Linears) -> Merged:
+    sizes = [len(weight) for weight in linears.weights]
+    ends = np.cumsum(sizes).tolist()
+    whole = room((ends[-1], linears.weights[0].shape[1]))
+    for end, weight, adapter in zip(ends, linears.weights, linears.adapters, strict=True):
+        part = whole[end - len(weight) : end]
+        if adapter is None or linears.down is None:
+            part[...] = weight
+        else:
+            np.matmul(adapter.up, linears.down[adapter.place], out=part)
+            part += weight
+    bias = None
+    if any(one is not None for one in linears.biases):
+        pairs = zip(linears.biases, sizes, strict=True)
+        zero = np.float32(0)
+        bias = np.concatenate([np.full((n, 1), zero) if b is None else b for b, n in pairs])
+    return Merged((whole,), (bias,), None, (None,), cuts=tuple(ends[:-1]))
+
+
+def _bytes(block: Block) -> int:
+    layers = (block.queries_keys_values, block.output, block.gate_up, block.down)
+    return sum(weight.nbytes for layer in layers for weight in layer.weights)

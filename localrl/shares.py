@@ -1,0 +1,58 @@
+"""What each rank has done of a step, and the same for all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from localrl.rewards.logs import Logs
+
+Share = Mapping[str, Any]
+"""Plain data, to be sent to rank 0.
+
+    counts      what has been spent, by metric
+    failures    reward calls since the start that left a completion without a reward
+    tools       calls of tools, and how many of them failed; None where there are none
+    metrics, rows   what rewards have logged, as in `Logs`
+    tokens      sampled on this rank
+    waited_s    seconds of the step in which it waited for the others
+"""
+
+
+def counts(shares: Sequence[Share]) -> dict[str, float]:
+    """What all have spent together."""
+    return {name: sum(s["counts"][name] for s in shares) for name in shares[0]["counts"]}
+
+
+def logs(shares: Sequence[Share]) -> Logs:
+    """What the rewards of all have logged."""
+    metrics: dict[str, list[float]] = {}
+    for share in shares:
+        for name, values in share["metrics"].items():
+            metrics.setdefault(name, []).extend(values)
+    return Logs(metrics, {row: found for share in shares for row, found in share["rows"].items()})
+
+
+def tools(shares: Sequence[Share], completions: int) -> dict[str, float | None]:
+    """How often tools were called, and failed; nothing where there are none."""
+    told = [share["tools"] for share in shares if share["tools"] is not None]
+    if not told:
+        return {}
+    calls, failures = (sum(numbers) for numbers in zip(*told, strict=True))
+    return {
+        "tools/call_frequency": calls / completions,
+        "tools/failure_frequency": failures / calls if calls else None,
+    }
+
+
+def rates(shares: Sequence[Share], step_s: float) -> dict[str, float]:
+    """What each of several ranks did, and how fast it was when it did not wait."""
+    if len(shares) == 1:
+        return {}
+    found: dict[str, float] = {}
+    for rank, share in enumerate(shares):
+        busy = max(step_s - share["waited_s"], 1e-9)
+        found[f"ranks/{rank}/tokens"] = share["tokens"]
+        found[f"ranks/{rank}/tokens_per_s"] = share["tokens"] / busy
+        found[f"ranks/{rank}/waited_s"] = share["waited_s"]
+    return found

@@ -1,0 +1,217 @@
+"""`localrl train` as several processes over MLX's ring: one run, whoever goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import together
+from steps import plan
+from test_resuming import PARTS, SMALL
+
+from localrl.backend import mx
+from localrl.config import RunConfig
+from localrl.errors import ConfigError
+from localrl.opening import _agree
+from localrl.ranks.collective import Ranks
+from localrl.runs.checkpoints import Checkpoints
+from localrl.runs.logs import read_jsonl
+from localrl.runs.state import from_bytes, to_bytes
+
+TIME_LIMIT_S = 30.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reward(tmp_path_factory):
+    """One that a random model gets now and then."""
+    file = tmp_path_factory.mktemp("rewards") / "reward.py"
+    file.write_text(
+        "def score(completion_ids, log_metric, **kwargs):\n"
+        "    log_metric('called', 1.0)\n"
+        "    return [float(sum(ids) % 3 == 0) for ids in completion_ids]\n"
+    )
+    SETTINGS["task.rewards"] = f"['{file}:score']"
+
+
+SETTINGS = {**SMALL, "run.steps": 4, "run.checkpoint_every": 1}
+
+
+def command(model, out, *more, **changes):
+    settings = {**SETTINGS, **changes}
+    words = [word for k, v in settings.items() for word in ("--set", f"{k}={_toml(v)}")]
+    return ["-m", "localrl", "train", "--model", str(model), "--out", str(out), *words, *more]
+
+
+def _toml(value):
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def alone(folder, arguments):
+    """The same command as one process."""
+    path = os.pathsep.join([str(together.TESTS), str(together.TESTS.parent)])
+    command = [sys.executable, *arguments, "--no-supervise"]
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def metrics(out):
+    return [line for line in read_jsonl(out / "metrics.jsonl") if "reward" in line]
+
+
+def adapter(out):
+    weights = mx.load(str(out / "adapter" / "adapters.safetensors"))
+    return np.concatenate([np.array(weights[name]).ravel() for name in sorted(weights)])
+
+
+def wait_for_steps(out: Path, count: int, processes):
+    until = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < count:
+        assert all(process.poll() is None for process in processes), "a rank has ended"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_two_ranks_make_the_run_of_one(tiny_folder, tmp_path):
+    make_the_run_of_one(tiny_folder, tmp_path, "flat")
+
+
+def make_the_run_of_one(tiny_folder, tmp_path, parts):
+    """Two ranks do, with these parts switched on."""
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        place.mkdir()
+    changes = PARTS[parts] | {"rollout.prompts_per_step": 4}
+    told = together.run(tmp_path, 2, command(tiny_folder, "run", **changes), places)
+    alone(tmp_path, command(tiny_folder, "one", **changes))
+    out, one = places[0] / "run", tmp_path / "one"
+
+    assert not list(places[1].iterdir())  # rank 0 alone writes
+    assert "ranks    2: 0 " in told[0]
+    assert "pass@1" in told[0]
+    assert told[1] == ""
+    [event] = [event for event in read_jsonl(out / "events.jsonl") if event["kind"] == "ranks"]
+    assert len(event["names"]) == len(event["plans"]) == 2
+
+    first, expected = (list(read_jsonl(path / "rollouts.jsonl")) for path in (out, one))
+    same = [line["step"] == 1 for line in first].count(True)
+    assert same == 4
+    for mine, whole in zip(first[:same], expected[:same], strict=True):
+        assert mine["example"] == whole["example"]
+        for name in ("text", "reward"):
+            assert [leaf[name] for leaf in mine["leaves"]] == [
+                leaf[name] for leaf in whole["leaves"]
+            ]
+    assert any(line["update/applied"] for line in metrics(out))
+    for step, (mine, whole) in enumerate(zip(metrics(out), metrics(one), strict=True)):
+        shares = [mine[f"ranks/{rank}/tokens"] for rank in range(2)]
+        assert sum(shares) == mine["rollout/tokens"]
+        assert min(shares) > 0
+        assert mine["ranks/0/tokens_per_s"] > 0
+        if step == 0:
+            for name in ("reward", "rollout/tokens", "update/trained_tokens", "rollout/groups"):
+                assert mine[name] == whole[name], name
+            if whole["grad_norm"] is None:  # nothing to learn in this step
+                assert mine["grad_norm"] is None
+            else:
+                assert mine["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_a_rank_is_killed_and_the_run_goes_on(tiny_folder, tmp_path):
+    goes_on(tiny_folder, tmp_path, killed=1, again=2)
+
+
+def goes_on(tiny_folder, tmp_path, *, killed, again):
+    """A run of two of which one is killed ends soon, and so many ranks go on with it."""
+    changes = {"run.steps": 400, "run.eval_every": 0}
+    processes = together.start(tmp_path, 2, command(tiny_folder, "run", **changes))
+    out = tmp_path / "run"
+    wait_for_steps(out, 2, processes)
+    processes[killed].send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    codes = together.ends(processes, TIME_LIMIT_S)
+    assert time.monotonic() - started < TIME_LIMIT_S
+    assert codes[1 - killed] == 75
+    told = together.said(tmp_path, 1 - killed)
+    assert f"the death of rank {killed} (" in told
+    if killed == 1:
+        assert "localrl train --resume --out run" in told
+
+    step = Checkpoints(out / "checkpoints", pytest.fail).steps()[-1]
+    resume = ["-m", "localrl", "train", "--resume", "--out", "run", "--steps", str(step + 2)]
+    if again == 1:
+        alone(tmp_path, resume)
+    else:
+        together.run(tmp_path, 2, resume)
+    assert [line["step"] for line in metrics(out)] == list(range(1, step + 3))
+
+
+def test_asked_to_stop_both_do(tiny_folder, tmp_path):
+    processes = together.start(
+        tmp_path, 2, command(tiny_folder, "run", **{"run.steps": 400, "run.eval_every": 0})
+    )
+    wait_for_steps(tmp_path / "run", 1, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert together.ends(processes, TIME_LIMIT_S) == [75, 75]
+    assert "SIGTERM" in together.said(tmp_path, 0)
+    assert "--resume --out run" in together.said(tmp_path, 0)
+    assert "Rank 1 is stopped by" in together.said(tmp_path, 1)
+
+
+def test_a_setting_that_cannot_work_ends_both_with_its_message(tiny_folder, tmp_path):
+    words = command(tiny_folder, "run", **{"rollout.prompts_per_step": 1})
+    processes = together.start(tmp_path, 2, words)
+    codes = together.ends(processes)
+    assert 2 in codes
+    assert min(codes) > 0
+    assert "not one for each of 2 ranks" in together.said(tmp_path, codes.index(2))
+    assert not (tmp_path / "run").exists()
+
+
+class Beside(Ranks):
+    """Rank 0 beside one whose plan is another."""
+
+    def __init__(self, other):
+        super().__init__(0, 2)
+        self.other = other
+
+    def gather(self, data):
+        return [data, to_bytes(vars(self.other), {})]
+
+
+def test_the_smallest_machine_decides(tiny_folder):
+    mine = plan()
+    other = replace(mine, group_size=2, max_completion_tokens=7, decode_rows=1)
+    used = []
+    parts = SimpleNamespace(
+        config=RunConfig.create({"model.path": str(tiny_folder)}),
+        plan=mine,
+        use=used.append,
+        sampler=SimpleNamespace(start_rule=lambda: used.append("rule")),
+    )
+    plans = _agree(parts, Beside(other))
+    assert used == [replace(mine, group_size=2, max_completion_tokens=7), "rule"]
+    assert plans == [vars(mine), vars(other)]
+    assert from_bytes(to_bytes(plans, {}), {}) == plans
+
+
+def test_more_ranks_than_prompts_are_refused(tiny_folder):
+    config = RunConfig.create({"model.path": str(tiny_folder), "rollout.prompts_per_step": 1})
+    with pytest.raises(ConfigError, match="Set it to 2 or a multiple"):
+        _agree(SimpleNamespace(config=config), Beside(plan()))
