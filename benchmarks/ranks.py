@@ -2,9 +2,10 @@
 
     python benchmarks/ranks.py > benchmarks/ranks.json
 
-Runs the same job alone and as two processes under `mlx.launch`, each with one BLAS thread, in turn.
-The job is a random Qwen3 of 7.3 million weights, 4 prompts, groups of 8, 64 new tokens; and the
-demonstration. Prints one JSON object; `--table` prints the estimate from an earlier one.
+Runs the same job alone and as two processes, each with one BLAS thread, in turn. They are started
+as `mlx.launch` would, without it: its own loop keeps a core busy that a rank could use. The jobs: a
+random Qwen3 of 7.3 million weights, 16 prompts, groups of 8, 64 new tokens; and the demonstration.
+Prints one JSON object; `--table` prints the estimate from an earlier one.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from localrl.memory.sizes import lora_parameters, read_sizes
 from localrl.runs.logs import read_jsonl
 
 HERE = Path(__file__).resolve().parent
-STEPS = 8
+STEPS = 5
 ALWAYS = {"run.eval_every": 0, "memory.threads": 1, "run.steps": STEPS, "task.eval_prompts": 0}
 RANDOM = {
     "rollout.group_size": 8,
-    "rollout.prompts_per_step": 4,
+    "rollout.prompts_per_step": 16,
     "rollout.max_completion_tokens": 64,
     "lora.rank": 8,
 }
@@ -67,18 +68,28 @@ def run(folder: Path, size: int, arguments: Sequence[str]) -> tuple[list[dict[st
     """Tokens and seconds of each step of one run, but for the first; and bytes of its adapters."""
     out = folder / f"run-{len(list(folder.iterdir()))}"
     command = [sys.executable, "-m", "localrl", "train", "--out", str(out), *arguments]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     if size == 1:
         command.append("--no-supervise")
     else:
-        launcher = str(Path(sys.executable).with_name("mlx.launch"))
         with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1] + 1)
-        head = [launcher, "-n", str(size), "--backend", "ring", "--starting-port", port, "--"]
-        command = [*head, *command]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run(
-        command, check=True, capture_output=True, stdin=subprocess.DEVNULL, env=environment
-    )
+            port = server.getsockname()[1]
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port + 1 + rank}"] for rank in range(size)]))
+        environment["MLX_HOSTFILE"] = str(hosts)
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | ({"MLX_RANK": str(rank)} if size > 1 else {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(size)
+    ]
+    codes = [process.wait() for process in ranks]
+    if any(codes):
+        raise click.ClickException("A rank has failed.")
     lines = [line for line in read_jsonl(out / "metrics.jsonl") if "reward" in line]
     steps = [{"tokens": m["rollout/tokens"], "seconds": m["step_time"]} for m in lines[1:]]
     return steps, (out / "adapter" / "adapters.safetensors").stat().st_size
