@@ -191,9 +191,16 @@ def put(state: State, session: Session) -> None:
 def share(session: Session) -> None:
     """Give every rank what rank 0 begins with, after making sure that model and data are the same.
 
-    Raises: CheckpointError when they are not.
+    Raises: CheckpointError when they are not; ConfigError for adapters to start from that differ.
     """
     ranks, own = session.ranks, session.watch
+    lora = vars(session.config.lora)
+    first = json.loads(ranks.first(json.dumps(lora).encode()))
+    if json.loads(json.dumps(lora)) != first:
+        raise ConfigError(
+            f"The adapter that rank {ranks.rank} starts from has {lora}, that of rank 0 {first}. "
+            "Put the same one on every machine."
+        )
     state = take(session, session.step)
     arrays = {name: np.array(array) for name, array in state.weights.items()}
     told = ranks.first(to_bytes([state.step, dict(state.values), arrays], TYPES))

@@ -35,6 +35,9 @@ from localrl.runs.nowhere import Nowhere
 from localrl.sharing.adapters import adapter_of, write_adapter
 from localrl.sharing.base import find_base_id
 
+WAITED = "waited_s"
+"""Counted for every step; a metric of each rank, where there are several."""
+
 
 class Progress(Protocol):
     """Who watches a run."""
@@ -79,8 +82,6 @@ class Session(Parts):
     """The most that MLX held in a step so far."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     """By the step after which they were made."""
-    _waited_s: float = 0.0
-    """For other ranks, before this step."""
 
     @property
     def folder(self) -> Path:
@@ -176,7 +177,10 @@ class Session(Parts):
         """
         self.tokens += metrics["rollout/tokens"]
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
-        told = gather(self.ranks, self._share(scored[: metrics["rollout/groups"]], metrics))
+        own = dict(metrics)
+        waited_s = own.pop(WAITED)
+        fresh = scored[: own["rollout/groups"]]
+        told = gather(self.ranks, self._share(fresh, own, waited_s))
         if not self.ranks.leads:
             return
         logs, tokenizer = shares.logs(told), self.policy.tokenizer
@@ -190,9 +194,9 @@ class Session(Parts):
             "memory/peak_bytes": mx.get_peak_memory(),
             "memory/cache_bytes": mx.get_cache_memory(),
             "memory/resident_bytes": resident_bytes(),
-            **metrics,
+            **own,
             **shares.counts(told),
-            **shares.rates(told, metrics["step_time"]),
+            **shares.rates(told),
         }
         self._write(record)
         self.run.rollouts(
@@ -249,12 +253,12 @@ class Session(Parts):
         self.run.metrics(metrics)
         log(self.dashboards, metrics, self.progress.warn)
 
-    def _share(self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any]) -> shares.Share:
+    def _share(
+        self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any], waited_s: float
+    ) -> shares.Share:
         """What this rank has done of a step."""
         environments, logs = self.sampler.environments, self.scorer.take_logs()
         has_tools = environments is not None and environments.has_tools
-        waited_s = self.ranks.waited_s - self._waited_s
-        self._waited_s = self.ranks.waited_s
         return {
             "counts": {n: metrics[n] for n in self.counters() if n.startswith("rollout/")},
             "failures": sum(count.failures for count in self.scorer.counts.values()),
@@ -263,6 +267,7 @@ class Session(Parts):
             "rows": logs.rows,
             "tokens": sum(map(sampled_tokens, self.ranks.mine(fresh))),
             "waited_s": waited_s,
+            "busy_s": metrics["step_time"] - waited_s,
         }
 
     def counters(self) -> dict[str, float]:
@@ -271,6 +276,7 @@ class Session(Parts):
             **{f"rollout/{name}": count for name, count in vars(self.decoder.counts).items()},
             "rollout/rescored_tokens": self.sampler.rescored_tokens,
             "time/reward_s": self.scorer.busy_s,
+            WAITED: self.ranks.waited_s,
         }
 
     def tell_rewards(self, step: int) -> None:

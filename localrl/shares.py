@@ -15,7 +15,7 @@ Share = Mapping[str, Any]
     tools       calls of tools, and how many of them failed; None where there are none
     metrics, rows   what rewards have logged, as in `Logs`
     tokens      sampled on this rank
-    waited_s    seconds of the step in which it waited for the others
+    waited_s, busy_s    seconds of the step in which it waited for the others, and the rest
 """
 
 
@@ -45,14 +45,13 @@ def tools(shares: Sequence[Share], completions: int) -> dict[str, float | None]:
     }
 
 
-def rates(shares: Sequence[Share], step_s: float) -> dict[str, float]:
+def rates(shares: Sequence[Share]) -> dict[str, float]:
     """What each of several ranks did, and how fast it was when it did not wait."""
     if len(shares) == 1:
         return {}
     found: dict[str, float] = {}
     for rank, share in enumerate(shares):
-        busy = max(step_s - share["waited_s"], 1e-9)
         found[f"ranks/{rank}/tokens"] = share["tokens"]
-        found[f"ranks/{rank}/tokens_per_s"] = share["tokens"] / busy
+        found[f"ranks/{rank}/tokens_per_s"] = share["tokens"] / share["busy_s"]
         found[f"ranks/{rank}/waited_s"] = share["waited_s"]
     return found

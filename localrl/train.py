@@ -176,8 +176,8 @@ def _time_is_up(session: Session) -> bool:
     limit = session.config.run.minutes
     if limit is None:
         return False
-    # Every rank has a clock of its own: the longest time counts.
-    return any(seconds >= 60 * limit for seconds in gather(session.ranks, session.trained_s))
+    # Those of other ranks count what they wait for evaluations.
+    return gather(session.ranks, session.trained_s)[0] >= 60 * limit
 
 
 def _evaluation_due(config: RunConfig, step: int) -> bool:

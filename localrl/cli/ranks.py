@@ -16,6 +16,9 @@ from localrl.ranks.place import Place
 from localrl.session import Session
 from localrl.train import train
 
+PATIENCE_S = 15.0
+"""`mlx.launch` ends the others when a rank has ended, with two signals in a row over ssh."""
+
 
 class Follower:
     """A rank that leaves the showing to rank 0, but for its own warnings."""
@@ -45,7 +48,7 @@ def run_with_others(
     place: Place, resolve: Callable[[], RunConfig], *, overwrite: bool, resume: bool
 ) -> None:
     """Train together with the other ranks; the settings are those of rank 0."""
-    with join(place) as (ranks, pulse), stop_on_signals(pulse):
+    with join(place) as (ranks, pulse), stop_on_signals(pulse, patience_s=PATIENCE_S):
         config = _of_first(ranks, resolve)
         console = Leader() if ranks.leads else Follower(ranks.rank)
         result = train(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,22 +19,27 @@ AT_ONCE = 130
 
 
 @contextmanager
-def stop_on_signals(pulse: Pulse) -> Iterator[None]:
+def stop_on_signals(pulse: Pulse, *, patience_s: float = 0.0) -> Iterator[None]:
     """Within this context the first Ctrl-C, SIGTERM or SIGHUP stops the run at its next beat.
 
-    The second one ends the process at once, with status 130 and what is on the disk.
+    The second one ends the process at once, with status 130 and what is on the disk. But for Ctrl-C
+    it must come so many seconds after the first: a launcher sends two in a row.
     """
-    asked = False
+    asked: float | None = None
 
     def ask(number: int, _: object) -> None:
         nonlocal asked
-        if asked:
-            os._exit(AT_ONCE)
-        asked = True
+        now = time.monotonic()
+        if asked is not None:
+            if number == signal.SIGINT or now - asked >= patience_s:
+                os._exit(AT_ONCE)
+            return
+        asked = now
         name = signal.Signals(number).name
-        # Not print: a signal may come in the middle of one.
-        os.write(sys.stderr.fileno(), f"\n{name}: saving; once more ends it at once\n".encode())
         pulse.stop(name)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            # Not print: a signal may come in the middle of one.
+            os.write(sys.stderr.fileno(), f"\n{name}: saving; once more ends it at once\n".encode())
 
     # One that is ignored stays so: nohup, and shells without job control, mean it.
     heard = [number for number in ASKED if signal.getsignal(number) is not signal.SIG_IGN]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from localrl.backend import mx
-from localrl.policy.array_math import Linears, room
+from localrl.policy.array_math import Linears, room, times
 from localrl.policy.array_weights import Block, Weights
 
 MOST_BYTES = 128 << 20
@@ -30,7 +30,7 @@ class Merged(Linears):
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         """Columns (in, B) to columns (out, B) of each."""
-        y = self.weights[0] @ x
+        y = times(self.weights[0], x)
         if self.biases[0] is not None:
             y += self.biases[0]
         return np.split(y, self.cuts)

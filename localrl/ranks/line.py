@@ -26,6 +26,8 @@ from typing import Any
 from localrl.errors import LocalRLError, Stopped
 from localrl.ranks.place import Place
 
+HELLO_S = 5.0
+"""For a connection to say who it is."""
 LONGEST = 1 << 16
 """Bytes of a message; whoever sends more does not speak this language."""
 
@@ -45,7 +47,7 @@ class Limits:
     waiting: float = 300.0
     """All ranks at once, each for the others."""
     grace: float = 15.0
-    """To stop by itself once it was told to; then the process is ended where it is."""
+    """To come out of a collective once all were told to end; then the process is ended there."""
 
 
 @dataclass
@@ -162,8 +164,11 @@ class Line:
         except OSError:
             data = b""
         *lines, peer.rest = (peer.rest + data).split(b"\n")
-        for line in lines:
-            self._hear(rank, peer, json.loads(line))
+        try:
+            for line in lines:
+                self._hear(rank, peer, json.loads(line))
+        except (ValueError, LookupError, TypeError):  # a half message before it died
+            data = b""
         if not data:
             self._selector.unregister(peer.channel)
             if not peer.gone:
@@ -210,8 +215,12 @@ class Line:
 
     def _insist(self, now: float) -> None:
         """End the process when its run does not stop: it may wait for a rank that is gone."""
-        late = self._told.is_set() and now - self._told_at > self._limits.grace
-        if late and not self._noticed():
+        if not self._told.is_set() or self._noticed():
+            return
+        waiting, limits = self._waiting, self._limits
+        # Elsewhere than in a collective it is at work, and will come to its next beat.
+        late_s = limits.stall if waiting is None else limits.grace
+        if now - max(self._told_at, waiting or 0.0) > late_s:
             print(
                 f"\nlocalrl: rank {self.place.rank} was stopped by {self._reason}, but hangs. "
                 "It ends with what is on the disk; --resume goes on from there.",
@@ -242,7 +251,8 @@ def meet(place: Place, limits: Limits | None = None) -> Line:
 def _wait_for_others(place: Place, limits: Limits) -> dict[int, _Peer]:
     address = f"{place.host}:{place.port}"
     try:
-        server = socket.create_server((place.host, place.port))
+        family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+        server = socket.create_server((place.host, place.port), family=family)
     except OSError as error:
         raise LocalRLError(
             f"Rank 0 cannot listen on {address} ({error.strerror}). Its address must be one of "
@@ -262,7 +272,7 @@ def _wait_for_others(place: Place, limits: Limits) -> dict[int, _Peer]:
                     f"{limits.meet:.0f} s: {missing}. See what their machines say, and whether "
                     "they reach that address."
                 ) from None
-            hello = _receive(channel, limits.meet)
+            hello = _receive(channel, HELLO_S)
             if hello.get("rank") in missing and hello.get("size") == place.size:
                 peers[hello["rank"]] = _Peer(str(hello.get("name")), channel, 0.0)
             else:  # no rank of ours

@@ -57,7 +57,7 @@ def to_bytes(value: Any, types: Types) -> bytes:
 
 
 def from_bytes(data: bytes, types: Types) -> Any:
-    """The value that `to_bytes` was given; its arrays may not be written to.
+    """The value that `to_bytes` was given.
 
     Raises: CheckpointError for what it did not make.
     """
@@ -65,7 +65,8 @@ def from_bytes(data: bytes, types: Types) -> Any:
     head, arrays = json.loads(data[:start]), {}
     for name, kind, shape in head["arrays"]:
         count = math.prod(shape)
-        arrays[name] = np.frombuffer(data, kind, count, start).reshape(shape)
+        # A copy: a view would keep all of the bytes.
+        arrays[name] = np.frombuffer(data, kind, count, start).reshape(shape).copy()
         start += arrays[name].nbytes
     return decode(head["tree"], arrays, types)
 

@@ -1,0 +1,49 @@
+"""A launcher that ends a rank sends two signals in a row; the rank still saves."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+WAITING = """
+import sys, time
+from localrl.cli.signals import stop_on_signals
+from localrl.errors import Stopped
+from localrl.pulse import Pulse
+pulse = Pulse()
+with stop_on_signals(pulse, patience_s=float(sys.argv[1])):
+    print("ready", flush=True)
+    while not pulse.reason:
+        time.sleep(0.01)
+    print("asked", flush=True)
+    sys.stdin.readline()
+    print("saved", pulse.reason, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("patience", "second", "code"),
+    [("60", signal.SIGTERM, 0), ("60", signal.SIGINT, 130), ("0", signal.SIGTERM, 130)],
+)
+def test_the_second_signal(patience, second, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, patience],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(second)
+    if code:
+        assert process.wait(10) == code
+        return
+    out, _ = process.communicate("go on\n", timeout=10)
+    assert out == "saved SIGHUP\n"
+    assert process.returncode == 0
