@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,9 @@ def test_the_public_names_are_there_in_any_order():
         "assert set(localrl.__all__) == set(localrl._HOMES)\n"
         "assert all(getattr(localrl, name) is not None for name in localrl.__all__)\n"
     )
+
+
+def test_every_folder_of_modules_is_installed():
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in folders} <= set(listed["packages"])
