@@ -57,9 +57,10 @@ LINKS = (
     Link("Gigabit Ethernet", 115e6, 0.3e-3),
     Link("Thunderbolt", 1.5e9, 0.1e-3),
 )
-COLLECTIVES = 9
-"""Of a step: groups, gradient, its sums, drift, and what is told at its end; four of these are two,
-since lengths go first."""
+COLLECTIVES = 12
+"""Of a step: groups, gradient, its sums, drift, and what is told at its end. What is gathered takes
+two, since lengths go first; what is added up takes two more, to see that it is the same everywhere.
+"""
 BYTES_PER_TOKEN = 20
 """Of groups on their way: id, log-probability, entropy, a flag, and a share of the text."""
 

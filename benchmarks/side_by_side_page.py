@@ -17,6 +17,13 @@ from localrl.runs.logs import read_jsonl
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 TITLES = {"short": "A prompt of 20 tokens", "long": "A prompt of 500 tokens"}
+AIMS = (
+    ("short", True, "TRL", 1.5),
+    ("short", False, "the fastest MLX tool", 15.0),
+    ("short", True, "the fastest MLX tool", 3.0),
+    ("long", True, "TRL", 4.0),
+)
+"""Job, whether all have one BLAS, beside whom, and how many times as fast as they."""
 OWN = ("localrl", "TRL")
 """They bring a BLAS of their own, and stand in both tables."""
 
@@ -109,6 +116,27 @@ def sentence(found: list[Line]) -> str:
     return "; ".join(said) + "." if said else ""
 
 
+def aims(results: list[dict[str, Any]]) -> str:
+    """What localrl set out to reach, and what was reached."""
+    rows = ["| aim | reached |", "|---|---|"]
+    for job, blas, rival, aim in AIMS:
+        found = {line.tool: line for line in lines(results, job, blas) if not line.problem}
+        ours = found.pop("localrl", None)
+        own = [line for line in found.values() if (line.tool == "TRL") == (rival == "TRL")]
+        if ours is None or not own:
+            continue
+        ratio = min(line.step_s for line in own) / ours.step_s
+        with_blas = "" if rival == "TRL" else ", one BLAS" if blas else ", as installed"
+        what = f"{TITLES[job].lower()}{with_blas}: {aim:g} times as fast as {rival}"
+        rows.append(f"| {what} | {ratio:.1f}{'' if ratio >= aim else ', not reached'} |")
+    for job in TITLES:
+        found = sorted(lines(results, job, True), key=lambda line: line.peak_bytes)
+        first = next(line.tool for line in found if not line.problem)
+        told = "yes" if first == "localrl" else f"not reached: {first} takes less"
+        rows.append(f"| {TITLES[job].lower()}: the least memory | {told} |")
+    return "\n".join(rows)
+
+
 def counted(results: list[dict[str, Any]]) -> str:
     """Forward calls and positions of one step, as each tool's process has counted them."""
     rows = ["| tool | prompt | in a step |", "|---|---|---|"]
@@ -191,6 +219,8 @@ Made by `benchmarks/side_by_side.py`; nothing here was measured on a Mac.
     parts.append(
         "MLX's wheel for Linux multiplies matrices with the reference BLAS. The tables with one "
         "BLAS are\nthe ones to quote; on a Mac all MLX tools have the same one anyway.\n\n"
+        f"## What was aimed at\n\n{aims(results)}\n\n"
+        "What the time and the memory go to stands at the end of this page.\n\n"
         f"## Forward calls\n\n{counted(results)}"
         f"\n\n## Versions\n\n{versions(results)}"
     )
@@ -224,19 +254,22 @@ Up to 64 rows and 2,048 tokens. Dotted: a + b rows + c rows T, with T tokens bef
 
 def profiles() -> Iterable[str]:
     """Where the time goes, as `localrl bench --profile` has told."""
-    if (HERE / "profile.txt").is_file():
-        text = (HERE / "profile.txt").read_text().rstrip()
+    files = [HERE / name for name in ("profile.txt", "profile_long.txt")]
+    told = [f"```\n{file.read_text().rstrip()}\n```" for file in files if file.is_file()]
+    if told:
         yield f"""## Where localrl's time goes
 
-Matrix products are about half of a token and a third of the update. Reading the weights (29 MB)
-once for every token is the floor of decoding. The rest are adapters (two small products for each
-of 56 layers), norms, rotations and softmax, some 400 NumPy calls for a token. Of the memory, 90 MiB
+Reading the weights (29 MB) once for every token is the floor of decoding; the 33 matrix products of
+a token are about half of its time; norms, rotations, softmax and attention are the rest. In the
+update they are a third; the rest are elementwise operations, which NumPy does on one core where
+PyTorch uses both, and attention, which behind 500 tokens takes nearly half. Of the memory, 90 MiB
 are Python, NumPy, MLX and mlx-lm, 40 MiB two child processes (rewards, templates); then come the
-weights and what an update keeps, which `memory.micro_rows` makes smaller.
+weights, twice while rows are decoded, and what an update keeps, which `memory.micro_rows` makes
+smaller.
 
-```
-{text}
-```"""
+A step with a prompt of 20 tokens, and with one of 500:
+
+{(chr(10) * 2).join(told)}"""
 
 
 def write_page() -> None:

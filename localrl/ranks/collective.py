@@ -164,7 +164,8 @@ def join(place: Place, limits: Limits | None = None) -> Iterator[tuple[Ranks, Pu
         ranks.names = [name.decode() for name in ranks.gather(line.name.encode())]
         yield ranks, pulse
     except BaseException as error:
-        problem = pulse.reason if pulse.noticed else f"{error or type(error).__name__}"
+        lines = str(error).splitlines() or [type(error).__name__]
+        problem = pulse.reason if pulse.noticed else lines[0]
         raise
     finally:
         line.close(problem)
