@@ -120,8 +120,9 @@ def section(results: list[dict[str, Any]]) -> str:
     return f"""## Time to 90 % on the embedded task
 
 `steps`, the demonstration's task: until 90 % of the last 128 completions of training are right.
-Each tool with its own defaults but for the learning rate (each at {rates}; the best is shown), the
-longest completion (64), the adapters (rank 16, scale 2, all linear layers) and a constant schedule.
+Each tool with its own defaults but for the learning rate (the best of those tried is shown; of
+{rates} not every tool was run at every one), the longest completion (64), the adapters (rank 16,
+scale 2, all linear layers) and a constant schedule.
 "Seconds" are those of training, "command" the whole process; medians over seeds, of which one that
 did not get there counts as infinite. TRL trains the same weights in float32.
 Made by `benchmarks/to_target.py`.
