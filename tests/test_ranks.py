@@ -165,28 +165,6 @@ def goes_on(tiny_folder, tmp_path, *, killed, again):
     assert [line["step"] for line in metrics(out)] == list(range(1, step + 3))
 
 
-def test_asked_to_stop_both_do(tiny_folder, tmp_path):
-    processes = together.start(
-        tmp_path, 2, command(tiny_folder, "run", **{"run.steps": 400, "run.eval_every": 0})
-    )
-    wait_for_steps(tmp_path / "run", 1, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    assert together.ends(processes, TIME_LIMIT_S) == [75, 75]
-    assert "SIGTERM" in together.said(tmp_path, 0)
-    assert "--resume --out run" in together.said(tmp_path, 0)
-    assert "Rank 1 is stopped by" in together.said(tmp_path, 1)
-
-
-def test_a_setting_that_cannot_work_ends_both_with_its_message(tiny_folder, tmp_path):
-    words = command(tiny_folder, "run", **{"rollout.prompts_per_step": 1})
-    processes = together.start(tmp_path, 2, words)
-    codes = together.ends(processes)
-    assert 2 in codes
-    assert min(codes) > 0
-    assert "not one for each of 2 ranks" in together.said(tmp_path, codes.index(2))
-    assert not (tmp_path / "run").exists()
-
-
 class Beside(Ranks):
     """Rank 0 beside one whose plan is another."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_ranks
 import together
+from shared_updates import compare_with_one
 from test_ranks import TIME_LIMIT_S, adapter, alone, command, metrics, reward, wait_for_steps
 from tiny import make_folder
 
@@ -115,3 +116,31 @@ def test_mlx_launch_starts_it(tiny_folder, tmp_path):
     )
     assert "2 steps in" in result.stdout, result.stderr
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_asked_to_stop_both_do(tiny_folder, tmp_path):
+    processes = together.start(
+        tmp_path, 2, command(tiny_folder, "run", **{"run.steps": 400, "run.eval_every": 0})
+    )
+    wait_for_steps(tmp_path / "run", 1, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert together.ends(processes, TIME_LIMIT_S) == [75, 75]
+    assert "SIGTERM" in together.said(tmp_path, 0)
+    assert "--resume --out run" in together.said(tmp_path, 0)
+    assert "Rank 1 is stopped by" in together.said(tmp_path, 1)
+
+
+def test_a_setting_that_cannot_work_ends_both_with_its_message(tiny_folder, tmp_path):
+    words = command(tiny_folder, "run", **{"rollout.prompts_per_step": 1})
+    processes = together.start(tmp_path, 2, words)
+    codes = together.ends(processes)
+    assert 2 in codes
+    assert min(codes) > 0
+    assert "not one for each of 2 ranks" in together.said(tmp_path, codes.index(2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("size", "prompts"), [(3, 5), (3, 1), (2, 1)])
+def test_the_sum_of_shares_is_the_gradient_of_the_whole(tmp_path, size, prompts):
+    """Also where ranks have nothing to compute."""
+    compare_with_one(tmp_path, size, prompts)
