@@ -1,10 +1,19 @@
-"""Builds the one compiled part, localrl._blas; everything else stands in pyproject.toml."""
+"""Builds the two compiled parts, for Linux CPUs; everything else stands in pyproject.toml."""
 
 import sys
 
 from setuptools import Extension, setup
 
-# Only MLX's Linux build needs the module. `optional` turns a missing compiler into a warning.
-extensions = [Extension("localrl._blas", ["localrl/_blas.c"], optional=True)]
+# `optional` turns a missing compiler into a warning.
+extensions = [
+    Extension("localrl._blas", ["localrl/_blas.c"], optional=True),
+    Extension(
+        "localrl._kernels",
+        ["localrl/_kernels.c"],
+        # Without the last two a loop with a root or a choice in it is not vectorised.
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
+        optional=True,
+    ),
+]
 
 setup(ext_modules=extensions if sys.platform == "linux" else [])

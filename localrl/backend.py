@@ -25,6 +25,7 @@ from typing import Literal
 __all__ = [
     "Backend",
     "describe",
+    "kernels",
     "mx",
     "nn",
     "optim",
@@ -112,6 +113,8 @@ def set_threads(n: int) -> int:
     if _library is None:
         return 1
     _library.set_threads(n)
+    if kernels is not None:
+        kernels.set_threads(_library.get_threads())
     return _library.get_threads()
 
 
@@ -277,7 +280,19 @@ def _cpu_quota(cgroup: Path) -> float | None:
     return None
 
 
+def _find_kernels(threads: int) -> ModuleType | None:
+    """`localrl._kernels`, on as many threads as the BLAS; None where it was not built."""
+    try:
+        found = importlib.import_module("localrl._kernels")
+    except ImportError:
+        return None
+    found.set_threads(threads)
+    return found
+
+
 _library, _note = _prepare()
+kernels = _find_kernels(_library.get_threads()) if _library is not None else None
+"""Steps of a model in C, for Linux CPUs."""
 
 import mlx.core as mx  # noqa: E402  (the BLAS must be in place first)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.policy.array_math import room, softmax, zeros
+from localrl.policy.array_math import softmax, softmax_back
+from localrl.policy.array_room import room, zeros
 
 QUERIES = 128
 """Positions whose scores exist at once."""
@@ -52,9 +53,7 @@ class Attention:
             by_values[rows, :, seen] += _over_queries(weights, mine)
             values = self.values[rows, :, None, seen].swapaxes(-1, -2)
             by_scores = np.matmul(mine, values, out=room(weights.shape))
-            by_scores -= within[rows, :, :, block]
-            by_scores *= weights
-            by_scores *= np.float32(self.scale)
+            softmax_back(weights, within[rows, :, :, block], by_scores, self.scale)
             keys, queries = self.keys[rows, :, None, seen], self.queries[rows, :, :, block]
             np.matmul(by_scores, keys, out=by_queries[rows, :, :, block])
             by_keys[rows, :, seen] += _over_queries(by_scores, queries)
@@ -77,8 +76,7 @@ class Attention:
         queries = self.queries[rows, :, :, block] * np.float32(self.scale)
         keys = self.keys[rows, :, None, seen].swapaxes(-1, -2)
         scores = np.matmul(queries, keys, out=room((*queries.shape[:-1], keys.shape[-1])))
-        scores += self._hidden(rows, block)
-        return seen, softmax(scores)
+        return seen, softmax(scores, self._hidden(rows, block))
 
     def _hidden(self, rows: slice, block: slice) -> np.ndarray:
         """What makes nothing of keys that a query does not see, (.., 1, 1, L, P + block's end)."""

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from localrl.policy.array_math import Pair, quiet, softmax, swiglu, zeros
+from localrl.policy.array_math import Pair, quiet, softmax, swiglu
 from localrl.policy.array_model import ArrayModel
 from localrl.policy.array_pass import Pass
+from localrl.policy.array_room import give_back, lasting
 from localrl.policy.array_weights import Block, Weights
 from localrl.policy.forest_packing import Level
 
@@ -46,6 +47,7 @@ def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple
     pairs: list[Pair] = []
     states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
     logits = np.ascontiguousarray(one.weights.logits(states).T)
+    give_back()
     return Prefilled(pairs, lengths, model.for_decoding(one.weights)), logits
 
 
@@ -86,7 +88,7 @@ class ArrayCache:
         for place, (name, length) in enumerate(zip(names, prefilled.lengths, strict=True)):
             parts = tuple((k[place, :, :length], v[place, :, :length]) for k, v in prefilled.layers)
             self.prompts.append(Prompt(name, parts, int(length)))
-        self._layers = [(zeros(shape), zeros(shape)) for _ in prefilled.layers]
+        self._layers = [(lasting(shape), lasting(shape)) for _ in prefilled.layers]
         self._seat()
 
     def __len__(self) -> int:
@@ -202,9 +204,7 @@ class ArrayCache:
         keys, values = (buffer[:, :, :last] for buffer in self._layers[n])
         if not self.prompts:
             scores = queries @ keys.swapaxes(-1, -2)
-            if mask is not None:
-                scores += mask
-            return softmax(scores) @ values
+            return softmax(scores, mask) @ values
         most = max(prompt.length for prompt in self.prompts)
         scores = np.zeros((*queries.shape[:3], most + last), np.float32)
         np.matmul(queries, keys.swapaxes(-1, -2), out=scores[..., most:])
@@ -212,9 +212,7 @@ class ArrayCache:
             scores[rows, ..., : prompt.length] = _over(
                 queries[rows], prompt.layers[n][0].swapaxes(-1, -2)
             )
-        if mask is not None:
-            scores += mask
-        softmax(scores)
+        softmax(scores, mask)
         found = scores[..., most:] @ values
         for prompt, rows in self._groups():
             found[rows] += _over(scores[rows, ..., : prompt.length], prompt.layers[n][1])
@@ -238,7 +236,7 @@ def _whole(tokens: int) -> int:
 
 def _copied(pair: Pair, shape: tuple[int, ...], rows: np.ndarray, lengths: np.ndarray) -> Pair:
     """A layer's own copy of these rows of a prefilled one."""
-    keys, values = zeros(shape), zeros(shape)
+    keys, values = lasting(shape), lasting(shape)
     for new, old in zip((keys, values), pair, strict=True):
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             new[i, :, :length] = old[row, :, :length]
@@ -248,7 +246,7 @@ def _copied(pair: Pair, shape: tuple[int, ...], rows: np.ndarray, lengths: np.nd
 def _gather(buffer: np.ndarray, keep: np.ndarray, used: int, tokens: int = 1) -> np.ndarray:
     """A new buffer with these rows' first `used` tokens, and room for at least `tokens`."""
     heads, size = buffer.shape[1], buffer.shape[3]
-    new = zeros((len(keep), heads, max(buffer.shape[2], _whole(tokens)), size))
+    new = lasting((len(keep), heads, max(buffer.shape[2], _whole(tokens)), size))
     for i, row in enumerate(keep):
         new[i, :, :used] = buffer[row, :, :used]
     return new
@@ -265,7 +263,7 @@ def _close(buffer: np.ndarray, keep: np.ndarray, used: int) -> np.ndarray:
 def _join(one: np.ndarray, two: np.ndarray, used: int) -> np.ndarray:
     """Rows of both, with room for more than `used` tokens."""
     heads, size = one.shape[1], one.shape[3]
-    new = zeros((len(one) + len(two), heads, _whole(used + 1), size))
+    new = lasting((len(one) + len(two), heads, _whole(used + 1), size))
     for start, old in ((0, one), (len(one), two)):
         length = min(used, old.shape[2])
         new[start : start + len(old), :, :length] = old[:, :, :length]

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from localrl.policy.array_math import Pair, room, zeros
+from localrl.policy.array_math import Pair
+from localrl.policy.array_room import room, zeros
 from localrl.policy.forest_packing import Level
 
 

@@ -1,24 +1,22 @@
 """Arithmetic of a transformer's block in NumPy, forward and back, on columns of states.
 
 A state is a column, one for each token: for a few tokens the BLAS is up to twice as fast with the
-weights first (`benchmarks/matmul.md`).
+weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `_kernels.c`, and
+said once more here: for where that could not be built, and to test it by.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.backend import mx
+from localrl.backend import kernels
+from localrl.policy.array_room import columns, like
 
-LARGE = 1 << 12
-"""Numbers from which on an array is laid into MLX's memory."""
-
-FEW = 64
-"""Columns, one for each row that is decoded, up to which it is not: a step is soon over."""
+FEWER = 16
+"""Columns up to which a product is faster when no matrix is packed for it; but for a single one."""
 
 quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 """Numbers of a model that diverges are looked for where they end up, in loss and adapters."""
@@ -36,14 +34,21 @@ class Norm:
     eps: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        found = like(x)
+        if kernels is not None:
+            kernels.norm(np.ascontiguousarray(x), self.weight, found, self.eps)
+            return found
         squares = np.einsum("...ib,...ib->...b", x, x)
         factor = 1 / np.sqrt(squares / np.float32(x.shape[-2]) + np.float32(self.eps))
-        found = np.multiply(x, factor[..., None, :], out=like(x))
+        np.multiply(x, factor[..., None, :], out=found)
         found *= self.weight
         return found
 
     def back(self, x: np.ndarray, slope: np.ndarray) -> np.ndarray:
         """Slope by x, from that by what was made of it; writes over the latter."""
+        if kernels is not None:
+            kernels.norm_back(np.ascontiguousarray(x), self.weight, slope, self.eps)
+            return slope
         size = np.float32(x.shape[-2])
         squares = np.einsum("...ib,...ib->...b", x, x)
         factor = 1 / np.sqrt(squares / size + np.float32(self.eps))
@@ -119,28 +124,12 @@ class Linears:
 
 def times(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     """weight @ x."""
-    few = x.shape[-1] <= FEW
-    return np.matmul(weight, x, out=None if few else room((*weight.shape[:-1], x.shape[-1])))
-
-
-def room(shape: tuple[int, ...]) -> np.ndarray:
-    """An array to be written; a large one lies in MLX's memory, where it is counted and reused."""
-    if math.prod(shape) < LARGE:
-        return np.empty(shape, np.float32)
-    # A copy of nothing takes MLX a tenth of the time of an operation that fills.
-    return np.array(mx.array(np.empty(shape, np.float32)), copy=False)
-
-
-def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """The same with zeros."""
-    found = room(shape)
-    found[...] = 0
-    return found
-
-
-def like(x: np.ndarray) -> np.ndarray:
-    """Room for as many columns."""
-    return np.empty(x.shape, np.float32) if x.shape[-1] <= FEW else room(x.shape)
+    shape = (*weight.shape[:-1], x.shape[-1])
+    if kernels is not None and 1 < shape[-1] <= FEWER and weight.flags.c_contiguous:
+        found = np.empty(shape, np.float32)
+        kernels.product(weight, np.ascontiguousarray(x), found)
+        return found
+    return np.matmul(weight, x, out=columns(shape))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -154,6 +143,10 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
     """silu(gate) * x, elementwise (Shazeer 2020, arXiv 2002.05202)."""
+    if kernels is not None:
+        found = like(gate)
+        kernels.swiglu(gate, x, found)
+        return found
     found = sigmoid(gate)
     found *= gate
     found *= x
@@ -161,7 +154,11 @@ def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def swiglu_back(gate: np.ndarray, x: np.ndarray, slope: np.ndarray) -> Pair:
-    """Slopes by gate and x."""
+    """Slopes by gate and x, from that by the product; writes over the latter."""
+    if kernels is not None:
+        by_gate = like(gate)
+        kernels.swiglu_back(gate, x, slope, by_gate)
+        return by_gate, slope
     by_gate = sigmoid(gate)
     silu = np.multiply(by_gate, gate, out=like(gate))
     # With s the sigmoid, d silu / d gate = s (1 + gate (1 - s)) = s (1 - silu) + silu.
@@ -169,13 +166,50 @@ def swiglu_back(gate: np.ndarray, x: np.ndarray, slope: np.ndarray) -> Pair:
     by_gate += silu
     by_gate *= x
     by_gate *= slope
-    silu *= slope
-    return by_gate, silu
+    slope *= silu
+    return by_gate, slope
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis; writes over `scores`."""
+def turn(x: np.ndarray, partners: np.ndarray, tables: Pair) -> np.ndarray:
+    """x * cosines + x[partners] * sines, for heads (h, d, B) and tables (d, B)."""
+    found = like(x)
+    if kernels is not None:
+        kernels.turn(np.ascontiguousarray(x), *tables, found, partners)
+        return found
+    x.take(partners, axis=1, out=found, mode="wrap")  # "raise" would buffer it
+    found *= tables[1]
+    found += np.multiply(x, tables[0], out=like(x))
+    return found
+
+
+def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
+    """Over the last axis of scores (R, .., L, T) + hidden (1 or R, .., L, T); writes over `scores`.
+
+    The axes of `hidden` between its first and its last two have the length 1.
+    """
+    if kernels is not None:
+        kernels.softmax(scores) if hidden is None else kernels.softmax(scores, hidden)
+        return scores
+    if hidden is not None:
+        scores += hidden
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
     return scores
+
+
+def softmax_back(
+    weights: np.ndarray, within: np.ndarray, slope: np.ndarray, scale: float
+) -> np.ndarray:
+    """Slope by scores that were multiplied by `scale`, from that by the weights (.., T) they
+    became; writes over the latter.
+
+    within: for each softmax (.., 1) the sum of weights * slope.
+    """
+    if kernels is not None:
+        kernels.softmax_back(weights, np.ascontiguousarray(within), slope, scale)
+        return slope
+    slope -= within
+    slope *= weights
+    slope *= np.float32(scale)
+    return slope

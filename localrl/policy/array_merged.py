@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from localrl.backend import mx
-from localrl.policy.array_math import Linears, room, times
+from localrl.policy.array_math import Linears, times
+from localrl.policy.array_room import lasting
 from localrl.policy.array_weights import Block, Weights
 
 MOST_BYTES = 128 << 20
@@ -25,15 +26,15 @@ MOST_BYTES = 128 << 20
 class Merged(Linears):
     """Linear layers of one input as one."""
 
-    cuts: tuple[int, ...] = ()
-    """Where the outputs of one end and those of the next begin."""
+    places: tuple[slice, ...] = ()
+    """Where the outputs of each are."""
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         """Columns (in, B) to columns (out, B) of each."""
         y = times(self.weights[0], x)
         if self.biases[0] is not None:
             y += self.biases[0]
-        return np.split(y, self.cuts)
+        return [y[place] for place in self.places]
 
 
 class Merging:
@@ -73,9 +74,10 @@ def _block(block: Block) -> Block:
 def _merge(linears: Linears) -> Merged:
     sizes = [len(weight) for weight in linears.weights]
     ends = np.cumsum(sizes).tolist()
-    whole = room((ends[-1], linears.weights[0].shape[1]))
-    for end, weight, adapter in zip(ends, linears.weights, linears.adapters, strict=True):
-        part = whole[end - len(weight) : end]
+    whole = lasting((ends[-1], linears.weights[0].shape[1]))
+    places = tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
+    for place, weight, adapter in zip(places, linears.weights, linears.adapters, strict=True):
+        part = whole[place]
         if adapter is None or linears.down is None:
             part[...] = weight
         else:
@@ -86,7 +88,7 @@ def _merge(linears: Linears) -> Merged:
         pairs = zip(linears.biases, sizes, strict=True)
         zero = np.float32(0)
         bias = np.concatenate([np.full((n, 1), zero) if b is None else b for b, n in pairs])
-    return Merged((whole,), (bias,), None, (None,), cuts=tuple(ends[:-1]))
+    return Merged((whole,), (bias,), None, (None,), places=places)
 
 
 def _bytes(block: Block) -> int:

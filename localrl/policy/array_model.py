@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx, nn
-from localrl.policy.array_math import Adapter, Linears, Norm, Pair, like
+from localrl.policy.array_math import Adapter, Linears, Norm, Pair, turn
 from localrl.policy.array_merged import Merging
 from localrl.policy.array_weights import Block, Weights
 from localrl.policy.lora import LoRALinear
@@ -58,23 +58,16 @@ class Rotary:
         if most > self._tables[0].shape[1]:
             self._tables = self._read(1 << (most - 1).bit_length())
         cosines, sines = self._tables
-        return cosines[:, positions], sines[:, positions]
+        return cosines.take(positions, axis=1), sines.take(positions, axis=1)
 
     def turn(self, x: np.ndarray, tables: Pair) -> np.ndarray:
         """Columns (heads, head_dim, B) turned by their positions."""
-        other = self._partners_of(x)
-        other *= tables[1]
-        other += np.multiply(x, tables[0], out=like(x))
-        return other
+        return turn(x, self.partners, tables)
 
     def back(self, slope: np.ndarray, tables: Pair) -> np.ndarray:
         """Slope by what was turned, from that by what came of it."""
-        other = self._partners_of(np.multiply(slope, tables[1], out=like(slope)))
-        other += np.multiply(slope, tables[0], out=like(slope))
-        return other
-
-    def _partners_of(self, x: np.ndarray) -> np.ndarray:
-        return x.take(self.partners, axis=1, out=like(x), mode="wrap")  # "raise" would buffer it
+        cosines, sines = tables
+        return turn(slope, self.partners, (cosines, sines.take(self.partners, axis=0)))
 
     def like(self, other: Rotary) -> bool:
         """Whether the other turns as this one does."""

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx
-from localrl.policy.array_math import like, quiet, zeros
+from localrl.policy.array_math import quiet
 from localrl.policy.array_model import ArrayModel
 from localrl.policy.array_pass import Pass
+from localrl.policy.array_room import give_back, like, zeros
 from localrl.policy.array_weights import Weights
 from localrl.policy.forest_packing import Layout, Level
 from localrl.policy.packing import MicroBatch
@@ -33,7 +34,9 @@ def array_logprobs(
     head = ChunkedHead(one.weights, micro.targets, temperature, head_chunk)
     layers = model.adapters()
     if not gradient or not layers:
-        return mx.array(head.logprobs(one.forward()[:, micro.sources]))
+        found = mx.array(head.logprobs(one.forward()[:, micro.sources]))
+        give_back()
+        return found
     states: list[np.ndarray] = []
 
     def forward(*_: mx.array) -> mx.array:
@@ -45,7 +48,9 @@ def array_logprobs(
         slope = zeros((len(states[0]), one.positions))
         # Every position predicts one token.
         slope[:, micro.sources] = head.back(states[0], np.array(cotangent))
-        return tuple(mx.array(array) for pair in one.back(slope) for array in pair)
+        found = tuple(mx.array(array) for pair in one.back(slope) for array in pair)
+        give_back()
+        return found
 
     function: Any = mx.custom_function(forward)
     function.vjp(backward)

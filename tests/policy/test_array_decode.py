@@ -17,7 +17,7 @@ from localrl.backend import mx
 from localrl.config import LearningConfig
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
-from localrl.policy import array_decode, array_math, prefix
+from localrl.policy import array_decode, array_room, prefix
 from localrl.policy.array_decode import ArrayCache
 from localrl.policy.selfcheck import check_batching
 
@@ -195,7 +195,7 @@ def test_an_update_is_seen_by_the_next_decode(tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """MLX counts small arrays too."""
-    monkeypatch.setattr(array_math, "LARGE", 1)
+    monkeypatch.setattr(array_room, "LARGE", 1)
 
 
 def active() -> int:
@@ -250,8 +250,8 @@ def test_more_rows_than_a_step_is_counted_for(tmp_path, monkeypatch):
     policy = array_policy(tmp_path / "model", "qwen3")
     shape = {"rows": 24, "roots": 6, "leaves": 6}
     expected = sample(policy, **shape)
-    monkeypatch.setattr(array_math, "FEW", 3)
-    monkeypatch.setattr(array_math, "LARGE", 1)
+    monkeypatch.setattr(array_room, "FEW", 3)
+    monkeypatch.setattr(array_room, "LARGE", 1)
     found = sample(policy, **shape)
     for one, other in zip(found, expected, strict=True):
         for a, b in zip(one.nodes, other.nodes, strict=True):
@@ -262,7 +262,7 @@ def test_more_rows_than_a_step_is_counted_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("work", ["fork", "extend"])
 def test_layers_grow_one_after_another(tmp_path, monkeypatch, work):
     policy = check_batching(tiny.make_tiny_policy(tmp_path / "model", num_hidden_layers=8))
-    monkeypatch.setattr(array_math, "LARGE", 1)
+    monkeypatch.setattr(array_room, "LARGE", 1)
     tokens = np.arange(60, dtype=np.int32)[None] % 30 + 1
     prefilled, _ = policy.prefill(tokens, [60])
     caches = [policy.fork(prefilled, np.zeros(8, int), None)[0] for _ in range(2)]
