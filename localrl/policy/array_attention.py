@@ -6,8 +6,10 @@ they are computed again, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,8 +41,8 @@ class Attention:
         """What every query finds."""
         found = room((*self.queries.shape[:-1], self.values.shape[-1]))
         for rows, block, seen, weights in self._blocks():
-            np.matmul(weights, self.values[rows, :, None, seen], out=found[rows, :, :, block])
-            del weights  # before the next ones are made
+            mine = found[rows, :, :, block]
+            mine[...] = (weights @ self.values[rows, :, seen]).reshape(mine.shape)
         return found
 
     def back(self, found: Heads, slope: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
@@ -48,38 +50,53 @@ class Attention:
         by_queries = room(self.queries.shape)
         by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
         within = np.einsum("...i,...i->...", slope, found)[..., None]
+        scratch = room((self._most,))
         for rows, block, seen, weights in self._blocks():
-            mine = slope[rows, :, :, block]
-            by_values[rows, :, seen] += _over_queries(weights, mine)
-            values = self.values[rows, :, None, seen].swapaxes(-1, -2)
-            by_scores = np.matmul(mine, values, out=room(weights.shape))
-            softmax_back(weights, within[rows, :, :, block], by_scores, self.scale)
-            keys, queries = self.keys[rows, :, None, seen], self.queries[rows, :, :, block]
-            np.matmul(by_scores, keys, out=by_queries[rows, :, :, block])
-            by_keys[rows, :, seen] += _over_queries(by_scores, queries)
-            del weights, by_scores
+            mine, inner = _folded(slope[rows, :, :, block]), _folded(within[rows, :, :, block])
+            by_values[rows, :, seen] += weights.swapaxes(-1, -2) @ mine
+            by_scores = _within(scratch, weights.shape)
+            np.matmul(mine, self.values[rows, :, seen].swapaxes(-1, -2), out=by_scores)
+            softmax_back(weights, inner, by_scores, self.scale)
+            queries = self.queries[rows, :, :, block]
+            by_keys[rows, :, seen] += by_scores.swapaxes(-1, -2) @ _folded(queries)
+            by_block = by_scores @ self.keys[rows, :, seen]
+            by_queries[rows, :, :, block] = by_block.reshape(queries.shape)
         return by_queries, by_keys, by_values
 
-    def _blocks(self) -> Iterator[tuple[slice, slice, slice, np.ndarray]]:
-        """Rows, their queries, the keys that these see, and the weights (rows, .., L, T) there."""
+    @cached_property
+    def _rows(self) -> int:
+        """Rows whose scores exist at once."""
+        _, heads, more, length, _ = self.queries.shape
+        each = heads * more * min(length, QUERIES) * self.keys.shape[2]
+        return max(1, SCORES // max(each, 1))
+
+    @cached_property
+    def _most(self) -> int:
+        """Scores of a block, at most."""
         count, heads, more, length, _ = self.queries.shape
+        each = heads * more * min(length, QUERIES) * self.keys.shape[2]
+        return min(self._rows, count) * each
+
+    def _blocks(self) -> Iterator[tuple[slice, slice, slice, np.ndarray]]:
+        """Rows, their queries, the keys that these see, and the weights (rows, h, r * L, T)."""
+        count, _, _, length, _ = self.queries.shape
+        scratch = room((self._most,))
         for start in range(0, length, QUERIES):
             block = slice(start, min(start + QUERIES, length))
-            each = heads * more * (block.stop - block.start) * self.keys.shape[2]
-            rows = max(1, SCORES // max(each, 1))
-            for first in range(0, count, rows):
-                part = slice(first, min(first + rows, count))
-                yield (part, block, *self._weights(part, block))
+            for first in range(0, count, self._rows):
+                rows = slice(first, min(first + self._rows, count))
+                yield (rows, block, *self._weights(rows, block, scratch))
 
-    def _weights(self, rows: slice, block: slice) -> tuple[slice, np.ndarray]:
+    def _weights(self, rows: slice, block: slice, scratch: np.ndarray) -> tuple[slice, np.ndarray]:
         seen = slice(0, self.valid.shape[1] + block.stop)
-        queries = self.queries[rows, :, :, block] * np.float32(self.scale)
-        keys = self.keys[rows, :, None, seen].swapaxes(-1, -2)
-        scores = np.matmul(queries, keys, out=room((*queries.shape[:-1], keys.shape[-1])))
+        queries = _folded(self.queries[rows, :, :, block] * np.float32(self.scale))
+        keys = self.keys[rows, :, seen].swapaxes(-1, -2)
+        scores = _within(scratch, (*queries.shape[:-1], keys.shape[-1]))
+        np.matmul(queries, keys, out=scores)
         return seen, softmax(scores, self._hidden(rows, block))
 
     def _hidden(self, rows: slice, block: slice) -> np.ndarray:
-        """What makes nothing of keys that a query does not see, (.., 1, 1, L, P + block's end)."""
+        """What makes nothing of keys that a query does not see, (.., 1, L, P + block's end)."""
         valid = self.valid[rows]
         valid = valid[:1] if valid.all() else valid
         shape = (len(valid), block.stop - block.start)
@@ -89,14 +106,18 @@ class Attention:
             np.broadcast_to(own, (*shape, block.stop)),
         ]
         hidden = np.where(np.concatenate(parts, axis=2), np.float32(0), np.float32(-1e30))
-        return hidden[:, None, None]
+        return hidden[:, None]
 
 
-def _over_queries(weights: Heads, x: Heads) -> np.ndarray:
-    """(R, h, r, L, T) and (R, h, r, L, d): the sum over r and L, (R, h, T, d)."""
-    rows, heads, more, length, size = weights.shape
-    folded = weights.reshape(rows, heads, more * length, size).swapaxes(-1, -2)
-    return folded @ x.reshape(rows, heads, more * length, -1)
+def _folded(heads: Heads) -> np.ndarray:
+    """(R, h, r, L, d) as (R, h, r * L, d)."""
+    rows, kv_heads, more, length, size = heads.shape
+    return heads.reshape(rows, kv_heads, more * length, size)
+
+
+def _within(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An array at the front of some room."""
+    return scratch[: math.prod(shape)].reshape(shape)
 
 
 def as_heads(columns: np.ndarray, rows: int, size: int, kv_heads: int) -> Heads:

@@ -183,15 +183,16 @@ def turn(x: np.ndarray, partners: np.ndarray, tables: Pair) -> np.ndarray:
 
 
 def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
-    """Over the last axis of scores (R, .., L, T) + hidden (1 or R, .., L, T); writes over `scores`.
+    """Over the last axis of scores (R, h, .., T), and writes over them.
 
-    The axes of `hidden` between its first and its last two have the length 1.
+    hidden: (1 or R, 1, L, T), is added first; each of h has every L of its rows in turn.
     """
     if kernels is not None:
         kernels.softmax(scores) if hidden is None else kernels.softmax(scores, hidden)
         return scores
     if hidden is not None:
-        scores += hidden
+        rows = scores.reshape(len(scores), -1, *hidden.shape[2:])
+        rows += hidden
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)

@@ -16,23 +16,29 @@ from localrl.backend import mx
 LARGE = 1 << 12
 """Numbers from which on an array is laid into MLX's memory."""
 
+SPARE = 16 << 20
+"""Bytes that may be free, so that they hardly add to the peak; more go back to MLX."""
+
 FEW = 64
 """Columns, one for each row that is decoded, up to which it is not: a step is soon over."""
 
 
 class _Buffers:
-    """Free buffers of one pass by their numbers; the sizes that were freed last come last."""
+    """Free buffers of one pass by how many numbers they hold."""
 
     def __init__(self) -> None:
         self.free: dict[int, list[np.ndarray]] = {}
+        self.bytes = 0
         self.over = False
 
     def take(self, count: int) -> np.ndarray:
         """One of this size, with anything in it."""
         found = self.free.get(count)
         if found:
+            self.bytes -= 4 * count
+            if len(found) == 1:
+                del self.free[count]
             return found.pop()
-        self._let_go(count)
         # A copy of nothing takes MLX a tenth of the time of an operation that fills.
         return np.array(mx.array(np.empty(count, np.float32)), copy=False)
 
@@ -40,20 +46,17 @@ class _Buffers:
         """It is free."""
         if self.over:
             return
-        others = self.free.pop(buffer.size, [])
-        others.append(buffer)
-        self.free[buffer.size] = others
+        self.free.setdefault(buffer.size, []).append(buffer)
+        self.bytes += buffer.nbytes
+        while self.bytes > SPARE:
+            self._let_go_of_one()
 
-    def _let_go(self, count: int) -> None:
-        """Give MLX as much back as is asked of it, so that free buffers never add to the peak."""
-        while count > 0 and self.free:
-            size = next(iter(self.free))
-            buffers = self.free.pop(size)
-            while buffers and count > 0:
-                buffers.pop()
-                count -= size
-            if buffers:
-                self.free[size] = buffers
+    def _let_go_of_one(self) -> None:
+        """Of the size of which there are most: some of the others may be needed sooner."""
+        size = max(self.free, key=lambda size: len(self.free[size]))
+        self.bytes -= self.free[size].pop().nbytes
+        if not self.free[size]:
+            del self.free[size]
 
 
 _buffers = _Buffers()
