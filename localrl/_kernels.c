@@ -28,7 +28,7 @@
 
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 
-enum { LANES = 16, ROWS = 8, COLUMNS = 64, MOST_ARGUMENTS = 8 };
+enum { LANES = 16, ROWS = 8, COLUMNS = 64, MOST_ARGUMENTS = 9 };
 
 /* -- the team: one piece of work, done by several threads ----------------------------------------
  *
@@ -158,7 +158,7 @@ static void together(Work *work, const void *what, Py_ssize_t items, Py_ssize_t 
 
 /* -- arithmetic ------------------------------------------------------------------------------- */
 
-/* e ** x to 2 units in the last place, 0 below the smallest normal number; NaN stays NaN. */
+/* e ** x to 2 units in the last place; 0 below the smallest normal number, NaN for NaN. */
 INLINE float exponential(float x)
 {
     const float most = 88.72f, least = -87.33f;
@@ -181,7 +181,8 @@ INLINE float exponential(float x)
     union { int32_t bits; float number; } one = {.bits = (half + 127) << 23};
     union { int32_t bits; float number; } two = {.bits = (whole - half + 127) << 23};
     float found = sum * one.number * two.number;
-    return x < least ? 0.0f : found;
+    found = x < least ? 0.0f : found;
+    return x > most ? INFINITY : found;
 }
 
 INLINE float sigmoid(float x)
@@ -189,9 +190,11 @@ INLINE float sigmoid(float x)
     return 1.0f / (1.0f + exponential(-x));
 }
 
-/* Some rows of weights (rows, k) times 16 columns. */
-INLINE void rows_times(const float *weight, const float *columns, float *restrict out,
-                       Py_ssize_t rows, Py_ssize_t k, Py_ssize_t n, Py_ssize_t width)
+/* Some rows of weights times 16 columns: `width` of them are wanted. A matrix's next row is `_step`
+ * numbers on. */
+INLINE void rows_times(const float *weight, Py_ssize_t weight_step, const float *columns,
+                       Py_ssize_t columns_step, float *restrict out, Py_ssize_t out_step,
+                       Py_ssize_t rows, Py_ssize_t k, Py_ssize_t width)
 {
     lanes sums[ROWS];
 #pragma GCC unroll 8
@@ -199,19 +202,23 @@ INLINE void rows_times(const float *weight, const float *columns, float *restric
         sums[r] = (lanes){0};
     }
     for (Py_ssize_t i = 0; i < k; i++) {
-        lanes x = *(const lanes *)(columns + i * LANES);
-        if (i % 2 == 0) { /* a line holds the weights of two turns */
-            __builtin_prefetch(weight + rows * (k + i));
+        lanes x = *(const lanes *)(columns + i * columns_step);
+        if (i % 2 == 0) { /* of the next rows; a line holds the weights of two turns */
+            __builtin_prefetch(weight + rows * (weight_step + i));
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            sums[r] += weight[r * k + i] * x;
+            sums[r] += weight[r * weight_step + i] * x;
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
+        if (width == LANES) {
+            *(lanes *)(out + r * out_step) = sums[r];
+            continue;
+        }
         for (Py_ssize_t j = 0; j < width; j++) {
-            out[r * n + j] = sums[r][j];
+            out[r * out_step + j] = sums[r][j];
         }
     }
 }
@@ -234,10 +241,10 @@ WIDE static void product(const void *what, Py_ssize_t from, Py_ssize_t to)
             const float *weight = p->weight + row * p->k;
             float *out = p->out + row * p->n + first;
             if (row + ROWS <= p->m) {
-                rows_times(weight, columns, out, ROWS, p->k, p->n, width);
+                rows_times(weight, p->k, columns, LANES, out, p->n, ROWS, p->k, width);
                 row += ROWS;
             } else {
-                rows_times(weight, columns, out, 1, p->k, p->n, width);
+                rows_times(weight, p->k, columns, LANES, out, p->n, 1, p->k, width);
                 row += 1;
             }
         }
@@ -378,53 +385,235 @@ INLINE float larger(float x, float y)
     return x > y ? x : y;
 }
 
-/* Items are rows of scores, which become weights. */
+/* A row of scores becomes weights. */
+INLINE void softmax_row(float *restrict row, Py_ssize_t n)
+{
+    float most[LANES], sums[LANES] = {0}, highest = -INFINITY, total = 0;
+    Py_ssize_t whole = n - n % LANES;
+    for (int lane = 0; lane < LANES; lane++) {
+        most[lane] = -INFINITY;
+    }
+    for (Py_ssize_t i = 0; i < whole; i += LANES) {
+        for (int lane = 0; lane < LANES; lane++) {
+            most[lane] = larger(row[i + lane], most[lane]);
+        }
+    }
+    for (Py_ssize_t i = whole; i < n; i++) {
+        highest = larger(row[i], highest);
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        highest = larger(most[lane], highest);
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        row[i] = exponential(row[i] - highest);
+    }
+    for (Py_ssize_t i = 0; i < whole; i += LANES) {
+        for (int lane = 0; lane < LANES; lane++) {
+            sums[lane] += row[i + lane];
+        }
+    }
+    for (Py_ssize_t i = whole; i < n; i++) {
+        total += row[i];
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        total += sums[lane];
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        row[i] *= 1.0f / total;
+    }
+}
+
+/* Items are rows of scores. */
 WIDE static void softmax(const void *what, Py_ssize_t from, Py_ssize_t to)
 {
     const Softmax *p = what;
-    Py_ssize_t n = p->n, whole = n - n % LANES;
     for (Py_ssize_t item = from; item < to; item++) {
-        float *restrict row = p->scores + item * n;
-        float most[LANES], sums[LANES] = {0}, highest = -INFINITY, total = 0;
+        float *restrict row = p->scores + item * p->n;
         if (p->hidden != NULL) {
             Py_ssize_t outer = p->one ? 0 : item / p->per_outer;
-            const float *restrict hidden = p->hidden + (outer * p->length + item % p->length) * n;
-            for (Py_ssize_t i = 0; i < n; i++) {
+            const float *restrict hidden =
+                p->hidden + (outer * p->length + item % p->length) * p->n;
+            for (Py_ssize_t i = 0; i < p->n; i++) {
                 row[i] += hidden[i];
             }
         }
-        for (int lane = 0; lane < LANES; lane++) {
-            most[lane] = -INFINITY;
+        softmax_row(row, p->n);
+    }
+}
+
+typedef struct {
+    const float *queries;       /* (R, h, r, L, d) */
+    const float *keys, *values; /* (R, h, P + L, d) */
+    const float *hidden;        /* (R, P): what is added to scores of ancestors */
+    const float *within, *slope; /* on the way back: (R, h, r, L), and by what was found */
+    float *out;                 /* what is found, or the slope by the queries */
+    float *by_keys, *by_values; /* set to 0 before */
+    Py_ssize_t heads, queried, length, past, d, room;
+    float scale;
+    atomic_bool *failed;
+} Attention;
+
+/* (d, room) of rows (n, d). */
+INLINE void transpose(const float *restrict rows, float *restrict out, Py_ssize_t n, Py_ssize_t d,
+                      Py_ssize_t room)
+{
+    for (Py_ssize_t i = 0; i < d; i++) {
+        for (Py_ssize_t t = 0; t < n; t++) {
+            out[i * room + t] = rows[t * d + i];
         }
-        for (Py_ssize_t i = 0; i < whole; i += LANES) {
-            for (int lane = 0; lane < LANES; lane++) {
-                most[lane] = larger(row[i + lane], most[lane]);
-            }
-        }
-        for (Py_ssize_t i = whole; i < n; i++) {
-            highest = larger(row[i], highest);
-        }
-        for (int lane = 0; lane < LANES; lane++) {
-            highest = larger(most[lane], highest);
-        }
-        for (Py_ssize_t i = 0; i < n; i++) {
-            row[i] = exponential(row[i] - highest);
-        }
-        for (Py_ssize_t i = 0; i < whole; i += LANES) {
-            for (int lane = 0; lane < LANES; lane++) {
-                sums[lane] += row[i + lane];
-            }
-        }
-        for (Py_ssize_t i = whole; i < n; i++) {
-            total += row[i];
-        }
-        for (int lane = 0; lane < LANES; lane++) {
-            total += sums[lane];
-        }
-        for (Py_ssize_t i = 0; i < n; i++) {
-            row[i] *= 1.0f / total;
+        for (Py_ssize_t t = n; t < room; t++) {
+            out[i * room + t] = 0;
         }
     }
+}
+
+/* x (rows, d) times columns (d, room), for the first n columns, whole vectors of them. */
+INLINE void tile(const float *x, const float *columns, float *restrict out, Py_ssize_t rows,
+                 Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+{
+    for (Py_ssize_t t = 0; t < n; t += LANES) {
+        if (rows == ROWS) {
+            rows_times(x, d, columns + t, room, out + t, room, ROWS, d, LANES);
+        } else {
+            for (Py_ssize_t r = 0; r < rows; r++) {
+                rows_times(x + r * d, d, columns + t, room, out + r * room + t, room, 1, d, LANES);
+            }
+        }
+    }
+}
+
+/* The sum over n places of weights (rows, room) times x (n, d). */
+INLINE void gathered(const float *weights, const float *x, float *restrict out, Py_ssize_t rows,
+                     Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+{
+    for (Py_ssize_t i = 0; i < d; i += LANES) {
+        if (rows == ROWS) {
+            rows_times(weights, room, x + i, d, out + i, d, ROWS, n, LANES);
+        } else {
+            for (Py_ssize_t r = 0; r < rows; r++) {
+                rows_times(weights + r * room, room, x + i, d, out + r * d + i, d, 1, n, LANES);
+            }
+        }
+    }
+}
+
+/* Adds to out (n, d) weights (rows, room) times x (rows, d), by places. */
+INLINE void spread(const float *weights, const float *x, float *restrict out, Py_ssize_t rows,
+                   Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+{
+    for (Py_ssize_t i = 0; i < d; i += LANES) {
+        lanes mine[ROWS];
+        for (Py_ssize_t r = 0; r < rows; r++) {
+            mine[r] = *(const lanes *)(x + r * d + i);
+        }
+        for (Py_ssize_t t = 0; t < n; t++) {
+            lanes sum = *(lanes *)(out + t * d + i);
+#pragma GCC unroll 8
+            for (Py_ssize_t r = 0; r < rows; r++) {
+                sum += weights[r * room + t] * mine[r];
+            }
+            *(lanes *)(out + t * d + i) = sum;
+        }
+    }
+}
+
+INLINE void add_spread(const float *weights, const float *x, float *restrict out, Py_ssize_t rows,
+                       Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+{
+    if (rows == ROWS) {
+        spread(weights, x, out, ROWS, d, n, room);
+    } else {
+        spread(weights, x, out, rows, d, n, room);
+    }
+}
+
+/* Weights (rows, room) of some queries of one head, from position `first` on; 0 behind a query. */
+INLINE void weigh(const Attention *p, const float *queries, const float *keys, const float *hidden,
+                  Py_ssize_t first, Py_ssize_t rows, float *restrict weights)
+{
+    tile(queries, keys, weights, rows, p->d, p->past + first + rows, p->room);
+    for (Py_ssize_t r = 0; r < rows; r++) {
+        float *restrict row = weights + r * p->room;
+        Py_ssize_t seen = p->past + first + r + 1;
+        for (Py_ssize_t t = 0; t < seen; t++) {
+            row[t] *= p->scale;
+        }
+        for (Py_ssize_t t = 0; t < p->past; t++) {
+            row[t] += hidden[t];
+        }
+        softmax_row(row, seen);
+        for (Py_ssize_t t = seen; t < p->past + first + rows; t++) {
+            row[t] = 0;
+        }
+    }
+}
+
+/* Items are rows' heads of keys; scores exist for eight queries at once. */
+WIDE static void attend(const void *what, Py_ssize_t from, Py_ssize_t to)
+{
+    const Attention *p = what;
+    float *scratch = malloc((size_t)((p->d + ROWS) * p->room) * sizeof(float));
+    if (scratch == NULL) {
+        atomic_store(p->failed, true);
+        return;
+    }
+    float *turned = scratch, *weights = scratch + p->d * p->room;
+    for (Py_ssize_t item = from; item < to; item++) {
+        Py_ssize_t total = p->past + p->length, start = item * p->queried;
+        const float *values = p->values + item * total * p->d;
+        const float *hidden = p->hidden + item / p->heads * p->past;
+        transpose(p->keys + item * total * p->d, turned, total, p->d, p->room);
+        for (Py_ssize_t q = 0, rows; q < p->queried; q += rows) {
+            Py_ssize_t first = q % p->length;
+            rows = p->length - first < ROWS ? p->length - first : ROWS;
+            weigh(p, p->queries + (start + q) * p->d, turned, hidden, first, rows, weights);
+            gathered(weights, values, p->out + (start + q) * p->d, rows, p->d,
+                     p->past + first + rows, p->room);
+        }
+    }
+    free(scratch);
+}
+
+WIDE static void attend_back(const void *what, Py_ssize_t from, Py_ssize_t to)
+{
+    const Attention *p = what;
+    float *scratch = malloc((size_t)((2 * p->d + 2 * ROWS) * p->room) * sizeof(float));
+    if (scratch == NULL) {
+        atomic_store(p->failed, true);
+        return;
+    }
+    float *turned = scratch, *turned_values = turned + p->d * p->room;
+    float *weights = turned_values + p->d * p->room, *slopes = weights + ROWS * p->room;
+    for (Py_ssize_t item = from; item < to; item++) {
+        Py_ssize_t total = p->past + p->length, start = item * p->queried;
+        const float *keys = p->keys + item * total * p->d;
+        const float *hidden = p->hidden + item / p->heads * p->past;
+        float *by_keys = p->by_keys + item * total * p->d;
+        float *by_values = p->by_values + item * total * p->d;
+        transpose(keys, turned, total, p->d, p->room);
+        transpose(p->values + item * total * p->d, turned_values, total, p->d, p->room);
+        for (Py_ssize_t q = 0, rows; q < p->queried; q += rows) {
+            Py_ssize_t first = q % p->length;
+            rows = p->length - first < ROWS ? p->length - first : ROWS;
+            Py_ssize_t seen = p->past + first + rows;
+            const float *queries = p->queries + (start + q) * p->d;
+            const float *slope = p->slope + (start + q) * p->d;
+            weigh(p, queries, turned, hidden, first, rows, weights);
+            tile(slope, turned_values, slopes, rows, p->d, seen, p->room);
+            add_spread(weights, slope, by_values, rows, p->d, seen, p->room);
+            for (Py_ssize_t r = 0; r < rows; r++) {
+                float *restrict row = slopes + r * p->room;
+                const float *restrict mine = weights + r * p->room;
+                float within = p->within[start + q + r];
+                for (Py_ssize_t t = 0; t < seen; t++) {
+                    row[t] = (row[t] - within) * mine[t] * p->scale;
+                }
+            }
+            gathered(slopes, keys, p->out + (start + q) * p->d, rows, p->d, seen, p->room);
+            add_spread(slopes, queries, by_keys, rows, p->d, seen, p->room);
+        }
+    }
+    free(scratch);
 }
 
 typedef struct {
@@ -503,11 +692,13 @@ static Py_ssize_t axis(const Arrays *arrays, int place, int from_end)
 static PyObject *done(Arrays *arrays, bool fits)
 {
     release(arrays);
-    if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "the shapes of these arrays do not go together");
-        return NULL;
+    if (fits) {
+        Py_RETURN_NONE;
     }
-    Py_RETURN_NONE;
+    if (!PyErr_Occurred()) {
+        PyErr_SetString(PyExc_ValueError, "the shapes of these arrays do not go together");
+    }
+    return NULL;
 }
 
 static PyObject *no_memory(Arrays *arrays)
@@ -675,6 +866,76 @@ static PyObject *py_softmax_back(PyObject *self, PyObject *const *given, Py_ssiz
     return done(&a, fits);
 }
 
+/* Fill in the shapes of queries, keys, values and what hides, the first four arrays. */
+static bool attended(const Arrays *a, PyObject *scale, atomic_bool *failed, Attention *p)
+{
+    const Py_buffer *queries = &a->views[0], *keys = &a->views[1], *hidden = &a->views[3];
+    double factor = PyFloat_AsDouble(scale);
+    if (PyErr_Occurred() || queries->ndim != 5 || keys->ndim != 4 || hidden->ndim != 2) {
+        return false;
+    }
+    Py_ssize_t rows = queries->shape[0], total = keys->shape[2];
+    *p = (Attention){.queries = queries->buf, .keys = keys->buf, .values = a->views[2].buf,
+                     .hidden = hidden->buf, .heads = queries->shape[1],
+                     .queried = queries->shape[2] * queries->shape[3],
+                     .length = queries->shape[3], .past = hidden->shape[1],
+                     .d = queries->shape[4], .scale = (float)factor, .failed = failed};
+    p->room = (total + LANES - 1) / LANES * LANES;
+    return keys->shape[0] == rows && keys->shape[1] == p->heads && keys->shape[3] == p->d
+           && numbers(a, 2) == numbers(a, 1) && hidden->shape[0] == rows
+           && p->past + p->length == total && p->d % LANES == 0 && numbers(a, 0) > 0;
+}
+
+static PyObject *attending(Work *work, const Attention *p, Arrays *a)
+{
+    Py_BEGIN_ALLOW_THREADS
+    together(work, p, numbers(a, 1) / (p->d * (p->past + p->length)),
+             p->queried * p->d * (p->past + p->length / 2));
+    Py_END_ALLOW_THREADS
+    return atomic_load(p->failed) ? no_memory(a) : done(a, true);
+}
+
+/* attend(queries, keys, values, hidden, out, scale) */
+static PyObject *py_attend(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    Arrays a;
+    Attention p;
+    atomic_bool failed = false;
+    if (!take(&a, given, got, 5, 6, 16, 0)) {
+        return NULL;
+    }
+    if (!attended(&a, given[5], &failed, &p) || numbers(&a, 4) != numbers(&a, 0)) {
+        return done(&a, false);
+    }
+    p.out = a.views[4].buf;
+    return attending(attend, &p, &a);
+}
+
+/* attend_back(queries, keys, values, hidden, within, slope, by_queries, by_keys, by_values, scale)
+ */
+static PyObject *py_attend_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    Arrays a;
+    Attention p;
+    atomic_bool failed = false;
+    if (!take(&a, given, got, 9, 10, 64 + 128 + 256, 0)) {
+        return NULL;
+    }
+    if (!attended(&a, given[9], &failed, &p) || numbers(&a, 4) * p.d != numbers(&a, 0)
+        || numbers(&a, 5) != numbers(&a, 0) || numbers(&a, 6) != numbers(&a, 0)
+        || numbers(&a, 7) != numbers(&a, 1) || numbers(&a, 8) != numbers(&a, 1)) {
+        return done(&a, false);
+    }
+    p.within = a.views[4].buf;
+    p.slope = a.views[5].buf;
+    p.out = a.views[6].buf;
+    p.by_keys = a.views[7].buf;
+    p.by_values = a.views[8].buf;
+    memset(p.by_keys, 0, (size_t)a.views[7].len);
+    memset(p.by_values, 0, (size_t)a.views[8].len);
+    return attending(attend_back, &p, &a);
+}
+
 /* set_threads(n): of these functions, the caller's included; gives the number in force. */
 static PyObject *py_set_threads(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
@@ -695,7 +956,7 @@ static PyObject *py_set_threads(PyObject *self, PyObject *const *given, Py_ssize
 static PyMethodDef functions[] = {
     FUNCTION(product),     FUNCTION(norm), FUNCTION(norm_back), FUNCTION(swiglu),
     FUNCTION(swiglu_back), FUNCTION(turn), FUNCTION(softmax),   FUNCTION(softmax_back),
-    FUNCTION(set_threads), {NULL, NULL, 0, NULL},
+    FUNCTION(attend),      FUNCTION(attend_back), FUNCTION(set_threads), {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {

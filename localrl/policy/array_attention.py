@@ -1,7 +1,8 @@
 """Attention over many positions in NumPy, and its gradient.
 
 It goes block by block of queries over the keys that they see, and keeps no scores: for the gradient
-they are computed again, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135).
+they are computed again, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). In C where that
+was built (`_kernels.c`), else in NumPy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from localrl.backend import kernels
 from localrl.policy.array_math import softmax, softmax_back
 from localrl.policy.array_room import room, zeros
 
@@ -40,6 +42,11 @@ class Attention:
     def forward(self) -> Heads:
         """What every query finds."""
         found = room((*self.queries.shape[:-1], self.values.shape[-1]))
+        if self._compiled:
+            assert kernels is not None
+            hidden = _hiding(self.valid)
+            kernels.attend(self.queries, self.keys, self.values, hidden, found, self.scale)
+            return found
         for rows, block, seen, weights in self._blocks():
             mine = found[rows, :, :, block]
             mine[...] = (weights @ self.values[rows, :, seen]).reshape(mine.shape)
@@ -48,8 +55,14 @@ class Attention:
     def back(self, found: Heads, slope: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
         """Slopes by queries, keys and values, from that by what was found."""
         by_queries = room(self.queries.shape)
-        by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
         within = np.einsum("...i,...i->...", slope, found)[..., None]
+        if self._compiled:
+            assert kernels is not None
+            slopes = by_queries, room(self.keys.shape), room(self.values.shape)
+            given = self.queries, self.keys, self.values, _hiding(self.valid), within, slope
+            kernels.attend_back(*given, *slopes, self.scale)
+            return slopes
+        by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
         scratch = room((self._most,))
         for rows, block, seen, weights in self._blocks():
             mine, inner = _folded(slope[rows, :, :, block]), _folded(within[rows, :, :, block])
@@ -62,6 +75,11 @@ class Attention:
             by_block = by_scores @ self.keys[rows, :, seen]
             by_queries[rows, :, :, block] = by_block.reshape(queries.shape)
         return by_queries, by_keys, by_values
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether it is done in C, where scores exist for eight queries of a head at once."""
+        return kernels is not None and self.keys.shape[-1] % 16 == 0
 
     @cached_property
     def _rows(self) -> int:
@@ -105,8 +123,12 @@ class Attention:
             np.broadcast_to(valid[:, None], (*shape, valid.shape[1])),
             np.broadcast_to(own, (*shape, block.stop)),
         ]
-        hidden = np.where(np.concatenate(parts, axis=2), np.float32(0), np.float32(-1e30))
-        return hidden[:, None]
+        return _hiding(np.concatenate(parts, axis=2))[:, None]
+
+
+def _hiding(seen: np.ndarray) -> np.ndarray:
+    """What is added to scores: it makes nothing of those that are not seen."""
+    return np.where(seen, np.float32(0), np.float32(-1e30))
 
 
 def _folded(heads: Heads) -> np.ndarray:

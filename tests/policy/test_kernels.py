@@ -1,0 +1,234 @@
+"""What is computed in C is what NumPy computes; on any number of threads, in the same bits."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from localrl.backend import kernels
+from localrl.policy import array_attention, array_math
+from localrl.policy.array_attention import Attention
+from localrl.policy.array_math import (
+    Norm,
+    softmax,
+    softmax_back,
+    swiglu,
+    swiglu_back,
+    times,
+    turn,
+)
+
+pytestmark = pytest.mark.skipif(kernels is None, reason="built without a C compiler")
+
+COUNTS = (1, 3, 8, 16, 17, 64, 65, 531)
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+@pytest.fixture
+def in_numpy(monkeypatch):
+    """Compute it a second time, without C."""
+
+    def again(work):
+        with monkeypatch.context() as patch:
+            patch.setattr(array_math, "kernels", None)
+            patch.setattr(array_attention, "kernels", None)
+            return work()
+
+    return again
+
+
+def check(work, in_numpy, atol=2e-5):
+    mine, theirs = work(), in_numpy(work)
+    if isinstance(mine, np.ndarray):
+        mine, theirs = (mine,), (theirs,)
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=atol, rtol=2e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 15, 16])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 7), (8, 16), (67, 33), (512, 256)])
+def test_a_product_of_few_columns(in_numpy, m, k, n):
+    weight, x = numbers(m, k), numbers(k, n, seed=1)
+    check(lambda: times(weight, x), in_numpy, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 40])
+def test_a_product_of_any_number_of_columns(n):
+    weight, x, found = numbers(19, 33), numbers(33, n, seed=1), numbers(19, n)
+    kernels.product(weight, x, found)
+    np.testing.assert_allclose(found, weight @ x, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+def test_a_norm_and_its_way_back(in_numpy, n):
+    norm = Norm(numbers(32, 1), 1e-6)
+    x, slope = numbers(3, 32, n, seed=1), numbers(3, 32, n, seed=2)
+    check(lambda: norm(x), in_numpy)
+    check(lambda: norm(x[0]), in_numpy)
+    check(lambda: norm.back(x, slope.copy()), in_numpy)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+def test_a_gate_and_its_way_back(in_numpy, n):
+    gate, x, slope = (numbers(24, n, seed=seed, scale=8) for seed in range(3))
+    check(lambda: swiglu(gate, x), in_numpy, atol=1e-4)
+    check(lambda: swiglu_back(gate, x, slope.copy()), in_numpy, atol=1e-3)
+
+
+def test_gates_far_out(in_numpy):
+    gate = np.array([[-np.inf, -1e30, -104, -88.5, -87, 0, 87, 88.8, 200, 1e30, np.nan]], "f")
+    with np.errstate(all="ignore"):
+        check(lambda: swiglu(gate, np.ones_like(gate)), in_numpy)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+def test_a_rotation(in_numpy, n):
+    x, tables = numbers(3, 16, n), (numbers(16, n, seed=1), numbers(16, n, seed=2))
+    check(lambda: turn(x, np.roll(np.arange(16), 8), tables), in_numpy)
+
+
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize("hidden", [None, (1, 1, 5, 1), (4, 1, 5, 1), (4, 1, 1, 1)])
+def test_a_softmax_and_its_way_back(in_numpy, n, hidden):
+    scores, slope = numbers(4, 2, 10, n, scale=20), numbers(4, 2, 10, n, seed=1)
+    mask = None
+    if hidden is not None:
+        places = np.random.default_rng(3).random((*hidden[:3], n)) < 0.7
+        places[..., 0] = True
+        mask = np.where(places, np.float32(0), np.float32(-np.inf))
+    check(lambda: softmax(scores.copy(), mask), in_numpy)
+    weights = softmax(scores.copy(), mask)
+    within = (weights * slope).sum(axis=-1, keepdims=True)
+    check(lambda: softmax_back(weights, within, slope.copy(), 0.3), in_numpy)
+
+
+@pytest.mark.parametrize("past", [0, 1, 37])
+@pytest.mark.parametrize("length", [1, 8, 13, 150])
+@pytest.mark.parametrize(("size", "more"), [(16, 2), (32, 1), (48, 3)])
+def test_attention_and_its_way_back(in_numpy, past, length, size, more):
+    shape = (3, 2, more, length, size)
+    queries, slope = numbers(*shape), numbers(*shape, seed=1)
+    keys, values = (numbers(3, 2, past + length, size, seed=seed) for seed in (2, 3))
+    valid = np.random.default_rng(4).random((3, past)) < 0.8
+
+    def work():
+        attention = Attention(queries, keys, values, valid, size**-0.5)
+        found = attention.forward()
+        return [array.copy() for array in (found, *attention.back(found, slope))]
+
+    check(work, in_numpy, atol=2e-4)
+
+
+def test_heads_of_other_sizes_are_numpys():
+    attention = Attention(
+        numbers(1, 1, 1, 3, 12), numbers(1, 1, 3, 12), numbers(1, 1, 3, 12), np.ones((1, 0)), 1.0
+    )
+    assert attention.forward().shape == (1, 1, 1, 3, 12)
+
+
+def everything() -> list[np.ndarray]:
+    """Large enough for several threads."""
+    norm = Norm(numbers(64, 1), 1e-6)
+    x, gate, slope = (numbers(64, 2000, seed=seed) for seed in range(3))
+    shape = (4, 2, 1, 70, 32)
+    queries, grad = numbers(*shape), numbers(*shape, seed=1)
+    keys, values = (numbers(4, 2, 170, 32, seed=seed) for seed in (2, 3))
+    attention = Attention(queries, keys, values, np.ones((4, 100), bool), 0.2)
+    found = attention.forward()
+    arrays = [
+        times(numbers(3000, 64), x[:, :16]),
+        norm(x),
+        norm.back(x, slope.copy()),
+        swiglu(gate, x),
+        *swiglu_back(gate, x, slope.copy()),
+        softmax(slope.copy()),
+        found,
+        *attention.back(found, grad),
+    ]
+    return [array.copy() for array in arrays]
+
+
+@pytest.fixture
+def threads():
+    """Set the number, which is put back."""
+    before = kernels.set_threads(1)
+    yield kernels.set_threads
+    kernels.set_threads(before)
+
+
+def same(one, other):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_threads_change_no_bit(threads):
+    threads(1)
+    alone = everything()
+    for count in (2, 3, 8):
+        assert threads(count) == count
+        for _ in range(3):
+            same(everything(), alone)
+
+
+def test_several_callers_at_once(threads):
+    threads(2)
+    expected, found = everything(), []
+    callers = [threading.Thread(target=lambda: found.append(everything())) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert len(found) == 4
+    for one in found:
+        same(one, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_finds_helpers_of_its_own(threads):
+    threads(2)
+    weight, x = numbers(3000, 64), numbers(64, 16)
+    expected = times(weight, x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(times(weight, x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_thread_is_an_error():
+    with pytest.raises(ValueError, match="at least 1"):
+        kernels.set_threads(0)
+
+
+F = np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "error"),
+    [
+        ("product", (np.ones((2, 3), F), np.ones((4, 2), F), np.ones((2, 2), F)), ValueError),
+        ("product", (np.ones((2, 3), F), np.ones((3, 2)), np.ones((2, 2), F)), TypeError),
+        ("product", (np.ones((2, 3), F), np.ones((3, 2), F)), TypeError),
+        ("product", (np.ones((3, 2), F).T, np.ones((3, 2), F), np.ones((2, 2), F)), ValueError),
+        ("norm", (np.ones((4, 2), F), np.ones(3, F), np.ones((4, 2), F), 1e-6), ValueError),
+        ("norm", (np.ones((4, 2), F), np.ones(4, F), np.ones((4, 2), F), "1"), TypeError),
+        ("norm_back", (np.ones((4, 2), F), np.ones(4, F), np.ones((4, 3), F), 1e-6), ValueError),
+        ("swiglu", (np.ones(4, F), np.ones(3, F), np.ones(4, F)), ValueError),
+        ("swiglu_back", (np.ones(4, F), np.ones(4, F), np.ones(4, F), np.ones(3, F)), ValueError),
+        ("softmax", (np.ones((2, 3, 4), F), np.ones((2, 3, 5), F)), ValueError),
+        ("softmax", (np.ones((2, 3, 4), F), np.ones((3, 3, 4), F)), ValueError),
+        ("softmax_back", (np.ones((3, 4), F), np.ones(2, F), np.ones((3, 4), F), 1.0), ValueError),
+    ],
+)
+def test_arrays_that_do_not_go_together(name, given, error):
+    with pytest.raises(error):
+        getattr(kernels, name)(*given)
+
+
+def test_partners_outside_a_head():
+    x, table = np.ones((1, 2, 3), F), np.ones((2, 3), F)
+    with pytest.raises(ValueError, match="do not go together"):
+        kernels.turn(x, table, table, np.ones_like(x), np.array([0, 2]))
