@@ -17,10 +17,15 @@
 #include <string.h>
 
 /* One build for all processors of a kind: the loader takes the widest vectors that there are. */
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__linux__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define IS_WIDE __builtin_cpu_supports("avx2")
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 6
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#define IS_WIDE __builtin_cpu_supports("avx2")
 #else
 #define WIDE
+#define IS_WIDE 0
 #endif
 
 /* Into each of those builds. */
@@ -52,7 +57,8 @@ static struct {
     atomic_flag taken;
     pthread_mutex_t lock;
     pthread_cond_t woken;
-    int helpers, wanted;
+    int helpers, wanted; /* that there are, and that are asked for */
+    int active;          /* that this work is for */
 } team = {.taken = ATOMIC_FLAG_INIT,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .woken = PTHREAD_COND_INITIALIZER};
@@ -70,7 +76,7 @@ static void take_parts(void)
     }
 }
 
-static void *help(void *nothing)
+static void *help(void *number)
 {
     unsigned seen = 0;
     for (;;) {
@@ -89,12 +95,12 @@ static void *help(void *nothing)
         }
         atomic_fetch_add(&team.inside, 1);
         seen = atomic_load(&team.turn);
-        if (seen & 1) {
+        if (seen & 1 && (intptr_t)number < team.active) {
             take_parts();
         }
         atomic_fetch_sub(&team.inside, 1);
     }
-    return nothing;
+    return NULL;
 }
 
 /* A child of a fork has no helpers. */
@@ -103,6 +109,7 @@ static void forget_helpers(void)
     pthread_mutex_init(&team.lock, NULL);
     pthread_cond_init(&team.woken, NULL);
     atomic_flag_clear(&team.taken);
+    atomic_store(&team.turn, 0);
     atomic_store(&team.inside, 0);
     atomic_store(&team.asleep, 0);
     team.helpers = 0;
@@ -112,7 +119,7 @@ static void find_helpers(void)
 {
     while (team.helpers < team.wanted) {
         pthread_t helper;
-        if (pthread_create(&helper, NULL, help, NULL) != 0) {
+        if (pthread_create(&helper, NULL, help, (void *)(intptr_t)team.helpers) != 0) {
             team.wanted = team.helpers;
             return;
         }
@@ -132,6 +139,7 @@ static void together(Work *work, const void *what, Py_ssize_t items, Py_ssize_t 
         return;
     }
     find_helpers();
+    team.active = team.wanted;
     team.work = work;
     team.what = what;
     team.items = items;
@@ -835,13 +843,17 @@ static PyObject *py_softmax(PyObject *self, PyObject *const *given, Py_ssize_t g
     Softmax p = {a.views[0].buf, NULL, 1, 1, n, true};
     bool fits = n > 0;
     if (got == 2) {
-        Py_ssize_t length = axis(&a, 1, 2), outer = a.views[0].shape[0], seen = numbers(&a, 1);
+        Py_ssize_t length = axis(&a, 1, 2), seen = numbers(&a, 1);
+        if (a.views[0].ndim < 2 || length < 1) {
+            return done(&a, false);
+        }
+        Py_ssize_t outer = a.views[0].shape[0];
         p.hidden = a.views[1].buf;
         p.length = length;
         p.one = seen == length * n;
         fits = fits && axis(&a, 1, 1) == n && axis(&a, 0, 2) % length == 0 && outer > 0
                && (p.one || seen == outer * length * n);
-        p.per_outer = fits ? total / n / outer : 1;
+        p.per_outer = fits && total > 0 ? total / n / outer : 1;
     }
     Py_BEGIN_ALLOW_THREADS
     together(softmax, &p, fits ? total / n : 0, n);
@@ -966,5 +978,10 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__kernels(void)
 {
     pthread_atfork(NULL, NULL, forget_helpers);
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+    /* Whether products and attention are faster here than with a BLAS. */
+    if (made != NULL && PyModule_AddIntConstant(made, "WIDE", IS_WIDE ? 1 : 0) != 0) {
+        Py_CLEAR(made);
+    }
+    return made;
 }

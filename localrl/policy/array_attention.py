@@ -79,7 +79,7 @@ class Attention:
     @property
     def _compiled(self) -> bool:
         """Whether it is done in C, where scores exist for eight queries of a head at once."""
-        return kernels is not None and self.keys.shape[-1] % 16 == 0
+        return kernels is not None and kernels.WIDE and self.keys.shape[-1] % 16 == 0
 
     @cached_property
     def _rows(self) -> int:

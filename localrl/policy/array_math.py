@@ -125,7 +125,8 @@ class Linears:
 def times(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     """weight @ x."""
     shape = (*weight.shape[:-1], x.shape[-1])
-    if kernels is not None and 1 < shape[-1] <= FEWER and weight.flags.c_contiguous:
+    few = 1 < shape[-1] <= FEWER and weight.flags.c_contiguous
+    if few and kernels is not None and kernels.WIDE:
         found = np.empty(shape, np.float32)
         kernels.product(weight, np.ascontiguousarray(x), found)
         return found

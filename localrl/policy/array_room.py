@@ -1,13 +1,15 @@
 """Where large arrays lie: in MLX's memory, where they are counted, and where they are used again.
 
-A layer's arrays have the sizes of the one before. A buffer that nobody looks at any more is given
-to the next one of its size; MLX, which can't give memory that it does not fill, is asked for the
-first only.
+A layer's arrays have the sizes of the one before. Buffers are kept for the length of a pass, and one
+that nobody looks at any more is lent to the next array of its size; MLX, which can't give memory
+that it does not fill, is asked for the first only.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from threading import Lock
 
 import numpy as np
 
@@ -17,70 +19,64 @@ LARGE = 1 << 12
 """Numbers from which on an array is laid into MLX's memory."""
 
 SPARE = 16 << 20
-"""Bytes that may be free, so that they hardly add to the peak; more go back to MLX."""
+"""Bytes that may be free when MLX is asked for more, so that they hardly add to the peak."""
 
 FEW = 64
 """Columns, one for each row that is decoded, up to which it is not: a step is soon over."""
 
 
+def _uses(buffers: list[np.ndarray], place: int) -> int:
+    return sys.getrefcount(buffers[place])
+
+
+UNUSED = _uses([np.empty(1)], 0)
+"""What is counted of a buffer that is in a list and that no array looks at."""
+
+
 class _Buffers:
-    """Free buffers of one pass by how many numbers they hold."""
+    """Those of one pass by how many numbers they hold."""
 
     def __init__(self) -> None:
-        self.free: dict[int, list[np.ndarray]] = {}
-        self.bytes = 0
-        self.over = False
+        self._all: dict[int, list[np.ndarray]] = {}
+        self._lock = Lock()
 
-    def take(self, count: int) -> np.ndarray:
-        """One of this size, with anything in it."""
-        found = self.free.get(count)
-        if found:
-            self.bytes -= 4 * count
-            if len(found) == 1:
-                del self.free[count]
-            return found.pop()
-        # A copy of nothing takes MLX a tenth of the time of an operation that fills.
-        return np.array(mx.array(np.empty(count, np.float32)), copy=False)
+    def lend(self, count: int) -> np.ndarray:
+        """A buffer of this size with anything in it, until nobody looks at it any more."""
+        with self._lock:
+            mine = self._all.get(count, [])
+            for place in range(len(mine)):
+                if _uses(mine, place) == UNUSED:
+                    return mine[place][:]
+            self._trim()
+            # A copy of nothing takes MLX a tenth of the time of an operation that fills.
+            new = np.array(mx.array(np.empty(count, np.float32)), copy=False)
+            self._all.setdefault(count, []).append(new)
+            return new[:]
 
-    def give(self, buffer: np.ndarray) -> None:
-        """It is free."""
-        if self.over:
-            return
-        self.free.setdefault(buffer.size, []).append(buffer)
-        self.bytes += buffer.nbytes
-        while self.bytes > SPARE:
-            self._let_go_of_one()
+    def _trim(self) -> None:
+        """Give MLX back what is free beyond `SPARE`."""
+        free = {size: self._free(buffers) for size, buffers in self._all.items()}
+        total = sum(4 * size * len(places) for size, places in free.items())
+        while total > SPARE:
+            # Those that will not fit first; then of the size of which there are most: of others all
+            # may be needed again.
+            size = max(
+                free, key=lambda size: (4 * size > SPARE and bool(free[size]), len(free[size]))
+            )
+            self._all[size].pop(free[size].pop())
+            total -= 4 * size
 
-    def _let_go_of_one(self) -> None:
-        """Of the size of which there are most: some of the others may be needed sooner."""
-        size = max(self.free, key=lambda size: len(self.free[size]))
-        self.bytes -= self.free[size].pop().nbytes
-        if not self.free[size]:
-            del self.free[size]
+    def _free(self, buffers: list[np.ndarray]) -> list[int]:
+        return [place for place in range(len(buffers)) if _uses(buffers, place) == UNUSED]
 
 
 _buffers = _Buffers()
 
 
-class _Loan:
-    """Owner of a buffer in NumPy's eyes: it goes when the last array that looks at it does."""
-
-    __slots__ = ("__array_interface__", "_buffer", "_buffers")
-
-    def __init__(self, buffers: _Buffers, count: int) -> None:
-        self._buffers, self._buffer = buffers, buffers.take(count)
-        self.__array_interface__ = self._buffer.__array_interface__
-
-    def __del__(self) -> None:
-        self._buffers.give(self._buffer)
-
-
 def room(shape: tuple[int, ...]) -> np.ndarray:
     """An array to be written."""
     count = math.prod(shape)
-    if count < LARGE:
-        return np.empty(shape, np.float32)
-    return np.asarray(_Loan(_buffers, count)).reshape(shape)
+    return np.empty(shape, np.float32) if count < LARGE else _buffers.lend(count).reshape(shape)
 
 
 def lasting(shape: tuple[int, ...]) -> np.ndarray:
@@ -89,10 +85,8 @@ def lasting(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def give_back() -> None:
-    """Give all free buffers back to MLX, for a pass is over; so go those that are still in use."""
+    """Forget all buffers, for a pass is over: each goes with the last array that looks at it."""
     global _buffers
-    _buffers.over = True
-    _buffers.free.clear()
     _buffers = _Buffers()
 
 

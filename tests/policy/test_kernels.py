@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from localrl import backend
 from localrl.backend import kernels
 from localrl.policy import array_attention, array_math
 from localrl.policy.array_attention import Attention
@@ -155,7 +156,7 @@ def everything() -> list[np.ndarray]:
 @pytest.fixture
 def threads():
     """Set the number, which is put back."""
-    before = kernels.set_threads(1)
+    before = backend.describe().threads or 1
     yield kernels.set_threads
     kernels.set_threads(before)
 
@@ -192,10 +193,22 @@ def test_a_child_finds_helpers_of_its_own(threads):
     threads(2)
     weight, x = numbers(3000, 64), numbers(64, 16)
     expected = times(weight, x)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if np.array_equal(times(weight, x), expected) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    over = threading.Event()
+
+    def work_on():
+        while not over.is_set():
+            times(weight, x)
+
+    busy = threading.Thread(target=work_on)  # the child may be born while the team has work
+    busy.start()
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            right = all(np.array_equal(times(weight, x), expected) for _ in range(20))
+            os._exit(0 if right else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    over.set()
+    busy.join()
 
 
 def test_no_thread_is_an_error():
@@ -220,6 +233,8 @@ F = np.float32
         ("swiglu_back", (np.ones(4, F), np.ones(4, F), np.ones(4, F), np.ones(3, F)), ValueError),
         ("softmax", (np.ones((2, 3, 4), F), np.ones((2, 3, 5), F)), ValueError),
         ("softmax", (np.ones((2, 3, 4), F), np.ones((3, 3, 4), F)), ValueError),
+        ("softmax", (np.ones((2, 3, 4), F), np.ones((0, 4), F)), ValueError),
+        ("softmax", (np.ones(4, F), np.ones((4, 1, 4), F)), ValueError),
         ("softmax_back", (np.ones((3, 4), F), np.ones(2, F), np.ones((3, 4), F), 1.0), ValueError),
     ],
 )
