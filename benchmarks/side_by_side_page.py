@@ -247,11 +247,16 @@ mlx-lm's model and `mx.random.categorical`, one call a token, no log-probability
 localrl's BLAS. Made by `benchmarks/decode.py`.
 
 {chr(10).join(rows)}"""
-    if (DOCS / "decode.png").is_file():
-        yield """![Time of a token over its place](decode.png)
+    if (HERE / "decode_long.json").is_file():
+        told = json.loads((HERE / "decode_long.json").read_text())["fit"]
+        fit = f"{told['a_ms']:.1f} ms {1e3 * told['b_ms']:+.0f} us x rows"
+        fit += f" {1e3 * told['c_ms']:+.1f} us x rows x tokens before it"
+        yield f"""![Time of a token over its place](decode.png)
 
-Up to 64 rows and 2,048 tokens. Dotted: a + b rows + c rows T, with T tokens before it, fitted
-(`localrl bench` does so on your machine)."""
+Up to 64 rows and 2,048 tokens, from `decode.py --rows 1,4,16,64 --tokens 2048 --plot`. Dotted:
+{fit}, fitted to all four,
+{100 * told["residual"]:.0f} % from what was measured (root mean square). `localrl bench` fits
+your machine."""
 
 
 def profiles() -> Iterable[str]:
@@ -262,14 +267,14 @@ def profiles() -> Iterable[str]:
         yield f"""## Where localrl's time goes
 
 Reading the weights (29 MB) once for every token is the floor of decoding; the 33 matrix products of
-a token are about half of its time; norms, rotations, softmax and attention are the rest. In the
-update they are a third; the rest are elementwise operations, which NumPy does on one core where
-PyTorch uses both, and attention, which behind 500 tokens takes nearly half. Of the memory, 90 MiB
+a token are about half of its time, attention to what came before and the start of many small
+operations most of the rest. In the update products are a third; norms, rotations, gates and
+attention, all in C on both cores, the larger part of what is left. Of the memory, 90 MiB
 are Python, NumPy, MLX and mlx-lm, 40 MiB two child processes (rewards, templates); then come the
 weights, twice while rows are decoded, and what an update keeps, which `memory.micro_rows` makes
 smaller.
 
-A step with a prompt of 20 tokens, and with one of 500:
+The quickest of five runs each, a step with a prompt of 20 tokens and one with 500:
 
 {(chr(10) * 2).join(told)}"""
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import within
 
 from localrl.embedded import embedded_model_path
 from localrl.errors import ConfigError
@@ -35,7 +33,8 @@ def model_missing(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_trains_with_the_command_in_its_readme(name, tmp_path):
+def test_an_example_trains_with_the_command_in_its_readme(name, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     if reason := model_missing(name):
         pytest.skip(reason)
     folder = tmp_path / "examples" / name
@@ -45,14 +44,8 @@ def test_an_example_trains_with_the_command_in_its_readme(name, tmp_path):
     assert command, "the README has no command of that form"
     goes_there = f"    cd examples/{name}\n" in readme
     settings = [part for setting in SMALL for part in ("--set", setting)]
-    done = subprocess.run(
-        [sys.executable, "-m", "localrl", *command[1].split(), "--steps", "1", *settings],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=folder if goes_there else tmp_path,
-        env={**os.environ, "COLUMNS": "100"},
-    )
+    words = (*command[1].split(), "--steps", "1", "--no-supervise", *settings)
+    done = within.localrl(capfd, *words, cwd=folder if goes_there else tmp_path)
     if name == "code_tests" and NO_SANDBOX in done.stderr:
         pytest.skip(NO_SANDBOX)
     assert done.returncode == 0, done.stderr
@@ -61,18 +54,13 @@ def test_an_example_trains_with_the_command_in_its_readme(name, tmp_path):
     assert "pass@1" in done.stdout
 
 
-def test_gold_answers_that_are_json_objects_score_1():
+def test_gold_answers_that_are_json_objects_score_1(capfd):
     if reason := model_missing("json_calls"):
         pytest.skip(reason)
     check = "tasks check calls.jsonl --reward json --model turns-0.1m"
     assert f"    localrl {check}\n" in (EXAMPLES / "json_calls" / "README.md").read_text()
-    done = subprocess.run(
-        [sys.executable, "-m", "localrl", *check.split(), "-n", "0"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=EXAMPLES / "json_calls",
-    )
+    words = (*check.split(), "-n", "0")
+    done = within.localrl(capfd, *words, cwd=EXAMPLES / "json_calls")
     assert "gold answers: 180 of 180 score 1" in done.stdout, done.stderr
 
 

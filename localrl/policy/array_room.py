@@ -1,8 +1,8 @@
 """Where large arrays lie: in MLX's memory, where they are counted, and where they are used again.
 
-A layer's arrays have the sizes of the one before. Buffers are kept for the length of a pass, and one
-that nobody looks at any more is lent to the next array of its size; MLX, which can't give memory
-that it does not fill, is asked for the first only.
+A layer's arrays have the sizes of the one before. Buffers are kept for the length of a pass, and
+one that nobody looks at any more is lent to the next array of its size; MLX, which can't give
+memory that it does not fill, is asked for the first only.
 """
 
 from __future__ import annotations

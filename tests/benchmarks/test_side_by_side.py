@@ -155,6 +155,7 @@ def test_a_tool_is_judged_by_its_best_rate():
         tried("other", 1e-3, None),
     ]
     text = to_target.section(results)
-    assert "| localrl | 0.001 | 20 | 1.0 | 1,000 | 20 | 3 of 3 |" in text
-    assert "| TRL | 0.01 | 60 | 3.0 | 1,000 | 20 | 2 of 3 |" in text
+    assert "| localrl | 0.001 | 20 | 10, 20, 30 | 1.0 | 1,000 | 20 |" in text
+    assert "| TRL | 0.01 | 60 | 50, 60, never | 3.0 | 1,000 | 20 |" in text
+    assert "The quickest of them as it comes takes 3.0 times as long." in text
     assert "| other | 0.001 | not reached, at most 0.50 |" in text

@@ -1,4 +1,4 @@
-"""The command as a user meets it: real processes, exit codes, both output streams."""
+"""The command as a user meets it: exit codes, both output streams, for the most real processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import within
 
 SMALL = (
     "rollout.prompts_per_step=2",
@@ -56,11 +57,12 @@ def test_a_run_without_a_terminal_prints_plain_lines(tiny_folder, tmp_path):
         ("adaptive-tree", "x 1 to 4 completions of"),
     ],
 )
-def test_every_strategy_trains(tiny_folder, tmp_path, strategy, told):
+def test_every_strategy_trains(tiny_folder, tmp_path, capfd, strategy, told):
     out = tmp_path / "run"
     sizes = ("--set", "rollout.group_size=4", "--set", "rollout.roots=1")
     run = ("--model", tiny_folder, "--rollouts", strategy, "--steps", 3, "--out", out)
-    done = localrl("train", *run, *settings(), *sizes)
+    words = ("train", *run, *settings(), *sizes, "--no-supervise")
+    done = within.localrl(capfd, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert told in done.stderr
     assert "step 3/3" in done.stderr
@@ -68,22 +70,22 @@ def test_every_strategy_trains(tiny_folder, tmp_path, strategy, told):
     assert resolved["rollout"]["strategy"] == strategy
 
 
-def test_without_out_a_new_folder_is_made_each_time(tiny_folder, tmp_path):
-    for _ in range(2):
-        done = localrl("train", "--model", tiny_folder, "--steps", 1, *settings(), cwd=tmp_path)
+def test_a_run_has_a_folder_of_its_own(tiny_folder, tmp_path, capfd):
+    arguments = ("train", "--model", tiny_folder, "--steps", 1, "--no-supervise", *settings())
+
+    def train(*more):
+        return within.localrl(capfd, *arguments, *more, cwd=tmp_path)
+
+    for _ in range(2):  # nothing is named: a new one each time
+        done = train()
         assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"steps-1", "steps-2"}
-
-
-def test_an_existing_folder_is_refused_and_overwrite_keeps_the_old(tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    arguments = ("train", "--model", tiny_folder, "--steps", 1, "--out", out, *settings())
-    assert localrl(*arguments).returncode == 0
-    refused = localrl(*arguments)
+    runs = tmp_path / "runs"
+    assert {path.name for path in runs.iterdir()} == {"steps-1", "steps-2"}
+    refused = train("--out", runs / "steps-1")
     assert refused.returncode == 2
     assert "--overwrite" in refused.stderr
-    assert localrl(*arguments, "--overwrite").returncode == 0
-    old = [path for path in tmp_path.iterdir() if path.name.startswith("run.old-")]
+    assert train("--out", runs / "steps-1", "--overwrite").returncode == 0
+    old = [path for path in runs.iterdir() if path.name.startswith("steps-1.old-")]
     assert len(old) == 1
     assert (old[0] / "adapter" / "adapters.safetensors").is_file()
 
@@ -118,8 +120,8 @@ def test_an_existing_folder_is_refused_and_overwrite_keeps_the_old(tiny_folder, 
         (["nonsense"], 2, "No such command"),
     ],
 )
-def test_bad_input_is_one_clear_error(tmp_path, arguments, code, message):
-    done = localrl(*arguments, cwd=tmp_path)
+def test_bad_input_is_one_clear_error(tmp_path, capfd, arguments, code, message):
+    done = within.localrl(capfd, *arguments, cwd=tmp_path)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr

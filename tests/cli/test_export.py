@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx_lm
 import pytest
 from click.testing import CliRunner
 
@@ -76,15 +77,19 @@ def test_a_fused_model_says_how_much_was_kept_and_is_read_by_mlx_lm(run):
     refused = localrl("export", run, "--fused")
     assert refused.returncode == 2
     assert "exists and is not empty" in refused.stderr
-    generate = Path(sys.executable).with_name("mlx_lm.generate")
-    options = ("--prompt", PROMPT, "--temp", "0", "--max-tokens", "40", "--verbose", "False")
-    fused = command(generate, "--model", run / "fused", *options)
-    adapted = command(
-        *(generate, "--model", embedded_model_path(), "--adapter-path", run / "adapter", *options)
-    )
-    assert fused.returncode == adapted.returncode == 0, fused.stderr + adapted.stderr
-    assert "#" in fused.stdout
-    assert fused.stdout == adapted.stdout
+    fused, adapted = written(run / "fused"), written(embedded_model_path(), run / "adapter")
+    assert "#" in fused
+    assert fused == adapted
+
+
+def written(model: Path, adapter: Path | None = None) -> str:
+    """The likeliest answer, by mlx-lm alone."""
+    loaded, tokenizer = mlx_lm.load(
+        str(model), adapter_path=None if adapter is None else str(adapter)
+    )[:2]
+    messages = [{"role": "user", "content": PROMPT}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return mlx_lm.generate(loaded, tokenizer, prompt, max_tokens=40)
 
 
 def test_packing_again_is_asked_for_and_its_loss_is_told(run, tmp_path):

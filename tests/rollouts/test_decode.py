@@ -51,7 +51,7 @@ def test_sampled_logprobs_and_entropies_equal_a_full_forward(policy, examples, t
     assert_exact(policy, groups, temperature)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 7, 29])
+@pytest.mark.parametrize("rows", [1, 4, 29])
 def test_the_rows_decoded_at_once_change_nothing(policy, examples, rows):
     whole, _ = sample(policy, examples, rows=30)
     parts, counts = sample(policy, examples, rows=rows)

@@ -399,8 +399,7 @@ def assert_same(one, other):
         assert np.array_equal(a.logprobs, b.logprobs)
 
 
-@pytest.mark.parametrize("rows", [5, 64])
-@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize(("rows", "loops"), [(5, True), (64, False)])
 def test_rules_that_never_apply_change_nothing(policy, rows, loops):
     free = decode(policy, None, rows=rows)
     stops = make_stops(policy.tokenizer, loops=loops, text=NEVER)
@@ -449,14 +448,13 @@ def middle(policy, paths, begin, end):
 
 @pytest.mark.parametrize("rows", [3, 64])
 def test_the_stop_text_ends_its_completion_and_changes_nothing_before(policy, rows):
-    free = decode(policy, None, roots=6, temperature=0.7)
+    sizes = {"roots": 6, "temperature": 0.7, "tokens": 40}
+    free = decode(policy, None, **sizes)
     text = middle(policy, free, 5, 7)
     stops = make_stops(policy.tokenizer, loops=True, text=text)
     read = policy.tokenizer.decode
     closed = 0
-    for whole, part in zip(
-        free, decode(policy, stops, roots=6, rows=rows, temperature=0.7), strict=True
-    ):
+    for whole, part in zip(free, decode(policy, stops, rows=rows, **sizes), strict=True):
         assert part.ids == whole.ids[: len(part.ids)]
         np.testing.assert_allclose(part.logprobs, whole.logprobs[: len(part.ids)], atol=1e-4)
         assert (part.end == "closed") == (text in read(part.ids))

@@ -154,13 +154,13 @@ def test_rewards_load_and_judge_in_a_child():
 
 @pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_finite_sets_and_evaluation_never_share_a_prompt(name, level):
-    task = load_task(f"{name}:{level}", train_prompts=500)
-    examples = [task.train(i) for i in range(500)] + task.evaluation(256)
-    assert len({text(e) for e in examples}) == len({e.id for e in examples}) == 756
+    task = load_task(f"{name}:{level}", train_prompts=200)
+    examples = [task.train(i) for i in range(200)] + task.evaluation(128)
+    assert len({text(e) for e in examples}) == len({e.id for e in examples}) == 328
     assert {e.columns["difficulty"] for e in examples} == {level}
     assert all(e.tracker_key == e.id for e in examples)
     endless = load_task(name, train_prompts=0)
-    assert not {text(e) for e in endless.evaluation(300)} & {text(e) for e in examples[:500]}
+    assert not {text(e) for e in endless.evaluation(300)} & {text(e) for e in examples[:200]}
     assert endless.train(level - 1).tracker_key == f"{name}/{level}"
 
 
