@@ -1,12 +1,14 @@
 """The same where NumPy computes the model on the CPU, and `policy.array_pass` decides what is kept.
 
-Nothing here grows with the square of a length: scores exist for one part of the queries at a time.
+Nothing here grows with the square of a length: scores exist for one part of the queries at a time,
+and where attention is in C, hardly any.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from localrl.backend import kernels
 from localrl.memory.sizes import FULL, Sizes
 
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
@@ -19,6 +21,8 @@ SCORE_COPIES = 2.0
 """Arrays as large as the scores at work: weights and their slopes."""
 LOGIT_COPIES = 1.0
 """Arrays as large as a chunk's logits: they become their slope in place."""
+SPARE = 16 << 20
+"""`policy.array_room.SPARE`."""
 MERGED = 128 << 20
 """`policy.array_merged.MOST_BYTES`."""
 FLOAT = 4
@@ -66,9 +70,11 @@ def update_bytes(
         work += inside * extent.largest
     else:
         kept += inside * extent.positions
+    # Buffers of this work that wait for the next array of their size.
+    spare = min(SPARE, FLOAT * work)
     scores = SCORE_COPIES * FLOAT * scores_at_once(sizes, extent)
     head = max(0.0, LOGIT_COPIES * logits - FLOAT * work - scores)
-    return FLOAT * (sizes.layers * kept + work), scores, head
+    return FLOAT * (sizes.layers * kept + work) + spare, scores, head
 
 
 def prefill_bytes(sizes: Sizes, extent: Extent) -> float:
@@ -85,9 +91,16 @@ def merged_bytes(sizes: Sizes) -> int:
 
 
 def scores_at_once(sizes: Sizes, extent: Extent) -> int:
-    """Scores of as many rows as `array_attention` takes together."""
+    """Scores of as many rows as `array_attention` takes together; in C a few queries' alone."""
+    if attends_in_c(sizes.head_dim):
+        return 0
     row = sizes.heads * min(extent.length, QUERIES) * extent.seen
     return row * min(extent.paths, max(1, SCORES // max(row, 1)))
+
+
+def attends_in_c(head_dim: int) -> bool:
+    """`policy.array_attention` says so too."""
+    return kernels is not None and kernels.WIDE and head_dim % 16 == 0
 
 
 def _inside(sizes: Sizes) -> int:
