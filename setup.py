@@ -4,12 +4,14 @@ import sys
 
 from setuptools import Extension, setup
 
+KERNELS = ["team.h", "arithmetic.h", "columns.h", "attention.h"]
 # `optional` turns a missing compiler into a warning.
 extensions = [
-    Extension("localrl._blas", ["localrl/_blas.c"], optional=True),
+    Extension("localrl._blas", ["localrl/c/blas.c"], optional=True),
     Extension(
         "localrl._kernels",
-        ["localrl/_kernels.c"],
+        ["localrl/c/kernels.c"],
+        depends=[f"localrl/c/{name}" for name in KERNELS],
         # Without the last two a loop with a root or a choice in it is not vectorised.
         extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
         optional=True,

@@ -2,7 +2,7 @@
 
 It goes block by block of queries over the keys that they see, and keeps no scores: for the gradient
 they are computed again, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). In C where that
-was built (`_kernels.c`), else in NumPy.
+was built (`c/attention.h`), else in NumPy.
 """
 
 from __future__ import annotations

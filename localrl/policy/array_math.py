@@ -1,7 +1,7 @@
 """Arithmetic of a transformer's block in NumPy, forward and back, on columns of states.
 
 A state is a column, one for each token: for a few tokens the BLAS is up to twice as fast with the
-weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `_kernels.c`, and
+weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `c/columns.h`, and
 said once more here: for where that could not be built, and to test it by.
 """
 
