@@ -1,8 +1,8 @@
 """Arithmetic of a transformer's block in NumPy, forward and back, on columns of states.
 
 A state is a column, one for each token: for a few tokens the BLAS is up to twice as fast with the
-weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `c/columns.h`, and
-said once more here: for where that could not be built, and to test it by.
+weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `c/columns.h`,
+and said once more here: for where that could not be built, and to test it by.
 """
 
 from __future__ import annotations
