@@ -13,7 +13,8 @@ extensions = [
         ["localrl/c/kernels.c"],
         depends=[f"localrl/c/{name}" for name in KERNELS],
         # Without the last two a loop with a root or a choice in it is not vectorised.
-        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
+        extra_link_args=["-pthread"],
         optional=True,
     ),
 ]

@@ -1,6 +1,6 @@
 """Run the README's first command for several seeds; write docs/demonstration.md and its picture.
 
-    python benchmarks/demonstration.py            # three seeds, about ten minutes on two cores
+    python benchmarks/demonstration.py            # three seeds, about a minute on two cores
 
 Each run is `localrl train --seed S`, a process of its own, with nothing else running.
 """

@@ -45,12 +45,6 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 4,
         "num_key_value_heads": 1, "vocab_size": 50000, "head_dim": 64,
         "tie_word_embeddings": False}, 0),
-    "qwen2 20 M, 8 heads": ({**QWEN, "model_type": "qwen2", "hidden_size": 512,
-        "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 2048}, 0),
-    "qwen3 56 M, vocabulary 152k": ({**QWEN, "hidden_size": 256, "num_hidden_layers": 16,
-        "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "vocab_size": 151936}, 0),
 }  # fmt: skip
 RUNS: tuple[dict[str, Any], ...] = (
     {"group": 8, "prompt": 32, "length": 32},

@@ -25,6 +25,8 @@ from typing import Any
 
 import click
 
+from localrl.runs.logs import read_jsonl
+
 PEERS = Path(__file__).resolve().parent / "peers"
 RESULTS = Path(__file__).resolve().with_suffix(".jsonl")
 TOKENS, GROUP = 64, 8
@@ -206,7 +208,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, RESULTS.open("a") as results:
         work = Path(folder)
         subprocess.run([sys.executable, str(PEERS / "make_model.py"), folder], check=True)
-        for turn in range(rounds):
+        before = max((line["round"] for line in read_jsonl(RESULTS)), default=-1) + 1
+        for turn in range(before, before + rounds):
             for wish in plan(tools, jobs, turn, steps, slow):
                 result = run(wish, turn, found[wish.tool.runner], work, limit_s)
                 results.write(json.dumps(asdict(result)) + "\n")

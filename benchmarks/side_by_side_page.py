@@ -38,6 +38,8 @@ class Line:
     low_s: float
     high_s: float
     """Of the rounds' medians."""
+    times_ours: float
+    """Ratio to localrl's median over the rounds in which both were measured."""
     tokens_per_s: float
     peak_bytes: float
     rounds: int
@@ -54,30 +56,44 @@ def lines(results: list[dict[str, Any]], job: str, blas: bool) -> list[Line]:
     """The table of a job, the fastest first: all tools as installed, or with one BLAS."""
     wanted = [r for r in results if r["job"] == job and (r["blas"] == blas or r["tool"] in OWN)]
     tools = dict.fromkeys(r["tool"] for r in wanted)
-    found = [_line(tool, [r for r in wanted if r["tool"] == tool]) for tool in tools]
+    ours = [r for r in wanted if r["tool"] == "localrl"]
+    found = [_line(tool, [r for r in wanted if r["tool"] == tool], ours) for tool in tools]
     return sorted(found, key=lambda line: line.step_s)
 
 
-def _line(tool: str, runs: list[dict[str, Any]]) -> Line:
+def _line(tool: str, runs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Line:
     good = [run for run in runs if len(run["seconds"]) > 1]
     if not good:
         nothing = float("nan")
         problem = runs[0]["problem"] or "it ended after one step"
-        return Line(tool, float("inf"), nothing, nothing, nothing, nothing, 0, {}, problem)
+        return Line(tool, float("inf"), *[nothing] * 5, 0, {}, problem)
     medians = [median(run["seconds"][1:]) for run in good]
-    step_s = median(s for run in good for s in run["seconds"][1:])
+    step_s = _step_s(good)
+    together = [[r for r in some if r["round"] in _rounds(good, ours)] for some in (good, ours)]
     tokens = median(t for run in good for t in run["tokens"])
     return Line(
         tool,
         step_s,
         min(medians),
         max(medians),
+        _step_s(together[0]) / _step_s(together[1]),
         tokens / step_s,
         median(run["peak_bytes"] for run in good),
         len(good),
         good[0]["counts"][-1] if good[0]["counts"] else {},
         None,
     )
+
+
+def _step_s(runs: list[dict[str, Any]]) -> float:
+    """Median of all steps after each process's first; NaN without any."""
+    steps = [s for run in runs for s in run["seconds"][1:]]
+    return median(steps) if steps else float("nan")
+
+
+def _rounds(*tools: list[dict[str, Any]]) -> set[int]:
+    """Those in which all of them have steps that count."""
+    return set.intersection(*({r["round"] for r in runs if r["seconds"][1:]} for runs in tools))
 
 
 def table(found: list[Line]) -> str:
@@ -92,7 +108,7 @@ def table(found: list[Line]) -> str:
             rows.append(f"| {line.tool} | failed: {line.problem} | | | | | |")
             continue
         rows.append(
-            f"| {line.tool} | {line.step_s:.2f} | {line.step_s / ours.step_s:.2f} "
+            f"| {line.tool} | {line.step_s:.2f} | {line.times_ours:.2f} "
             f"| {line.low_s:.2f} to {line.high_s:.2f} ({line.rounds}) | {line.tokens_per_s:.0f} "
             f"| {line.peak_bytes / 2**20:.0f} | {line.peak_bytes / ours.peak_bytes:.2f} |"
         )
@@ -102,17 +118,14 @@ def table(found: list[Line]) -> str:
 def sentence(found: list[Line]) -> str:
     """What a table says, in one line."""
     by_tool = {line.tool: line for line in found if not line.problem}
-    ours = by_tool.pop("localrl", None)
-    if ours is None:
+    if by_tool.pop("localrl", None) is None:
         return "localrl was not measured."
     said = []
     if trl := by_tool.pop("TRL", None):
-        said.append(f"TRL's step takes {trl.step_s / ours.step_s:.1f} times as long as localrl's")
+        said.append(f"TRL's step takes {trl.times_ours:.1f} times as long as localrl's")
     if by_tool:
-        best = min(by_tool.values(), key=lambda line: line.step_s)
-        said.append(
-            f"the fastest MLX tool's ({best.tool}) {best.step_s / ours.step_s:.1f} times as long"
-        )
+        best = min(by_tool.values(), key=lambda line: line.times_ours)
+        said.append(f"the fastest MLX tool's ({best.tool}) {best.times_ours:.1f} times as long")
     return "; ".join(said) + "." if said else ""
 
 
@@ -125,7 +138,7 @@ def aims(results: list[dict[str, Any]]) -> str:
         own = [line for line in found.values() if (line.tool == "TRL") == (rival == "TRL")]
         if ours is None or not own:
             continue
-        ratio = min(line.step_s for line in own) / ours.step_s
+        ratio = min(line.times_ours for line in own)
         with_blas = "" if rival == "TRL" else ", one BLAS" if blas else ", as installed"
         what = f"{TITLES[job].lower()}{with_blas}: {aim:g} times as fast as {rival}"
         rows.append(f"| {what} | {ratio:.1f}{'' if ratio >= aim else ', not reached'} |")
@@ -203,9 +216,11 @@ def page(results: list[dict[str, Any]], about: dict[str, Any], rest: Iterable[st
 The same random Qwen3 (7.3 million weights, 8 layers, 256 wide, vocabulary 4,096), the same prompts,
 8 completions of 64 tokens of one prompt in a step, the same reward, LoRA of rank 8 on all linear
 layers, Adam, float32. Every measurement is a process of its own, with nothing else running; the
-tools take turns over the rounds. "Seconds a step" is the median of all steps after each process's
-first; "times ours" is the ratio to localrl's median. "MiB" is the median over rounds of the most
-resident memory that a process and its children held together, imports included.
+tools take turns over the rounds, of which some hold localrl and TRL alone. "Seconds a step" is the
+median of all steps after each process's first; "times ours" is the ratio to localrl's median in the
+rounds that both were in, for the machine's speed changes from hour to hour. "MiB" is the median
+over rounds of the most resident memory that a process and its children held together, imports
+included.
 
 Measured on: {about["machine"]}, {about["cores"]} cores, {about["started"]}; load average when a
 measurement began {min(loads):.1f} to {max(loads):.1f}.
@@ -266,10 +281,9 @@ def profiles() -> Iterable[str]:
     if told:
         yield f"""## Where localrl's time goes
 
-Reading the weights (29 MB) once for every token is the floor of decoding; the 33 matrix products of
-a token are about half of its time, attention to what came before and the start of many small
-operations most of the rest. In the update products are a third; norms, rotations, gates and
-attention, all in C on both cores, the larger part of what is left. Of the memory, 90 MiB
+Reading the weights (29 MB) once for every token is the floor of decoding: that are 33 matrix
+products, then attention to what came before and the start of many small operations. In the update
+all but the products of many columns is in C, on both cores. Of the memory, 90 MiB
 are Python, NumPy, MLX and mlx-lm, 40 MiB two child processes (rewards, templates); then come the
 weights, twice while rows are decoded, and what an update keeps, which `memory.micro_rows` makes
 smaller.

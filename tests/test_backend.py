@@ -285,7 +285,7 @@ def test_install_without_a_compiler_works_and_names_the_mend(tmp_path: Path) -> 
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     env = {**os.environ, "CC": "/nonexistent/cc"}
     subprocess.run([*pip, "--target", str(target), str(source)], env=env, check=True, timeout=300)
-    assert not list(target.glob("localrl/_blas*.so"))
+    assert not list(target.glob("localrl/*.so"))
 
     # -S: an editable install of localrl beside it would lend its own compiled module.
     packages = str(Path(np.__file__).parents[1])

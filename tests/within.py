@@ -32,5 +32,5 @@ def localrl(capture: pytest.CaptureFixture[str], *arguments: Any, cwd: Path) -> 
     finally:
         os.chdir(before)
     out, err = capture.readouterr()
-    code = ended.value.code
-    return Done(code if isinstance(code, int) else 0, out, err)
+    assert isinstance(ended.value.code, int)
+    return Done(ended.value.code, out, err)

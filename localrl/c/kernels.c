@@ -1,7 +1,7 @@
 /* localrl._kernels: steps of a transformer's block that NumPy would take several passes for.
  *
- * Every function has its counterpart in `policy/array_math.py`, which says what it computes and is
- * used where this module could not be built. Arrays are float32 and contiguous; states are columns,
+ * Every function has its counterpart in `policy/array_math.py` or `array_attention.py`, which says
+ * what it computes and is used where this module could not be built. Arrays are float32 and contiguous; states are columns,
  * (.., d, n) for n tokens. Results are written into arrays that the caller gives.
  */
 #define PY_SSIZE_T_CLEAN
