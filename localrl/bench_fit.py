@@ -15,7 +15,10 @@ LONG = 32
 
 @dataclass(frozen=True)
 class Fit:
-    """step time = a + b rows + c rows length, in ms; length in tokens, the prompt included."""
+    """step time = a + b rows + c rows length, in ms; length in tokens, the prompt included.
+
+    No factor is below 0.
+    """
 
     a_ms: float
     b_ms: float
@@ -40,7 +43,22 @@ def fit(steps: Mapping[int, np.ndarray], prompt_tokens: int) -> Fit | None:
             equations.append([1.0, rows, *([rows * places[span].mean()] if with_length else [])])
             times.append(1e3 * seconds[span].mean())
     terms, wanted = np.array(equations), np.array(times)
-    found = np.linalg.lstsq(terms / wanted[:, None], np.ones(len(wanted)), rcond=None)[0]
+    found = _no_less_than_nothing(terms / wanted[:, None])
     wrong = terms @ found / wanted - 1
     a, b = map(float, found[:2])
     return Fit(a, b, float(found[2]) if with_length else None, float(np.sqrt((wrong**2).mean())))
+
+
+def _no_less_than_nothing(shares: np.ndarray) -> np.ndarray:
+    """Factors (n,) of at least 0 with which the shares (m, n) come nearest to 1 together.
+
+    What noise makes negative is left out, and the others are fitted again.
+    """
+    found, left = np.zeros(shares.shape[1]), np.arange(shares.shape[1])
+    while len(left):
+        factors = np.linalg.lstsq(shares[:, left], np.ones(len(shares)), rcond=None)[0]
+        if (factors >= 0).all():
+            found[left] = factors
+            break
+        left = np.delete(left, factors.argmin())
+    return found

@@ -86,6 +86,14 @@ def test_the_fit_finds_what_the_times_are_made_of():
     assert found.residual < 1e-9
 
 
+def test_no_term_of_the_fit_is_below_nothing():
+    found = fit({1: np.full(8, 0.003), 2: np.full(8, 0.0029)}, prompt_tokens=4)
+    assert found is not None
+    assert found.b_ms == 0
+    assert found.a_ms == pytest.approx(2.95, abs=0.01)
+    assert 0 < found.residual < 0.02
+
+
 def test_short_completions_have_no_term_for_their_length():
     found = fit({1: np.full(8, 0.003), 3: np.full(8, 0.005)}, prompt_tokens=4)
     assert found is not None

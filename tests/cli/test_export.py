@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx_lm
 import pytest
 from click.testing import CliRunner
 
@@ -21,6 +20,16 @@ from localrl.sharing.fused import export_fused
 from localrl.train import train
 
 PROMPT = "sum 80 55 75 77"
+GENERATE = """
+import sys, mlx_lm
+fused, model, adapter, prompt = sys.argv[1:]
+for places in ((fused, {}), (model, {"adapter_path": adapter})):
+    loaded, tokenizer = mlx_lm.load(places[0], **places[1])
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    print("\\n---\\n" + mlx_lm.generate(loaded, tokenizer, ids, max_tokens=40), end="")
+"""
+"""The likeliest answers, by mlx-lm alone."""
 
 
 def command(*arguments):
@@ -77,19 +86,12 @@ def test_a_fused_model_says_how_much_was_kept_and_is_read_by_mlx_lm(run):
     refused = localrl("export", run, "--fused")
     assert refused.returncode == 2
     assert "exists and is not empty" in refused.stderr
-    fused, adapted = written(run / "fused"), written(embedded_model_path(), run / "adapter")
+    arguments = (run / "fused", embedded_model_path(), run / "adapter", PROMPT)
+    done = command(sys.executable, "-c", GENERATE, *arguments)
+    assert done.returncode == 0, done.stderr
+    fused, adapted = done.stdout.split("\n---\n")[1:]
     assert "#" in fused
     assert fused == adapted
-
-
-def written(model: Path, adapter: Path | None = None) -> str:
-    """The likeliest answer, by mlx-lm alone."""
-    loaded, tokenizer = mlx_lm.load(
-        str(model), adapter_path=None if adapter is None else str(adapter)
-    )[:2]
-    messages = [{"role": "user", "content": PROMPT}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return mlx_lm.generate(loaded, tokenizer, prompt, max_tokens=40)
 
 
 def test_packing_again_is_asked_for_and_its_loss_is_told(run, tmp_path):
