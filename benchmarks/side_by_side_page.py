@@ -141,7 +141,7 @@ def aims(results: list[dict[str, Any]]) -> str:
         ratio = min(line.times_ours for line in own)
         with_blas = "" if rival == "TRL" else ", one BLAS" if blas else ", as installed"
         what = f"{TITLES[job].lower()}{with_blas}: {aim:g} times as fast as {rival}"
-        rows.append(f"| {what} | {ratio:.1f}{'' if ratio >= aim else ', not reached'} |")
+        rows.append(f"| {what} | {ratio:.2f}{'' if ratio >= aim else ', not reached'} |")
     for job in TITLES:
         found = sorted(lines(results, job, True), key=lambda line: line.peak_bytes)
         first = next((line.tool for line in found if not line.problem), None)
@@ -288,7 +288,7 @@ are Python, NumPy, MLX and mlx-lm, 40 MiB two child processes (rewards, template
 weights, twice while rows are decoded, and what an update keeps, which `memory.micro_rows` makes
 smaller.
 
-The quickest of five runs each, a step with a prompt of 20 tokens and one with 500:
+`localrl bench --rows 8 --tokens 64 --repeats 9 --profile`, with prompts of 20 and of 500 tokens:
 
 {(chr(10) * 2).join(told)}"""
 
