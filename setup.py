@@ -12,7 +12,7 @@ extensions = [
         "localrl._kernels",
         ["localrl/c/kernels.c"],
         depends=[f"localrl/c/{name}" for name in KERNELS],
-        # Without the last two a loop with a root or a choice in it is not vectorised.
+        # With `-fmath-errno` or traps a loop with a root or a choice in it is not vectorised.
         extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
         extra_link_args=["-pthread"],
         optional=True,

@@ -281,7 +281,7 @@ def profiles() -> Iterable[str]:
     if told:
         yield f"""## Where localrl's time goes
 
-Reading the weights (29 MB) once for every token is the floor of decoding: that are 33 matrix
+Reading the weights (29 MB) once for every token is the floor of decoding: those are 33 matrix
 products, then attention to what came before and the start of many small operations. In the update
 all but the products of many columns is in C, on both cores. Of the memory, 90 MiB
 are Python, NumPy, MLX and mlx-lm, 40 MiB two child processes (rewards, templates); then come the

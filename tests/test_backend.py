@@ -282,6 +282,7 @@ def test_where_the_one_part_was_built_the_other_was_too() -> None:
     assert backend.kernels is not None
 
 
+@linux_cpu
 def test_install_without_a_compiler_works_and_names_the_mend(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")  # pyproject.toml asks for it
     source, target = tmp_path / "source", tmp_path / "target"

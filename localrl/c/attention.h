@@ -26,18 +26,27 @@ INLINE void transpose(const float *restrict rows, float *restrict out, Py_ssize_
     }
 }
 
+/* Rows of weights times 16 columns: eight at once, or one after another. */
+INLINE void some_rows_times(const float *weight, Py_ssize_t weight_step, const float *columns,
+                            Py_ssize_t columns_step, float *restrict out, Py_ssize_t out_step,
+                            Py_ssize_t rows, Py_ssize_t k)
+{
+    if (rows == ROWS) {
+        rows_times(weight, weight_step, columns, columns_step, out, out_step, ROWS, k, LANES);
+        return;
+    }
+    for (Py_ssize_t r = 0; r < rows; r++) {
+        rows_times(weight + r * weight_step, weight_step, columns, columns_step,
+                   out + r * out_step, out_step, 1, k, LANES);
+    }
+}
+
 /* x (rows, d) times columns (d, room), for the first n columns, whole vectors of them. */
 INLINE void tile(const float *x, const float *columns, float *restrict out, Py_ssize_t rows,
                  Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
 {
     for (Py_ssize_t t = 0; t < n; t += LANES) {
-        if (rows == ROWS) {
-            rows_times(x, d, columns + t, room, out + t, room, ROWS, d, LANES);
-        } else {
-            for (Py_ssize_t r = 0; r < rows; r++) {
-                rows_times(x + r * d, d, columns + t, room, out + r * room + t, room, 1, d, LANES);
-            }
-        }
+        some_rows_times(x, d, columns + t, room, out + t, room, rows, d);
     }
 }
 
@@ -46,13 +55,7 @@ INLINE void gathered(const float *weights, const float *x, float *restrict out, 
                      Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
 {
     for (Py_ssize_t i = 0; i < d; i += LANES) {
-        if (rows == ROWS) {
-            rows_times(weights, room, x + i, d, out + i, d, ROWS, n, LANES);
-        } else {
-            for (Py_ssize_t r = 0; r < rows; r++) {
-                rows_times(weights + r * room, room, x + i, d, out + r * d + i, d, 1, n, LANES);
-            }
-        }
+        some_rows_times(weights, room, x + i, d, out + i, d, rows, n);
     }
 }
 

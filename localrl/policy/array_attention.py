@@ -63,7 +63,7 @@ class Attention:
             kernels.attend_back(*given, *slopes, self.scale)
             return slopes
         by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
-        scratch = room((self._most,))
+        scratch = room((self._rows * self._each,))
         for rows, block, seen, weights in self._blocks():
             mine, inner = _folded(slope[rows, :, :, block]), _folded(within[rows, :, :, block])
             by_values[rows, :, seen] += weights.swapaxes(-1, -2) @ mine
@@ -82,23 +82,20 @@ class Attention:
         return kernels is not None and kernels.WIDE and self.keys.shape[-1] % 16 == 0
 
     @cached_property
+    def _each(self) -> int:
+        """Scores of one row's block, at most."""
+        _, heads, more, length, _ = self.queries.shape
+        return heads * more * min(length, QUERIES) * self.keys.shape[2]
+
+    @property
     def _rows(self) -> int:
         """Rows whose scores exist at once."""
-        _, heads, more, length, _ = self.queries.shape
-        each = heads * more * min(length, QUERIES) * self.keys.shape[2]
-        return max(1, SCORES // max(each, 1))
-
-    @cached_property
-    def _most(self) -> int:
-        """Scores of a block, at most."""
-        count, heads, more, length, _ = self.queries.shape
-        each = heads * more * min(length, QUERIES) * self.keys.shape[2]
-        return min(self._rows, count) * each
+        return min(len(self.queries), max(1, SCORES // max(self._each, 1)))
 
     def _blocks(self) -> Iterator[tuple[slice, slice, slice, np.ndarray]]:
         """Rows, their queries, the keys that these see, and the weights (rows, h, r * L, T)."""
         count, _, _, length, _ = self.queries.shape
-        scratch = room((self._most,))
+        scratch = room((self._rows * self._each,))
         for start in range(0, length, QUERIES):
             block = slice(start, min(start + QUERIES, length))
             for first in range(0, count, self._rows):

@@ -71,10 +71,10 @@ def test_every_strategy_trains(tiny_folder, tmp_path, capfd, strategy, told):
 
 
 def test_a_run_has_a_folder_of_its_own(tiny_folder, tmp_path, capfd):
-    arguments = ("train", "--model", tiny_folder, "--steps", 1, "--no-supervise", *settings())
+    arguments = ("train", "--model", tiny_folder, "--steps", 1, *settings())
 
     def train(*more):
-        return within.localrl(capfd, *arguments, *more, cwd=tmp_path)
+        return within.localrl(capfd, *arguments, "--no-supervise", *more, cwd=tmp_path)
 
     for _ in range(2):  # nothing is named: a new one each time
         done = train()
@@ -84,7 +84,7 @@ def test_a_run_has_a_folder_of_its_own(tiny_folder, tmp_path, capfd):
     refused = train("--out", runs / "steps-1")
     assert refused.returncode == 2
     assert "--overwrite" in refused.stderr
-    assert train("--out", runs / "steps-1", "--overwrite").returncode == 0
+    assert localrl(*arguments, "--out", runs / "steps-1", "--overwrite").returncode == 0
     old = [path for path in runs.iterdir() if path.name.startswith("steps-1.old-")]
     assert len(old) == 1
     assert (old[0] / "adapter" / "adapters.safetensors").is_file()
