@@ -13,6 +13,7 @@ from localrl import backend
 from localrl.config import RunConfig
 from localrl.embedded import EMBEDDED_MODEL
 from localrl.errors import ConfigError
+from localrl.gguf.reader import is_gguf
 from localrl.memory.calibration import key_of, recall
 from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, in_arrays
 from localrl.memory.known import find_known
@@ -125,7 +126,7 @@ def outlook(config: RunConfig, machine: Machine) -> Outlook:
 def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
     """Sizes of a model on this machine, of a config.json, or of a well-known one."""
     file = Path(name) if name else None
-    if file is not None and file.is_file():
+    if file is not None and file.is_file() and not is_gguf(file):
         config = read_object(file)
     else:
         try:

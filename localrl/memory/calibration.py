@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from localrl.backend import mx
+from localrl.cache import cache_folder
 from localrl.memory.array_estimate import attends_in_c
 from localrl.memory.estimate import Coefficients, Estimate, Job, in_arrays
 from localrl.memory.sizes import Sizes
@@ -102,11 +102,8 @@ def remember(key: str, coefficients: Coefficients, file: Path | None = None) -> 
 
 
 def store() -> Path:
-    """The file: in the user's cache folder, as the system names it."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    mac = Path.home() / "Library" / "Caches"
-    folder = Path(home) if home else mac if sys.platform == "darwin" else Path.home() / ".cache"
-    return folder / "localrl" / "memory.json"
+    """The file, in localrl's cache."""
+    return cache_folder() / "memory.json"
 
 
 def _checked(linear: float, quadratic: float, head: float) -> Coefficients | None:

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from localrl.embedded import EMBEDDED_MODELS, embedded_model_path
 from localrl.errors import ConfigError
+from localrl.gguf.convert import as_folder
+from localrl.gguf.reader import is_gguf
 from localrl.policy.files import MODEL_FILES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find_model(name: str | None) -> Path:
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
     """The folder of a model: a path, an embedded model's name, or `user/name` in the Hub's cache.
 
-    None is the embedded model that is trained by default. A folder that exists comes first. The
-    cache is only read: nothing asks the network.
+    None is the embedded model that is trained by default. A folder that exists comes first. A GGUF
+    file becomes a folder in localrl's cache, once. The Hub's cache is only read: nothing asks the
+    network.
 
-    Raises: ConfigError when the model is not on this machine.
+    tell: gets a line when a GGUF file is converted.
+
+    Raises: ConfigError when the model is not on this machine, or a GGUF file cannot be read.
     """
     if name is None:
         return embedded_model_path()
     folder = Path(name).expanduser()
     if name in EMBEDDED_MODELS and not folder.is_dir():
         return embedded_model_path(name)
+    if is_gguf(folder):
+        return as_folder(folder, tell)
     if folder.is_dir() or not _HUB_NAME.fullmatch(name):
         return folder
     found = _cached(name)
