@@ -125,7 +125,8 @@ def _part(file: GGUF, tensor: Tensor, raw: np.ndarray) -> Converted:
     if tensor.type.name in _EXACT:
         return Converted(arrays, bits)
     exact = found.integers * found.scales[:, None] + found.biases[:, None]
-    rounded = found.integers * np.float32(scales)[:, None] + np.float32(biases)[:, None]
+    rounded = found.integers * scales[:, None].astype(np.float32)
+    rounded += biases[:, None].astype(np.float32)
     return Converted(arrays, bits, _square(rounded - exact), _square(exact))
 
 
