@@ -246,17 +246,13 @@ def _scaling(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | N
         return factors
     if kind == "none":
         return None
+    if kind not in ("linear", "yarn") or factors is not None:
+        raise refused(reader.file.path, f"its rotary positions are scaled in the way {kind!r:.40}")
     factor = reader.number("rope.scaling.factor", old)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor} if factor != 1 else None
-    if kind == "yarn" and factors is None:
-        original = reader.whole("rope.scaling.original_context_length")
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-        }
-    raise refused(reader.file.path, f"its rotary positions are scaled in the way {kind!r:.40}")
+    original = reader.whole("rope.scaling.original_context_length")
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
 
 
 def _llama3(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -159,9 +159,16 @@ def load_model(folder: Path, *, quantize: int = 0, thinking: str = "auto") -> Lo
         raise
     except Exception as error:  # a family's own code meets a configuration that nobody has checked
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
-    if quantize:
+    if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
     return LoadedModel(model, load_tokenizer(folder, thinking=thinking))
+
+
+def _stored_bits(config: Mapping[str, Any]) -> int:
+    """Bits of most matrices of a model that is quantised already; single ones may have others."""
+    settings = config.get("quantization")
+    bits = settings.get("bits") if isinstance(settings, Mapping) else None
+    return bits if isinstance(bits, int) else 0
 
 
 def _told(error: Exception, config: Mapping[str, Any]) -> str:
