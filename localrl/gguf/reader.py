@@ -25,7 +25,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_HEADER = 1 << 28
 """Bytes before the tensors; the largest real headers have some 20 million."""
-MOST_VALUES = 4_000_000
+MOST_VALUES = 3_000_000
 """Metadata values, members of arrays included; the largest vocabularies have some 1.5 million."""
 MOST_STRING = 1_000_000
 """Bytes of one string: as many as of a chat template in a folder."""
@@ -33,10 +33,10 @@ MOST_NAME = 256
 """Bytes of a key or a tensor's name."""
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 4
-DEEPEST = 4
-"""Arrays in arrays."""
 LEAST_TENSOR = 8 + 4 + 8 + 4 + 8
 """Bytes that describe one tensor: length of its name, dimensions, one dimension, type, offset."""
+LEAST_STRING = 8
+"""Bytes of an empty string: its length."""
 LEAST_VALUE = 8 + 4 + 1
 """Bytes of one pair of metadata: length of its key, type, value."""
 MOST_ALIGNMENT = 1 << 16
@@ -61,7 +61,7 @@ class GGUF:
 
     path: Path
     metadata: Mapping[str, Any]
-    """int, float, bool or str; arrays of numbers as NumPy arrays, other arrays as lists."""
+    """int, float, bool or str; arrays of numbers as NumPy arrays, those of texts as lists."""
     tensors: Mapping[str, Tensor]
     data: np.ndarray
     """The whole file as bytes, mapped."""
@@ -212,16 +212,16 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
         if key in found:
             raise refused(cursor.path, f"it has two values for {key!r:.80}")
         kind = cursor.number("<I", f"the type of {key!r:.80}")
-        found[key] = _value(cursor, kind, f"{key!r:.80}", 0)
+        found[key] = _value(cursor, kind, f"{key!r:.80}")
     return found
 
 
-def _value(cursor: _Cursor, kind: int, what: str, depth: int) -> Any:
+def _value(cursor: _Cursor, kind: int, what: str) -> Any:
     cursor.count(1)
     if kind == STRING:
         return cursor.text(what, MOST_STRING)
     if kind == ARRAY:
-        return _array(cursor, what, depth + 1)
+        return _array(cursor, what)
     if kind not in NUMBERS:
         raise refused(cursor.path, f"{what} has the unknown type {kind}")
     if NUMBERS[kind] != "?":
@@ -232,9 +232,7 @@ def _value(cursor: _Cursor, kind: int, what: str, depth: int) -> Any:
     return bool(byte)
 
 
-def _array(cursor: _Cursor, what: str, depth: int) -> Any:
-    if depth > DEEPEST:
-        raise refused(cursor.path, f"{what} has arrays more than {DEEPEST} deep")
+def _array(cursor: _Cursor, what: str) -> Any:
     kind = cursor.number("<I", what)
     length = cursor.number("<Q", what)
     if kind in NUMBERS:
@@ -242,13 +240,12 @@ def _array(cursor: _Cursor, what: str, depth: int) -> Any:
         cursor.check(length * form.itemsize, f"{what} with {length} values")
         cursor.count(length)
         return np.frombuffer(cursor.take(length * form.itemsize, what), form)
-    least = {STRING: 8, ARRAY: 12}.get(kind)
-    if least is None:
-        raise refused(cursor.path, f"{what} has members of the unknown type {kind}")
-    cursor.check(length * least, f"{what} with {length} values")
-    if length > MOST_VALUES:
-        cursor.count(length)
-    return [_value(cursor, kind, what, depth) for _ in range(length)]
+    if kind != STRING:  # llama.cpp reads no arrays of arrays either
+        found = "arrays" if kind == ARRAY else f"the unknown type {kind}"
+        raise refused(cursor.path, f"{what} is an array of {found}")
+    cursor.check(length * LEAST_STRING, f"{what} with {length} values")
+    cursor.count(length)
+    return [cursor.text(what, MOST_STRING) for _ in range(length)]
 
 
 def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
