@@ -58,7 +58,9 @@ LEVELS = {
     "config": 0,
     "errors": 0,
     "backend": 0,
+    "cache": 0,
     "embedded": 0,
+    "packaged": 0,
 }
 """A module imports from lower levels, or from its own folder. `session` opens what `train` uses,
 `sampling` and `evaluate` put rollouts, tasks and what is known of prompts together."""
@@ -94,6 +96,8 @@ SAME_LEVEL = {
     ("config", "errors"),
     ("config", "embedded"),
     ("embedded", "errors"),
+    ("packaged", "cache"),
+    ("packaged", "errors"),
     ("policy", "worker"),
     ("policy", "gguf"),
     ("report", "runs"),

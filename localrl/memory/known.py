@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from localrl.packaged import PACKAGED_MODELS
+
 CONVERTED = "mlx-community"
 """Who publishes models under their own names, converted and quantised by mlx-lm."""
 
@@ -27,8 +29,11 @@ def find_known(name: str) -> Mapping[str, Any] | None:
     """What sizes follow from in the config.json of that model; None when it is not known.
 
     name: as on the Hub, with or without its owner: Qwen/Qwen3-0.6B, or as mlx-community has it,
-    with -4bit, -8bit, -bf16 and the like at its end. Letter case does not matter.
+    with -4bit, -8bit, -bf16 and the like at its end; letter case does not matter. Or as `--model`
+    has it, of a model that a package ships.
     """
+    if packaged := PACKAGED_MODELS.get(name):
+        return {**_shapes()[packaged.base_id], "quantization": packaged.quantization}
     owner, _, model = name.rpartition("/")
     if shape := _find(owner, model):
         return shape
