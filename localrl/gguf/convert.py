@@ -43,25 +43,33 @@ SPARE_BYTES = 1 << 28
 Tell = Callable[[str], None]
 
 
-def as_folder(path: Path, tell: Tell) -> Path:
+class WrongHash(ConfigError):
+    """A file is not the one whose SHA-256 was asked for."""
+
+
+def as_folder(path: Path, tell: Tell, sha256: str | None = None) -> Path:
     """The folder that a GGUF file becomes; it is made when it is not there yet.
 
     A file that was converted before is recognised by its size and times, else by its SHA-256. What
     is made is complete or not there at all, and the file itself is only read.
 
-    tell: gets a line when something is made, and one when numbers had to be rounded.
+    tell: gets a line when something is made, and one when numbers had to be rounded. sha256: what
+    the file's must be, where that is known.
 
-    Raises: ConfigError when the file cannot be read as a model, or the disk has no room.
+    Raises: ConfigError when the file cannot be read as a model, or the disk has no room; WrongHash.
     """
     stamp = _stamp(path)
     root = cache_folder() / "gguf"
     name = _name(path)
     for folder in sorted(root.glob(f"{name}-*")):
-        if _record(folder).get("stamp") == stamp:
+        record = _record(folder)
+        if record.get("stamp") == stamp and sha256 in (None, record.get("sha256")):
             return folder
+    if sha256 is not None and (found := _digest(path)) != sha256:
+        raise WrongHash(f"its SHA-256 is {found}, where {sha256} was expected")
     file = read_gguf(path)
     family = find_family(file.get("general.architecture", str, ""))
-    digest = _digest(path)
+    digest = sha256 or _digest(path)
     folder = root / f"{name}-{digest[:16]}"
     if _record(folder).get("sha256") != digest:
         _make(file, family, folder, {"sha256": digest, "stamp": stamp, "format": FORMAT}, tell)

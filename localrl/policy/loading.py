@@ -9,8 +9,9 @@ from pathlib import Path
 
 from localrl.embedded import EMBEDDED_MODELS, embedded_model_path
 from localrl.errors import ConfigError
-from localrl.gguf.convert import as_folder
+from localrl.gguf.convert import WrongHash, as_folder
 from localrl.gguf.reader import is_gguf
+from localrl.packaged import PACKAGED_MODELS, PackagedModel, other_file, packaged_file
 from localrl.policy.files import MODEL_FILES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -21,11 +22,12 @@ def _tell(line: str) -> None:
 
 
 def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
-    """The folder of a model: a path, an embedded model's name, or `user/name` in the Hub's cache.
+    """The folder of a model: a path, or a name.
 
-    None is the embedded model that is trained by default. A folder that exists comes first. A GGUF
-    file becomes a folder in localrl's cache, once. The Hub's cache is only read: nothing asks the
-    network.
+    A name is an embedded model's, that of one that a package ships, or `user/name` in the Hub's
+    cache. None is the embedded model that is trained by default. A folder that exists comes first.
+    A GGUF file becomes a folder in localrl's cache, once. The Hub's cache is only read: nothing
+    asks the network.
 
     tell: gets a line when a GGUF file is converted.
 
@@ -36,6 +38,8 @@ def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
     folder = Path(name).expanduser()
     if name in EMBEDDED_MODELS and not folder.is_dir():
         return embedded_model_path(name)
+    if name in PACKAGED_MODELS and not folder.is_dir():
+        return packaged_folder(PACKAGED_MODELS[name], tell)
     if is_gguf(folder):
         return as_folder(folder, tell)
     if folder.is_dir() or not _HUB_NAME.fullmatch(name):
@@ -47,6 +51,18 @@ def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
         f"The model {name!r} is not on this machine: there is no such folder, and the Hub's cache "
         f"does not hold all of it. Fetch it with `localrl pull {name}`."
     )
+
+
+def packaged_folder(model: PackagedModel, tell: Callable[[str], None] = _tell) -> Path:
+    """The folder that the GGUF of a model that a package ships becomes, once, in localrl's cache.
+
+    Raises: ConfigError when the GGUF is not on this machine, or is another than the known one.
+    """
+    path = packaged_file(model)
+    try:
+        return as_folder(path, tell, model.file_sha256)
+    except WrongHash as error:
+        raise other_file(model, path, str(error)) from None
 
 
 def _cached(name: str) -> Path | None:

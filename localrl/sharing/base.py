@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from localrl.errors import ConfigError
+from localrl.packaged import PACKAGED_MODELS
 from localrl.sharing.tensors import read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -18,7 +19,8 @@ def find_base_id(given: str | None, model_folder: Path, name: str | None = None)
 
     The `base_model` of a card counts when the folder is a conversion of that model: quantised, or
     with `library_name: mlx`. Elsewhere it names what the model was trained from, another model;
-    one that is not quantised and was asked for by its `name` on the Hub is its own base.
+    one that is not quantised and was asked for by its `name` on the Hub is its own base. Of a model
+    that a package ships it is known.
 
     Raises: ConfigError when `given` is not a Hub id, such as a path of this machine.
     """
@@ -29,6 +31,9 @@ def find_base_id(given: str | None, model_folder: Path, name: str | None = None)
                 "Qwen/Qwen3-0.6B, and not a folder (--base-id, model.base_id)."
             )
         return given
+    packaged = PACKAGED_MODELS.get(name or "")
+    if packaged is not None and not Path(packaged.name).is_dir():
+        return packaged.base_id
     card = front_matter(model_folder)
     base = card.get("base_model")
     if isinstance(base, list) and len(base) == 1:

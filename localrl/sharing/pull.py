@@ -139,7 +139,7 @@ def _wanted(
         "total_bytes": sum(sizes[name] for name in chosen),
         "missing_bytes": sum(sizes[name] for name in missing),
         "left_out": tuple(sorted(sizes.keys() - set(chosen))),
-        "free_bytes": shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free,
+        "free_bytes": shutil.disk_usage(existing(Path(constants.HF_HUB_CACHE))).free,
     }
 
 
@@ -148,6 +148,6 @@ def _is_cached(repo_id: str, name: str, commit: str, kind: str) -> bool:
     return isinstance(found, str)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -101,10 +101,23 @@ def test_conversions(name, bits):
         assert of_weight * total < taken < 1.001 * of_weight * total
 
 
+def test_a_model_that_a_package_ships_is_known_as_its_file_is_quantised():
+    found = sizes("smollm2-135m")
+    assert parameters(found).total == PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert found.bits == 4
+    embedding = 49_152 * 576
+    linear = parameters(found).linear
+    norms = (2 * 30 + 1) * 576
+    # Groups of 32 have a scale and a bias of 16 bits: a bit of each weight more.
+    expected = embedding * 9 // 8 + linear * 5 // 8 + norms * 2
+    assert weight_bytes(found, float32=False, dense=False) == expected
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "",
+        "SmolLM2-135M",
         "Qwen/Qwen3-0.6B-4bit",
         "someone/Qwen3-0.6B",
         "mlx-community/Qwen3-0.6B-4bit-DWQ",
