@@ -4,14 +4,16 @@ import sys
 
 from setuptools import Extension, setup
 
-KERNELS = ["team.h", "arithmetic.h", "columns.h", "attention.h"]
+SOURCES = ["kernels.c", "steps16.c", "steps32.c", "steps64.c"]
+HEADERS = ["steps.h", "team.h", "matmul.h", "build.h", "arithmetic.h", "columns.h"]
+HEADERS += ["attention.h", "sampling.h"]
 # `optional` turns a missing compiler into a warning.
 extensions = [
     Extension("localrl._blas", ["localrl/c/blas.c"], optional=True),
     Extension(
         "localrl._kernels",
-        ["localrl/c/kernels.c"],
-        depends=[f"localrl/c/{name}" for name in KERNELS],
+        [f"localrl/c/{name}" for name in SOURCES],
+        depends=[f"localrl/c/{name}" for name in HEADERS],
         # With `-fmath-errno` or traps a loop with a root or a choice in it is not vectorised.
         extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
         extra_link_args=["-pthread"],

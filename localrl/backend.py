@@ -113,8 +113,6 @@ def set_threads(n: int) -> int:
     if _library is None:
         return 1
     _library.set_threads(n)
-    if kernels is not None:
-        kernels.set_threads(_library.get_threads())
     return _library.get_threads()
 
 
@@ -165,19 +163,36 @@ def _borrow_from_numpy() -> _Library:
     openblas = _numpy_openblas()
     names = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm", "cblas_sgemv")
     try:
-        addresses = [_address(openblas, f"scipy_{name}64_") for name in names]
+        sgemm, dgemm, cgemm, sgemv = (_address(openblas, f"scipy_{name}64_") for name in names)
         shim = _import_shim()
-        shim.publish(*addresses)
+        get = openblas.scipy_openblas_get_num_threads64_
+        set_ = openblas.scipy_openblas_set_num_threads64_
+        if kernels is not None:
+            sgemm, sgemv = kernels.lend(sgemm, sgemv)
+            get, set_ = _one_team(kernels, get(), set_)
+        shim.publish(sgemm, dgemm, cgemm, sgemv)
     except (AttributeError, OSError) as error:
         raise _UnavailableError(
             f"NumPy's OpenBLAS cannot be used ({error}); `pip install --upgrade numpy`"
         ) from error
-    return _Library(
-        "numpy-openblas",
-        openblas.scipy_openblas_get_num_threads64_,
-        openblas.scipy_openblas_set_num_threads64_,
-        shim.call_count,
-    )
+    return _Library("numpy-openblas", get, set_, shim.call_count)
+
+
+def _one_team(
+    team: ModuleType, threads: int, set_blas_threads: Callable[[int], None]
+) -> tuple[Callable[[], int], Callable[[int], None]]:
+    """Let the team of the steps in C have all threads, and each call of the BLAS one.
+
+    Returns how to get and set their number.
+    """
+    set_blas_threads(1)
+    in_force = team.set_threads(threads)
+
+    def set_threads(n: int) -> None:
+        nonlocal in_force
+        in_force = team.set_threads(n)
+
+    return lambda: in_force, set_threads
 
 
 def _numpy_openblas() -> ctypes.CDLL:
@@ -280,19 +295,21 @@ def _cpu_quota(cgroup: Path) -> float | None:
     return None
 
 
-def _find_kernels(threads: int) -> ModuleType | None:
-    """`localrl._kernels`, on as many threads as the BLAS; None where it was not built."""
+def _find_kernels() -> ModuleType | None:
+    """`localrl._kernels`; None where it was not built, and where there is no BLAS to lend it."""
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return None
     try:
-        found = importlib.import_module("localrl._kernels")
+        return importlib.import_module("localrl._kernels")
     except ImportError:
         return None
-    found.set_threads(threads)
-    return found
 
 
+kernels = _find_kernels()
+"""Steps of a model in C, for Linux CPUs, and the team that shares products with them."""
 _library, _note = _prepare()
-kernels = _find_kernels(_library.get_threads()) if _library is not None else None
-"""Steps of a model in C, for Linux CPUs."""
+if _library is None or _library.name != "numpy-openblas":
+    kernels = None
 
 import mlx.core as mx  # noqa: E402  (the BLAS must be in place first)
 

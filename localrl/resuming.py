@@ -24,6 +24,8 @@ from localrl.errors import CheckpointError, ConfigError
 from localrl.evaluate import Evaluation, Shown
 from localrl.learning.tracker import Known, Tracker
 from localrl.memory.adapting import Watch, smaller
+from localrl.policy import array_choice
+from localrl.policy.array_choice import Choice
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
+        Choice,
         Earlier,
         EntropyRule,
         Evaluation,
@@ -116,6 +119,7 @@ def take(session: Session, step: int) -> State:
         "updates": updater.updates,
         "skipped": updater.skipped,
         "shared": updater.shared,
+        "kernels": array_choice.current() if session.policy.arrays is not None else None,
     }
     flat: Any = {
         ADAPTER: tree_flatten(session.policy.model.trainable_parameters()),
@@ -186,6 +190,22 @@ def put(state: State, session: Session) -> None:
     sampler.rescored_tokens = values["rescored_tokens"]
     session.scorer.restore(values["rewards"])
     session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]
+    _compute_as(values.get("kernels"), session)
+
+
+def _compute_as(choice: Choice | None, session: Session) -> None:
+    """Go on with the same steps in C, which other ones differ from in rounding; say where not."""
+    now = array_choice.current()
+    arrays = session.policy.arrays is not None
+    if choice is None or not arrays or (choice.bytes, choice.columns) == (now.bytes, now.columns):
+        return
+    try:
+        array_choice.use(choice)
+    except ConfigError as error:
+        session.progress.warn(
+            f"{error} The run goes on with {now}: its numbers differ in their last digits from "
+            "those of the machine that it began on."
+        )
 
 
 def share(session: Session) -> None:
@@ -208,8 +228,8 @@ def share(session: Session) -> None:
         return
     step, values, arrays = from_bytes(told, TYPES)
     weights = {name: mx.array(array) for name, array in arrays.items()}
-    # What rewards did is added up over ranks; memory is each machine's own.
-    put(State(step, values | {"rewards": {}, "watch": own}, weights), session)
+    # What rewards did is added up over ranks; memory and processor are each machine's own.
+    put(State(step, values | {"rewards": {}, "watch": own, "kernels": None}, weights), session)
     session.step = step
 
 

@@ -16,6 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
+from localrl.backend import kernels
+
+# No test waits for timings, and none depends on them but those that set this themselves.
+os.environ.setdefault("LOCALRL_KERNELS", str(kernels.builds()[-1]) if kernels else "numpy")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -1,23 +1,4 @@
-/* Vectors, and the arithmetic on single numbers, rows and tiles that steps are made of. */
-
-/* One build for all processors of a kind: the loader takes the widest vectors that there are. */
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define IS_WIDE __builtin_cpu_supports("avx2")
-#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 6
-#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#define IS_WIDE __builtin_cpu_supports("avx2")
-#else
-#define WIDE
-#define IS_WIDE 0
-#endif
-
-/* Into each of those builds. */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float lanes __attribute__((vector_size(64), aligned(4)));
-
-enum { LANES = 16, ROWS = 8 };
+/* The arithmetic on single numbers, rows and tiles that steps are made of. */
 
 /* e ** x to 2 units in the last place; 0 below the smallest normal number, NaN for NaN. */
 INLINE float exponential(float x)
@@ -51,37 +32,100 @@ INLINE float sigmoid(float x)
     return 1.0f / (1.0f + exponential(-x));
 }
 
-/* Some rows of weights times 16 columns: `width` of them are wanted. A matrix's next row is `_step`
- * numbers on. */
-INLINE void rows_times(const float *weight, Py_ssize_t weight_step, const float *columns,
-                       Py_ssize_t columns_step, float *restrict out, Py_ssize_t out_step,
-                       Py_ssize_t rows, Py_ssize_t k, Py_ssize_t width)
+/* Adds to `rows` rows of sums the products of weights with `vectors` vectors of columns. A matrix's
+ * next row is `_step` numbers on. Both counts are constants where this is compiled into a step. */
+INLINE void accumulate(lanes sums[][2], const float *weight, Size weight_step,
+                       const float *columns, Size columns_step, int rows, int vectors, Size k)
 {
-    lanes sums[ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        sums[r] = (lanes){0};
-    }
-    for (Py_ssize_t i = 0; i < k; i++) {
-        lanes x = *(const lanes *)(columns + i * columns_step);
-        if (i % 2 == 0) { /* of the next rows; a line holds the weights of two turns */
+    for (Size i = 0; i < k; i++) {
+        lanes x[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            x[v] = *(const lanes *)(columns + i * columns_step + v * LANES);
+        }
+        if (i % 2 == 0) { /* of the next rows; a line holds the weights of two turns of eight rows */
             __builtin_prefetch(weight + rows * (weight_step + i));
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
-            sums[r] += weight[r * weight_step + i] * x;
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) {
+                sums[r][v] += weight[r * weight_step + i] * x[v];
+            }
         }
     }
+}
+
+/* Rows of weights times up to two vectors of columns, of which `width` columns are wanted. */
+INLINE void tile_times(const float *weight, const float *columns, const Product *p, float *out,
+                       int rows, int vectors, Size width)
+{
+    lanes sums[ROWS1 > ROWS2 ? ROWS1 : ROWS2][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            sums[r][v] = (lanes){0};
+        }
+    }
+    accumulate(sums, weight, p->k, columns, p->columns_step, rows, vectors, p->k);
+    if (width == vectors * LANES && p->column_step == 1 && !p->add) {
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) {
+                *(lanes *)(out + r * p->row_step + v * LANES) = sums[r][v];
+            }
+        }
+        return;
+    }
+    float found[ROWS1 > ROWS2 ? ROWS1 : ROWS2][2 * LANES];
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            *(lanes *)(found[r] + v * LANES) = sums[r][v];
+        }
+    }
+    for (Size j = 0; j < width; j++) {
+        for (int r = 0; r < rows; r++) {
+            float *place = out + r * p->row_step + j * p->column_step;
+            *place = p->add ? *place + found[r][j] : found[r][j];
+        }
+    }
+}
+
+/* Rows of weights (rows, k) times some whole vectors of columns. */
+INLINE void rows_times(const float *weight, Size weight_step, const float *columns,
+                       Size columns_step, float *restrict out, Size out_step, int rows,
+                       int vectors, Size k)
+{
+    lanes sums[QUERIES][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
-        if (width == LANES) {
-            *(lanes *)(out + r * out_step) = sums[r];
-            continue;
-        }
-        for (Py_ssize_t j = 0; j < width; j++) {
-            out[r * out_step + j] = sums[r][j];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            sums[r][v] = (lanes){0};
         }
     }
+    accumulate(sums, weight, weight_step, columns, columns_step, rows, vectors, k);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            *(lanes *)(out + r * out_step + v * LANES) = sums[r][v];
+        }
+    }
+}
+
+INLINE float sum_of(lanes x)
+{
+    float total = 0;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; lane++) {
+        total += x[lane];
+    }
+    return total;
 }
 
 INLINE float larger(float x, float y)
@@ -90,39 +134,39 @@ INLINE float larger(float x, float y)
 }
 
 /* A row of scores becomes weights. */
-INLINE void softmax_row(float *restrict row, Py_ssize_t n)
+INLINE void softmax_row(float *restrict row, Size n)
 {
     float most[LANES], sums[LANES] = {0}, highest = -INFINITY, total = 0;
-    Py_ssize_t whole = n - n % LANES;
+    Size whole = n - n % LANES;
     for (int lane = 0; lane < LANES; lane++) {
         most[lane] = -INFINITY;
     }
-    for (Py_ssize_t i = 0; i < whole; i += LANES) {
+    for (Size i = 0; i < whole; i += LANES) {
         for (int lane = 0; lane < LANES; lane++) {
             most[lane] = larger(row[i + lane], most[lane]);
         }
     }
-    for (Py_ssize_t i = whole; i < n; i++) {
+    for (Size i = whole; i < n; i++) {
         highest = larger(row[i], highest);
     }
     for (int lane = 0; lane < LANES; lane++) {
         highest = larger(most[lane], highest);
     }
-    for (Py_ssize_t i = 0; i < n; i++) {
+    for (Size i = 0; i < n; i++) {
         row[i] = exponential(row[i] - highest);
     }
-    for (Py_ssize_t i = 0; i < whole; i += LANES) {
+    for (Size i = 0; i < whole; i += LANES) {
         for (int lane = 0; lane < LANES; lane++) {
             sums[lane] += row[i + lane];
         }
     }
-    for (Py_ssize_t i = whole; i < n; i++) {
+    for (Size i = whole; i < n; i++) {
         total += row[i];
     }
     for (int lane = 0; lane < LANES; lane++) {
         total += sums[lane];
     }
-    for (Py_ssize_t i = 0; i < n; i++) {
+    for (Size i = 0; i < n; i++) {
         row[i] *= 1.0f / total;
     }
 }

@@ -1,77 +1,76 @@
 /* Attention over many positions, forward and back. */
 
-typedef struct {
-    const float *queries;       /* (R, h, r, L, d) */
-    const float *keys, *values; /* (R, h, P + L, d) */
-    const float *hidden;        /* (R, P): what is added to scores of ancestors */
-    const float *within, *slope; /* on the way back: (R, h, r, L), and by what was found */
-    float *out;                 /* what is found, or the slope by the queries */
-    float *by_keys, *by_values; /* set to 0 before */
-    Py_ssize_t heads, queried, length, past, d, room;
-    float scale;
-    atomic_bool *failed;
-} Attention;
-
 /* (d, room) of rows (n, d). */
-INLINE void transpose(const float *restrict rows, float *restrict out, Py_ssize_t n, Py_ssize_t d,
-                      Py_ssize_t room)
+INLINE void transpose(const float *restrict rows, float *restrict out, Size n, Size d,
+                      Size room)
 {
-    for (Py_ssize_t i = 0; i < d; i++) {
-        for (Py_ssize_t t = 0; t < n; t++) {
+    for (Size i = 0; i < d; i++) {
+        for (Size t = 0; t < n; t++) {
             out[i * room + t] = rows[t * d + i];
         }
-        for (Py_ssize_t t = n; t < room; t++) {
+        for (Size t = n; t < room; t++) {
             out[i * room + t] = 0;
         }
     }
 }
 
-/* Rows of weights times 16 columns: eight at once, or one after another. */
-INLINE void some_rows_times(const float *weight, Py_ssize_t weight_step, const float *columns,
-                            Py_ssize_t columns_step, float *restrict out, Py_ssize_t out_step,
-                            Py_ssize_t rows, Py_ssize_t k)
+/* Rows of weights times n columns, whole vectors of them: all of QUERIES at once, or one by one. */
+INLINE void some_rows_times(const float *weight, Size weight_step, const float *columns,
+                            Size columns_step, float *restrict out, Size out_step, Size rows,
+                            Size n, Size k)
 {
-    if (rows == ROWS) {
-        rows_times(weight, weight_step, columns, columns_step, out, out_step, ROWS, k, LANES);
-        return;
-    }
-    for (Py_ssize_t r = 0; r < rows; r++) {
-        rows_times(weight + r * weight_step, weight_step, columns, columns_step,
-                   out + r * out_step, out_step, 1, k, LANES);
+    const int together = rows == QUERIES ? QUERIES : 1;
+    for (Size r = 0; r < rows; r += together) {
+        const float *mine = weight + r * weight_step;
+        Size i = 0;
+        for (; i + LANES < n; i += 2 * LANES) {
+            if (together > 1) {
+                rows_times(mine, weight_step, columns + i, columns_step, out + r * out_step + i,
+                           out_step, QUERIES, 2, k);
+            } else {
+                rows_times(mine, weight_step, columns + i, columns_step, out + r * out_step + i,
+                           out_step, 1, 2, k);
+            }
+        }
+        for (; i < n; i += LANES) {
+            if (together > 1) {
+                rows_times(mine, weight_step, columns + i, columns_step, out + r * out_step + i,
+                           out_step, QUERIES, 1, k);
+            } else {
+                rows_times(mine, weight_step, columns + i, columns_step, out + r * out_step + i,
+                           out_step, 1, 1, k);
+            }
+        }
     }
 }
 
 /* x (rows, d) times columns (d, room), for the first n columns, whole vectors of them. */
-INLINE void tile(const float *x, const float *columns, float *restrict out, Py_ssize_t rows,
-                 Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+INLINE void tile(const float *x, const float *columns, float *restrict out, Size rows, Size d,
+                 Size n, Size room)
 {
-    for (Py_ssize_t t = 0; t < n; t += LANES) {
-        some_rows_times(x, d, columns + t, room, out + t, room, rows, d);
-    }
+    some_rows_times(x, d, columns, room, out, room, rows, (n + LANES - 1) / LANES * LANES, d);
 }
 
 /* The sum over n places of weights (rows, room) times x (n, d). */
-INLINE void gathered(const float *weights, const float *x, float *restrict out, Py_ssize_t rows,
-                     Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+INLINE void gathered(const float *weights, const float *x, float *restrict out, Size rows, Size d,
+                     Size n, Size room)
 {
-    for (Py_ssize_t i = 0; i < d; i += LANES) {
-        some_rows_times(weights, room, x + i, d, out + i, d, rows, n);
-    }
+    some_rows_times(weights, room, x, d, out, d, rows, d, n);
 }
 
 /* Adds to out (n, d) weights (rows, room) times x (rows, d), by places. */
-INLINE void spread(const float *weights, const float *x, float *restrict out, Py_ssize_t rows,
-                   Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+INLINE void spread(const float *weights, const float *x, float *restrict out, Size rows,
+                   Size d, Size n, Size room)
 {
-    for (Py_ssize_t i = 0; i < d; i += LANES) {
-        lanes mine[ROWS];
-        for (Py_ssize_t r = 0; r < rows; r++) {
+    for (Size i = 0; i < d; i += LANES) {
+        lanes mine[QUERIES];
+        for (Size r = 0; r < rows; r++) {
             mine[r] = *(const lanes *)(x + r * d + i);
         }
-        for (Py_ssize_t t = 0; t < n; t++) {
+        for (Size t = 0; t < n; t++) {
             lanes sum = *(lanes *)(out + t * d + i);
 #pragma GCC unroll 8
-            for (Py_ssize_t r = 0; r < rows; r++) {
+            for (Size r = 0; r < rows; r++) {
                 sum += weights[r * room + t] * mine[r];
             }
             *(lanes *)(out + t * d + i) = sum;
@@ -79,11 +78,11 @@ INLINE void spread(const float *weights, const float *x, float *restrict out, Py
     }
 }
 
-INLINE void add_spread(const float *weights, const float *x, float *restrict out, Py_ssize_t rows,
-                       Py_ssize_t d, Py_ssize_t n, Py_ssize_t room)
+INLINE void add_spread(const float *weights, const float *x, float *restrict out, Size rows,
+                       Size d, Size n, Size room)
 {
-    if (rows == ROWS) {
-        spread(weights, x, out, ROWS, d, n, room);
+    if (rows == QUERIES) {
+        spread(weights, x, out, QUERIES, d, n, room);
     } else {
         spread(weights, x, out, rows, d, n, room);
     }
@@ -91,43 +90,43 @@ INLINE void add_spread(const float *weights, const float *x, float *restrict out
 
 /* Weights (rows, room) of some queries of one head, from position `first` on; 0 behind a query. */
 INLINE void weigh(const Attention *p, const float *queries, const float *keys, const float *hidden,
-                  Py_ssize_t first, Py_ssize_t rows, float *restrict weights)
+                  Size first, Size rows, float *restrict weights)
 {
     tile(queries, keys, weights, rows, p->d, p->past + first + rows, p->room);
-    for (Py_ssize_t r = 0; r < rows; r++) {
+    for (Size r = 0; r < rows; r++) {
         float *restrict row = weights + r * p->room;
-        Py_ssize_t seen = p->past + first + r + 1;
-        for (Py_ssize_t t = 0; t < seen; t++) {
+        Size seen = p->past + first + r + 1;
+        for (Size t = 0; t < seen; t++) {
             row[t] *= p->scale;
         }
-        for (Py_ssize_t t = 0; t < p->past; t++) {
+        for (Size t = 0; t < p->past; t++) {
             row[t] += hidden[t];
         }
         softmax_row(row, seen);
-        for (Py_ssize_t t = seen; t < p->past + first + rows; t++) {
+        for (Size t = seen; t < p->past + first + rows; t++) {
             row[t] = 0;
         }
     }
 }
 
 /* Items are rows' heads of keys; scores exist for eight queries at once. */
-WIDE static void attend(const void *what, Py_ssize_t from, Py_ssize_t to)
+STEP void attend(const void *what, Size from, Size to)
 {
     const Attention *p = what;
-    float *scratch = malloc((size_t)((p->d + ROWS) * p->room) * sizeof(float));
+    float *scratch = malloc((size_t)((p->d + QUERIES) * p->room) * sizeof(float));
     if (scratch == NULL) {
         atomic_store(p->failed, true);
         return;
     }
     float *turned = scratch, *weights = scratch + p->d * p->room;
-    for (Py_ssize_t item = from; item < to; item++) {
-        Py_ssize_t total = p->past + p->length, start = item * p->queried;
+    for (Size item = from; item < to; item++) {
+        Size total = p->past + p->length, start = item * p->queried;
         const float *values = p->values + item * total * p->d;
         const float *hidden = p->hidden + item / p->heads * p->past;
         transpose(p->keys + item * total * p->d, turned, total, p->d, p->room);
-        for (Py_ssize_t q = 0, rows; q < p->queried; q += rows) {
-            Py_ssize_t first = q % p->length;
-            rows = p->length - first < ROWS ? p->length - first : ROWS;
+        for (Size q = 0, rows; q < p->queried; q += rows) {
+            Size first = q % p->length;
+            rows = p->length - first < QUERIES ? p->length - first : QUERIES;
             weigh(p, p->queries + (start + q) * p->d, turned, hidden, first, rows, weights);
             gathered(weights, values, p->out + (start + q) * p->d, rows, p->d,
                      p->past + first + rows, p->room);
@@ -136,38 +135,38 @@ WIDE static void attend(const void *what, Py_ssize_t from, Py_ssize_t to)
     free(scratch);
 }
 
-WIDE static void attend_back(const void *what, Py_ssize_t from, Py_ssize_t to)
+STEP void attend_back(const void *what, Size from, Size to)
 {
     const Attention *p = what;
-    float *scratch = malloc((size_t)((2 * p->d + 2 * ROWS) * p->room) * sizeof(float));
+    float *scratch = malloc((size_t)((2 * p->d + 2 * QUERIES) * p->room) * sizeof(float));
     if (scratch == NULL) {
         atomic_store(p->failed, true);
         return;
     }
     float *turned = scratch, *turned_values = turned + p->d * p->room;
-    float *weights = turned_values + p->d * p->room, *slopes = weights + ROWS * p->room;
-    for (Py_ssize_t item = from; item < to; item++) {
-        Py_ssize_t total = p->past + p->length, start = item * p->queried;
+    float *weights = turned_values + p->d * p->room, *slopes = weights + QUERIES * p->room;
+    for (Size item = from; item < to; item++) {
+        Size total = p->past + p->length, start = item * p->queried;
         const float *keys = p->keys + item * total * p->d;
         const float *hidden = p->hidden + item / p->heads * p->past;
         float *by_keys = p->by_keys + item * total * p->d;
         float *by_values = p->by_values + item * total * p->d;
         transpose(keys, turned, total, p->d, p->room);
         transpose(p->values + item * total * p->d, turned_values, total, p->d, p->room);
-        for (Py_ssize_t q = 0, rows; q < p->queried; q += rows) {
-            Py_ssize_t first = q % p->length;
-            rows = p->length - first < ROWS ? p->length - first : ROWS;
-            Py_ssize_t seen = p->past + first + rows;
+        for (Size q = 0, rows; q < p->queried; q += rows) {
+            Size first = q % p->length;
+            rows = p->length - first < QUERIES ? p->length - first : QUERIES;
+            Size seen = p->past + first + rows;
             const float *queries = p->queries + (start + q) * p->d;
             const float *slope = p->slope + (start + q) * p->d;
             weigh(p, queries, turned, hidden, first, rows, weights);
             tile(slope, turned_values, slopes, rows, p->d, seen, p->room);
             add_spread(weights, slope, by_values, rows, p->d, seen, p->room);
-            for (Py_ssize_t r = 0; r < rows; r++) {
+            for (Size r = 0; r < rows; r++) {
                 float *restrict row = slopes + r * p->room;
                 const float *restrict mine = weights + r * p->room;
                 float within = p->within[start + q + r];
-                for (Py_ssize_t t = 0; t < seen; t++) {
+                for (Size t = 0; t < seen; t++) {
                     row[t] = (row[t] - within) * mine[t] * p->scale;
                 }
             }
@@ -176,4 +175,86 @@ WIDE static void attend_back(const void *what, Py_ssize_t from, Py_ssize_t to)
         }
     }
     free(scratch);
+}
+
+/* Scores of `each` queries (d,) with keys (n, d): each times `scale`. */
+INLINE void score(const float *queries, const float *keys, float *restrict scores, Size each, Size n,
+                  Size room, Size d, float scale)
+{
+    for (Size t = 0; t < n; t++) {
+        for (Size r = 0; r < each; r++) {
+            lanes sum = {0};
+            for (Size i = 0; i < d; i += LANES) {
+                sum += *(const lanes *)(queries + r * d + i) * *(const lanes *)(keys + t * d + i);
+            }
+            scores[r * room + t] = sum_of(sum) * scale;
+        }
+    }
+}
+
+/* Adds to out (d,) the sum of values (n, d) by their weights. */
+INLINE void add_weighted(const float *weights, const float *values, float *restrict out, Size n,
+                         Size d)
+{
+    Size i = 0;
+    for (; i + 4 * LANES <= d; i += 4 * LANES) {
+        lanes sums[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            sums[v] = *(lanes *)(out + i + v * LANES);
+        }
+        for (Size t = 0; t < n; t++) {
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) {
+                sums[v] += weights[t] * *(const lanes *)(values + t * d + i + v * LANES);
+            }
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            *(lanes *)(out + i + v * LANES) = sums[v];
+        }
+    }
+    for (; i < d; i += LANES) {
+        lanes sum = *(lanes *)(out + i);
+        for (Size t = 0; t < n; t++) {
+            sum += weights[t] * *(const lanes *)(values + t * d + i);
+        }
+        *(lanes *)(out + i) = sum;
+    }
+}
+
+STEP void attend_token(const void *what, Size from, Size to)
+{
+    const DecodeAttention *p = what;
+    float *scores = malloc((size_t)(p->each * p->longest + 1) * sizeof(float));
+    if (scores == NULL) {
+        atomic_store(p->failed, true);
+        return;
+    }
+    for (Size item = from; item < to; item++) {
+        Size row = item / p->heads, head = item % p->heads, past = 0;
+        const float *queries = p->queries + item * p->each * p->d;
+        const float *keys = p->keys + item * p->room * p->d;
+        const float *values = p->values + item * p->room * p->d, *past_values = NULL;
+        float *out = p->out + item * p->each * p->d;
+        if (p->prompts != NULL) {
+            const int64_t *prompt = p->prompts + 4 * row;
+            past = prompt[2];
+            past_values = (const float *)(intptr_t)prompt[1] + head * prompt[3];
+            score(queries, (const float *)(intptr_t)prompt[0] + head * prompt[3], scores, p->each,
+                  past, p->longest, p->d, p->scale);
+        }
+        Size own = p->lengths[row];
+        score(queries, keys, scores + past, p->each, own, p->longest, p->d, p->scale);
+        for (Size r = 0; r < p->each; r++) {
+            float *weights = scores + r * p->longest;
+            softmax_row(weights, past + own);
+            for (Size i = 0; i < p->d; i++) {
+                out[r * p->d + i] = 0;
+            }
+            add_weighted(weights, past_values, out + r * p->d, past, p->d);
+            add_weighted(weights + past, values, out + r * p->d, own, p->d);
+        }
+    }
+    free(scores);
 }

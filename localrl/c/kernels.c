@@ -1,26 +1,23 @@
-/* localrl._kernels: steps of a transformer's block that NumPy would take several passes for.
+/* localrl._kernels: steps of a transformer's block that NumPy would take several passes for, products
+ * of matrices that share a team of threads with them, and the tokens drawn from logits.
  *
- * Every function has its counterpart in `policy/array_math.py` or `array_attention.py`, which says
- * what it computes and is used where this module could not be built. Arrays are float32 and contiguous; states are columns,
- * (.., d, n) for n tokens. Results are written into arrays that the caller gives.
+ * Every step has its counterpart in `policy/array_math.py` or `array_attention.py`, which says what it
+ * computes, and is used where this module could not be built or is not faster. Results are written into
+ * arrays that the caller gives.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Parts of this one file, in this order; each step of a loop is compiled into it. */
+#include "steps.h"
 #include "team.h"
-#include "arithmetic.h"
-#include "columns.h"
-#include "attention.h"
+#include "matmul.h"
+
+/* The build in use, and the most columns for which its product is. */
+static const Steps *steps = &steps16;
+static Py_ssize_t few = 0;
 
 enum { MOST_ARGUMENTS = 9 };
 
@@ -94,37 +91,138 @@ static PyObject *no_memory(Arrays *arrays)
     return PyErr_NoMemory();
 }
 
-/* product(weight, columns, out) */
-static PyObject *py_product(PyObject *self, PyObject *const *given, Py_ssize_t got)
+/* A matrix of float32 as a BLAS takes it. */
+typedef struct {
+    Py_buffer view;
+    float *at;
+    int64_t rows, columns, step; /* step: between rows, or between columns where it is turned */
+    bool turned;
+} Matrix;
+
+/* False, with an error, where it is no matrix of float32 whose rows or columns are contiguous. */
+static bool take_matrix(PyObject *given, Matrix *matrix, bool written)
 {
-    Arrays a;
-    if (!take(&a, given, got, 3, 3, 4, 0)) {
-        return NULL;
+    Py_buffer *view = &matrix->view;
+    if (PyObject_GetBuffer(given, view, written ? PyBUF_RECORDS : PyBUF_RECORDS_RO) != 0) {
+        return false;
     }
-    Py_ssize_t m = axis(&a, 0, 2), k = axis(&a, 0, 1), n = axis(&a, 1, 1);
-    if (numbers(&a, 0) != m * k || numbers(&a, 1) != k * n || numbers(&a, 2) != m * n) {
-        return done(&a, false);
-    }
-    Py_ssize_t blocks = n / LANES + (n % LANES != 0);
-    float *padded = calloc((size_t)(blocks * k) * LANES + 1, sizeof(float));
-    if (padded == NULL) {
-        return no_memory(&a);
-    }
-    const float *columns = a.views[1].buf;
-    for (Py_ssize_t first = 0; first < n; first += LANES) {
-        Py_ssize_t width = n - first < LANES ? n - first : LANES;
-        for (Py_ssize_t i = 0; i < k; i++) {
-            for (Py_ssize_t j = 0; j < width; j++) {
-                padded[first * k + i * LANES + j] = columns[i * n + first + j];
-            }
+    if (strcmp(view->format, "f") == 0 && view->ndim == 2) {
+        const Py_ssize_t *size = view->shape, *step = view->strides, each = sizeof(float);
+        *matrix = (Matrix){*view, view->buf, size[0], size[1], 0, false};
+        bool plain = step[1] == each || size[1] == 1, turned = step[0] == each || size[0] == 1;
+        if (plain && step[0] % each == 0 && (step[0] >= size[1] * each || size[0] == 1)) {
+            matrix->step = size[0] == 1 ? size[1] : step[0] / each;
+            return true;
+        }
+        if (turned && step[1] % each == 0 && step[1] >= size[0] * each && !written) {
+            matrix->step = step[1] / each;
+            matrix->turned = true;
+            return true;
         }
     }
-    const Product p = {a.views[0].buf, padded, a.views[2].buf, m, k, n};
-    Py_BEGIN_ALLOW_THREADS
-    together(product, &p, (m + ROWS - 1) / ROWS, ROWS * k * blocks / 2);
-    Py_END_ALLOW_THREADS
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_TypeError, "a matrix of float32 with contiguous rows is needed");
+    return false;
+}
+
+/* By the steps' product, for few columns. False where there is no memory. */
+static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *out, bool add)
+{
+    Py_ssize_t k = weight->columns, n = x->columns, lanes = steps->bytes / 4;
+    Py_ssize_t whole = (n + lanes - 1) / lanes * lanes;
+    const float *columns = x->at;
+    float *padded = NULL;
+    if (whole != n || x->turned || x->step != n) {
+        padded = calloc((size_t)(whole * k) + 1, sizeof(float));
+        if (padded == NULL) {
+            return false;
+        }
+        Py_ssize_t down = x->turned ? 1 : x->step, along = x->turned ? x->step : 1;
+        for (Py_ssize_t i = 0; i < k; i++) {
+            for (Py_ssize_t j = 0; j < n; j++) {
+                padded[i * whole + j] = x->at[i * down + j * along];
+            }
+        }
+        columns = padded;
+    }
+    const Product p = {weight->at, columns, out->at, weight->rows, k, n, whole,
+                       out->turned ? 1 : out->step, out->turned ? out->step : 1, add};
+    together(steps->product, &p, (p.m + BLOCK - 1) / BLOCK, BLOCK * k * (whole / lanes));
     free(padded);
-    return done(&a, true);
+    return true;
+}
+
+/* Out = a b, or added to. `out` has contiguous rows, or is turned and takes a few columns. */
+static bool multiply(const Matrix *a, const Matrix *b, const Matrix *out, bool add)
+{
+    bool whole = !a->turned && a->step == a->columns;
+    if (whole && b->columns > 1 && b->columns <= few) {
+        return multiply_few(a, b, out, add);
+    }
+    float beta = add ? 1 : 0;
+    if (b->columns == 1 && (out->step == 1 || out->turned)) {
+        team_gemv(ROW_MAJOR, a->turned ? TRANS : NO_TRANS, a->turned ? a->columns : a->rows,
+                  a->turned ? a->rows : a->columns, 1, a->at, a->step, b->at,
+                  b->turned ? 1 : b->step, beta, out->at, 1);
+    } else if (out->turned) { /* out' = b' a' */
+        team_gemm(ROW_MAJOR, b->turned ? NO_TRANS : TRANS, a->turned ? NO_TRANS : TRANS, b->columns,
+                  a->rows, a->columns, 1, b->at, b->step, a->at, a->step, beta, out->at, out->step);
+    } else {
+        team_gemm(ROW_MAJOR, a->turned ? TRANS : NO_TRANS, b->turned ? TRANS : NO_TRANS, a->rows,
+                  b->columns, a->columns, 1, a->at, a->step, b->at, b->step, beta, out->at,
+                  out->step);
+    }
+    return true;
+}
+
+/* matmul(a, b, out, add, turned): out = a @ b, or added to it; turned: out is the transpose */
+static PyObject *py_matmul(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    Matrix a, b, out;
+    if (got != 5) {
+        return PyErr_Format(PyExc_TypeError, "5 arguments are needed, not %zd", got);
+    }
+    int add = PyObject_IsTrue(given[3]), turned = PyObject_IsTrue(given[4]);
+    if (add < 0 || turned < 0 || blas_gemm == NULL) {
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_RuntimeError, "lend() a BLAS first");
+    }
+    if (!take_matrix(given[0], &a, false)) {
+        return NULL;
+    }
+    if (!take_matrix(given[1], &b, false)) {
+        PyBuffer_Release(&a.view);
+        return NULL;
+    }
+    if (!take_matrix(given[2], &out, true)) {
+        PyBuffer_Release(&a.view);
+        PyBuffer_Release(&b.view);
+        return NULL;
+    }
+    if (turned) { /* the transpose of what is wanted has contiguous rows */
+        int64_t rows = out.rows;
+        out.rows = out.columns;
+        out.columns = rows;
+        out.turned = true;
+    }
+    bool fits = a.columns == b.rows && out.rows == a.rows && out.columns == b.columns
+                && a.rows * a.columns * b.columns > 0;
+    bool made = false;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        made = multiply(&a, &b, &out, add);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&a.view);
+    PyBuffer_Release(&b.view);
+    PyBuffer_Release(&out.view);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the shapes of these matrices do not go together");
+        return NULL;
+    }
+    if (!made) {
+        return PyErr_NoMemory();
+    }
+    Py_RETURN_NONE;
 }
 
 static PyObject *normed(Work *work, PyObject *const *given, Py_ssize_t got)
@@ -149,13 +247,13 @@ static PyObject *normed(Work *work, PyObject *const *given, Py_ssize_t got)
 /* norm(x, weight, out, eps) */
 static PyObject *py_norm(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
-    return normed(norm, given, got);
+    return normed(steps->norm, given, got);
 }
 
 /* norm_back(x, weight, slope, eps) */
 static PyObject *py_norm_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
-    return normed(norm_back, given, got);
+    return normed(steps->norm_back, given, got);
 }
 
 /* swiglu(gate, x, out) */
@@ -169,7 +267,7 @@ static PyObject *py_swiglu(PyObject *self, PyObject *const *given, Py_ssize_t go
     bool fits = numbers(&a, 1) == count && numbers(&a, 2) == count;
     const Swiglu p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, NULL};
     Py_BEGIN_ALLOW_THREADS
-    together(swiglu, &p, fits ? count : 0, 1);
+    together(steps->swiglu, &p, fits ? count : 0, 1);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -185,7 +283,7 @@ static PyObject *py_swiglu_back(PyObject *self, PyObject *const *given, Py_ssize
     bool fits = numbers(&a, 1) == count && numbers(&a, 2) == count && numbers(&a, 3) == count;
     const Swiglu p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, a.views[3].buf};
     Py_BEGIN_ALLOW_THREADS
-    together(swiglu_back, &p, fits ? count : 0, 1);
+    together(steps->swiglu_back, &p, fits ? count : 0, 1);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -206,7 +304,7 @@ static PyObject *py_turn(PyObject *self, PyObject *const *given, Py_ssize_t got)
     }
     const Turn p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, partners, a.views[3].buf, d, n};
     Py_BEGIN_ALLOW_THREADS
-    together(turn, &p, fits ? total / n : 0, n);
+    together(steps->turn, &p, fits ? total / n : 0, n);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -235,7 +333,7 @@ static PyObject *py_softmax(PyObject *self, PyObject *const *given, Py_ssize_t g
         p.per_outer = fits && total > 0 ? total / n / outer : 1;
     }
     Py_BEGIN_ALLOW_THREADS
-    together(softmax, &p, fits ? total / n : 0, n);
+    together(steps->softmax, &p, fits ? total / n : 0, n);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -252,7 +350,7 @@ static PyObject *py_softmax_back(PyObject *self, PyObject *const *given, Py_ssiz
     bool fits = numbers(&a, 0) == rows * n && numbers(&a, 2) == rows * n && !PyErr_Occurred();
     const SoftmaxBack p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, (float)scale, n};
     Py_BEGIN_ALLOW_THREADS
-    together(softmax_back, &p, fits ? rows : 0, n);
+    together(steps->softmax_back, &p, fits ? rows : 0, n);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -271,10 +369,11 @@ static bool attended(const Arrays *a, PyObject *scale, atomic_bool *failed, Atte
                      .queried = queries->shape[2] * queries->shape[3],
                      .length = queries->shape[3], .past = hidden->shape[1],
                      .d = queries->shape[4], .scale = (float)factor, .failed = failed};
-    p->room = (total + LANES - 1) / LANES * LANES;
+    Py_ssize_t lanes = steps->bytes / 4;
+    p->room = (total + lanes - 1) / lanes * lanes;
     return keys->shape[0] == rows && keys->shape[1] == p->heads && keys->shape[3] == p->d
            && numbers(a, 2) == numbers(a, 1) && hidden->shape[0] == rows
-           && p->past + p->length == total && p->d % LANES == 0 && numbers(a, 0) > 0;
+           && p->past + p->length == total && p->d % lanes == 0 && numbers(a, 0) > 0;
 }
 
 static PyObject *attending(Work *work, const Attention *p, Arrays *a)
@@ -299,7 +398,7 @@ static PyObject *py_attend(PyObject *self, PyObject *const *given, Py_ssize_t go
         return done(&a, false);
     }
     p.out = a.views[4].buf;
-    return attending(attend, &p, &a);
+    return attending(steps->attend, &p, &a);
 }
 
 /* attend_back(queries, keys, values, hidden, within, slope, by_queries, by_keys, by_values, scale)
@@ -324,7 +423,175 @@ static PyObject *py_attend_back(PyObject *self, PyObject *const *given, Py_ssize
     p.by_values = a.views[8].buf;
     memset(p.by_keys, 0, (size_t)a.views[7].len);
     memset(p.by_values, 0, (size_t)a.views[8].len);
-    return attending(attend_back, &p, &a);
+    return attending(steps->attend_back, &p, &a);
+}
+
+/* attend_token(queries, keys, values, lengths, prompts or None, out, scale) */
+static PyObject *py_attend_token(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    Arrays a;
+    atomic_bool failed = false;
+    if (got != 7) {
+        return PyErr_Format(PyExc_TypeError, "7 arguments are needed, not %zd", got);
+    }
+    bool alone = given[4] == Py_None;
+    PyObject *arrays[] = {given[0], given[1], given[2], given[3], given[5], given[4]};
+    if (!take(&a, arrays, 6, alone ? 5 : 6, 6, 16, 8 + 32)) {
+        return NULL;
+    }
+    double scale = PyFloat_AsDouble(given[6]);
+    const Py_buffer *queries = &a.views[0], *keys = &a.views[1];
+    if (PyErr_Occurred() || queries->ndim != 4 || keys->ndim != 4) {
+        return done(&a, false);
+    }
+    Py_ssize_t rows = queries->shape[0];
+    DecodeAttention p = {.queries = queries->buf, .keys = keys->buf, .values = a.views[2].buf,
+                         .lengths = a.views[3].buf, .out = a.views[4].buf,
+                         .prompts = alone ? NULL : a.views[5].buf, .heads = queries->shape[1],
+                         .each = queries->shape[2], .d = queries->shape[3],
+                         .room = keys->shape[2], .scale = (float)scale, .failed = &failed};
+    bool fits = keys->shape[0] >= rows && keys->shape[1] == p.heads && keys->shape[3] == p.d
+                && numbers(&a, 2) == numbers(&a, 1) && numbers(&a, 3) == rows
+                && numbers(&a, 4) == numbers(&a, 0) && p.d % (steps->bytes / 4) == 0
+                && (alone || numbers(&a, 5) == 4 * rows);
+    Py_ssize_t seen = 0;
+    for (Py_ssize_t row = 0; fits && row < rows; row++) {
+        Py_ssize_t past = alone ? 0 : (Py_ssize_t)p.prompts[4 * row + 2], own = p.lengths[row];
+        fits = own > 0 && own <= p.room && past >= 0;
+        p.longest = past + own > p.longest ? past + own : p.longest;
+        seen += past + own;
+    }
+    if (!fits) {
+        return done(&a, false);
+    }
+    Py_BEGIN_ALLOW_THREADS
+    together(steps->attend_token, &p, rows * p.heads,
+             2 * p.each * (p.d / (steps->bytes / 4)) * (seen / (rows > 0 ? rows : 1)));
+    Py_END_ALLOW_THREADS
+    return atomic_load(&failed) ? no_memory(&a) : done(&a, true);
+}
+
+/* draw(logits, uniforms, tokens, logprobs, entropies, temperature) */
+static PyObject *py_draw(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    Arrays a;
+    if (!take(&a, given, got, 5, 6, 4 + 8 + 16, 4)) {
+        return NULL;
+    }
+    double temperature = PyFloat_AsDouble(given[5]);
+    Py_ssize_t rows = numbers(&a, 1), vocabulary = axis(&a, 0, 1);
+    bool fits = !PyErr_Occurred() && numbers(&a, 0) == rows * vocabulary && vocabulary > 0
+                && numbers(&a, 2) == rows && numbers(&a, 3) == rows && numbers(&a, 4) == rows;
+    const Draw p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, a.views[3].buf,
+                    a.views[4].buf, vocabulary, (float)temperature};
+    Py_BEGIN_ALLOW_THREADS
+    together(steps->draw, &p, fits ? rows : 0, vocabulary);
+    Py_END_ALLOW_THREADS
+    return done(&a, fits);
+}
+
+/* targets(logits, targets, logprobs, temperature): logits become probabilities */
+static PyObject *py_targets(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    Arrays a;
+    if (!take(&a, given, got, 3, 4, 1 + 4, 2)) {
+        return NULL;
+    }
+    double temperature = PyFloat_AsDouble(given[3]);
+    Py_ssize_t rows = numbers(&a, 1), vocabulary = axis(&a, 0, 1);
+    const Targets p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, vocabulary,
+                       (float)temperature};
+    bool fits = !PyErr_Occurred() && numbers(&a, 0) == rows * vocabulary && vocabulary > 0
+                && numbers(&a, 2) == rows;
+    for (Py_ssize_t row = 0; fits && row < rows; row++) {
+        fits = p.targets[row] >= 0 && p.targets[row] < vocabulary;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    together(steps->targets, &p, fits ? rows : 0, vocabulary);
+    Py_END_ALLOW_THREADS
+    return done(&a, fits);
+}
+
+/* lend(sgemm, sgemv): addresses of a BLAS of 64-bit integers, which has one thread; gives addresses
+ * of the same by the team. */
+static PyObject *py_lend(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    if (got != 2) {
+        return PyErr_Format(PyExc_TypeError, "2 addresses are needed, not %zd", got);
+    }
+    void *gemm = PyLong_AsVoidPtr(given[0]), *gemv = PyLong_AsVoidPtr(given[1]);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    if (gemm == NULL || gemv == NULL) {
+        return PyErr_Format(PyExc_ValueError, "lend() needs two addresses other than 0");
+    }
+    blas_gemm = (Gemm *)gemm;
+    blas_gemv = (Gemv *)gemv;
+    return Py_BuildValue("KK", (unsigned long long)(uintptr_t)&team_gemm,
+                         (unsigned long long)(uintptr_t)&team_gemv);
+}
+
+static const Steps *build_of(long bytes)
+{
+    const Steps *all[] = {&steps16, &steps32, &steps64};
+    for (int i = 0; i < 3; i++) {
+        if (all[i]->bytes == bytes) {
+            return all[i];
+        }
+    }
+    return NULL;
+}
+
+/* Whether this processor, and the system, have the instructions of a build. */
+static bool can_run(long bytes)
+{
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    bool narrow = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (bytes == 64) {
+        return narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+               && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    }
+    return bytes == 16 || (bytes == 32 && narrow);
+#else
+    return bytes == 16;
+#endif
+}
+
+/* builds(): bytes of a vector in each build that this processor can run, ascending */
+static PyObject *py_builds(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    PyObject *found = PyList_New(0);
+    for (long bytes = 16; found != NULL && bytes <= 64; bytes *= 2) {
+        if (can_run(bytes)) {
+            PyObject *one = PyLong_FromLong(bytes);
+            if (one == NULL || PyList_Append(found, one) != 0) {
+                Py_CLEAR(found);
+            }
+            Py_XDECREF(one);
+        }
+    }
+    return found;
+}
+
+/* use(bytes, columns): this build, and its product for up to so many columns */
+static PyObject *py_use(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    if (got != 2) {
+        return PyErr_Format(PyExc_TypeError, "2 numbers are needed, not %zd", got);
+    }
+    long bytes = PyLong_AsLong(given[0]), columns = PyLong_AsLong(given[1]);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    if (!can_run(bytes) || build_of(bytes) == NULL || columns < 0) {
+        return PyErr_Format(PyExc_ValueError, "there is no build of %ld bytes for %ld columns here",
+                            bytes, columns);
+    }
+    steps = build_of(bytes);
+    few = columns;
+    Py_RETURN_NONE;
 }
 
 /* set_threads(n): of these functions, the caller's included; gives the number in force. */
@@ -345,9 +612,11 @@ static PyObject *py_set_threads(PyObject *self, PyObject *const *given, Py_ssize
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 
 static PyMethodDef functions[] = {
-    FUNCTION(product),     FUNCTION(norm), FUNCTION(norm_back), FUNCTION(swiglu),
-    FUNCTION(swiglu_back), FUNCTION(turn), FUNCTION(softmax),   FUNCTION(softmax_back),
-    FUNCTION(attend),      FUNCTION(attend_back), FUNCTION(set_threads), {NULL, NULL, 0, NULL},
+    FUNCTION(matmul),       FUNCTION(norm),    FUNCTION(norm_back),    FUNCTION(swiglu),
+    FUNCTION(swiglu_back),  FUNCTION(turn),    FUNCTION(softmax),      FUNCTION(softmax_back),
+    FUNCTION(attend),       FUNCTION(attend_back), FUNCTION(attend_token), FUNCTION(draw),
+    FUNCTION(targets),      FUNCTION(lend),    FUNCTION(builds),       FUNCTION(use),
+    FUNCTION(set_threads),  {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {
@@ -357,10 +626,5 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__kernels(void)
 {
     pthread_atfork(NULL, NULL, forget_helpers);
-    PyObject *made = PyModule_Create(&module);
-    /* Whether products and attention are faster here than with a BLAS. */
-    if (made != NULL && PyModule_AddIntConstant(made, "WIDE", IS_WIDE ? 1 : 0) != 0) {
-        Py_CLEAR(made);
-    }
-    return made;
+    return PyModule_Create(&module);
 }

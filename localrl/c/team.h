@@ -1,67 +1,92 @@
 /* The team: one piece of work, done by several threads.
  *
- * A piece is at most some 100 us long and the next one follows soon, so helpers look out for it for
- * a while before they sleep, and let others run meanwhile. Parts are taken one by one: a helper
- * whose processor is busy with something else takes few.
+ * A piece is cut into parts by its own size, never by the number of threads, so that results are the
+ * same on any number. Threads take parts one by one: one whose processor is busy with another
+ * program takes few. Who waits for others looks out for a moment, since the next piece follows soon,
+ * and then sleeps: a processor that spins would keep a part's owner from being moved onto it.
  */
-enum { MOST_HELPERS = 7, LOOKS = 400, PART = 1 << 14 };
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 
-/* Items from `from` to before `to` of some work. */
-typedef void Work(const void *what, Py_ssize_t from, Py_ssize_t to);
+#include "steps.h"
+
+enum { MOST_HELPERS = 7, LOOKS = 400, PART = 1 << 14, TURN_SHIFT = 32 };
+
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() sched_yield()
+#endif
 
 static struct {
-    Work *work;
-    const void *what;
-    Py_ssize_t items, each, parts;
-    atomic_long next, finished;
-    atomic_uint turn;  /* odd while there is work */
-    atomic_int inside; /* helpers that may be looking at it */
+    /* The turn in the upper half, the next part in the lower: taken by one exchange, which fails
+     * when another turn has begun since this one's work was read. */
+    atomic_ulong ticket;
+    _Atomic(Work *) work;
+    _Atomic(const void *) what;
+    atomic_long items, each, parts, active;
+    atomic_long finished;
     atomic_int asleep;
+    atomic_bool awaited; /* the caller sleeps until all parts are done */
     atomic_flag taken;
     pthread_mutex_t lock;
-    pthread_cond_t woken;
+    pthread_cond_t begun, done;
     int helpers, wanted; /* that there are, and that are asked for */
-    int active;          /* that this work is for */
 } team = {.taken = ATOMIC_FLAG_INIT,
           .lock = PTHREAD_MUTEX_INITIALIZER,
-          .woken = PTHREAD_COND_INITIALIZER};
+          .begun = PTHREAD_COND_INITIALIZER,
+          .done = PTHREAD_COND_INITIALIZER};
 
-static void take_parts(void)
+static unsigned long turn_of(unsigned long ticket)
+{
+    return ticket >> TURN_SHIFT;
+}
+
+/* Take parts of the work until none is left; returns the turn that was seen last. */
+static unsigned long take_parts(long number)
 {
     for (;;) {
-        long part = atomic_fetch_add(&team.next, 1);
-        if (part >= team.parts) {
-            return;
+        unsigned long ticket = atomic_load(&team.ticket);
+        long part = (long)(ticket & 0xffffffff), parts = atomic_load(&team.parts);
+        Work *work = atomic_load(&team.work);
+        const void *what = atomic_load(&team.what);
+        Size items = atomic_load(&team.items), each = atomic_load(&team.each);
+        if (part >= parts || number >= atomic_load(&team.active)) {
+            return turn_of(ticket);
         }
-        Py_ssize_t from = part * team.each, to = from + team.each;
-        team.work(team.what, from, to < team.items ? to : team.items);
-        atomic_fetch_add(&team.finished, 1);
+        if (!atomic_compare_exchange_strong(&team.ticket, &ticket, ticket + 1)) {
+            continue;
+        }
+        Size from = part * each, to = from + each;
+        work(what, from, to < items ? to : items);
+        if (atomic_fetch_add(&team.finished, 1) + 1 == parts && atomic_load(&team.awaited)) {
+            pthread_mutex_lock(&team.lock);
+            pthread_cond_signal(&team.done);
+            pthread_mutex_unlock(&team.lock);
+        }
     }
 }
 
 static void *help(void *number)
 {
-    unsigned seen = 0;
+    unsigned long seen = 0;
     for (;;) {
-        for (int looks = 0; atomic_load(&team.turn) == seen; looks++) {
+        for (int looks = 0; turn_of(atomic_load(&team.ticket)) == seen; looks++) {
             if (looks < LOOKS) {
                 sched_yield();
                 continue;
             }
             pthread_mutex_lock(&team.lock);
             atomic_fetch_add(&team.asleep, 1);
-            while (atomic_load(&team.turn) == seen) {
-                pthread_cond_wait(&team.woken, &team.lock);
+            while (turn_of(atomic_load(&team.ticket)) == seen) {
+                pthread_cond_wait(&team.begun, &team.lock);
             }
             atomic_fetch_sub(&team.asleep, 1);
             pthread_mutex_unlock(&team.lock);
         }
-        atomic_fetch_add(&team.inside, 1);
-        seen = atomic_load(&team.turn);
-        if (seen & 1 && (intptr_t)number < team.active) {
-            take_parts();
-        }
-        atomic_fetch_sub(&team.inside, 1);
+        seen = take_parts((intptr_t)number);
     }
     return NULL;
 }
@@ -70,10 +95,9 @@ static void *help(void *number)
 static void forget_helpers(void)
 {
     pthread_mutex_init(&team.lock, NULL);
-    pthread_cond_init(&team.woken, NULL);
+    pthread_cond_init(&team.begun, NULL);
+    pthread_cond_init(&team.done, NULL);
     atomic_flag_clear(&team.taken);
-    atomic_store(&team.turn, 0);
-    atomic_store(&team.inside, 0);
     atomic_store(&team.asleep, 0);
     team.helpers = 0;
 }
@@ -91,38 +115,54 @@ static void find_helpers(void)
     }
 }
 
+/* Wait for the parts that others have taken. */
+static void await_parts(long parts)
+{
+    for (int looks = 0; atomic_load(&team.finished) < parts; looks++) {
+        if (looks < 16 * LOOKS) {
+            PAUSE();
+            continue;
+        }
+        pthread_mutex_lock(&team.lock);
+        atomic_store(&team.awaited, true);
+        while (atomic_load(&team.finished) < parts) {
+            pthread_cond_wait(&team.done, &team.lock);
+        }
+        atomic_store(&team.awaited, false);
+        pthread_mutex_unlock(&team.lock);
+    }
+}
+
 /* Do all items of the work, of which one takes about `size` steps of arithmetic; alone where that is
  * little, or where another thread has the team. */
-static void together(Work *work, const void *what, Py_ssize_t items, Py_ssize_t size)
+static void together(Work *work, const void *what, Size items, Size size)
 {
-    Py_ssize_t each = size < PART ? PART / (size > 0 ? size : 1) : 1;
-    Py_ssize_t parts = items / each + (items % each != 0);
+    Size each = size < PART ? PART / (size > 0 ? size : 1) : 1;
+    Size parts = items / each + (items % each != 0);
     if (parts < 2 || team.wanted < 1 || atomic_flag_test_and_set(&team.taken)) {
-        work(what, 0, items);
+        if (items > 0) {
+            work(what, 0, items);
+        }
         return;
     }
     find_helpers();
-    team.active = team.wanted;
-    team.work = work;
-    team.what = what;
-    team.items = items;
-    team.each = each;
-    team.parts = parts;
-    atomic_store(&team.next, 0);
+    /* A turn in which nothing can be taken, while the work is written down. */
+    unsigned long turn = turn_of(atomic_load(&team.ticket)) + 2;
+    atomic_store(&team.ticket, (turn - 1) << TURN_SHIFT | 0xffffffff);
+    atomic_store(&team.work, work);
+    atomic_store(&team.what, what);
+    atomic_store(&team.items, items);
+    atomic_store(&team.each, each);
+    atomic_store(&team.parts, parts);
+    atomic_store(&team.active, team.wanted);
     atomic_store(&team.finished, 0);
-    atomic_fetch_add(&team.turn, 1);
+    atomic_store(&team.ticket, turn << TURN_SHIFT);
     if (atomic_load(&team.asleep) > 0) {
         pthread_mutex_lock(&team.lock);
-        pthread_cond_broadcast(&team.woken);
+        pthread_cond_broadcast(&team.begun);
         pthread_mutex_unlock(&team.lock);
     }
-    take_parts();
-    while (atomic_load(&team.finished) < parts) {
-        sched_yield();
-    }
-    atomic_fetch_add(&team.turn, 1);
-    while (atomic_load(&team.inside) > 0) {
-        sched_yield();
-    }
+    take_parts(-1);
+    await_parts(parts);
     atomic_flag_clear(&team.taken);
 }

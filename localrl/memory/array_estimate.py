@@ -100,13 +100,16 @@ def scores_at_once(sizes: Sizes, extent: Extent) -> int:
 
 def attends_in_c(head_dim: int) -> bool:
     """`policy.array_attention` says so too."""
-    return kernels is not None and kernels.WIDE and head_dim % 16 == 0
+    return kernels is not None and head_dim % 16 == 0
 
 
 def _inside(sizes: Sizes) -> int:
-    """Numbers of a position that a block keeps beside its entering states, keys and values."""
+    """Numbers of a position that a block keeps beside its entering states, keys and values.
+
+    Its product of queries, keys and values is kept as it is, the raw values with it.
+    """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    return sizes.width + 2 * queries + keys + 2 * sizes.ffn
+    return sizes.width + 2 * queries + 2 * keys + 2 * sizes.ffn
 
 
 def _work(sizes: Sizes) -> int:

@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import numpy as np
 
-from localrl.backend import kernels
+from localrl.policy.array_choice import steps
 from localrl.policy.array_math import softmax, softmax_back
 from localrl.policy.array_room import room, zeros
 
@@ -42,10 +43,9 @@ class Attention:
     def forward(self) -> Heads:
         """What every query finds."""
         found = room((*self.queries.shape[:-1], self.values.shape[-1]))
-        if self._compiled:
-            assert kernels is not None
+        if (c := self._steps) is not None:
             hidden = _hiding(self.valid)
-            kernels.attend(self.queries, self.keys, self.values, hidden, found, self.scale)
+            c.attend(self.queries, self.keys, self.values, hidden, found, self.scale)
             return found
         for rows, block, seen, weights in self._blocks():
             mine = found[rows, :, :, block]
@@ -56,11 +56,10 @@ class Attention:
         """Slopes by queries, keys and values, from that by what was found."""
         by_queries = room(self.queries.shape)
         within = np.einsum("...i,...i->...", slope, found)[..., None]
-        if self._compiled:
-            assert kernels is not None
+        if (c := self._steps) is not None:
             slopes = by_queries, room(self.keys.shape), room(self.values.shape)
             given = self.queries, self.keys, self.values, _hiding(self.valid), within, slope
-            kernels.attend_back(*given, *slopes, self.scale)
+            c.attend_back(*given, *slopes, self.scale)
             return slopes
         by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
         scratch = room((self._rows * self._each,))
@@ -77,9 +76,9 @@ class Attention:
         return by_queries, by_keys, by_values
 
     @property
-    def _compiled(self) -> bool:
-        """Whether it is done in C, where scores exist for eight queries of a head at once."""
-        return kernels is not None and kernels.WIDE and self.keys.shape[-1] % 16 == 0
+    def _steps(self) -> ModuleType | None:
+        """The steps in C, where they do it: scores exist for a few queries of a head at once."""
+        return steps_for(self.keys.shape[-1])
 
     @cached_property
     def _each(self) -> int:
@@ -121,6 +120,11 @@ class Attention:
             np.broadcast_to(own, (*shape, block.stop)),
         ]
         return _hiding(np.concatenate(parts, axis=2))[:, None]
+
+
+def steps_for(head_dim: int) -> ModuleType | None:
+    """The steps in C, where they attend to heads of this size: whole vectors of any build."""
+    return steps() if head_dim % 16 == 0 else None
 
 
 def _hiding(seen: np.ndarray) -> np.ndarray:

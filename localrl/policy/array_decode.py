@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from localrl.policy.array_attention import steps_for
 from localrl.policy.array_math import Pair, quiet, softmax, swiglu
 from localrl.policy.array_model import ArrayModel
 from localrl.policy.array_pass import Pass
@@ -46,7 +48,7 @@ def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple
     one = Pass(model, [level], keep=False)
     pairs: list[Pair] = []
     states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
-    logits = np.ascontiguousarray(one.weights.logits(states).T)
+    logits = one.weights.logits(np.ascontiguousarray(states))
     give_back()
     return Prefilled(pairs, lengths, model.for_decoding(one.weights)), logits
 
@@ -77,6 +79,8 @@ class ArrayCache:
         self._model, self._weights = model, prefilled.weights
         self.prompts: list[Prompt] = []
         self._seats: list[tuple[int, slice | np.ndarray]] = []
+        self._addresses = np.zeros((0, 0, 4), np.int64)
+        """(layers, B, 4): of each row's prompt, as `attend_token` in C takes it."""
         own = prefilled.lengths[rows]
         self.sources, none = rows, np.zeros(len(rows), int)
         self.starts, self.lengths = (none, own) if names is None else (own, none)
@@ -100,7 +104,7 @@ class ArrayCache:
         self._grow(int(self.lengths.max()) + 1)
         weights, positions = self._weights, self.starts + self.lengths
         tables = {id(turn): turn.tables(positions) for turn in self._model.rotaries}
-        mask = self._mask()
+        mask = None if self._steps is not None else self._mask()
         x = np.ascontiguousarray(weights.embedding[tokens].T)  # (d, B)
         for n, block in enumerate(weights.blocks):
             turns = tables[id(self._model.rotaries[n])]
@@ -109,7 +113,7 @@ class ArrayCache:
             gate, up = block.gate_up(block.feed_forward_norm(x))
             x += block.down(swiglu(gate, up))[0]
         self.lengths += 1
-        return np.ascontiguousarray(weights.logits(x).T)
+        return weights.logits(x)
 
     def filter(self, indices: Any) -> None:
         """Keep these rows; an index that repeats forks its row."""
@@ -151,6 +155,8 @@ class ArrayCache:
         self._seats = [
             (place, _rows_of(np.flatnonzero(self.sources == place))) for place in range(len(used))
         ]
+        places = np.array([_addresses(prompt) for prompt in self.prompts], np.int64)
+        self._addresses = np.ascontiguousarray(places[self.sources].swapaxes(0, 1))
 
     def _grow(self, tokens: int) -> None:
         """Make room, one layer after another, for that many tokens in each row."""
@@ -183,11 +189,27 @@ class ArrayCache:
         if block.query_norm is not None and block.key_norm is not None:
             queries, keys = block.query_norm(queries), block.key_norm(keys)
         self._write(n, turn(keys, tables), values)
-        queries = turn(queries, tables)
-        queries *= np.float32(model.scale)
-        queries = np.ascontiguousarray(queries.transpose(2, 0, 1))
-        found = self._find(n, queries.reshape(rows, model.kv_heads, -1, model.head_dim), mask)
+        queries = np.ascontiguousarray(turn(queries, tables).transpose(2, 0, 1))
+        queries = queries.reshape(rows, model.kv_heads, -1, model.head_dim)
+        if (c := self._steps) is not None:
+            found = self._find_in_c(c, n, queries)
+        else:
+            queries *= np.float32(model.scale)
+            found = self._find(n, queries, mask)
         return found.reshape(rows, -1).T
+
+    @property
+    def _steps(self) -> ModuleType | None:
+        """The steps in C, where they do the attention."""
+        return steps_for(self._model.head_dim)
+
+    def _find_in_c(self, c: ModuleType, n: int, queries: np.ndarray) -> np.ndarray:
+        """The same as `_find`, for queries that are not scaled."""
+        found = np.empty_like(queries)
+        prompts = self._addresses[n] if self.prompts else None
+        own = np.add(self.lengths, 1, dtype=np.int64)
+        c.attend_token(queries, *self._layers[n], own, prompts, found, self._model.scale)
+        return found
 
     def _write(self, n: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Put those of one token, (kv_heads, head_dim, B) each, at the end of every row."""
@@ -220,6 +242,18 @@ class ArrayCache:
 
     def _groups(self) -> Iterator[tuple[Prompt, slice | np.ndarray]]:
         return ((self.prompts[place], rows) for place, rows in self._seats)
+
+
+def _addresses(prompt: Prompt) -> list[tuple[int, int, int, int]]:
+    """In every layer: where keys and values are, their positions, and numbers between two heads."""
+    return [
+        (_address(keys), _address(values), prompt.length, keys.strides[0] // keys.itemsize)
+        for keys, values in prompt.layers
+    ]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def _over(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:

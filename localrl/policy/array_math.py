@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from localrl.backend import kernels
+from localrl.policy.array_choice import steps
 from localrl.policy.array_room import columns, like
-
-FEWER = 16
-"""Columns up to which a product is faster when no matrix is packed for it; but for a single one."""
 
 quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 """Numbers of a model that diverges are looked for where they end up, in loss and adapters."""
@@ -35,8 +33,8 @@ class Norm:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         found = like(x)
-        if kernels is not None:
-            kernels.norm(np.ascontiguousarray(x), self.weight, found, self.eps)
+        if (c := steps()) is not None:
+            c.norm(np.ascontiguousarray(x), self.weight, found, self.eps)
             return found
         squares = np.einsum("...ib,...ib->...b", x, x)
         factor = 1 / np.sqrt(squares / np.float32(x.shape[-2]) + np.float32(self.eps))
@@ -46,8 +44,8 @@ class Norm:
 
     def back(self, x: np.ndarray, slope: np.ndarray) -> np.ndarray:
         """Slope by x, from that by what was made of it; writes over the latter."""
-        if kernels is not None:
-            kernels.norm_back(np.ascontiguousarray(x), self.weight, slope, self.eps)
+        if (c := steps()) is not None:
+            c.norm_back(np.ascontiguousarray(x), self.weight, slope, self.eps)
             return slope
         size = np.float32(x.shape[-2])
         squares = np.einsum("...ib,...ib->...b", x, x)
@@ -61,39 +59,40 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A low-rank change of a linear layer."""
+    """The place of one layer's low-rank change in those of its `Linears`."""
 
-    place: slice
-    """Which of the ranks of its `Linears` are its own."""
-    up: np.ndarray
-    """(out, rank), times the scale."""
+    ranks: slice
+    """Its own among the ranks of all."""
     scale: float
 
 
 @dataclass(frozen=True, eq=False)
 class Linears:
-    """Linear layers of one input, with their adapters."""
+    """Linear layers of one input as one matrix, with their adapters.
 
-    weights: tuple[np.ndarray, ...]
-    """(out, in) each."""
-    biases: tuple[np.ndarray | None, ...]
-    """(out, 1) each."""
-    down: np.ndarray | None
+    One product reads each weight once, and fills the threads better than two or three small ones.
+    """
+
+    weight: np.ndarray
+    """(out of all, in)"""
+    places: tuple[slice, ...]
+    """The outputs of each layer among those of all."""
+    bias: np.ndarray | None = None
+    """(out of all, 1)"""
+    down: np.ndarray | None = None
     """(ranks of all, in); None without adapters."""
-    adapters: tuple[Adapter | None, ...]
+    up: np.ndarray | None = None
+    """(out of all, ranks of all), times the scale; 0 between one layer and another's ranks."""
+    adapters: tuple[Adapter | None, ...] = ()
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
-        """Columns (in, B) to columns (out, B) each."""
-        low = x if self.down is None else self.down @ x
-        found = []
-        for weight, bias, adapter in zip(self.weights, self.biases, self.adapters, strict=True):
-            y = times(weight, x)
-            if bias is not None:
-                y += bias
-            if adapter is not None:
-                y += adapter.up @ low[adapter.place]
-            found.append(y)
-        return found
+        """Columns (in, B) to columns (out, B) of each layer."""
+        y = times(self.weight, x)
+        if self.bias is not None:
+            y += self.bias
+        if self.down is not None and self.up is not None:
+            add_times(self.up, times(self.down, x), y)
+        return [y[place] for place in self.places]
 
     def back(
         self, x: np.ndarray, slopes: Sequence[np.ndarray], further: bool = True
@@ -104,33 +103,49 @@ class Linears:
         """
         found: np.ndarray | None = None
         if further:
-            found = times(self.weights[0].T, slopes[0])
-            for weight, slope in zip(self.weights[1:], slopes[1:], strict=True):
-                found += times(weight.T, slope)
-        if self.down is None:
+            found = times(self.weight[self.places[0]].T, slopes[0])
+            for place, slope in zip(self.places[1:], slopes[1:], strict=True):
+                add_times(self.weight[place].T, slope, found)
+        if self.down is None or self.up is None:
             return found, []
-        low, by_low = self.down @ x, np.empty((len(self.down), x.shape[1]), np.float32)
+        low, by_low = times(self.down, x), np.empty((len(self.down), x.shape[1]), np.float32)
         ups: list[np.ndarray] = []
-        for adapter, slope in zip(self.adapters, slopes, strict=True):
+        for adapter, place, slope in zip(self.adapters, self.places, slopes, strict=True):
             if adapter is not None:
-                np.matmul(adapter.up.T, slope, out=by_low[adapter.place])
-                ups.append(np.float32(adapter.scale) * (low[adapter.place] @ slope.T))
+                mine = np.ascontiguousarray(self.up[place, adapter.ranks])
+                by_low[adapter.ranks] = times(mine.T, slope)
+                ups.append(np.float32(adapter.scale) * times(low[adapter.ranks], slope.T))
         if found is not None:
-            found += self.down.T @ by_low
-        downs = (x @ by_low.T).T
-        places = [adapter.place for adapter in self.adapters if adapter is not None]
-        return found, [(downs[place].T, up) for place, up in zip(places, ups, strict=True)]
+            add_times(self.down.T, by_low, found)
+        downs = times(x, by_low.T).T
+        ranks = [adapter.ranks for adapter in self.adapters if adapter is not None]
+        return found, [(downs[mine].T, up) for mine, up in zip(ranks, ups, strict=True)]
 
 
-def times(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """weight @ x."""
-    shape = (*weight.shape[:-1], x.shape[-1])
-    few = 1 < shape[-1] <= FEWER and weight.flags.c_contiguous
-    if few and kernels is not None and kernels.WIDE:
-        found = np.empty(shape, np.float32)
-        kernels.product(weight, np.ascontiguousarray(x), found)
-        return found
-    return np.matmul(weight, x, out=columns(shape))
+def times(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """a @ b, for matrices (m, k) and (k, n)."""
+    found = columns((len(a), b.shape[1])) if out is None else out
+    if kernels is None or not found.size or not a.size:
+        return np.matmul(a, b, out=found)
+    kernels.matmul(a, b, found, False, False)
+    return found
+
+
+def add_times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """Add a @ b to `out`."""
+    if kernels is None or not out.size or not a.size:
+        out += a @ b
+    else:
+        kernels.matmul(a, b, out, True, False)
+
+
+def rows_times(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(weight @ x).T for columns x (k, n): rows (n, m)."""
+    if kernels is None or not x.size:
+        return np.ascontiguousarray(np.matmul(weight, x).T)
+    found = columns((x.shape[1], len(weight)))
+    kernels.matmul(weight, x, found, False, True)
+    return found
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -144,9 +159,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
     """silu(gate) * x, elementwise (Shazeer 2020, arXiv 2002.05202)."""
-    if kernels is not None:
+    if (c := steps()) is not None:
         found = like(gate)
-        kernels.swiglu(gate, x, found)
+        c.swiglu(gate, x, found)
         return found
     found = sigmoid(gate)
     found *= gate
@@ -156,9 +171,9 @@ def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def swiglu_back(gate: np.ndarray, x: np.ndarray, slope: np.ndarray) -> Pair:
     """Slopes by gate and x, from that by the product; writes over the latter."""
-    if kernels is not None:
+    if (c := steps()) is not None:
         by_gate = like(gate)
-        kernels.swiglu_back(gate, x, slope, by_gate)
+        c.swiglu_back(gate, x, slope, by_gate)
         return by_gate, slope
     by_gate = sigmoid(gate)
     silu = np.multiply(by_gate, gate, out=like(gate))
@@ -174,8 +189,8 @@ def swiglu_back(gate: np.ndarray, x: np.ndarray, slope: np.ndarray) -> Pair:
 def turn(x: np.ndarray, partners: np.ndarray, tables: Pair) -> np.ndarray:
     """x * cosines + x[partners] * sines, for heads (h, d, B) and tables (d, B)."""
     found = like(x)
-    if kernels is not None:
-        kernels.turn(np.ascontiguousarray(x), *tables, found, partners)
+    if (c := steps()) is not None:
+        c.turn(np.ascontiguousarray(x), *tables, found, partners)
         return found
     x.take(partners, axis=1, out=found, mode="wrap")  # "raise" would buffer it
     found *= tables[1]
@@ -188,8 +203,8 @@ def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
 
     hidden: (1 or R, 1, L, T), is added first; each of h has every L of its rows in turn.
     """
-    if kernels is not None:
-        kernels.softmax(scores) if hidden is None else kernels.softmax(scores, hidden)
+    if (c := steps()) is not None:
+        c.softmax(scores) if hidden is None else c.softmax(scores, hidden)
         return scores
     if hidden is not None:
         rows = scores.reshape(len(scores), -1, *hidden.shape[2:])
@@ -208,8 +223,8 @@ def softmax_back(
 
     within: for each softmax (.., 1) the sum of weights * slope.
     """
-    if kernels is not None:
-        kernels.softmax_back(weights, np.ascontiguousarray(within), slope, scale)
+    if (c := steps()) is not None:
+        c.softmax_back(weights, np.ascontiguousarray(within), slope, scale)
         return slope
     slope -= within
     slope *= weights

@@ -1,7 +1,7 @@
-"""Weights for decoding: adapters added in, and layers of one input put together.
+"""Weights for decoding: adapters added in.
 
 A token of a few rows is a hundred products of small matrices, and more than half of them are the
-adapters'. In a copy there is one for each input. It is made before rows are decoded and goes with
+adapters'. In a copy there are none. It is made before rows are decoded and goes with
 them; a larger model would gain less than it costs.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from localrl.backend import mx
 from localrl.policy.array_math import Linears, times
@@ -20,21 +18,6 @@ from localrl.policy.array_weights import Block, Weights
 
 MOST_BYTES = 128 << 20
 """Of a copy; `memory.array_estimate.MERGED` is the same."""
-
-
-@dataclass(frozen=True, eq=False)
-class Merged(Linears):
-    """Linear layers of one input as one."""
-
-    places: tuple[slice, ...] = ()
-    """Where the outputs of each are."""
-
-    def __call__(self, x: np.ndarray) -> list[np.ndarray]:
-        """Columns (in, B) to columns (out, B) of each."""
-        y = times(self.weights[0], x)
-        if self.biases[0] is not None:
-            y += self.biases[0]
-        return [y[place] for place in self.places]
 
 
 class Merging:
@@ -71,26 +54,14 @@ def _block(block: Block) -> Block:
     )
 
 
-def _merge(linears: Linears) -> Merged:
-    sizes = [len(weight) for weight in linears.weights]
-    ends = np.cumsum(sizes).tolist()
-    whole = lasting((ends[-1], linears.weights[0].shape[1]))
-    places = tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
-    for place, weight, adapter in zip(places, linears.weights, linears.adapters, strict=True):
-        part = whole[place]
-        if adapter is None or linears.down is None:
-            part[...] = weight
-        else:
-            np.matmul(adapter.up, linears.down[adapter.place], out=part)
-            part += weight
-    bias = None
-    if any(one is not None for one in linears.biases):
-        pairs = zip(linears.biases, sizes, strict=True)
-        zero = np.float32(0)
-        bias = np.concatenate([np.full((n, 1), zero) if b is None else b for b, n in pairs])
-    return Merged((whole,), (bias,), None, (None,), places=places)
+def _merge(linears: Linears) -> Linears:
+    if linears.down is None or linears.up is None:
+        return linears
+    whole = times(linears.up, linears.down, lasting(linears.weight.shape))
+    whole += linears.weight
+    return Linears(whole, linears.places, linears.bias)
 
 
 def _bytes(block: Block) -> int:
     layers = (block.queries_keys_values, block.output, block.gate_up, block.down)
-    return sum(weight.nbytes for layer in layers for weight in layer.weights)
+    return sum(layer.weight.nbytes for layer in layers)

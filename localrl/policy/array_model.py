@@ -6,11 +6,13 @@ rotary positions, can be read so; others stay with MLX.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from localrl.backend import mx, nn
+from localrl.policy.array_choice import Sizes, choose
 from localrl.policy.array_math import Adapter, Linears, Norm, Pair, turn
 from localrl.policy.array_merged import Merging
 from localrl.policy.array_weights import Block, Weights
@@ -97,10 +99,23 @@ class ArrayModel:
             raise UnfitError("windows")
         self._model = model
         first = model.layers[0].self_attn
+        block = self.read().blocks[0]  # raises what does not fit before anything is moved
+        for layer in model.layers:
+            lay_beside(*(layer.self_attn[name] for name in ATTENTION[:3]))
+            lay_beside(*(layer.mlp[name] for name in FEED_FORWARD[:2]))
         self.scale: float = first.scale
         self.heads, self.kv_heads = first.n_heads, first.n_kv_heads
-        block = self.read().blocks[0]
-        self.head_dim = block.queries_keys_values.weights[0].shape[0] // self.heads
+        self.head_dim = block.output.weight.shape[1] // self.heads
+        self.choice = choose(
+            Sizes(
+                rows=len(block.gate_up.weight),
+                inputs=block.gate_up.weight.shape[1],
+                ffn=block.down.weight.shape[1],
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+            )
+        )
         self.rotaries = self._rotaries()
         self._merging = Merging()
 
@@ -121,7 +136,7 @@ class ArrayModel:
         body = self._model.model
         embedding = _array(body.embed_tokens.weight)
         tied = "lm_head" not in self._model
-        head = Linears((embedding,), (None,), None, (None,)) if tied else None
+        head = Linears(embedding, (slice(0, len(embedding)),)) if tied else None
         return Weights(
             embedding,
             tuple(_block(block) for block in self._model.layers),
@@ -168,6 +183,27 @@ def _linears(*layers: Any) -> Linears:
     bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
     if any(type(base) is not nn.Linear for base in bases):
         raise UnfitError("layers that are not dense")
+    weights = [_array(base.weight) for base in bases]
+    ends = np.cumsum([len(weight) for weight in weights]).tolist()
+    places = tuple(slice(end - len(w), end) for end, w in zip(ends, weights, strict=True))
+    adapters, downs = _adapters(layers)
+    up = np.zeros((ends[-1], sum(map(len, downs))), np.float32) if downs else None
+    for layer, place, adapter in zip(layers, places, adapters, strict=True):
+        if adapter is not None and up is not None:
+            mine = up[place, adapter.ranks]
+            np.multiply(_array(layer.lora_b).T, np.float32(layer.scale), out=mine)
+    return Linears(
+        beside(weights),
+        places,
+        _biases(bases, weights),
+        np.concatenate(downs) if downs else None,
+        up,
+        adapters,
+    )
+
+
+def _adapters(layers: Sequence[Any]) -> tuple[tuple[Adapter | None, ...], list[np.ndarray]]:
+    """The adapters of layers of one input, and lora_a (rank, in) of each that has one."""
     downs: list[np.ndarray] = []
     adapters: list[Adapter | None] = []
     rank = 0
@@ -176,16 +212,48 @@ def _linears(*layers: Any) -> Linears:
             adapters.append(None)
             continue
         downs.append(_array(layer.lora_a).T)
-        place = slice(rank, rank + len(downs[-1]))
-        up = np.ascontiguousarray(_array(layer.lora_b).T) * np.float32(layer.scale)
-        adapters.append(Adapter(place, up, layer.scale))
-        rank = place.stop
-    return Linears(
-        tuple(_array(base.weight) for base in bases),
-        tuple(_array(base.bias)[:, None] if "bias" in base else None for base in bases),
-        np.concatenate(downs) if downs else None,
-        tuple(adapters),
-    )
+        adapters.append(Adapter(slice(rank, rank + len(downs[-1])), layer.scale))
+        rank += len(downs[-1])
+    return tuple(adapters), downs
+
+
+def _biases(bases: Sequence[Any], weights: Sequence[np.ndarray]) -> np.ndarray | None:
+    """(out of all, 1); None where no layer has one."""
+    if not any("bias" in base for base in bases):
+        return None
+    parts = [
+        _array(base.bias) if "bias" in base else np.zeros(len(weight), np.float32)
+        for base, weight in zip(bases, weights, strict=True)
+    ]
+    return np.concatenate(parts)[:, None]
+
+
+def lay_beside(*layers: Any) -> None:
+    """Move the weights of layers of one input into one array, in the layers themselves.
+
+    Their numbers stay, and both forms exist of these layers only.
+    """
+    bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+    whole = mx.concatenate([base.weight for base in bases])
+    mx.eval(whole)
+    start = 0
+    for base in bases:
+        end = start + len(base.weight)
+        base.weight = whole[start:end]
+        mx.eval(base.weight)
+        start = end
+
+
+def beside(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows of these matrices: a view where they lie one behind another, else a copy."""
+    if len(weights) == 1:
+        return weights[0]
+    ends = [weight.ctypes.data + weight.nbytes for weight in weights]
+    starts = [weight.ctypes.data for weight in weights]
+    if ends[:-1] != starts[1:] or not all(w.flags.c_contiguous for w in weights):
+        return np.concatenate(weights)
+    shape = (sum(map(len, weights)), weights[0].shape[1])
+    return np.lib.stride_tricks.as_strided(weights[0], shape, writeable=False)
 
 
 def _array(array: mx.array) -> np.ndarray:

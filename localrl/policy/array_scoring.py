@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx
-from localrl.policy.array_math import quiet
+from localrl.policy.array_math import quiet, times
 from localrl.policy.array_model import ArrayModel
 from localrl.policy.array_pass import Pass
 from localrl.policy.array_room import give_back, like, zeros
+from localrl.policy.array_sampling import target_logprobs
 from localrl.policy.array_weights import Weights
 from localrl.policy.forest_packing import Layout, Level
 from localrl.policy.packing import MicroBatch
@@ -42,7 +43,7 @@ def array_logprobs(
     def forward(*_: mx.array) -> mx.array:
         whole = one.forward()
         states.append(whole[:, micro.sources])
-        return mx.array(head.logprobs(states[0]))
+        return mx.array(head.logprobs(states[0], keep=True))
 
     def backward(_: Any, cotangent: mx.array, __: mx.array) -> tuple[mx.array, ...]:
         slope = zeros((len(states[0]), one.positions))
@@ -60,8 +61,10 @@ def array_logprobs(
 class ChunkedHead:
     """The head at some targets (N,), `chunk` of them at a time.
 
-    The gradient is closed-form, d logp / d logits = (onehot(target) - softmax) / temperature; no
-    chunk's logits are kept for it.
+    The gradient is closed-form: d logp / d state = (w[target] - sum of p w) / temperature, with the
+    rows w of the head and their probabilities p. That sum, the expected row, is taken while a
+    chunk's probabilities are there, and is all that is kept of them: on the way back the vocabulary
+    is not met again.
     """
 
     def __init__(
@@ -71,42 +74,31 @@ class ChunkedHead:
         self._temperature = np.float32(temperature)
         starts = range(0, len(targets), chunk)
         self._parts = [slice(start, start + chunk) for start in starts]
+        self._expected: np.ndarray | None = None  # (d, N)
 
     @quiet
-    def logprobs(self, states: np.ndarray) -> np.ndarray:
-        """Log-probabilities (N,) of the targets from states (d, N)."""
-        found: list[np.ndarray] = []
+    def logprobs(self, states: np.ndarray, *, keep: bool = False) -> np.ndarray:
+        """Log-probabilities (N,) of the targets from states (d, N). keep: for `back`."""
+        found = np.empty(len(self._targets), np.float32)
+        if keep:
+            self._expected = like(states)
         for part in self._parts:
-            weights, chosen = self._softmax(states, part)
-            found.append(chosen - np.log(_total(weights)))
-            del weights  # before the next ones are made
-        return np.concatenate(found)
+            logits = self._weights.logits(states[:, part])
+            found[part] = target_logprobs(logits, self._targets[part], float(self._temperature))
+            if self._expected is not None:
+                self._expected[:, part] = times(logits, self._weights.head.weight).T
+            del logits  # before the next ones are made
+        return found
 
     @quiet
     def back(self, states: np.ndarray, slope: np.ndarray) -> np.ndarray:
         """Slope by the states (d, N), from that by the log-probabilities (N,)."""
-        found = like(states)
-        for part in self._parts:
-            weights, _ = self._softmax(states, part)
-            share = slope[part] / self._temperature
-            weights *= -share / _total(weights)
-            weights[self._targets[part], np.arange(len(share))] += share
-            found[:, part] = self._weights.logits_back(states[:, part], weights)
-            del weights
-        return found
-
-    def _softmax(self, states: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """exp(logit - highest) (V, n), and the targets' logits less the highest."""
-        logits = self._weights.logits(states[:, part])
-        logits /= self._temperature
-        logits -= logits.max(axis=0)
-        chosen = logits[self._targets[part], np.arange(logits.shape[1])]
-        return np.exp(logits, out=logits), chosen
-
-
-def _total(weights: np.ndarray) -> np.ndarray:
-    """Sums (n,) over the vocabulary; row after row, which float32 would lose the small ones in."""
-    return weights.sum(axis=0, dtype=np.float64).astype(np.float32)
+        assert self._expected is not None
+        by_normed = like(states)
+        by_normed[...] = self._weights.head.weight[self._targets].T
+        by_normed -= self._expected
+        by_normed *= slope / self._temperature
+        return self._weights.norm.back(states, by_normed)
 
 
 def _levels(micro: MicroBatch) -> tuple[Level, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.policy.array_math import Linears, Norm
+from localrl.policy.array_math import Linears, Norm, rows_times
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +40,11 @@ class Weights:
     head: Linears
 
     def logits(self, states: np.ndarray) -> np.ndarray:
-        """(V, n) of states (d, n) after the last block."""
-        return self.head(self.norm(states))[0]
-
-    def logits_back(self, states: np.ndarray, slope: np.ndarray) -> np.ndarray:
-        """Slope by the states (d, n), from that by their logits."""
-        by_normed, _ = self.head.back(states, [slope])
-        assert by_normed is not None
-        return self.norm.back(states, by_normed)
+        """(n, V) of states (d, n) after the last block."""
+        found = rows_times(self.norm(states), self.head.weight)
+        if self.head.bias is not None:
+            found += self.head.bias[:, 0]
+        return found
 
     @property
     def lowest_adapted(self) -> int:

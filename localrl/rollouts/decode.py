@@ -16,6 +16,7 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.errors import ConfigError
+from localrl.policy import array_sampling
 from localrl.policy.model import Logits, Policy
 from localrl.policy.prefix import pays
 from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest, take
@@ -284,39 +285,30 @@ def draw(logits: Logits, uniforms: np.ndarray, temperature: float) -> tuple[Logi
     logits (B, V), uniforms (B,) in (0, 1). Returns tokens, their log-probabilities and the entropy
     of the whole distribution, each (B,). One exponential serves all three.
     """
-    xp = _library(logits)
+    if isinstance(logits, np.ndarray):
+        return array_sampling.draw(logits, uniforms, temperature)
     shifted, weights, total = _weigh(logits, temperature)
-    cumulative = xp.cumsum(weights, axis=-1)
+    cumulative = mx.cumsum(weights, axis=-1)
     # The first entry above the mark: a token of weight 0 is never it.
-    mark = (xp.array(uniforms, dtype=xp.float32) * cumulative[:, -1])[:, None]
-    tokens = xp.argmax(cumulative > mark, axis=-1)
-    log_total = xp.log(total)
-    logprobs = xp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
+    mark = (mx.array(uniforms, dtype=mx.float32) * cumulative[:, -1])[:, None]
+    tokens = mx.argmax(cumulative > mark, axis=-1)
+    log_total = mx.log(total)
+    logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
     return tokens, logprobs, log_total - (weights * shifted).sum(axis=-1) / total
 
 
 def entropy(logits: Logits, temperature: float) -> Logits:
     """Entropy (B,) in nats of each row's next-token distribution."""
-    shifted, weights, total = _weigh(logits, temperature)
-    return _library(logits).log(total) - (weights * shifted).sum(axis=-1) / total
-
-
-@np.errstate(invalid="ignore")  # the ledger refuses what is not finite
-def _weigh(logits: Logits, temperature: float) -> tuple[Logits, Logits, Logits]:
-    """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
-    # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
     if isinstance(logits, np.ndarray):
-        shifted = logits / np.float32(temperature)
-        shifted -= shifted.max(axis=-1, keepdims=True)
-        np.maximum(shifted, np.float32(-1e4), out=shifted)
-        weights = np.exp(shifted)
-    else:
-        logits = logits.astype(mx.float32) / temperature
-        shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
-        weights = mx.exp(shifted)
+        return array_sampling.entropy(logits, temperature)
+    shifted, weights, total = _weigh(logits, temperature)
+    return mx.log(total) - (weights * shifted).sum(axis=-1) / total
+
+
+def _weigh(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
+    logits = logits.astype(mx.float32) / temperature
+    # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
+    shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
+    weights = mx.exp(shifted)
     return shifted, weights, weights.sum(axis=-1)
-
-
-def _library(array: Logits) -> Any:
-    """NumPy or MLX, whose functions have the same names here."""
-    return np if isinstance(array, np.ndarray) else mx

@@ -286,15 +286,16 @@ def test_weights_are_views(tmp_path, name):
     pairs = [
         (weights.embedding, inner.embed_tokens.weight),
         (weights.norm.weight, inner.norm.weight),
-        (block.queries_keys_values.weights[2], theirs.self_attn.v_proj.linear.weight),
-        (block.output.weights[0], theirs.self_attn.o_proj.linear.weight),
-        (block.gate_up.weights[1], theirs.mlp.up_proj.linear.weight),
-        (block.down.weights[0], theirs.mlp.down_proj.linear.weight),
-        (weights.head.weights[0], inner.embed_tokens.weight),
+        (block.queries_keys_values.weight, theirs.self_attn.q_proj.linear.weight),
+        (block.queries_keys_values.weight, theirs.self_attn.v_proj.linear.weight),
+        (block.output.weight, theirs.self_attn.o_proj.linear.weight),
+        (block.gate_up.weight, theirs.mlp.up_proj.linear.weight),
+        (block.down.weight, theirs.mlp.down_proj.linear.weight),
+        (weights.head.weight, inner.embed_tokens.weight),
     ]
     for ours, array in pairs:
         assert np.shares_memory(ours, np.array(array, copy=False))
-    biased = block.queries_keys_values.biases[0]
+    biased = block.queries_keys_values.bias
     assert (biased is not None) == (name == "qwen2")
     assert (block.query_norm is not None) == (name == "qwen3")
 
@@ -302,7 +303,7 @@ def test_weights_are_views(tmp_path, name):
 def test_a_head_of_its_own(tmp_path):
     policy = check_batching(made(tmp_path / "model", model_type="llama", tie_word_embeddings=False))
     assert policy.arrays is not None
-    head = policy.arrays.read().head.weights[0]
+    head = policy.arrays.read().head.weight
     assert np.shares_memory(head, np.array(policy.model.lm_head.weight, copy=False))
 
 

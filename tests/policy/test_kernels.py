@@ -8,8 +8,8 @@ import pytest
 
 from localrl import backend
 from localrl.backend import kernels
-from localrl.policy import array_attention, array_math
 from localrl.policy.array_attention import Attention
+from localrl.policy.array_choice import NUMPY, Choice, using
 from localrl.policy.array_math import (
     Norm,
     softmax,
@@ -29,14 +29,19 @@ def numbers(*shape: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
 
 
+@pytest.fixture(params=kernels.builds() if kernels else [], autouse=True)
+def width(request):
+    """Each build that this processor can run: the narrower ones too."""
+    with using(Choice(request.param, 64)):
+        yield request.param
+
+
 @pytest.fixture
-def in_numpy(monkeypatch):
+def in_numpy():
     """Compute it a second time, without C."""
 
     def again(work):
-        with monkeypatch.context() as patch:
-            patch.setattr(array_math, "kernels", None)
-            patch.setattr(array_attention, "kernels", None)
+        with using(NUMPY):
             return work()
 
     return again
@@ -57,11 +62,18 @@ def test_a_product_of_few_columns(in_numpy, m, k, n):
     check(lambda: times(weight, x), in_numpy, atol=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 16, 17, 40])
-def test_a_product_of_any_number_of_columns(n):
-    weight, x, found = numbers(19, 33), numbers(33, n, seed=1), numbers(19, n)
-    kernels.product(weight, x, found)
-    np.testing.assert_allclose(found, weight @ x, atol=1e-4)
+@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("n", [1, 16, 17, 40, 600])
+@pytest.mark.parametrize(("m", "k"), [(19, 33), (960, 300)])
+def test_products_of_all_layouts(width, few, m, k, n):
+    a, b = numbers(m, k, scale=1), numbers(k, n, seed=1, scale=1)
+    kernels.use(width, few)
+    for one in (a, np.ascontiguousarray(a.T).T):
+        for other in (b, np.ascontiguousarray(b.T).T, np.hstack([b, b])[:, :n]):
+            for turned in (False, True):
+                out = np.ones((n, m) if turned else (m, n), np.float32)
+                kernels.matmul(one, other, out, True, turned)
+                np.testing.assert_allclose(out.T if turned else out, 1 + a @ b, atol=1e-3)
 
 
 @pytest.mark.parametrize("n", COUNTS)
@@ -217,15 +229,20 @@ def test_no_thread_is_an_error():
 
 
 F = np.float32
+GAPS = np.ones((4, 6), F)[:, ::2]
 
 
 @pytest.mark.parametrize(
     ("name", "given", "error"),
     [
-        ("product", (np.ones((2, 3), F), np.ones((4, 2), F), np.ones((2, 2), F)), ValueError),
-        ("product", (np.ones((2, 3), F), np.ones((3, 2)), np.ones((2, 2), F)), TypeError),
-        ("product", (np.ones((2, 3), F), np.ones((3, 2), F)), TypeError),
-        ("product", (np.ones((3, 2), F).T, np.ones((3, 2), F), np.ones((2, 2), F)), ValueError),
+        ("matmul", (np.ones((2, 3), F), np.ones((4, 2), F), np.ones((2, 2), F), 0, 0), ValueError),
+        ("matmul", (np.ones((2, 3), F), np.ones((3, 2)), np.ones((2, 2), F), 0, 0), TypeError),
+        ("matmul", (np.ones((2, 3), F), np.ones((3, 2), F)), TypeError),
+        (
+            "matmul",
+            (np.ones((4, 6), F)[:, ::2], np.ones((3, 2), F), np.ones((4, 2), F), 0, 0),
+            TypeError,
+        ),
         ("norm", (np.ones((4, 2), F), np.ones(3, F), np.ones((4, 2), F), 1e-6), ValueError),
         ("norm", (np.ones((4, 2), F), np.ones(4, F), np.ones((4, 2), F), "1"), TypeError),
         ("norm_back", (np.ones((4, 2), F), np.ones(4, F), np.ones((4, 3), F), 1e-6), ValueError),

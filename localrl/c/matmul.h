@@ -1,0 +1,108 @@
+/* Products of matrices by the team: each part is one call of a BLAS on one thread.
+ *
+ * A BLAS shares a product out in advance and waits for the slowest of its threads, turn by turn: beside
+ * one other busy process that took thirty times as long. Here parts are taken as threads come for them.
+ */
+
+/* Values from the CBLAS standard, whose enumerations are passed as int. */
+enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+
+/* Of the product that one part is: rows and columns of out, at most, and multiplications, at least. */
+enum { PART_ROWS = 512, PART_COLUMNS = 384, PART_STEPS = 1 << 21, PART_LINE = 1 << 16 };
+
+typedef void Gemm(int, int, int, int64_t, int64_t, int64_t, float, const float *, int64_t,
+                  const float *, int64_t, float, float *, int64_t);
+typedef void Gemv(int, int, int64_t, int64_t, float, const float *, int64_t, const float *, int64_t,
+                  float, float *, int64_t);
+
+static Gemm *blas_gemm;
+static Gemv *blas_gemv;
+
+typedef struct {
+    int trans_a, trans_b;
+    int64_t m, n, k;
+    float alpha, beta;
+    const float *a, *b;
+    float *c;
+    int64_t lda, ldb, ldc;
+    int64_t rows, columns, across; /* of a part; parts side by side */
+} Multiplication;
+
+static int64_t least(int64_t x, int64_t y)
+{
+    return x < y ? x : y;
+}
+
+static int64_t parts_in(int64_t all, int64_t each)
+{
+    return (all + each - 1) / each;
+}
+
+static void multiply_part(const void *what, Size from, Size to)
+{
+    const Multiplication *p = what;
+    for (Size part = from; part < to; part++) {
+        int64_t row = part / p->across * p->rows, column = part % p->across * p->columns;
+        const float *a = p->a + (p->trans_a == NO_TRANS ? row * p->lda : row);
+        const float *b = p->b + (p->trans_b == NO_TRANS ? column : column * p->ldb);
+        blas_gemm(ROW_MAJOR, p->trans_a, p->trans_b, least(p->rows, p->m - row),
+                  least(p->columns, p->n - column), p->k, p->alpha, a, p->lda, b, p->ldb, p->beta,
+                  p->c + row * p->ldc + column, p->ldc);
+    }
+}
+
+/* As cblas_sgemm; parts depend on the sizes alone. */
+static void team_gemm(int order, int trans_a, int trans_b, int64_t m, int64_t n, int64_t k,
+                      float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
+                      float beta, float *c, int64_t ldc)
+{
+    if (order != ROW_MAJOR || m * n * k < 2 * PART_STEPS) {
+        blas_gemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return;
+    }
+    Multiplication p = {trans_a, trans_b, m, n, k, alpha, beta, a, b, c, lda, ldb, ldc, 0, 0, 0};
+    p.columns = n > PART_COLUMNS * 3 / 2 ? PART_COLUMNS : n;
+    /* Whole tiles of any BLAS: multiples of 48. */
+    int64_t rows = PART_STEPS / (p.columns * k) + 1;
+    rows = least(parts_in(rows, 48) * 48, PART_ROWS);
+    p.rows = m > rows * 3 / 2 ? rows : m;
+    p.across = parts_in(n, p.columns);
+    together(multiply_part, &p, parts_in(m, p.rows) * p.across, PART);
+}
+
+typedef struct {
+    int trans;
+    int64_t m, n; /* of the matrix as it lies there */
+    float alpha, beta;
+    const float *a, *x;
+    float *y;
+    int64_t lda, step_x, step_y, each;
+} Line;
+
+static void line_part(const void *what, Size from, Size to)
+{
+    const Line *p = what;
+    for (Size part = from; part < to; part++) {
+        int64_t first = part * p->each, all = p->trans == NO_TRANS ? p->m : p->n;
+        int64_t count = least(p->each, all - first);
+        bool rows = p->trans == NO_TRANS;
+        blas_gemv(ROW_MAJOR, p->trans, rows ? count : p->m, rows ? p->n : count, p->alpha,
+                  p->a + (rows ? first * p->lda : first), p->lda, p->x, p->step_x, p->beta,
+                  p->y + first * p->step_y, p->step_y);
+    }
+}
+
+/* As cblas_sgemv. */
+static void team_gemv(int order, int trans, int64_t m, int64_t n, float alpha, const float *a,
+                      int64_t lda, const float *x, int64_t step_x, float beta, float *y,
+                      int64_t step_y)
+{
+    if (order != ROW_MAJOR || m * n < 2 * PART_LINE || step_y < 0) {
+        blas_gemv(order, trans, m, n, alpha, a, lda, x, step_x, beta, y, step_y);
+        return;
+    }
+    int64_t all = trans == NO_TRANS ? m : n, other = trans == NO_TRANS ? n : m;
+    Line p = {trans, m, n, alpha, beta, a, x, y, lda, step_x, step_y, 0};
+    p.each = parts_in(PART_LINE / other + 1, 16) * 16;
+    together(line_part, &p, parts_in(all, p.each), PART);
+}

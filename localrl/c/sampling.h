@@ -1,0 +1,143 @@
+/* Drawing tokens from logits, and the log-probabilities of given ones. */
+
+enum { PARTS = 512, TOGETHER = 256 }; /* of a vocabulary, and the fewest tokens of one part */
+
+INLINE float highest_of(const float *x, Size n)
+{
+    float most[LANES], highest = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) {
+        most[lane] = -INFINITY;
+    }
+    Size whole = n - n % LANES;
+    for (Size i = 0; i < whole; i += LANES) {
+        for (int lane = 0; lane < LANES; lane++) {
+            most[lane] = larger(x[i + lane], most[lane]);
+        }
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+        highest = larger(most[lane], highest);
+    }
+    for (Size i = whole; i < n; i++) {
+        highest = larger(x[i], highest);
+    }
+    return highest;
+}
+
+/* A logit below the highest, over the temperature. 0 times -inf would be no number in the entropy,
+ * and -1e4 is as good to the exponential; what is no number stays none. */
+INLINE float below(float logit, float highest, float temperature)
+{
+    float found = (logit - highest) / temperature;
+    return found < -1e4f ? -1e4f : found;
+}
+
+/* The sum of the weights of some tokens, and of each times its logit below the highest. */
+INLINE void weigh_some(const float *logits, Size n, float highest, float temperature,
+                       float *restrict sum, float *restrict spread)
+{
+    float sums[LANES] = {0}, spreads[LANES] = {0};
+    Size whole = n - n % LANES;
+    for (Size i = 0; i < whole; i += LANES) {
+        for (int lane = 0; lane < LANES; lane++) {
+            float x = below(logits[i + lane], highest, temperature), weight = exponential(x);
+            sums[lane] += weight;
+            spreads[lane] += weight * x;
+        }
+    }
+    *sum = 0;
+    *spread = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        *sum += sums[lane];
+        *spread += spreads[lane];
+    }
+    for (Size i = whole; i < n; i++) {
+        float x = below(logits[i], highest, temperature), weight = exponential(x);
+        *sum += weight;
+        *spread += weight * x;
+    }
+}
+
+/* The first token at which the sum of weights is above the mark; `from` is a place to look from, and
+ * `sum` what was before it. A token of weight 0 is never it. */
+INLINE Size token_above(const float *logits, Size from, Size n, float highest, float temperature,
+                        double sum, double mark)
+{
+    Size last = from;
+    for (Size i = from; i < n; i++) {
+        float weight = exponential(below(logits[i], highest, temperature));
+        sum += weight;
+        if (weight > 0) {
+            last = i;
+            if (sum > mark) {
+                return i;
+            }
+        }
+    }
+    return last;
+}
+
+STEP void draw(const void *what, Size from, Size to)
+{
+    const Draw *p = what;
+    const Size all = p->vocabulary, each = all <= PARTS * TOGETHER ? TOGETHER : all / PARTS + 1;
+    for (Size row = from; row < to; row++) {
+        const float *logits = p->logits + row * all;
+        float highest = highest_of(logits, all), sums[PARTS], spread;
+        double total = 0, spreads = 0, before = 0;
+        for (Size i = 0; i < all; i += each) {
+            Size n = all - i < each ? all - i : each;
+            weigh_some(logits + i, n, highest, p->temperature, &sums[i / each], &spread);
+            total += sums[i / each];
+            spreads += spread;
+        }
+        double mark = p->uniforms[row] * total;
+        Size part = 0;
+        for (Size i = 0; i * each < all; i++) {
+            if (sums[i] > 0) {
+                part = i; /* the last one with anything in it, should rounding pass the mark by */
+                if (before + sums[i] > mark) {
+                    break;
+                }
+                before += sums[i];
+            }
+        }
+        Size token = token_above(logits, part * each, all, highest, p->temperature, before, mark);
+        p->tokens[row] = token;
+        p->logprobs[row] = (float)(below(logits[token], highest, p->temperature) - log(total));
+        p->entropies[row] = (float)(log(total) - spreads / total);
+    }
+}
+
+STEP void targets(const void *what, Size from, Size to)
+{
+    const Targets *p = what;
+    for (Size row = from; row < to; row++) {
+        float *logits = p->logits + row * p->vocabulary;
+        float highest = highest_of(logits, p->vocabulary);
+        float chosen = below(logits[p->targets[row]], highest, p->temperature);
+        double total = 0;
+        for (Size i = 0; i < p->vocabulary; i += TOGETHER) {
+            Size n = p->vocabulary - i < TOGETHER ? p->vocabulary - i : TOGETHER;
+            float sums[LANES] = {0}, rest = 0;
+            Size whole = n - n % LANES;
+            for (Size j = i; j < i + whole; j += LANES) {
+                for (int lane = 0; lane < LANES; lane++) {
+                    float x = exponential(below(logits[j + lane], highest, p->temperature));
+                    sums[lane] += logits[j + lane] = x;
+                }
+            }
+            for (Size j = i + whole; j < i + n; j++) {
+                rest += logits[j] = exponential(below(logits[j], highest, p->temperature));
+            }
+            for (int lane = 0; lane < LANES; lane++) {
+                rest += sums[lane];
+            }
+            total += rest;
+        }
+        p->logprobs[row] = (float)(chosen - log(total));
+        float factor = (float)(1 / total);
+        for (Size i = 0; i < p->vocabulary; i++) {
+            logits[i] *= factor;
+        }
+    }
+}

@@ -1,0 +1,5 @@
+/* The steps, for vectors of 16 bytes. */
+#define BYTES 16
+#include "build.h"
+
+const Steps steps16 = TABLE;

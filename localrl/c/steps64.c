@@ -1,0 +1,5 @@
+/* The steps, for vectors of 64 bytes. */
+#define BYTES 64
+#include "build.h"
+
+const Steps steps64 = TABLE;

@@ -1,0 +1,265 @@
+"""Which steps in C compute a model on this processor: chosen by timing, not by its flags.
+
+There are builds for vectors of 16, 32 and 64 bytes, and NumPy alone. At a model's own sizes each
+build that the processor can run is timed beside NumPy. The choice is kept in the user's cache, so
+that the next run of the same model computes the same bits, and in the state of a run, which goes on
+with it. `LOCALRL_KERNELS` sets it by hand: 16, 32, 64 or numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from localrl.backend import describe, kernels
+from localrl.cache import cache_folder
+from localrl.errors import ConfigError
+
+VARIABLE = "LOCALRL_KERNELS"
+COLUMNS = (2, 4, 8, 16, 32, 64, 128)
+"""Columns at which products are timed; those between are like them."""
+TRIES = 5
+MARGIN = 1.1
+"""How much slower a wider build may seem: clocks waver, and a choice should not."""
+FORMAT = 1
+"""Of the stored choices: one more when the steps change, since timings of others mean nothing."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A build of the steps in C, and what its products are used for."""
+
+    bytes: int
+    """Of a vector; 0: NumPy computes everything."""
+    columns: int
+    """The most columns of a product that is not left to the BLAS."""
+    gains: dict[str, float] = field(default_factory=dict)
+    """How many times as fast as NumPy alone it was, by what was timed; empty when set by hand."""
+
+    def __str__(self) -> str:
+        if not self.bytes:
+            return "NumPy alone"
+        told = ", ".join(f"{name} {gain:.1f}" for name, gain in self.gains.items())
+        beside = f"; times as fast as NumPy: {told}" if told else ""
+        return (
+            f"steps in C for vectors of {self.bytes} bytes, products of up to {self.columns} "
+            f"columns{beside}"
+        )
+
+
+NUMPY = Choice(0, 0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model asks of the steps."""
+
+    rows: int
+    """Of its largest matrix between layers."""
+    inputs: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+_choice = NUMPY
+_steps: ModuleType | None = None
+
+
+def steps() -> ModuleType | None:
+    """The steps in C, where they are in use."""
+    return _steps
+
+
+def current() -> Choice:
+    """What is in use."""
+    return _choice
+
+
+def use(choice: Choice) -> None:
+    """Compute with this from now on.
+
+    Raises: ConfigError when this processor cannot run that build.
+    """
+    global _choice, _steps
+    if choice.bytes:
+        if kernels is None or choice.bytes not in kernels.builds():
+            raise ConfigError(
+                f"This machine cannot run the steps in C for vectors of {choice.bytes} bytes; it "
+                f"has {kernels.builds() if kernels else 'none'}."
+            )
+        kernels.use(choice.bytes, choice.columns)
+    elif kernels is not None:
+        kernels.use(kernels.builds()[0], 0)
+    _choice, _steps = choice, kernels if choice.bytes else None
+
+
+@contextmanager
+def using(choice: Choice) -> Iterator[None]:
+    """Compute with this for a while."""
+    before = _choice
+    use(choice)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def default() -> Choice:
+    """The widest build, before anything is timed; or what the environment says.
+
+    Raises: ConfigError when that names none that there is.
+    """
+    wish = os.environ.get(VARIABLE, "")
+    builds = kernels.builds() if kernels is not None else []
+    if wish == "numpy" or (not builds and not wish):
+        return NUMPY
+    if not wish:
+        return Choice(builds[-1], 64)
+    if not wish.isdigit() or int(wish) not in builds:
+        raise ConfigError(
+            f"{VARIABLE} is {wish!r}; here it may be numpy"
+            + "".join(f" or {width}" for width in builds)
+            + ", or be left out."
+        )
+    return Choice(int(wish), 64)
+
+
+def choose(sizes: Sizes) -> Choice:
+    """Take the fastest for a model of these sizes: as set, as stored, or as timed now."""
+    if kernels is None or os.environ.get(VARIABLE):
+        found = default()
+    else:
+        found = _recall(sizes) or _measure(sizes, kernels)
+    use(found)
+    return found
+
+
+def _measure(sizes: Sizes, module: ModuleType) -> Choice:
+    """Time all builds against NumPy, and keep the outcome; some tenths of a second."""
+    before = _choice
+    blas = [_product(module, sizes, module.builds()[0], 0, n) for n in COLUMNS]
+    plain = _others(sizes, NUMPY)
+    timed: dict[int, tuple[list[float], dict[str, float]]] = {}
+    for width in module.builds():
+        mine = [_product(module, sizes, width, COLUMNS[-1], n) for n in COLUMNS]
+        timed[width] = mine, _others(sizes, Choice(width, 0))
+    choice = _fastest(blas, plain, timed)
+    use(before)
+    _remember(sizes, choice)
+    return choice
+
+
+def _fastest(
+    blas: list[float],
+    plain: dict[str, float],
+    timed: dict[int, tuple[list[float], dict[str, float]]],
+) -> Choice:
+    """The widest build that no narrower one, nor NumPy, beats by the margin."""
+    best, least = NUMPY, sum(blas) + sum(plain.values())
+    for width, (mine, others) in timed.items():  # ascending
+        taken = [min(one, two) for one, two in zip(mine, blas, strict=True)]
+        total = sum(taken) + sum(others.values())
+        if total < least * (MARGIN if best.bytes else 1):
+            faster = [one < two for one, two in zip(mine, blas, strict=True)]
+            count = faster.index(False) if False in faster else len(faster)
+            gains = {f"{n} columns": blas[i] / taken[i] for i, n in enumerate(COLUMNS[:count])}
+            gains |= {name: plain[name] / others[name] for name in plain}
+            best = Choice(width, COLUMNS[count - 1] if count else 0, gains)
+            least = min(least, total)
+    return best
+
+
+def _product(module: ModuleType, sizes: Sizes, width: int, columns: int, n: int) -> float:
+    """Seconds of one product of n columns."""
+    module.use(width, columns)
+    weight, x, out = _ones(sizes.rows, sizes.inputs), _ones(sizes.inputs, n), _ones(sizes.rows, n)
+    return _least(lambda: module.matmul(weight, x, out, False, False))
+
+
+def _others(sizes: Sizes, choice: Choice) -> dict[str, float]:
+    """Seconds of attention over a short prompt, and of a gate."""
+    from localrl.policy.array_attention import Attention  # which asks this module
+    from localrl.policy.array_math import swiglu
+
+    use(choice)
+    each, length = sizes.heads // sizes.kv_heads, 64
+    shape = (2, sizes.kv_heads, each, length, sizes.head_dim)
+    keys = _ones(2, sizes.kv_heads, length, sizes.head_dim)
+    attention = Attention(_ones(*shape), keys, keys, np.ones((2, 0), bool), sizes.head_dim**-0.5)
+    gate = _ones(sizes.ffn, 32)
+    return {
+        "attention": _least(attention.forward),
+        "gate": _least(lambda: swiglu(gate, gate)),
+    }
+
+
+def _ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def _least(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few tries."""
+    seconds = []
+    for _ in range(TRIES):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _key(sizes: Sizes) -> str:
+    """What a choice holds for: the processor, NumPy and its BLAS, threads, the model's sizes."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processor = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    blas = os.environ.get("OPENBLAS_CORETYPE")
+    parts = [FORMAT, processor, np.__version__, blas, describe().threads, asdict(sizes)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def store() -> Path:
+    """The file of choices, in localrl's cache."""
+    return cache_folder() / "kernels.json"
+
+
+def _recall(sizes: Sizes) -> Choice | None:
+    try:
+        found = json.loads(store().read_bytes())[_key(sizes)]
+        choice = Choice(found["bytes"], found["columns"], dict(found["gains"]))
+        known = choice.bytes == 0 or (kernels is not None and choice.bytes in kernels.builds())
+        return choice if known and isinstance(choice.columns, int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(sizes: Sizes, choice: Choice) -> None:
+    """Keep it; where that cannot be, the next run times again."""
+    path = store()
+    try:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps({**known, _key(sizes): asdict(choice)}, indent=1))
+        beside.replace(path)
+    except OSError:
+        pass
+
+
+use(default())
