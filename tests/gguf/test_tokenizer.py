@@ -236,7 +236,7 @@ def test_sentencepiece_without_a_prefix(tmp_path):
 
 
 def test_gemma(tmp_path):
-    user = [*("\u2581" * n for n in range(2, 6)), "<start_of_turn>"]
+    user = [*("\u2581" * n for n in range(2, 12)), "<start_of_turn>"]
     model = sentences(prefix=False, user=user)
     metadata = sentence_metadata(model, user)
     tokenizer = load_tokenizer(folder_of(tmp_path / "m.gguf", metadata, "gemma3"))
