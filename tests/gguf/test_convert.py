@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -174,11 +175,62 @@ def test_what_differs_from_most_matrices_stands_in_the_config(cache, tmp_path):
 def test_norms_take_16_bits_only_where_that_changes_none(cache, tmp_path):
     exact = as_folder(write_model(tmp_path / "a.gguf", kind="Q4_0").path, print)
     assert read(exact, "config.json")["torch_dtype"] == "float16"
-    gemma = as_folder(write_model(tmp_path / "b.gguf", "gemma3", "Q4_0").path, print)
-    assert read(gemma, "config.json")["torch_dtype"] in ("float16", "float32")
-    arrays = mx.load(str(gemma / "model.safetensors"))
-    kinds = {array.dtype for name, array in arrays.items() if "norm" in name}
-    assert len(kinds) == 1
+    path = write_model(tmp_path / "b.gguf", "gemma3", "Q4_0").path  # which overflows in float16
+    assert read(as_folder(path, print), "config.json")["torch_dtype"] == "float32"
+    path = write_model(tmp_path / "c.gguf", "llama", "Q4_0").path
+    data = bytearray(path.read_bytes())
+    place = read_gguf(path).tensors["output_norm.weight"].offset
+    data[place : place + 4] = np.float32(1.0001).tobytes()
+    path.write_bytes(data)
+    assert read(as_folder(path, print), "config.json")["torch_dtype"] == "float32"
+
+
+def test_norms_less_one_take_16_bits_where_the_file_follows_from_them(cache, tmp_path):
+    path = write_model(tmp_path / "a.gguf", "gemma3", "BF16").path
+    data, file = bytearray(path.read_bytes()), read_gguf(path)
+    for tensor in file.tensors.values():
+        if len(tensor.shape) == 1:  # 1 + w of a bfloat16 w, rounded to float32
+            small = (file.raw(tensor).view(np.uint32) - np.uint32(1 << 23)) & np.uint32(0xFFFF0000)
+            stored = np.float32(1) + small.view(np.float32) * np.float32(0.001)
+            small = (stored - 1).view(np.uint32) & np.uint32(0xFFFF0000)
+            stored = np.float32(1) + small.view(np.float32)
+            data[tensor.offset : tensor.offset + tensor.nbytes] = stored.tobytes()
+    path.write_bytes(data)
+    assert read(as_folder(path, print), "config.json")["torch_dtype"] == "bfloat16"
+
+
+def test_a_cache_that_was_cleaned_up_in_part_is_told(cache, tmp_path):
+    path = write_model(tmp_path / "m.gguf").path
+    folder = as_folder(path, print)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not as it was made\. Delete the"):
+        as_folder(path, print)
+    shutil.rmtree(folder)
+    assert as_folder(path, print) == folder
+
+
+def test_what_a_killed_conversion_left_is_swept_up_after_a_day(cache, tmp_path):
+    path = write_model(tmp_path / "m.gguf").path
+    folder = as_folder(path, print)
+    shutil.rmtree(folder)
+    for name, age in (("old", 2 * 24 * 3600), ("new", 60)):
+        beside = cache / f".{folder.name}.{name}"
+        beside.mkdir()
+        os.utime(beside, (time.time() - age,) * 2)
+    as_folder(path, print)
+    assert sorted(os.listdir(cache)) == [f".{folder.name}.new", folder.name]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        as_folder(write_model(tmp_path / "m.gguf").path, print)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"There is no file .*absent\.gguf"):
+        find_model(str(tmp_path / "absent.gguf"))
 
 
 def test_a_file_is_converted_once(cache, tmp_path):
