@@ -36,7 +36,7 @@ from localrl.gguf.tokenizer import read_tokenizer
 RECORD = "gguf.json"
 """In a converted folder: which file it was made of."""
 FORMAT = 1
-"""Of converted folders; one more when the same file would become another folder."""
+"""Of converted folders, and in their names; one more when a file would become another folder."""
 SHARD = 1 << 30
 """Bytes of one file of weights, about."""
 SPARE_BYTES = 1 << 28
@@ -67,7 +67,7 @@ def as_folder(path: Path, tell: Tell) -> Path:
     file = read_gguf(path)
     family = find_family(file.get("general.architecture", str, ""))
     digest = _digest(path)
-    folder = root / f"{name}-{digest[:16]}"
+    folder = root / f"{name}-{digest[:16]}.{FORMAT}"
     record = {"sha256": digest, "stamp": stamp, "format": FORMAT}
     if _record(folder).get("sha256") != digest:
         _make(file, family, folder, record, tell)
@@ -108,8 +108,8 @@ def _record(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return {}
-    is_ours = isinstance(found, dict) and found.get("format") == FORMAT
-    return found if is_ours else {}
+    is_ours = isinstance(found, dict) and isinstance(found.get("files"), dict)
+    return found if is_ours and found.get("format") == FORMAT else {}
 
 
 def _digest(path: Path) -> str:
@@ -159,9 +159,9 @@ def _place(beside: Path, folder: Path) -> None:
     beside.chmod(0o755)
     try:
         beside.replace(folder)
-    except OSError:
+    except OSError as error:
         if not _record(folder):
-            raise
+            raise OSError(f"{error.strerror}; delete what is there") from None
 
 
 @dataclass(frozen=True)

@@ -345,3 +345,12 @@ def test_without_the_gguf_package_the_extra_is_named(cache, tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=r"pip install 'localrl\[gguf\]'"):
         as_folder(path, print)
     assert os.listdir(cache) == []
+
+
+def test_a_folder_without_a_record_is_not_written_over(cache, tmp_path):
+    path = write_model(tmp_path / "m.gguf").path
+    folder = as_folder(path, print)
+    (folder / "gguf.json").write_text("{}")
+    with pytest.raises(ConfigError, match="delete what is there"):
+        as_folder(path, print)
+    assert os.listdir(cache) == [folder.name]
