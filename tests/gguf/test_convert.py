@@ -11,13 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from written import CONFIG, TOKENS, write_model
+from written import CONFIG, CONFIGS, TOKENS, write_model
 
 from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
 from localrl.gguf.convert import as_folder
+from localrl.gguf.families import FAMILIES, family_of, tensor_names, to_halves, to_pairs
 from localrl.gguf.reader import read_gguf
-from localrl.gguf.settings import rope_factors
+from localrl.gguf.settings import config_of, metadata_of, rope_factors
 from localrl.memory.sizes import weight_bytes
 from localrl.planning import sizes_of
 from localrl.policy.loading import find_model
@@ -45,12 +46,12 @@ def difference(written, lines):
     return float(np.abs(logits_of(folder) - np.array(written.model(IDS))).max()), folder
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 EXACT = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 @pytest.mark.parametrize("kind", EXACT)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_the_file(cache, tmp_path, architecture, kind):
     lines = []
     found, _ = difference(write_model(tmp_path / "m.gguf", architecture, kind), lines)
@@ -61,7 +62,7 @@ def test_logits_are_those_of_the_file(cache, tmp_path, architecture, kind):
 @pytest.mark.parametrize(
     ("kind", "bits", "most"), [("Q4_K", 4, 0.0005), ("Q5_K", 5, 0.0005), ("Q6_K", 8, 0.005)]
 )
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_was_rounded_is_said(cache, tmp_path, architecture, kind, bits, most):
     lines, written = [], write_model(tmp_path / "m.gguf", architecture, kind)
     folder = as_folder(written.path, lines.append)
@@ -354,3 +355,34 @@ def test_a_folder_without_a_record_is_not_written_over(cache, tmp_path):
     with pytest.raises(ConfigError, match="delete what is there"):
         as_folder(path, print)
     assert os.listdir(cache) == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+        ("llama", {"attention_bias": True, "tie_word_embeddings": False}),
+        ("qwen2", {}),
+        ("qwen3", {"rope_scaling": YARN}),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_settings_and_names_go_both_ways(cache, tmp_path, architecture, change):
+    """What a writer of GGUF makes of a config.json, the reader makes a config.json of again."""
+    config, family = {**CONFIGS[architecture], **change}, FAMILIES[architecture]
+    tensors, factors = {}, rope_factors(config)
+    if factors is not None:
+        tensors = {"rope_freqs.weight": factors}
+    written = metadata_of(family, config)
+    path = tmp_path / "m.gguf"
+    write_model(path, architecture, config=change, extra=written, tensors=tensors)
+    file = read_gguf(path)
+    again = config_of(file, family)
+    assert metadata_of(family, again) == written
+    assert {name: again[name] for name in config if name != "sliding_window"} == {
+        name: value for name, value in config.items() if name != "sliding_window"
+    }
+    assert set(tensor_names(family, config)) == set(file.tensors) - {"rope_freqs.weight"}
+    assert family_of(config["model_type"]) is family
+    rows = np.arange(4 * 6 * 3).reshape(24, 3)
+    assert np.array_equal(to_halves(to_pairs(rows, 4), 4), rows)
