@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from localrl.errors import ConfigError
-from localrl.gguf.pretokenizers import find_pretokenizer
+from localrl.gguf.pretokenizers import PRETOKENIZERS, Pretokenizer, find_pretokenizer
 from localrl.gguf.reader import GGUF, refused
 
 UNKNOWN, CONTROL, USER = 2, 3, 4
@@ -25,6 +25,8 @@ MOST_TOKEN = 512
 """Characters of one token; runs of spaces are the longest, of some 128."""
 MOST_CHARACTERS = 16_000_000
 """Of all tokens; the largest vocabularies have some 2 million."""
+MOST_MERGES = 4_000_000
+"""Found again of a SentencePiece model; the largest real ones have some 600 thousand."""
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
@@ -153,6 +155,7 @@ def _vocabulary(file: GGUF, rows: int) -> _Vocabulary:
 def _byte_level(file: GGUF, vocab: _Vocabulary) -> _Body:
     name = file.get("tokenizer.ggml.pre", str)
     found = find_pretokenizer(file.path, name)
+    _check_class(file, found)
     merges = file.get("tokenizer.ggml.merges", list)
     if merges is None:
         raise refused(file.path, "it has no merges (tokenizer.ggml.merges)")
@@ -169,6 +172,18 @@ def _byte_level(file: GGUF, vocab: _Vocabulary) -> _Body:
     return _Body(parts, found.begins)
 
 
+def _check_class(file: GGUF, found: Pretokenizer | None) -> None:
+    """Raises: ConfigError when transformers would cut texts in another way than the file says.
+
+    It gives every qwen2 model Qwen's own tokenizer, whatever tokenizer.json holds.
+    """
+    own = PRETOKENIZERS["qwen2"].cuts
+    if file.metadata.get("general.architecture") == "qwen2" and (not found or found.cuts != own):
+        raise refused(
+            file.path, "it is of the family qwen2, and its tokenizer is not that of Qwen 2"
+        )
+
+
 _BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -178,6 +193,7 @@ _BYTE_LEVEL = {
 
 
 def _sentencepiece(file: GGUF, vocab: _Vocabulary) -> _Body:
+    _check_class(file, None)
     scores = file.get("tokenizer.ggml.scores", np.ndarray)
     if scores is None or len(scores) != len(vocab.tokens):
         raise refused(file.path, "it has no score for each of its tokens (tokenizer.ggml.scores)")
@@ -257,6 +273,8 @@ def merges_of(tokens: Sequence[str], scores: np.ndarray) -> list[tuple[str, str]
 
     Each piece is joined from every pair of shorter ones that it consists of; among pairs of equal
     scores the one with the longer first part comes first.
+
+    Raises: ConfigError when there are too many.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     found = []
@@ -265,6 +283,8 @@ def merges_of(tokens: Sequence[str], scores: np.ndarray) -> list[tuple[str, str]
         known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
         known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         found += [(score, len(left), len(right), left, right) for left, right in known]
+        if len(found) > MOST_MERGES:
+            raise ConfigError(f"A vocabulary is refused: it makes more than {MOST_MERGES} merges.")
     found.sort(key=lambda entry: entry[:3], reverse=True)
     return [entry[3:] for entry in found]
 

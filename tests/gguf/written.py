@@ -92,7 +92,7 @@ def write_model(
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], settings["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, extra.pop("general.architecture", architecture))
     if "tokenizer.ggml.model" not in extra:
-        write_tokenizer(writer)
+        write_tokenizer(writer, "qwen2" if architecture == "qwen2" else "smollm")
     for key, value in {**_settings(architecture, settings), **extra}.items():
         _write_value(writer, key, value)
     rng, read = np.random.default_rng(5), []
@@ -157,10 +157,10 @@ def pack(values: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.nd
     return raw, np.asarray(gguf.dequantize(raw, form), np.float32).reshape(values.shape)
 
 
-def write_tokenizer(writer: gguf.GGUFWriter) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     """A byte-level vocabulary with four merges and a chat template."""
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(list(TOKENS))
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
     writer.add_token_merges(list(MERGES))
