@@ -52,7 +52,8 @@ class Settled:
     """Settings that were read and found to go together, before anything is loaded."""
 
     config: RunConfig
-    """With rank, scale and places of the adapter that it starts from."""
+    """With rank, scale and places of the adapter that it starts from, and all that is settled by
+    other settings."""
     rewards: Sequence[RewardSpec]
     shape: Shape
     model_folder: Path
@@ -70,6 +71,8 @@ def settle(config: RunConfig) -> Settled:
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
     config, adapter = starting_adapter(config, read_shape(model_folder).layers)
+    # Said in config.toml, so that what an older run left unsaid is not taken for it.
+    config = config.replace("task.eval_temperature", config.eval_temperature)
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
     sizes = sizes_of(model_folder, config.model.quantize)

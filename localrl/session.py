@@ -12,7 +12,7 @@ import numpy as np
 from localrl import shares
 from localrl.backend import mx
 from localrl.checks import tracker_weight
-from localrl.evaluate import Evaluation, evaluate, temperature_one
+from localrl.evaluate import Evaluation, at_temperature, evaluate
 from localrl.gathering import gather
 from localrl.keys import keyed_uniforms
 from localrl.learning.credit import Credit, assign_credit
@@ -141,7 +141,7 @@ class Session(Parts):
             return self.evaluations.get(step)
         self.tell_rewards(step + 1)
         evaluation = evaluate(
-            temperature_one(self.decoder),
+            at_temperature(self.decoder, self.config.eval_temperature),
             self.held_out,
             self.sampler.encode(self.held_out),
             self.scorer.score,
