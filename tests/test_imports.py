@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 PACKAGE = Path(__file__).parent.parent / "localrl"
 
@@ -152,7 +153,7 @@ def test_mlx_comes_through_the_backend_alone(path):
 
 def run_python(code: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE_S
     )
     return result.stdout
 

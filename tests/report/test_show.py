@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from waiting import DEADLINE_S
 
 from localrl.report import facts
 from localrl.report.compare import comparison, differing
@@ -23,7 +24,7 @@ def localrl(*arguments):
         [sys.executable, "-m", "localrl", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
     )
 
 
