@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from localrl.config import RunConfig
-from localrl.errors import ConfigError
+from localrl.errors import ConfigError, DataError
 from localrl.learning.objectives import make_objective
+from localrl.records import Example
 from localrl.rollouts.groups import Shape
 from localrl.tasks.base import Task
 
@@ -52,6 +53,18 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
             "environment cannot be begun again from its middle. Set it to 0."
+        )
+
+
+def check_prompt(example: Example, tokens: int, most: int) -> None:
+    """Refuse a prompt of so many tokens: nothing is cut silently.
+
+    Raises: DataError when it is empty, or longer than rollout.max_prompt_tokens, which is `most`.
+    """
+    if not 0 < tokens <= most:
+        raise DataError(
+            f"The prompt of {example.id} has {tokens} tokens; allowed are 1 to {most}. Raise "
+            "rollout.max_prompt_tokens."
         )
 
 

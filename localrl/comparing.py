@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from localrl.config import RunConfig
 from localrl.errors import ConfigError
-from localrl.evaluate import EVALUATION_SEED
+from localrl.evaluate import EVALUATION_SEED, at_temperature
 from localrl.interval import (
     mcnemar,
     mean_interval,
@@ -23,7 +23,6 @@ from localrl.parts import Parts, check_sandbox, open_parts, settle
 from localrl.policy.lora import adapters_off
 from localrl.pulse import Pulse
 from localrl.records import Group, ScoredGroup, mean_or_none
-from localrl.rollouts.decode import DecodeCounts
 from localrl.rollouts.groups import Shape, sample_groups
 
 RIGHT = 1 - 1e-9
@@ -81,6 +80,7 @@ class Result:
     samples: int
     """Completions of each prompt."""
     temperature: float
+    """Of the sampling; 0 stands for greedy decoding."""
     max_completion_tokens: int
     seed: int
     base: Side
@@ -101,17 +101,24 @@ def evaluate_model(
     config: RunConfig,
     *,
     samples: int = 1,
-    temperature: float = 1.0,
     seed: int = EVALUATION_SEED,
     warn: Callable[[str], None] = lambda line: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Sample held-out prompts from the base and, when `lora.adapter` names one, with the adapter.
 
+    The temperature is that of the run's evaluations, see `RunConfig.eval_temperature`.
     Both draw with the same random numbers. warn, tell: get lines for people.
 
     Raises: ConfigError or DataError, saying what cannot work; RewardError when rewards fail.
     """
+    temperature = config.eval_temperature
+    if samples > 1 and not temperature:
+        raise ConfigError(
+            f"{samples} completions of each prompt would all be the same: the temperature is 0, "
+            "where the likeliest token is taken each time. Ask for one (-k 1), or sample, for "
+            "example with --temperature 0.7."
+        )
     settled = settle(config)
     with open_parts(settled, warn=warn, pulse=Pulse(), trains=False) as parts:
         check_sandbox(parts.config, parts.task, warn)
@@ -141,9 +148,8 @@ def evaluate_model(
 
 def _judge(parts: Parts, samples: int, temperature: float, seed: int) -> list[ScoredGroup]:
     """Scored completions of all held-out prompts, by the policy as it is now."""
-    decoder = replace(parts.decoder, temperature=temperature, counts=DecodeCounts())
     groups: list[Group] = sample_groups(
-        decoder,
+        at_temperature(parts.decoder, temperature),
         parts.held_out,
         parts.sampler.encode(parts.held_out),
         Shape(roots=samples, leaves=samples),

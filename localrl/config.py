@@ -51,6 +51,9 @@ THINKING = ("auto", "on", "off")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """What `localrl.learning.objective` defines."""
 
+OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
+"""What runs did whose config.toml is older than these settings, where the default is another."""
+
 LIMIT_FORM = r"(?i)\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB|%)\s*"
 """A size or a share, as `localrl.memory.limit` reads it."""
 
@@ -63,9 +66,14 @@ def setting(
     high: float | None = None,
     choices: tuple[str, ...] = (),
     form: str | None = None,
+    or_zero: bool = False,
 ) -> Any:
-    """A field of a section: its default, one line of help, and the values that it may take."""
+    """A field of a section: its default, one line of help, and the values that it may take.
+
+    or_zero: 0 may be given too, below `low`.
+    """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "form": form}
+    metadata["or_zero"] = or_zero
     return field(default=default, metadata=metadata)
 
 
@@ -107,6 +115,13 @@ class TaskConfig:
     tool_timeout_s: float = setting(5.0, "seconds that one answer or tool may take", low=0.01)
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
     eval_prompts: int = setting(256, "the most held-out prompts to evaluate on; 0: none", low=0)
+    eval_temperature: float | None = setting(
+        None,
+        "of evaluations; 0: the likeliest token each time; unset: rollout.temperature",
+        low=0.01,
+        high=100.0,
+        or_zero=True,
+    )
     cut_reward: float | None = setting(
         None, "reward of completions cut off for length or looping; unset: as they are scored"
     )
@@ -256,6 +271,21 @@ class RunConfig:
             config = config.replace(key, value)
         return config
 
+    @classmethod
+    def of_run(cls, file: Path, settings: Mapping[str, Any] | None = None) -> RunConfig:
+        """The configuration in the config.toml of a run, also of an older one, with settings over
+        it.
+
+        Raises: as `create` does.
+        """
+        return cls.create({**OLDER_RUNS, **read_toml(file), **_canonical(settings or {})})
+
+    @property
+    def eval_temperature(self) -> float:
+        """Of evaluations: that of training, unless `task.eval_temperature` says otherwise."""
+        wish = self.task.eval_temperature
+        return self.rollout.temperature if wish is None else wish
+
     def replace(self, key: str, value: Any) -> RunConfig:
         """This configuration with one `section.key` set to a checked value."""
         section, _, name = key.partition(".")
@@ -377,8 +407,11 @@ def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
     if type(value).__name__ != kind:
         raise ConfigError(f"{key} is {value!r}; it must be of type {kind} ({_help(spec)}).")
     low, high, choices = (spec.metadata[name] for name in ("low", "high", "choices"))
+    if spec.metadata["or_zero"] and value == 0:
+        return value
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        bounds = f"0, or {bounds}" if spec.metadata["or_zero"] else bounds
         raise ConfigError(f"{key} is {value!r}; it must be {bounds} ({_help(spec)}).")
     if choices and value not in choices:
         wanted = f"{', '.join(choices[:-1])} or {choices[-1]}"

@@ -29,7 +29,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy does on held-out prompts, one completion each at temperature 1."""
+    """What a policy does on held-out prompts, one completion each."""
 
     n: int
     """Completions that the first reward function judged; one that it failed on is not counted."""
@@ -40,6 +40,8 @@ class Evaluation:
     mean_reward: float | None
     mean_completion_tokens: float | None
     shown: tuple[Shown, ...]
+    temperature: float = 1.0
+    """Of the sampling; 0 stands for greedy decoding. Checkpoints without it were made at 1."""
 
     def summary(self) -> dict[str, Any]:
         """The numbers alone, under the names of `eval.json`."""
@@ -90,12 +92,13 @@ def evaluate(
             [int(group.completion(0).sampled.sum()) for group in groups]
         ),
         shown=tuple(_show(group) for group in scored[:3]),
+        temperature=decoder.temperature,
     )
 
 
-def temperature_one(decoder: Decoder) -> Decoder:
-    """A decoder of the same policy that samples at temperature 1, with counts of its own."""
-    return replace(decoder, temperature=1.0, counts=DecodeCounts())
+def at_temperature(decoder: Decoder, temperature: float) -> Decoder:
+    """A decoder of the same policy that samples so, with counts of its own."""
+    return replace(decoder, temperature=temperature, counts=DecodeCounts())
 
 
 def _show(scored: ScoredGroup) -> Shown:

@@ -28,7 +28,7 @@ from localrl.runs.nowhere import Nowhere
 from localrl.runs.supervised import Restart
 from localrl.session import Progress, Session
 
-AGREED = ("group_size", "max_prompt_tokens", "max_completion_tokens")
+AGREED = ("group_size", "max_completion_tokens")
 """What the machine with the least memory decides for all."""
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 
@@ -109,7 +109,7 @@ def _go_on(before: Before, session: Session, restart: Restart | None) -> None:
 
 
 def _agree(parts: Parts, ranks: Ranks) -> list[dict[str, Any]]:
-    """Let all ranks use the group size and the lengths of the smallest; the plan of each.
+    """Let all ranks use the group size and the length of the smallest; the plan of each.
 
     Raises: ConfigError when there is not a prompt for each.
     """

@@ -17,7 +17,7 @@ from localrl.errors import ConfigError
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
 from localrl.memory.machine import read_machine
-from localrl.memory.plan import Asked, cache_bytes
+from localrl.memory.plan import Asked, PromptLength, cache_bytes
 from localrl.memory.sizes import Sizes
 from localrl.planning import as_found, ask, make_plan, shape_of, sizes_of, worth_measuring
 from localrl.policy.checkpointing import can_checkpoint
@@ -25,7 +25,9 @@ from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
 from localrl.policy.scoring import group_logprobs
 from localrl.policy.selfcheck import check_batching
+from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.probing import calibrated
+from localrl.prompt_lengths import measure
 from localrl.pulse import Pulse
 from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import Example, Group, MemoryPlan, RewardSpec
@@ -52,7 +54,8 @@ class Settled:
     """Settings that were read and found to go together, before anything is loaded."""
 
     config: RunConfig
-    """With rank, scale and places of the adapter that it starts from."""
+    """With rank, scale and places of the adapter that it starts from, and all that is settled by
+    other settings."""
     rewards: Sequence[RewardSpec]
     shape: Shape
     model_folder: Path
@@ -70,6 +73,8 @@ def settle(config: RunConfig) -> Settled:
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
     config, adapter = starting_adapter(config, read_shape(model_folder).layers)
+    # Said in config.toml, so that what an older run left unsaid is not taken for it.
+    config = config.replace("task.eval_temperature", config.eval_temperature)
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
     sizes = sizes_of(model_folder, config.model.quantize)
@@ -136,10 +141,13 @@ def open_parts(
         )
         scorer.check(task.train(0).columns)
         held_out = task.evaluation(config.task.eval_prompts)
-        asked = ask_for(settled, trains=trains, turns=environments is not None)
+        tokenizer = load_tokenizer(settled.model_folder, thinking=config.model.thinking)
+        _check_vocabulary(tokenizer, task, held_out, settled.model_folder)
+        prompts = measure(config, task, held_out, tokenizer, trains=trains)
+        turns = environments is not None
+        asked = ask_for(settled, prompts=prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, asked)
-        loaded = load(settled)
-        _check_vocabulary(loaded, task, held_out, settled.model_folder)
+        loaded = load(settled, tokenizer)
         policy = open_policy(settled, loaded, plan)
         policy = check_batching(policy)
         fixed = planned is not None or bool(config.memory.pin)
@@ -182,17 +190,21 @@ def open_parts(
         )
 
 
-def load(settled: Settled) -> LoadedModel:
-    """The model, before adapters.
+def load(settled: Settled, tokenizer: Tokenizer | None = None) -> LoadedModel:
+    """The model, before adapters. tokenizer: its own, where that has been read.
 
     Raises: ConfigError when it cannot be read.
     """
     wish = settled.config.model
     mx.reset_peak_memory()  # what an earlier run of this process took is not this one's
-    return load_model(settled.model_folder, quantize=wish.quantize, thinking=wish.thinking)
+    return load_model(
+        settled.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
+    )
 
 
-def ask_for(settled: Settled, *, trains: bool, turns: bool = False) -> Asked:
+def ask_for(
+    settled: Settled, *, prompts: PromptLength | None = None, trains: bool, turns: bool = False
+) -> Asked:
     """What the settings ask of this machine's memory.
 
     Raises: ConfigError when `memory.limit` cannot be what it is.
@@ -201,7 +213,15 @@ def ask_for(settled: Settled, *, trains: bool, turns: bool = False) -> Asked:
         backend.set_threads(threads)
     held = mx.get_active_memory() + mx.get_cache_memory()
     machine = read_machine()
-    return ask(settled.config, settled.sizes, machine, trains=trains, turns=turns, held=held)
+    return ask(
+        settled.config,
+        settled.sizes,
+        machine,
+        prompts=prompts,
+        trains=trains,
+        turns=turns,
+        held=held,
+    )
 
 
 def open_policy(settled: Settled, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
@@ -233,12 +253,12 @@ def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) ->
 
 
 def _check_vocabulary(
-    loaded: LoadedModel, task: Task, held_out: Sequence[Example], folder: Path
+    tokenizer: Tokenizer, task: Task, held_out: Sequence[Example], folder: Path
 ) -> None:
     """Raises: ConfigError when the model cannot read the task's first prompts."""
     size = min(SOME, task.train_size or SOME)
     examples = [*map(task.train, range(size)), *held_out[:SOME]]
-    unknown = dict.fromkeys(c for e in examples for c in loaded.tokenizer.unknown(e.messages))
+    unknown = dict.fromkeys(c for e in examples for c in tokenizer.unknown(e.messages))
     if unknown:
         raise ConfigError(
             f"The model in {folder} has no token for {''.join(unknown)!r}, which prompts of "

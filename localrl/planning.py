@@ -14,12 +14,13 @@ from localrl.config import RunConfig
 from localrl.embedded import EMBEDDED_MODEL
 from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf
+from localrl.memory.adapting import for_longer
 from localrl.memory.calibration import key_of, recall
 from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, in_arrays
 from localrl.memory.known import find_known
 from localrl.memory.limit import memory_limit
 from localrl.memory.machine import Machine
-from localrl.memory.plan import Asked, changes, fit, refit, wanted
+from localrl.memory.plan import Asked, PromptLength, changes, fit, refit, wanted
 from localrl.memory.sizes import Sizes, parameters, quantised, read_sizes
 from localrl.policy.folder import WEIGHTS, check_folder, read_object
 from localrl.policy.loading import find_model
@@ -45,26 +46,33 @@ def ask(
     sizes: Sizes,
     machine: Machine,
     *,
+    prompts: PromptLength | None = None,
     trains: bool = True,
     turns: bool = False,
     held: int = 0,
 ) -> Asked:
     """What the configuration asks of this machine's memory.
 
-    turns: completions have several turns, also where only the task says so. held: bytes that MLX
-    holds now: see `memory_limit`.
+    prompts: None counts with the longest that are allowed. turns: completions have several turns,
+    also where only the task says so. held: bytes that MLX holds now: see `memory_limit`.
 
     Raises: ConfigError when `memory.limit` cannot be what it is.
     """
     on_cpu = machine.device == "cpu"
     threads = backend.describe().threads if on_cpu else None
-    plan = wanted(config, vocabulary=sizes.vocabulary, on_cpu=on_cpu, threads=threads)
+    plan = wanted(
+        config,
+        vocabulary=sizes.vocabulary,
+        on_cpu=on_cpu,
+        threads=threads,
+        prompt_tokens=prompts.tokens if prompts else None,
+    )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
     found = ((n, _job(config, sizes, n, on_cpu, trains, turns)) for n in groups)
     jobs = {n: job for n, job in found if job}
     limit = memory_limit(config.memory.limit, machine, held)
-    return Asked(plan, sizes, jobs, limit)
+    return Asked(plan, sizes, jobs, limit, prompts=prompts)
 
 
 def shape_of(config: RunConfig, plan: MemoryPlan) -> Shape:
@@ -110,13 +118,15 @@ class Outlook:
         return self.asked.needed(self.asked.estimate(self.asked.plan).peak)
 
 
-def outlook(config: RunConfig, machine: Machine) -> Outlook:
+def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
     """The plan for a machine, from the settings and the model's config.json alone.
+
+    prompts: None counts with the longest that are allowed.
 
     Raises: ConfigError when the model is not known; MemoryBudgetError when nothing fits.
     """
     sizes, name = _find_sizes(config.model.path, config.model.quantize)
-    asked = ask(config, sizes, machine)
+    asked = ask(config, sizes, machine, prompts=prompts)
     plan = make_plan(config, asked)
     known = _known_for(config, asked, plan) if plan.measured else None
     found = asked.estimate(plan, known or PRIORS)
@@ -162,6 +172,14 @@ def as_found(
     if in_arrays(asked.sizes, asked.jobs[plan.group_size], plan) == arrays:
         return found, plan
     return found, refit(found, plan, PRIORS)
+
+
+def for_longer_prompts(
+    config: RunConfig, asked: Asked, plan: MemoryPlan, tokens: int
+) -> tuple[Asked, MemoryPlan]:
+    """Both, now that a prompt has come that is longer than the plan counts with."""
+    known = _known_for(config, asked, plan) if plan.measured else None
+    return for_longer(asked, plan, tokens, known or PRIORS)
 
 
 def _known_for(config: RunConfig, asked: Asked, plan: MemoryPlan) -> Coefficients | None:

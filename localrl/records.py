@@ -253,6 +253,7 @@ class MemoryPlan:
     head_chunk: int
     """Positions whose logits exist at once in the update."""
     max_prompt_tokens: int
+    """Of the prompts that the sizes are for; a longer one that is allowed changes the plan."""
     max_completion_tokens: int
     grad_checkpoint: bool
     dequantise: bool

@@ -309,7 +309,7 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[Before]:
     """
     folder = Path(config.run.out or "")
     with reopen_run(folder, rollout_log_limit=config.run.rollout_log_limit) as run:
-        changed = changed_settings(RunConfig.create(file=folder / "config.toml"), config)
+        changed = changed_settings(RunConfig.of_run(folder / "config.toml"), config)
         checkpoints = Checkpoints(folder / "checkpoints", warn)
         checkpoints.sweep()
         newest = checkpoints.newest()

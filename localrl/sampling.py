@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from localrl.checks import reused_roots
+from localrl.checks import check_prompt, reused_roots
 from localrl.config import RunConfig
-from localrl.errors import DataError
 from localrl.gathering import spread, spread_groups
 from localrl.learning.staleness import too_far, with_old_logprobs
 from localrl.learning.tracker import Tracker
@@ -189,17 +188,13 @@ class Sampler:
     def encode(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         """Token ids of the examples' prompts.
 
-        Raises: DataError for a prompt longer than max_prompt_tokens: nothing is cut silently.
+        Raises: DataError for one that is longer than rollout.max_prompt_tokens.
         """
-        tokenizer, most = self.decoder.policy.tokenizer, self.plan.max_prompt_tokens
+        tokenizer, most = self.decoder.policy.tokenizer, self.config.rollout.max_prompt_tokens
         if self.environments is not None:
             prompts = self.environments.prompts(examples)
         else:
             prompts = tokenizer.encode_all([example.messages for example in examples])
         for example, prompt in zip(examples, prompts, strict=True):
-            if not 0 < len(prompt) <= most:
-                raise DataError(
-                    f"The prompt of {example.id} has {len(prompt)} tokens; allowed are 1 to "
-                    f"{most}. Raise rollout.max_prompt_tokens."
-                )
+            check_prompt(example, len(prompt), most)
         return prompts

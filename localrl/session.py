@@ -12,7 +12,7 @@ import numpy as np
 from localrl import shares
 from localrl.backend import mx
 from localrl.checks import tracker_weight
-from localrl.evaluate import Evaluation, evaluate, temperature_one
+from localrl.evaluate import Evaluation, at_temperature, evaluate
 from localrl.gathering import gather
 from localrl.keys import keyed_uniforms
 from localrl.learning.credit import Credit, assign_credit
@@ -23,8 +23,9 @@ from localrl.memory.adapting import Reading, Watch, give_way
 from localrl.memory.machine import read_machine, resident_bytes
 from localrl.memory.plan import changes
 from localrl.parts import Parts
+from localrl.planning import for_longer_prompts
 from localrl.ranks.collective import ALONE, Ranks
-from localrl.records import MemoryPlan, ScoredGroup, StepStats
+from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.dashboards import Dashboard, log
 from localrl.runs.folder import RunFolder
@@ -141,7 +142,7 @@ class Session(Parts):
             return self.evaluations.get(step)
         self.tell_rewards(step + 1)
         evaluation = evaluate(
-            temperature_one(self.decoder),
+            at_temperature(self.decoder, self.config.eval_temperature),
             self.held_out,
             self.sampler.encode(self.held_out),
             self.scorer.score,
@@ -231,6 +232,21 @@ class Session(Parts):
         )
         if found is not None:
             self.replan(step, *found)
+
+    def make_room(self, step: int, examples: Sequence[Example]) -> None:
+        """Plan anew when a prompt of the step is longer than the plan counts with.
+
+        Every rank looks at all of them: it may come to learn from any.
+        """
+        # An environment may begin anew with every look; then the longest allowed was planned for.
+        if self.sampler.environments is not None or self.config.memory.pin:
+            return
+        tokens = max(map(len, self.sampler.encode(examples)))
+        if tokens <= self.plan.max_prompt_tokens:
+            return
+        self.asked, plan = for_longer_prompts(self.config, self.asked, self.plan, tokens)
+        self.watch.most = plan
+        self.replan(step, plan, f"a prompt has {tokens} tokens, more than was planned for")
 
     def give_way(self, step: int, reason: str) -> bool:
         """Go on with smaller batches after an allocation was refused; False when there are none."""

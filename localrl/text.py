@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     )
 
 
+def sampled_at(temperature: float) -> str:
+    """How completions were drawn, in words."""
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
 def one_line(text: str, width: int = 0) -> str:
     """As `printable`, line ends and tabs as signs, cut to `width` characters unless that is 0."""
     line = printable(text).replace("\n", "↵").replace("\t", "⇥")

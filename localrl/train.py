@@ -102,6 +102,7 @@ def train_step(session: Session, step: int) -> None:
     session.tell_rewards(step)
 
     examples = sampler.choose(step)
+    session.make_room(step, examples)
     fresh = sampler.collect(step, examples, version)
     scored = fresh + sampler.replay(step, fresh, version)
     clock.lap("time/rollout_s")

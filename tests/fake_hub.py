@@ -31,6 +31,7 @@ from urllib.parse import unquote, urlsplit
 
 import fake_hub_api
 import pytest
+from waiting import FOREVER_S
 
 
 @dataclass
@@ -156,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(fault.body or {"error": "made to fail"}, fault.status, fault.headers)
         if fault and fault.kind in ("drop", "stall"):
             if fault.kind == "stall":
-                self.hub.closing.wait(60)
+                self.hub.closing.wait(FOREVER_S)
             self.hub.calls.append((self.command, self.path, 0))
             self.close_connection = True
             return self.connection.close()

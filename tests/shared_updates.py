@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import together
+from waiting import DEADLINE_S
 
 CHILD = str(together.TESTS / "ranks" / "update_child.py")
 EXACT = ("trained_tokens", "updated", "problem")
@@ -35,7 +36,7 @@ def compare_with_one(tmp_path, size, prompts):
     together.run(tmp_path, size, [CHILD, str(tmp_path), str(prompts)])
     paths = os.pathsep.join([str(together.TESTS), str(together.TESTS.parent)])
     command = [sys.executable, CHILD, str(tmp_path), str(prompts)]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": paths})
+    subprocess.run(command, check=True, timeout=DEADLINE_S, env={**os.environ, "PYTHONPATH": paths})
     expected, stats = read(tmp_path, "alone")
     first, _ = read(tmp_path, "rank-0")
     for rank in range(size):

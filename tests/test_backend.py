@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from localrl import backend
 from localrl.backend import mx
@@ -56,7 +57,7 @@ def run_child(code: str, *flags: str, **variables: str) -> str:
     command = [sys.executable, *flags, "-c", code]
     # Elsewhere, since -c looks for modules in the working directory first.
     child = subprocess.run(
-        command, env=env, cwd=os.sep, capture_output=True, text=True, timeout=120
+        command, env=env, cwd=os.sep, capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert child.returncode == 0, child.stderr
     return child.stdout
@@ -290,7 +291,9 @@ def test_install_without_a_compiler_works_and_names_the_mend(tmp_path: Path) -> 
     shutil.copytree(ROOT, source, ignore=ignored)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     env = {**os.environ, "CC": "/nonexistent/cc"}
-    subprocess.run([*pip, "--target", str(target), str(source)], env=env, check=True, timeout=300)
+    subprocess.run(
+        [*pip, "--target", str(target), str(source)], env=env, check=True, timeout=DEADLINE_S
+    )
     assert not list(target.glob("localrl/*.so"))
 
     # -S: an editable install of localrl beside it would lend its own compiled module.

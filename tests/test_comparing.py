@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,47 @@ def test_a_run_is_measured_as_its_training_measured_it(run):
     assert result["difference"]["value"] == run.adapter.pass_at_1 - run.base.pass_at_1
     assert result["difference"]["test"] == "exact McNemar"
     assert {p.name: p.read_bytes() for p in run.folder.iterdir() if p.is_file()} == before
+
+
+@pytest.fixture
+def cool_run(run, tmp_path):
+    """The run, as if it had been trained at a lower temperature."""
+    folder = shutil.copytree(run.folder, tmp_path / "cool")
+    text = (folder / "config.toml").read_text()
+    assert "eval_temperature = 1.0 " in text
+    text = re.sub(r"(?m)^temperature = 1.0", "temperature = 0.2", text)
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+def test_the_temperature_is_that_of_the_runs_evaluations(cool_run):
+    def temperature(*options):
+        done = invoke("eval", cool_run, "--prompts", 2, "--json", *options)
+        return json.loads(done.stdout)["temperature"]
+
+    assert temperature() == 1.0
+    assert temperature("--temperature", 0.3) == 0.3
+    file = cool_run / "config.toml"
+    text = file.read_text()
+    file.write_text(text.replace("eval_temperature = 1.0 ", "eval_temperature = 0.2 "))
+    assert temperature() == 0.2
+    # A run of a version that did not have the setting was evaluated at 1.
+    file.write_text(re.sub(r"(?m)^eval_temperature.*$", "", text))
+    assert temperature() == 1.0
+
+
+def test_greedy_decoding_is_measured_with_one_completion_alone(run, capsys):
+    greedy = ["eval", run.folder, "--temperature", "0"]
+    done = invoke(*greedy, "--prompts", 4)
+    assert done.exit_code == 0, done.output
+    assert "1 completions of each, greedy" in done.stdout
+    seeds = [invoke(*greedy, "--json", "--seed", n).stdout for n in (1, 2)]
+    one, other = (json.loads(text) for text in seeds)
+    assert one["base"] == other["base"]
+    assert refused([*greedy, "-k", "4"], capsys) == 2
+    message = capsys.readouterr().err
+    assert "4 completions of each prompt would all be the same" in message
+    assert "--temperature 0.7" in message
 
 
 def test_several_completions_for_each_prompt(run, tmp_path, capsys):

@@ -129,3 +129,19 @@ def test_a_broken_file_is_named(tmp_path, content):
         RunConfig.create(file=file)
     with pytest.raises(ConfigError, match="Cannot read"):
         RunConfig.create(file=tmp_path / "none.toml")
+
+
+def test_evaluations_are_at_the_temperature_of_training_unless_it_is_said():
+    warm = RunConfig.create({"rollout.temperature": 0.7})
+    assert warm.eval_temperature == 0.7
+    assert warm.replace("task.eval_temperature", 0).eval_temperature == 0
+    with pytest.raises(ConfigError, match=r"must be 0, or between 0\.01 and 100"):
+        warm.replace("task.eval_temperature", 0.001)
+
+
+def test_a_run_older_than_a_setting_keeps_what_it_did(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("[rollout]\ntemperature = 0.7\n")
+    assert RunConfig.of_run(file).eval_temperature == 1.0
+    assert RunConfig.of_run(file, {"task.eval_temperature": 0.5}).eval_temperature == 0.5
+    assert RunConfig.create(file=file).eval_temperature == 0.7

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 PACKAGE = Path(__file__).parent.parent / "localrl"
 
@@ -23,6 +24,7 @@ LEVELS = {
     "parts": 3,
     "planning": 3,
     "probing": 3,
+    "prompt_lengths": 3,
     "comparing": 3,
     "sampling": 3,
     "gathering": 3,
@@ -79,6 +81,9 @@ SAME_LEVEL = {
     ("parts", "checks"),
     ("parts", "planning"),
     ("parts", "probing"),
+    ("parts", "prompt_lengths"),
+    ("prompt_lengths", "checks"),
+    ("session", "planning"),
     ("comparing", "parts"),
     ("comparing", "evaluate"),
     ("opening", "resuming"),
@@ -148,7 +153,7 @@ def test_mlx_comes_through_the_backend_alone(path):
 
 def run_python(code: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE_S
     )
     return result.stdout
 

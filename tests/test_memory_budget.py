@@ -12,6 +12,7 @@ import pytest
 import tiny
 from steps import relative_difference
 
+from localrl import prompt_lengths
 from localrl.backend import mx
 from localrl.cli.console import memory
 from localrl.config import RunConfig
@@ -22,6 +23,7 @@ from localrl.memory.limit import Limit
 from localrl.memory.machine import Machine
 from localrl.memory.plan import cache_bytes, fit
 from localrl.planning import ask, sizes_of
+from localrl.policy.tokenizer import load_tokenizer
 from localrl.rollouts.decode import Decoder
 from localrl.runs.logs import read_jsonl
 from localrl.session import Silent
@@ -161,6 +163,60 @@ def test_plan_against_peak(unlimited):
     assert f"measured {peak / 1e6:.0f} MB" in line
     unknown = replace(unlimited.plan, predicted_bytes=None, limit_bytes=None)
     assert "predicted at most unknown" in memory(replace(unlimited, plan=unknown))
+
+
+def test_a_plan_counts_the_prompts_that_there_are(place, tmp_path, unlimited):
+    """Not those that are allowed."""
+    result = run(place, tmp_path / "run", **{"rollout.max_prompt_tokens": 2000})
+    plan = plan_of(result.folder)
+    assert plan["predicted_bytes"] < 1.1 * plan_of(unlimited.folder)["predicted_bytes"]
+    assert abs(plan["predicted_bytes"] - result.peak_bytes) < 0.3 * result.peak_bytes
+    longest = max(prompt_lengths_of(result.folder, place / "model").values())
+    assert longest <= plan["max_prompt_tokens"] <= 2 * longest
+    assert f"prompts of up to {plan['max_prompt_tokens']} tokens" in plan["reason"]
+    assert wanted_for(place, 2000) > 3 * plan["predicted_bytes"]
+
+
+def wanted_for(place, prompt_tokens):
+    """The prediction for prompts of so many tokens."""
+    asked = ask(
+        config(place, "", **{"rollout.max_prompt_tokens": prompt_tokens}),
+        sizes_of(place / "model", 0),
+        Machine("Linux", "cpu", total_bytes=10**12, available_bytes=10**12),
+    )
+    return fit(asked).predicted_bytes
+
+
+def prompt_lengths_of(folder, model):
+    """The longest prompt of each step."""
+    tokenizer, found = load_tokenizer(model), {}
+    for group in read_jsonl(folder / "rollouts.jsonl"):
+        step = group["step"]
+        found[step] = max(found.get(step, 0), len(tokenizer.encode(group["messages"])))
+    return found
+
+
+def test_a_longer_prompt_than_was_planned_for_changes_the_plan_before_its_step(
+    place, tiny_folder, tmp_path, monkeypatch
+):
+    few = {"model": tiny_folder, "run.steps": 4, "memory.limit": "100MB"}
+    whole = run(place, tmp_path / "whole", **few)
+    monkeypatch.setattr(prompt_lengths, "ENDLESS", 1)
+    monkeypatch.setattr(prompt_lengths, "MARGIN", 10**6)
+    heard, out = Heard(), tmp_path / "run"
+    result = run(place, out, progress=heard, **few)
+    lengths = prompt_lengths_of(out, tiny_folder)
+    told = events(out, "plan")
+    assert told
+    for event in told:
+        was, now = event["changed"]["max_prompt_tokens"]
+        assert was < now == lengths[event["step"]]
+        assert event["reason"] == f"a prompt has {now} tokens, more than was planned for"
+        assert any(line.startswith(event["reason"]) for line in heard.warnings)
+    assert result.plan.max_prompt_tokens == max(lengths.values())
+    assert "as met in training" in plan_of(out)["reason"]
+    assert (result.plan.group_size, result.plan.max_completion_tokens) == (8, 24)
+    assert_alike(whole.folder, out)
 
 
 @pytest.mark.parametrize("share", [1.3, 1.0, 0.5, 0.1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -176,3 +177,15 @@ def test_a_run_that_never_got_to_a_checkpoint_begins_again(tiny_folder, tmp_path
         train(config(tiny_folder, out), pulse=StopAt(1))
     shutil.rmtree(out / "checkpoints")
     assert train(config(tiny_folder, out), resume=True).steps == 6
+
+
+def test_a_run_older_than_the_temperature_of_evaluations_keeps_what_it_had(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    stopped(tiny_folder, out, **{"rollout.temperature": 0.7})
+    file = out / "config.toml"
+    assert "eval_temperature = 0.7 " in file.read_text()
+    file.write_text(re.sub(r"(?m)^eval_temperature.*$", "", file.read_text()))
+    result = train(RunConfig.of_run(file, {"run.out": str(out)}), resume=True)
+    assert result.adapter is not None
+    assert result.adapter.temperature == 1.0
+    assert "eval_temperature = 1.0 " in file.read_text()

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S, FOREVER_S, until
 
 import localrl
 from localrl.errors import DataError
@@ -24,7 +24,7 @@ def target(name: str) -> str:
     return f"{FUNCTIONS}:{name}"
 
 
-def make_worker(time_limit_s: float = 10.0, memory_limit_bytes: int | None = None) -> Worker:
+def make_worker(time_limit_s: float = DEADLINE_S, memory_limit_bytes: int | None = None) -> Worker:
     return Worker(time_limit_s=time_limit_s, memory_limit_bytes=memory_limit_bytes)
 
 
@@ -32,13 +32,6 @@ def make_worker(time_limit_s: float = 10.0, memory_limit_bytes: int | None = Non
 def worker() -> Iterator[Worker]:
     with make_worker() as worker:
         yield worker
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def is_alive(pid: int) -> bool:
@@ -147,27 +140,26 @@ def test_failures_are_told_and_the_next_call_works(
 
 def test_time_limit_leaves_out_start_and_import(tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
-    slow.write_text("import time\ntime.sleep(0.5)\ndef f():\n    return 1\n")
-    with make_worker(time_limit_s=0.3) as worker:
+    slow.write_text("import time\ntime.sleep(1.5)\ndef f():\n    return 1\n")
+    with make_worker(time_limit_s=1.0) as worker:
         assert worker.call(f"{slow}:f", {}) == Reply(value=1)
         reply = worker.call(target("hangs"), {})
-        assert reply.message == "gave no answer within the limit of 0.3 s"
+        assert reply.message == "gave no answer within the limit of 1 s"
         assert worker.call(f"{slow}:f", {}) == Reply(value=1)
 
 
 def test_start_limit_covers_the_import(tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text("while True:\n    pass\n")
-    with Worker(time_limit_s=10, memory_limit_bytes=None, start_limit_s=0.5) as worker:
+    with Worker(time_limit_s=DEADLINE_S, memory_limit_bytes=None, start_limit_s=0.5) as worker:
         assert worker.call(f"{tmp_path}/stuck.py:f", {}).failure == "timeout"
 
 
 def test_memory_limit() -> None:
     with make_worker(memory_limit_bytes=100 << 20) as worker:
         assert worker.call(target("hog"), {"megabytes": 20, "seconds": 0.1}).ok
-        start = time.monotonic()
-        reply = worker.call(target("hog"), {"megabytes": 300, "seconds": 9})
+        # Long before it is done, and before its time is up.
+        reply = worker.call(target("hog"), {"megabytes": 300, "seconds": FOREVER_S})
         assert reply.failure == "memory"
-        assert time.monotonic() - start < 4
         assert reply.message.endswith("the limit is 105 MB")
         assert worker.call(target("echo"), {"value": 1}).ok
 
@@ -182,10 +174,10 @@ def test_memory_is_measured_alike_in_both_ways() -> None:
 
 def test_timeout_kills_what_the_function_started(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    with make_worker(time_limit_s=1.0) as worker:
+    with make_worker(time_limit_s=2.0) as worker:
         reply = worker.call(target("start_sleeper_and_hang"), {"path": str(note)})
     assert reply.failure == "timeout"
-    assert wait_until(lambda: not is_alive(int(note.read_text())))
+    until(lambda: not is_alive(int(note.read_text())))
 
 
 def test_a_thread_left_behind_does_not_disturb(worker: Worker) -> None:
@@ -202,7 +194,7 @@ def test_a_forked_process_does_not_answer(worker: Worker) -> None:
 def test_death_between_calls_is_not_blamed_on_the_next() -> None:
     with make_worker() as worker:
         child = worker.call(target("dies_later"), {}).value
-        assert wait_until(lambda: not is_alive(child))
+        until(lambda: not is_alive(child))
         assert worker.call(target("echo"), {"value": 1}) == Reply(value=1)
 
 
@@ -260,10 +252,10 @@ def test_script_runs_once_and_its_folder_is_searched(tmp_path: Path) -> None:
         tmp_path / "scripts" / "main.py",
         "import os\nos.chdir('..')\n"
         "from localrl.worker import Worker\n"
-        "worker = Worker(time_limit_s=5, memory_limit_bytes=None)\n"
+        f"worker = Worker(time_limit_s={DEADLINE_S}, memory_limit_bytes=None)\n"
         "print(worker.call('rewards:f', {}).value, worker.call('rewards.py:f', {}).value)\n",
     )
-    out, err = script.communicate(timeout=30)
+    out, err = script.communicate(timeout=DEADLINE_S)
     assert (out, err) == ("found found\n", "")
 
 
@@ -271,10 +263,10 @@ def test_output_goes_to_stderr_and_is_capped(tmp_path: Path) -> None:
     script = start_script(
         tmp_path / "main.py",
         "from localrl.worker import Worker\n"
-        "with Worker(time_limit_s=9, memory_limit_bytes=None) as worker:\n"
+        f"with Worker(time_limit_s={DEADLINE_S}, memory_limit_bytes=None) as worker:\n"
         f"    print(worker.call({target('prints')!r}, {{'megabytes': 8}}).value)\n",
     )
-    out, err = script.communicate(timeout=30)
+    out, err = script.communicate(timeout=DEADLINE_S)
     assert out == "done\n"
     assert err.startswith("xxx")
     assert err.endswith("[localrl: further output is dropped]\n")
@@ -287,7 +279,7 @@ def test_ctrl_c_is_for_the_parent(tmp_path: Path) -> None:
         "import signal\n"
         "from localrl.worker import Worker\n"
         "signal.signal(signal.SIGINT, lambda *_: None)\n"
-        "with Worker(time_limit_s=9, memory_limit_bytes=None) as worker:\n"
+        f"with Worker(time_limit_s={DEADLINE_S}, memory_limit_bytes=None) as worker:\n"
         f"    before = worker.call({target('pid')!r}, {{}}).value\n"
         "    print('ready', flush=True)\n"
         "    input()\n"
@@ -296,7 +288,7 @@ def test_ctrl_c_is_for_the_parent(tmp_path: Path) -> None:
     assert script.stdout is not None
     assert script.stdout.readline() == "ready\n"
     os.killpg(script.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-    out, _ = script.communicate("\n", timeout=30)
+    out, _ = script.communicate("\n", timeout=DEADLINE_S)
     assert out == "True\n"
 
 
@@ -305,12 +297,12 @@ def test_busy_child_ends_with_its_parent(tmp_path: Path) -> None:
     script = start_script(
         tmp_path / "main.py",
         "from localrl.worker import Worker\n"
-        "worker = Worker(time_limit_s=99, memory_limit_bytes=None)\n"
+        f"worker = Worker(time_limit_s={FOREVER_S}, memory_limit_bytes=None)\n"
         f"worker.call({target('tell_and_hang')!r}, {{'path': {str(note)!r}}})\n",
     )
-    assert wait_until(lambda: note.exists() and note.read_text() != "", 20)
+    until(lambda: note.exists() and note.read_text() != "")
     child = int(note.read_text())
     assert is_alive(child)
     script.kill()
     script.communicate()
-    assert wait_until(lambda: not is_alive(child))
+    until(lambda: not is_alive(child))

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from waiting import DEADLINE_S
+
 TESTS = Path(__file__).parent
 
 
@@ -76,7 +78,7 @@ def run(
     return told
 
 
-def ends(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[int]:
+def ends(processes: Sequence[subprocess.Popen[str]], timeout: float = DEADLINE_S) -> list[int]:
     """How each has ended; none is left behind."""
     try:
         return [process.wait(timeout) for process in processes]

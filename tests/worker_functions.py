@@ -95,10 +95,10 @@ def tell_and_hang(path):
 
 
 def start_sleeper_and_hang(path):
-    sleeper = subprocess.Popen(["sleep", "60"])
+    sleeper = subprocess.Popen(["sleep", "900"])  # longer than anybody waits for its end
     with open(path, "w") as file:
         file.write(str(sleeper.pid))
-    time.sleep(60)
+    time.sleep(900)
 
 
 def hog(megabytes, seconds):

@@ -471,19 +471,25 @@ static PyObject *py_attend_token(PyObject *self, PyObject *const *given, Py_ssiz
     return atomic_load(&failed) ? no_memory(&a) : done(&a, true);
 }
 
-/* draw(logits, uniforms, tokens, logprobs, entropies, temperature) */
+/* draw(logits, uniforms or None, tokens, logprobs, entropies, temperature): None takes the likeliest */
 static PyObject *py_draw(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     Arrays a;
-    if (!take(&a, given, got, 5, 6, 4 + 8 + 16, 4)) {
+    if (got != 6) {
+        return PyErr_Format(PyExc_TypeError, "6 arguments are needed, not %zd", got);
+    }
+    bool greedy = given[1] == Py_None;
+    PyObject *arrays[] = {given[0], given[2], given[3], given[4], given[1]};
+    if (!take(&a, arrays, 5, greedy ? 4 : 5, 5, 2 + 4 + 8, 2)) {
         return NULL;
     }
     double temperature = PyFloat_AsDouble(given[5]);
     Py_ssize_t rows = numbers(&a, 1), vocabulary = axis(&a, 0, 1);
     bool fits = !PyErr_Occurred() && numbers(&a, 0) == rows * vocabulary && vocabulary > 0
-                && numbers(&a, 2) == rows && numbers(&a, 3) == rows && numbers(&a, 4) == rows;
-    const Draw p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, a.views[3].buf,
-                    a.views[4].buf, vocabulary, (float)temperature};
+                && numbers(&a, 2) == rows && numbers(&a, 3) == rows
+                && (greedy || numbers(&a, 4) == rows);
+    const Draw p = {a.views[0].buf, greedy ? NULL : a.views[4].buf, a.views[1].buf,
+                    a.views[2].buf, a.views[3].buf, vocabulary, (float)temperature};
     Py_BEGIN_ALLOW_THREADS
     together(steps->draw, &p, fits ? rows : 0, vocabulary);
     Py_END_ALLOW_THREADS

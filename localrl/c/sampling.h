@@ -57,8 +57,8 @@ INLINE void weigh_some(const float *logits, Size n, float highest, float tempera
     }
 }
 
-/* The first token at which the sum of weights is above the mark; `from` is a place to look from, and
- * `sum` what was before it. A token of weight 0 is never it. */
+/* The first token at which the sum of weights is above the mark, from a place on before which it was
+ * `sum`. A token of weight 0 is never it. */
 INLINE Size token_above(const float *logits, Size from, Size n, float highest, float temperature,
                         double sum, double mark)
 {
@@ -76,6 +76,33 @@ INLINE Size token_above(const float *logits, Size from, Size n, float highest, f
     return last;
 }
 
+/* The token that a row's uniform number falls on: first the part of the vocabulary, by its sum. */
+INLINE Size drawn(const float *logits, Size all, Size each, const float *sums, double mark,
+                  float highest, float temperature)
+{
+    double before = 0;
+    Size part = 0;
+    for (Size i = 0; i * each < all; i++) {
+        if (sums[i] > 0) {
+            part = i; /* the last one with anything in it, should rounding pass the mark by */
+            if (before + sums[i] > mark) {
+                break;
+            }
+            before += sums[i];
+        }
+    }
+    return token_above(logits, part * each, all, highest, temperature, before, mark);
+}
+
+INLINE Size likeliest(const float *logits, Size all, float highest)
+{
+    Size token = 0;
+    while (token + 1 < all && logits[token] != highest) {
+        token++;
+    }
+    return token;
+}
+
 STEP void draw(const void *what, Size from, Size to)
 {
     const Draw *p = what;
@@ -83,25 +110,17 @@ STEP void draw(const void *what, Size from, Size to)
     for (Size row = from; row < to; row++) {
         const float *logits = p->logits + row * all;
         float highest = highest_of(logits, all), sums[PARTS], spread;
-        double total = 0, spreads = 0, before = 0;
+        double total = 0, spreads = 0;
         for (Size i = 0; i < all; i += each) {
             Size n = all - i < each ? all - i : each;
             weigh_some(logits + i, n, highest, p->temperature, &sums[i / each], &spread);
             total += sums[i / each];
             spreads += spread;
         }
-        double mark = p->uniforms[row] * total;
-        Size part = 0;
-        for (Size i = 0; i * each < all; i++) {
-            if (sums[i] > 0) {
-                part = i; /* the last one with anything in it, should rounding pass the mark by */
-                if (before + sums[i] > mark) {
-                    break;
-                }
-                before += sums[i];
-            }
-        }
-        Size token = token_above(logits, part * each, all, highest, p->temperature, before, mark);
+        Size token = p->uniforms == NULL
+                         ? likeliest(logits, all, highest)
+                         : drawn(logits, all, each, sums, p->uniforms[row] * total, highest,
+                                 p->temperature);
         p->tokens[row] = token;
         p->logprobs[row] = (float)(below(logits[token], highest, p->temperature) - log(total));
         p->entropies[row] = (float)(log(total) - spreads / total);

@@ -93,7 +93,7 @@ typedef struct {
 
 /* One token of every row. */
 typedef struct {
-    const float *logits, *uniforms; /* (B, V) and (B,) */
+    const float *logits, *uniforms; /* (B, V) and (B,); NULL takes the likeliest token */
     int64_t *tokens;                /* (B,), as the next two */
     float *logprobs, *entropies;
     Size vocabulary;

@@ -12,7 +12,7 @@ import click
 
 from localrl.cli.eval import configure
 from localrl.errors import ConfigError, DataError, LocalRLError
-from localrl.text import printable
+from localrl.text import printable, sampled_at
 
 if TYPE_CHECKING:
     from localrl.policy.model import Policy
@@ -30,9 +30,8 @@ HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends (
 @click.option("--system", metavar="TEXT", help="A system message; default: that of the run.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(0, 100),
-    default=1.0,
-    help="Of sampling; 0 takes the likeliest token; default 1.",
+    type=float,
+    help="Of sampling; 0: the likeliest token; default: as in training.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Of an answer; default: as in training.")
 @click.option("--seed", type=click.IntRange(0), help="For the same answers again.")
@@ -41,7 +40,6 @@ def chat(
     run: Path | None,
     settings: tuple[str, ...],
     system: str | None,
-    temperature: float,
     max_tokens: int | None,
     seed: int | None,
     **options: Any,
@@ -64,13 +62,13 @@ def chat(
         mx.random.seed(seed)
     talk = Talk(
         policy,
-        temperature=temperature,
+        temperature=config.eval_temperature,
         max_tokens=max_tokens or config.rollout.max_completion_tokens,
         system=config.task.system if system is None else system,
         has_adapter=settled.adapter is not None,
     )
     name = f"{settled.model_folder.name}{', with its adapter' if talk.adapter else ''}"
-    click.echo(f"{printable(name)}. {HELP}", err=True)
+    click.echo(f"{printable(name)}, {sampled_at(talk.temperature)}. {HELP}", err=True)
     for line in _lines():
         if not talk.hear(line):
             break

@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from localrl.embedded import EMBEDDED_MODEL
-from localrl.text import printable
+from localrl.text import printable, sampled_at
 
 if TYPE_CHECKING:
     from localrl.evaluate import Evaluation, Shown
@@ -168,7 +168,7 @@ def _score(evaluation: Evaluation) -> str:
     low, high = evaluation.ci95 or (None, None)
     return (
         f"pass@1 {_number(evaluation.pass_at_1)} ({_number(low)} to {_number(high)}) "
-        f"on {evaluation.n} held-out prompts"
+        f"on {evaluation.n} held-out prompts, {sampled_at(evaluation.temperature)}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localrl.errors import ConfigError
+from localrl.text import sampled_at
 
 if TYPE_CHECKING:
     from localrl.comparing import Difference, Result, Side
@@ -23,6 +24,7 @@ SETTINGS = {
     "environment": "task.environment",
     "tools": "task.tools",
     "prompts": "task.eval_prompts",
+    "temperature": "task.eval_temperature",
     "unsafe_code": "task.unsafe_code",
 }
 """Options that are settings under another name."""
@@ -46,7 +48,9 @@ SETTINGS = {
 )
 @click.option("--prompts", type=click.IntRange(1), help="The most held-out prompts.")
 @click.option(
-    "--temperature", type=click.FloatRange(0.01, 100), default=1.0, help="Of sampling; default 1."
+    "--temperature",
+    type=float,
+    help="Of sampling; 0: the likeliest token; default: as in training.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Of the draws; default: as in training.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -55,7 +59,6 @@ def evaluate(
     run: Path | None,
     settings: tuple[str, ...],
     samples: int,
-    temperature: float,
     seed: int | None,
     as_json: bool,
     out: Path | None,
@@ -78,7 +81,6 @@ def evaluate(
     result = evaluate_model(
         configure(run, settings, options),
         samples=samples,
-        temperature=temperature,
         seed=EVALUATION_SEED if seed is None else seed,
         warn=lambda line: click.echo(f"warning: {line}", err=True),
         tell=lambda line: click.echo(line, err=True),
@@ -115,14 +117,14 @@ def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, An
                 f"localrl train --resume --out {run}, or name another with --adapter."
             )
         given["lora.adapter"] = str(run / "adapter")
-    return RunConfig.create(given, file=file)
+    return RunConfig.of_run(file, given)
 
 
 def table(result: Result) -> str:
     """What was measured, for people."""
     lines = [
         f"{result.task}: {result.prompts} held-out prompts, {result.samples} completions of each, "
-        f"temperature {result.temperature:g}",
+        f"{sampled_at(result.temperature)}",
         f"{'':10}{'':>8}{'rate':>8}{'95 % interval':>18}",
     ]
     for name, side in (("base", result.base), ("adapter", result.with_adapter)):

@@ -87,7 +87,7 @@ def _open(run: Path, model: str | None) -> _Source:
     from localrl.policy.loading import find_model
 
     if (run / "config.toml").is_file():
-        config = RunConfig.create(file=run / "config.toml")
+        config = RunConfig.of_run(run / "config.toml")
         name = model or config.model.path
         return _Source(run / "adapter", find_model(name), name, config)
     if (run / "adapter_config.json").is_file():

@@ -28,8 +28,9 @@ def plan(
 ) -> None:
     """Say whether a run fits into memory, with which sizes, and what it gives up for that.
 
-    Takes the settings of `localrl train`. Nothing is loaded: the model may also be a config.json,
-    or the name of a well-known one that is not on this machine. Exits with 3 when nothing fits.
+    Takes the settings of `localrl train`. No weights are loaded: the model may also be a
+    config.json, or the name of a well-known one that is not on this machine. Where model and task
+    are here, the task's prompts are measured. Exits with 3 when nothing fits.
 
     \b
       localrl plan
@@ -39,11 +40,13 @@ def plan(
     from localrl.config import RunConfig, parse_setting
     from localrl.memory import machine
     from localrl.planning import outlook
+    from localrl.prompt_lengths import find
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
     here = machine.read_machine() if mac is None else machine.mac(mac)
-    found = outlook(RunConfig.create(given, file=config), here)
+    wish = RunConfig.create(given, file=config)
+    found = outlook(wish, here, find(wish))
     click.echo(json.dumps(_fields(found), indent=2) if as_json else _page(found, mac))
 
 
@@ -51,6 +54,7 @@ def _fields(found: Outlook) -> dict[str, Any]:
     return {
         "plan": asdict(found.plan),
         "wanted": asdict(found.asked.plan),
+        "prompts": asdict(found.asked.prompts) if found.asked.prompts else None,
         "bytes": {**vars(found.estimate), "peak": found.estimate.peak},
         "limit_for_everything_bytes": found.enough,
         "machine": asdict(found.machine),
@@ -67,6 +71,8 @@ def _page(found: Outlook, mac: int | None) -> str:
         f"model    {found.model}: {found.weights / 1e6:,.0f} million weights",
         f"limit    {show(limit.bytes)}: {limit.reason}" if limit.bytes else limit.reason,
     ]
+    if found.asked.prompts:
+        lines.append(f"task     {found.asked.prompts}")
     if mac is not None:
         lines.append(f"         predicted for a Mac with {mac} GB, and never run on one")
     if found.machine.resident_bytes:

@@ -104,8 +104,9 @@ def train(
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
 
     def resolve() -> RunConfig:
-        file = _stopped_run(config, overwrite, given) if resume else config
-        return RunConfig.create(given, file=file)
+        if resume:
+            return RunConfig.of_run(_stopped_run(config, overwrite, given), given)
+        return RunConfig.create(given, file=config)
 
     if print_config:
         click.echo(resolve().to_toml())
@@ -146,7 +147,7 @@ def _supervise(*, pause: bool) -> NoReturn:
     )
 
 
-def _stopped_run(config: str | None, overwrite: bool, given: dict[str, Any]) -> str:
+def _stopped_run(config: str | None, overwrite: bool, given: dict[str, Any]) -> Path:
     """The settings file of the run to go on with; its folder is put among the given settings.
 
     Raises: ConfigError when it cannot be told, or when more is asked than to go on.
@@ -162,7 +163,7 @@ def _stopped_run(config: str | None, overwrite: bool, given: dict[str, Any]) -> 
             f"There is no run in {out} to go on with. Name its folder with --out, or leave "
             "--resume out to start a new one."
         )
-    return str(file)
+    return file
 
 
 def _newest(folder: Path) -> Path:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from localrl.memory.estimate import Coefficients
 from localrl.memory.limit import show
 from localrl.memory.machine import Machine
-from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH
+from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH, Asked, PromptLength, refit
 from localrl.records import MemoryPlan
 
 NEAR = 0.95
@@ -68,6 +69,23 @@ class Watch:
             )
         }
         return replace(plan, **grown)
+
+
+def for_longer(
+    asked: Asked, plan: MemoryPlan, tokens: int, coefficients: Coefficients
+) -> tuple[Asked, MemoryPlan]:
+    """Both for prompts of more tokens than the plan counts with.
+
+    Group size and length stay; there are as many rows as fit, but no more than now.
+    """
+    prompts = PromptLength(tokens, "as met in training")
+    wish = replace(asked.plan, max_prompt_tokens=tokens)
+    asked = replace(asked, plan=wish, prompts=prompts)
+    longer = replace(plan, max_prompt_tokens=tokens)
+    found = refit(asked, longer, coefficients, must_fit=False)
+    rows = {name: min(now, getattr(found, name)) for name, now in _rows(plan).items()}
+    recompute = found.grad_checkpoint or plan.grad_checkpoint
+    return asked, replace(found, **rows, grad_checkpoint=recompute)
 
 
 def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:

@@ -30,6 +30,18 @@ TIGHT_SHARE = 0.95
 
 
 @dataclass(frozen=True)
+class PromptLength:
+    """The longest prompt that sizes are planned for, and how that is known."""
+
+    tokens: int
+    basis: str
+    """In words, behind "prompts of up to N tokens, "."""
+
+    def __str__(self) -> str:
+        return f"prompts of up to {self.tokens} tokens, {self.basis}"
+
+
+@dataclass(frozen=True)
 class Asked:
     """What a run wants, and what it may have."""
 
@@ -40,6 +52,8 @@ class Asked:
     """By group size, the wanted one first, then smaller ones that the strategy can have too."""
     limit: Limit
     may_checkpoint: bool = True
+    prompts: PromptLength | None = None
+    """None: nothing is known of them but the longest that is allowed."""
 
     def estimate(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> Estimate:
         """Bytes with this plan."""
@@ -50,11 +64,22 @@ class Asked:
         return -int(-peak // (MEASURED_SHARE if measured else PRIOR_SHARE)) + 1
 
 
-def wanted(config: RunConfig, *, vocabulary: int, on_cpu: bool, threads: int | None) -> MemoryPlan:
-    """The sizes that the configuration asks for, the others by rule of thumb."""
+def wanted(
+    config: RunConfig,
+    *,
+    vocabulary: int,
+    on_cpu: bool,
+    threads: int | None,
+    prompt_tokens: int | None = None,
+) -> MemoryPlan:
+    """The sizes that the configuration asks for, the others by rule of thumb.
+
+    prompt_tokens: of the longest prompt; None: as long as the configuration allows.
+    """
     rollout, memory = config.rollout, config.memory
+    prompt_tokens = prompt_tokens or rollout.max_prompt_tokens
     # A prompt is computed once for its group.
-    each = rollout.max_completion_tokens + rollout.max_prompt_tokens / rollout.completions
+    each = rollout.max_completion_tokens + prompt_tokens / rollout.completions
     paths = rollout.prompts_per_step * rollout.completions  # more rows could not be made fewer
     rows = memory.decode_rows or paths
     micro_rows = memory.micro_rows or max(1, min(paths, int(MICRO_TOKENS / each)))
@@ -65,7 +90,7 @@ def wanted(config: RunConfig, *, vocabulary: int, on_cpu: bool, threads: int | N
         prefill_rows=rows,
         micro_rows=micro_rows,
         head_chunk=memory.head_chunk or max(1, chunk),
-        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_prompt_tokens=prompt_tokens,
         max_completion_tokens=rollout.max_completion_tokens,
         grad_checkpoint=False,
         dequantise=memory.dequantise == "on" or (memory.dequantise == "auto" and on_cpu),
@@ -99,8 +124,12 @@ def fit(asked: Asked, coefficients: Coefficients = PRIORS) -> MemoryPlan:
     return _finished(_take_back(plan, room), asked, coefficients)
 
 
-def refit(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> MemoryPlan:
+def refit(
+    asked: Asked, plan: MemoryPlan, coefficients: Coefficients, *, must_fit: bool = True
+) -> MemoryPlan:
     """The plan after a measurement: other rows, the same group size and length.
+
+    must_fit: else the fewest rows are what there is, also where they are predicted not to fit.
 
     Raises: MemoryBudgetError when not even the fewest rows fit.
     """
@@ -116,7 +145,7 @@ def refit(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> MemoryP
         found = fit(same, coefficients)
     if found is None or kept.keys() & changes(found, same.plan).keys():
         found, limit = _finished(_smallest(same), same, coefficients), asked.limit.bytes or 0
-        if (found.predicted_bytes or 0) > TIGHT_SHARE * limit:
+        if must_fit and (found.predicted_bytes or 0) > TIGHT_SHARE * limit:
             # Under the limit that it names nothing need be given up but rows.
             raise _refusal(asked, _smallest(asked), coefficients)
     return replace(found, reason=_reason(asked, found, coefficients))
@@ -276,7 +305,9 @@ def _reason(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> str:
     limit = asked.limit
     bound = f"limit {show(limit.bytes)} ({limit.reason})" if limit.bytes else limit.reason
     given = ", ".join(_given(asked.plan, plan))
-    return f"predicted peak {peak} from {basis}; {bound}" + (f"; gave up: {given}" if given else "")
+    counted = f" for {asked.prompts}" if asked.prompts else ""
+    told = f"predicted peak {peak} from {basis}{counted}; {bound}"
+    return told + (f"; gave up: {given}" if given else "")
 
 
 def _given(wish: MemoryPlan, plan: MemoryPlan) -> Iterator[str]:
@@ -295,6 +326,6 @@ def _refusal(asked: Asked, least: MemoryPlan, coefficients: Coefficients) -> Mem
         f"This does not fit: with the smallest batches it takes {show(found.peak)}, of them "
         f"{show(found.weights)} the weights, and it may take a part of {show(limit.bytes or 0)} "
         f"({limit.reason}). The least limit that would do is --memory-limit {enough}. Or "
-        "choose a smaller model, --quantize 4, or a lower rollout.max_prompt_tokens "
-        f"({least.max_prompt_tokens} now)."
+        f"choose a smaller model, --quantize 4, or shorter prompts (up to "
+        f"{least.max_prompt_tokens} tokens now)."
     )

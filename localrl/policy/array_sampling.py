@@ -17,29 +17,34 @@ Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Tokens, their log-probabilities, and the entropy of the whole distribution, (B,) each."""
 
 
-def draw(logits: np.ndarray, uniforms: np.ndarray, temperature: float) -> Drawn:
-    """One token per row by inverting the cumulative distribution.
+def draw(logits: np.ndarray, uniforms: np.ndarray | None, temperature: float) -> Drawn:
+    """One token per row by inverting the cumulative distribution, or the likeliest.
 
-    logits (B, V), uniforms (B,) in (0, 1). One exponential serves all three that are returned.
+    logits (B, V), uniforms (B,) in (0, 1); None at temperature 0, where the log-probabilities and
+    entropies are those of temperature 1. One exponential serves all that is returned.
     """
+    temperature = temperature or 1.0
     if (c := steps()) is not None:
         rows = len(logits)
         found = np.empty(rows, np.int64), np.empty(rows, np.float32), np.empty(rows, np.float32)
-        given = np.ascontiguousarray(logits), np.asarray(uniforms, np.float32)
-        c.draw(*given, *found, temperature)
+        marks = None if uniforms is None else np.asarray(uniforms, np.float32)
+        c.draw(np.ascontiguousarray(logits), marks, *found, temperature)
         return found
     shifted, weights, total = _weigh(logits, temperature)
-    cumulative = np.cumsum(weights, axis=-1)
-    # The first entry above the mark: a token of weight 0 is never it.
-    mark = (np.asarray(uniforms, np.float32) * cumulative[:, -1])[:, None]
-    tokens = np.argmax(cumulative > mark, axis=-1)
+    if uniforms is None:
+        tokens = np.argmax(shifted, axis=-1)
+    else:
+        cumulative = np.cumsum(weights, axis=-1)
+        # The first entry above the mark: a token of weight 0 is never it.
+        mark = (np.asarray(uniforms, np.float32) * cumulative[:, -1])[:, None]
+        tokens = np.argmax(cumulative > mark, axis=-1)
     logprobs = np.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - np.log(total)
     return tokens, logprobs, _entropy(shifted, weights, total)
 
 
 def entropy(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Entropy (B,) in nats of each row's next-token distribution."""
-    return _entropy(*_weigh(logits, temperature))
+    """Entropy (B,) in nats of each row's next-token distribution; at temperature 0 as at 1."""
+    return _entropy(*_weigh(logits, temperature or 1.0))
 
 
 def target_logprobs(logits: np.ndarray, targets: np.ndarray, temperature: float) -> np.ndarray:

@@ -139,10 +139,17 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-def load_model(folder: Path, *, quantize: int = 0, thinking: str = "auto") -> LoadedModel:
+def load_model(
+    folder: Path,
+    *,
+    quantize: int = 0,
+    thinking: str = "auto",
+    tokenizer: Tokenizer | None = None,
+) -> LoadedModel:
     """Read a model folder through mlx-lm; weights are loaded when first used.
 
     quantize: bits of a weight; 0 leaves them as they are stored. thinking: see `load_tokenizer`.
+    tokenizer: that of the folder, where it has been read already.
 
     Raises: ConfigError when the folder is refused or cannot be read as a model.
     """
@@ -161,7 +168,7 @@ def load_model(folder: Path, *, quantize: int = 0, thinking: str = "auto") -> Lo
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
     if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
-    return LoadedModel(model, load_tokenizer(folder, thinking=thinking))
+    return LoadedModel(model, tokenizer or load_tokenizer(folder, thinking=thinking))
 
 
 def _stored_bits(config: Mapping[str, Any]) -> int:

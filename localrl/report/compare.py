@@ -8,7 +8,7 @@ from localrl.report import facts
 from localrl.report.curves import column, mean, sparkline, tokens_so_far
 from localrl.report.reading import Run
 from localrl.runs.metrics import METRICS
-from localrl.text import one_line
+from localrl.text import one_line, sampled_at
 
 LABEL, COLUMN = 36, 20
 PLACE = ("run.out",)
@@ -80,6 +80,9 @@ def _evaluations(one: Run, other: Run) -> Iterator[str]:
 def _difference(one: Run, other: Run) -> str:
     if one.settings.get("task.name") != other.settings.get("task.name"):
         return "The tasks are not the same, so that these shares say nothing about each other."
+    drawn = [sampled_at(run.scores[-1].temperature) for run in (one, other)]
+    if drawn[0] != drawn[1]:
+        return f"Evaluated otherwise ({drawn[0]}, {drawn[1]}), so that the shares do not compare."
     first, second = one.scores[-1].interval, other.scores[-1].interval
     if first is None or second is None:
         return "One of them is not known."

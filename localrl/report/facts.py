@@ -8,6 +8,7 @@ from typing import Any
 from localrl.report.curves import column, mean
 from localrl.report.reading import Run, Score
 from localrl.runs.metrics import METRICS
+from localrl.text import sampled_at
 
 RECENT = 10
 """Last steps that warnings look at."""
@@ -61,7 +62,7 @@ def score_words(score: Score) -> str:
     low, high = score.interval
     return (
         f"pass@1 {number(score.pass_at_1)} ({number(low)} to {number(high)}) "
-        f"on {score.n} held-out prompts"
+        f"on {score.n} held-out prompts, {sampled_at(score.temperature)}"
     )
 
 

@@ -32,6 +32,8 @@ class Score:
     n: int
     mean_reward: float | None
     mean_tokens: float | None
+    temperature: float = 1.0
+    """Older runs do not say it, and sampled at 1; 0 stands for greedy decoding."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -190,7 +192,12 @@ def _score(line: Mapping[str, Any]) -> Score:
         n=line["eval/n"] or 0,
         mean_reward=line.get("eval/mean_reward"),
         mean_tokens=line.get("eval/mean_completion_tokens"),
+        temperature=_number(line.get("eval/temperature"), 1.0),
     )
+
+
+def _number(value: Any, unknown: float) -> float:
+    return value if isinstance(value, int | float) else unknown
 
 
 def _holder(lock: Path) -> tuple[str, bool | None]:

@@ -73,6 +73,7 @@ class Decoder:
 
     policy: Policy
     temperature: float
+    """0 takes the likeliest token each time: see `draw`."""
     rows: int
     """The most sequences decoded at once."""
     counts: DecodeCounts = field(default_factory=DecodeCounts)
@@ -89,7 +90,8 @@ class Decoder:
         requests: Sequence[TreeRequest],
         rule: ForkRule | None = None,
     ) -> list[Segment]:
-        """Sample every request from the whole distribution; segments in the order they began.
+        """Complete every request, sampling from the whole distribution unless the temperature is 0;
+        segments in the order they began.
 
         Raises: ConfigError when a tree may have more leaves than there are rows; LocalRLError when
         the model's logits are not finite.
@@ -152,7 +154,8 @@ class Decoder:
 
     def _draw(self, live: Rows, ledger: Ledger) -> np.ndarray:
         """Draw the next token of every row, and write down those of living rows."""
-        tokens, logprobs, entropies = draw(live.logits, ledger.uniforms(live), self.temperature)
+        uniforms = ledger.uniforms(live) if self.temperature else None
+        tokens, logprobs, entropies = draw(live.logits, uniforms, self.temperature)
         mx.eval(tokens, logprobs, entropies)
         drawn = np.array(tokens)
         ledger.write(live, drawn, np.array(logprobs), np.array(entropies))
@@ -279,29 +282,36 @@ def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
     )
 
 
-def draw(logits: Logits, uniforms: np.ndarray, temperature: float) -> tuple[Logits, Logits, Logits]:
-    """One token per row by inverting the cumulative distribution, in float32.
+def draw(
+    logits: Logits, uniforms: np.ndarray | None, temperature: float
+) -> tuple[Logits, Logits, Logits]:
+    """One token per row, in float32: by inverting the cumulative distribution, or the likeliest.
 
-    logits (B, V), uniforms (B,) in (0, 1). Returns tokens, their log-probabilities and the entropy
-    of the whole distribution, each (B,). One exponential serves all three.
+    logits (B, V), uniforms (B,) in (0, 1); None at temperature 0, where nothing is drawn. Returns
+    tokens, their log-probabilities and the entropy of the whole distribution, each (B,). One
+    exponential serves all three. At temperature 0 both are those of the model's own distribution,
+    at temperature 1: of the likeliest token alone there is nothing to tell.
     """
     if isinstance(logits, np.ndarray):
         return array_sampling.draw(logits, uniforms, temperature)
-    shifted, weights, total = _weigh(logits, temperature)
-    cumulative = mx.cumsum(weights, axis=-1)
-    # The first entry above the mark: a token of weight 0 is never it.
-    mark = (mx.array(uniforms, dtype=mx.float32) * cumulative[:, -1])[:, None]
-    tokens = mx.argmax(cumulative > mark, axis=-1)
+    shifted, weights, total = _weigh(logits, temperature or 1.0)
+    if uniforms is None:
+        tokens = mx.argmax(shifted, axis=-1)
+    else:
+        cumulative = mx.cumsum(weights, axis=-1)
+        # The first entry above the mark: a token of weight 0 is never it.
+        mark = (mx.array(uniforms, dtype=mx.float32) * cumulative[:, -1])[:, None]
+        tokens = mx.argmax(cumulative > mark, axis=-1)
     log_total = mx.log(total)
     logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
     return tokens, logprobs, log_total - (weights * shifted).sum(axis=-1) / total
 
 
 def entropy(logits: Logits, temperature: float) -> Logits:
-    """Entropy (B,) in nats of each row's next-token distribution."""
+    """Entropy (B,) in nats of each row's next-token distribution; see `draw` for temperature 0."""
     if isinstance(logits, np.ndarray):
         return array_sampling.entropy(logits, temperature)
-    shifted, weights, total = _weigh(logits, temperature)
+    shifted, weights, total = _weigh(logits, temperature or 1.0)
     return mx.log(total) - (weights * shifted).sum(axis=-1) / total
 
 

@@ -96,6 +96,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval/n": ("completions", "held-out completions that have a reward"),
     "eval/mean_reward": ("reward", "mean over them"),
     "eval/mean_completion_tokens": ("tokens", "mean length of held-out completions"),
+    "eval/temperature": ("", "that they were sampled at; 0: the likeliest token each time"),
 }
 """Unit and meaning of every key of metrics.jsonl."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from huggingface_hub import EvalResult, ModelCardData
 
 from localrl.sharing.facts import Facts, Side
+from localrl.text import sampled_at
 
 TAGS = ("lora", "grpo", "reinforcement-learning", "localrl")
 """Not `mlx`: for that tag the Hub's page shows commands that fail on an adapter."""
@@ -126,13 +127,14 @@ def _usage(address: Address) -> str:
 
 
 def _evaluation(facts: Facts) -> str:
-    if facts.base is None and facts.adapter is None:
+    known = facts.adapter or facts.base
+    if known is None:
         return "## Evaluation\n\nThis run was not evaluated."
     rows = [_side("base", facts.base), _side("with the adapter", facts.adapter)]
     return (
-        "## Evaluation\n\nOn held-out prompts, the same before and after; one completion each, at "
-        "temperature 1. pass@1 is the share that the first reward function gave 1 or more, with "
-        "its 95 % Wilson interval.\n\n"
+        "## Evaluation\n\nOn held-out prompts, the same before and after; one completion each, "
+        f"{sampled_at(known.temperature)}. pass@1 is the share that the first reward function gave "
+        "1 or more, with its 95 % Wilson interval.\n\n"
         "| | prompts | pass@1 | 95 % interval | mean reward |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
     )

@@ -28,6 +28,7 @@ SETTINGS = (
     "task.train_prompts",
     "task.eval_prompts",
     "task.cut_reward",
+    "task.eval_temperature",
     "task.reward_weights",
     "rollout.strategy",
     "rollout.prompts_per_step",
@@ -101,6 +102,8 @@ class Side:
     pass_at_1: float | None
     ci95: tuple[float, float] | None
     mean_reward: float | None
+    temperature: float
+    """0 stands for greedy decoding."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,13 @@ def _side(values: Any) -> Side | None:
         return None
     ci95 = [_number(value) for value in values.get("ci95") or ()]
     low, high = ci95 if len(ci95) == 2 else (None, None)
-    n = _number(values.get("n"))
+    n, temperature = _number(values.get("n")), _number(values.get("temperature"))
     return Side(
         n=None if n is None else int(n),
         pass_at_1=_number(values.get("pass@1")),
         ci95=None if low is None or high is None else (low, high),
         mean_reward=_number(values.get("mean_reward")),
+        temperature=1.0 if temperature is None else temperature,  # older runs sampled at 1
     )
 
 

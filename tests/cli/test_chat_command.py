@@ -71,6 +71,15 @@ def test_a_seed_gives_the_same_again(tiny_folder):
     assert say(1) == say(1) != say(2)
 
 
+def test_the_temperature_is_that_of_training_unless_it_is_said(tiny_folder):
+    def header(*options):
+        return chat("--model", tiny_folder, *options, lines=["/quit"]).stderr.splitlines()[0]
+
+    assert ", temperature 1. /base" in header()
+    assert ", temperature 0.4. /base" in header("--set", "rollout.temperature=0.4")
+    assert ", greedy. /base" in header("--temperature", 0)
+
+
 def test_commands_that_are_none_and_adapters_that_are_missing():
     done = chat(*SAY, lines=["", "/adapter", "/\x1b[31mwhat", "É"])
     assert done.exit_code == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import within
+from waiting import DEADLINE_S
 
 SMALL = (
     "rollout.prompts_per_step=2",
@@ -25,7 +26,7 @@ def localrl(*arguments, cwd=None):
         [sys.executable, "-m", "localrl", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
         cwd=cwd,
         env={**os.environ, "COLUMNS": "100"},
     )

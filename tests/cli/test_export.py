@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from waiting import DEADLINE_S
 
 from localrl.cli.export import export
 from localrl.config import RunConfig
@@ -37,7 +38,7 @@ def command(*arguments):
         [*map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
         env={**os.environ, "COLUMNS": "100"},
     )
 

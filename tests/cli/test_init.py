@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import DEADLINE_S
 
 FILES = {"README.md", "data.jsonl", "rewards.py", "train.toml"}
 
@@ -17,7 +18,7 @@ def localrl(*arguments, cwd):
         [sys.executable, "-m", "localrl", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
         cwd=cwd,
         env={**os.environ, "COLUMNS": "100"},
     )
@@ -83,7 +84,7 @@ def test_what_cannot_be_written_completely_is_not_written(tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         cwd=tmp_path,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )

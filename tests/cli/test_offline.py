@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from waiting import DEADLINE_S
 
 SMALL = (
     "rollout.prompts_per_step=2",
@@ -77,7 +78,7 @@ def environment(home: Path, hole: BlackHole) -> dict[str, str]:
 def localrl(*arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "localrl", *arguments]
     return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
 
 
@@ -99,7 +100,7 @@ def test_the_hole_is_one(tmp_path, home):
     with black_hole() as hole:
         child = subprocess.Popen(command, cwd=tmp_path, env=environment(home, hole))
         try:
-            assert hole.fallen.wait(60)
+            assert hole.fallen.wait(DEADLINE_S)
             assert child.poll() is None
         finally:
             child.kill()
@@ -123,7 +124,7 @@ def test_looking_at_models_makes_no_connection(tmp_path, home):
         command = [sys.executable, "-c", LOOK]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment(home, hole), capture_output=True, text=True,
-            timeout=120, check=False,
+            timeout=DEADLINE_S, check=False,
         )  # fmt: skip
         assert hole.taken == []
     seen, doctor, other, _ = done.stdout.split("STATUS ")

@@ -13,8 +13,9 @@ import pytest
 import test_ranks
 import together
 from shared_updates import compare_with_one
-from test_ranks import TIME_LIMIT_S, adapter, alone, command, metrics, reward, wait_for_steps
+from test_ranks import adapter, alone, command, metrics, reward, wait_for_steps
 from tiny import make_folder
+from waiting import DEADLINE_S
 
 from localrl.runs.checkpoints import Checkpoints
 
@@ -43,7 +44,7 @@ def test_killed_at_random_until_it_is_done(tiny_folder, tmp_path):
             kills += 1
             killed = random.randrange(2)
             processes[killed].send_signal(signal.SIGKILL)
-            codes = together.ends(processes, TIME_LIMIT_S)
+            codes = together.ends(processes)
             assert codes[1 - killed] in (0, 75, 1), together.said(tmp_path, 1 - killed)
         if codes == [0, 0]:
             break
@@ -83,7 +84,7 @@ def test_a_stopped_rank_that_says_nothing_ends_all(tiny_folder, tmp_path):
     processes = together.start(tmp_path, 2, [str(script), *words])
     wait_for_steps(tmp_path / "run", 2, processes)
     processes[1].send_signal(signal.SIGSTOP)
-    assert together.ends(processes[:1], TIME_LIMIT_S) == [75]
+    assert together.ends(processes[:1]) == [75]
     together.kill(processes)
     assert "the silence of rank 1 (" in together.said(tmp_path, 0)
     assert Checkpoints(tmp_path / "run" / "checkpoints", pytest.fail).steps()
@@ -111,7 +112,7 @@ def test_mlx_launch_starts_it(tiny_folder, tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert "2 steps in" in result.stdout, result.stderr
@@ -124,7 +125,7 @@ def test_asked_to_stop_both_do(tiny_folder, tmp_path):
     )
     wait_for_steps(tmp_path / "run", 1, processes)
     processes[1].send_signal(signal.SIGTERM)
-    assert together.ends(processes, TIME_LIMIT_S) == [75, 75]
+    assert together.ends(processes) == [75, 75]
     assert "SIGTERM" in together.said(tmp_path, 0)
     assert "--resume --out run" in together.said(tmp_path, 0)
     assert "Rank 1 is stopped by" in together.said(tmp_path, 1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import tiny
 
+from localrl.config import RunConfig
 from localrl.memory.adapting import (
     CALM_STEPS,
     LARGER,
@@ -14,11 +16,16 @@ from localrl.memory.adapting import (
     SPARE,
     Reading,
     Watch,
+    for_longer,
     give_way,
     smaller,
 )
+from localrl.memory.estimate import PRIORS
+from localrl.memory.limit import Limit
 from localrl.memory.machine import Machine
-from localrl.memory.plan import LEAST_CHUNK, changes
+from localrl.memory.plan import LEAST_CHUNK, PromptLength, changes, fit
+from localrl.memory.sizes import read_sizes
+from localrl.planning import ask
 from localrl.records import MemoryPlan
 
 GB = 10**9
@@ -176,3 +183,45 @@ def test_smaller_batches_are_a_fifth_smaller():
     assert [getattr(once, row) for row in ROWS] == [16, 8, 4, 80]
     assert smaller(PLAN, least_rows=19).decode_rows == 19
     assert smaller(PLAN, least_rows=30).decode_rows == 20
+
+
+SHORT = PromptLength(32, "a test")
+
+
+def asked(limit):
+    """What a run with short prompts wants under a limit of so many bytes."""
+    wish = {"model.path": "m", "rollout.max_completion_tokens": 64, "rollout.group_size": 8}
+    made = ask(RunConfig.create(wish), read_sizes(tiny.CONFIG), HOST, prompts=SHORT)
+    return replace(made, limit=Limit(limit, "a test", from_machine=False))
+
+
+def test_longer_prompts_take_rows_and_neither_group_nor_length():
+    found = asked(30 * 10**6)
+    plan = fit(found)
+    assert plan.max_prompt_tokens == 32
+    later, longer = for_longer(found, plan, 400, PRIORS)
+    assert longer.max_prompt_tokens == later.plan.max_prompt_tokens == 400
+    kept = ("group_size", "max_completion_tokens", "dequantise")
+    assert [getattr(longer, n) for n in kept] == [getattr(plan, n) for n in kept]
+    assert all(getattr(longer, n) <= getattr(plan, n) for n in ROWS)
+    assert longer.decode_rows < plan.decode_rows
+    assert (
+        longer.predicted_bytes
+        <= 30 * 10**6
+        < later.estimate(replace(plan, max_prompt_tokens=400)).peak
+    )
+    assert "prompts of up to 400 tokens, as met in training" in longer.reason
+
+
+def test_longer_prompts_never_bring_back_what_was_given_up():
+    found = asked(10**12)
+    less = replace(fit(found), decode_rows=3, micro_rows=2, grad_checkpoint=True)
+    longer = for_longer(found, less, 400, PRIORS)[1]
+    assert (longer.decode_rows, longer.micro_rows, longer.grad_checkpoint) == (3, 2, True)
+
+
+def test_longer_prompts_that_cannot_fit_take_the_fewest_rows():
+    found = asked(30 * 10**6)
+    longer = for_longer(found, fit(found), 100_000, PRIORS)[1]
+    assert (longer.decode_rows, longer.prefill_rows, longer.micro_rows) == (1, 1, 1)
+    assert longer.predicted_bytes > longer.limit_bytes

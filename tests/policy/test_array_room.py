@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from localrl.backend import mx
 from localrl.policy import array_room
@@ -92,5 +93,6 @@ def test_threads_at_once():
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(60)
+        caller.join(DEADLINE_S)
+    assert not any(caller.is_alive() for caller in callers)
     assert not problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -207,22 +206,22 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused(monkeypatch, name):
-    monkeypatch.setattr(chat._worker(), "time_limit_s", 0.3)
     template = HOSTILE[name] if name != "nests" else "{{ " + HOSTILE[name] + " }}"
-    before, start = resident_bytes(), time.monotonic()
-    with pytest.raises(ConfigError, match="chat template is refused"):
-        ChatTemplate({"default": template}, {}).render(CONVERSATIONS[:1])
-    assert time.monotonic() - start < 30
+    before = resident_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat._worker(), "time_limit_s", 0.3)
+        with pytest.raises(ConfigError, match="chat template is refused"):
+            ChatTemplate({"default": template}, {}).render(CONVERSATIONS[:1])
     assert (resident_bytes() or 0) - (before or 0) < 50_000_000
     good = ChatTemplate({"default": tiny.TEMPLATE}, {})
     assert good.render(CONVERSATIONS[:1]) == ["<user>What is 2 + 3?<assistant>"]
 
 
 def test_a_template_may_turn_hostile_later(monkeypatch):
-    monkeypatch.setattr(chat._worker(), "time_limit_s", 0.3)
     source = "{% if messages[0].content == 'now' %}" + HOSTILE["loops"] + "{% endif %}fine"
     template = ChatTemplate({"default": source}, {})
     assert template.render(CONVERSATIONS[:1]) == ["fine"]
+    monkeypatch.setattr(chat._worker(), "time_limit_s", 0.3)
     with pytest.raises(ConfigError, match=r"within the limit of 0\.3 s"):
         template.render([[{"role": "user", "content": "now"}]])
 

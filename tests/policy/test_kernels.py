@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 
 from localrl import backend
 from localrl.backend import kernels
@@ -194,7 +195,7 @@ def test_several_callers_at_once(threads):
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(60)
+        caller.join(DEADLINE_S)
     assert len(found) == 4
     for one in found:
         same(one, expected)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+from waiting import DEADLINE_S
 
 from localrl.errors import Stopped
 from localrl.ranks.collective import join
@@ -16,8 +17,11 @@ from localrl.ranks.place import find_place
 
 place = find_place()
 assert place is not None
+how = sys.argv[1]
+# Of a rank that dies or fails the others are told; only one that sleeps is found silent.
+silence = 5.0 if how == "sleep" else DEADLINE_S
 try:
-    with join(place, Limits(silence=3.0, grace=2.0)) as (ranks, pulse):
+    with join(place, Limits(silence=silence, grace=2.0)) as (ranks, pulse):
         rank = ranks.rank
         told = ranks.gather(bytes([rank]) * (rank * 1000))
         assert told == [bytes([r]) * (r * 1000) for r in range(ranks.size)]
@@ -32,7 +36,6 @@ try:
         assert ranks.mine(items) == items[rank :: ranks.size]
         assert ranks.waited_s > 0
         assert len(ranks.names) == ranks.size
-        how = sys.argv[1]
         if rank == ranks.size - 1 and how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == ranks.size - 1 and how == "sleep":

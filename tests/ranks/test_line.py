@@ -10,12 +10,21 @@ from dataclasses import replace
 
 import pytest
 from together import free_ports
+from waiting import DEADLINE_S, FOREVER_S, until
 
 from localrl.errors import LocalRLError
 from localrl.ranks.line import Limits, Line, meet
 from localrl.ranks.place import Place
 
-QUICK = Limits(meet=5.0, beat=0.05, silence=60.0, stall=60.0, waiting=60.0, grace=60.0)
+QUICK = Limits(
+    meet=DEADLINE_S,
+    beat=0.05,
+    silence=DEADLINE_S,
+    stall=DEADLINE_S,
+    waiting=DEADLINE_S,
+    grace=DEADLINE_S,
+)
+"""No limit is reached by itself; what is late is made so by `FOREVER_S`."""
 
 
 class Rank:
@@ -53,17 +62,23 @@ def connect(limits: Limits, size: int = 3) -> list[Rank]:
         return [Rank(line) for line in pool.map(lambda place: meet(place, limits), places)]
 
 
-def wait_for(condition, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come"
-        time.sleep(0.01)
+def some_beats(rank, other, count=3):
+    """Until so many signs of life of the other have been heard, and all but the last judged."""
+    peer, heard = rank.line._peers[other], set()
+
+    def enough():
+        heard.add(peer.heard)
+        return len(heard) > count
+
+    until(enough, "a sign of life")
 
 
 def test_nobody_is_told_anything_while_all_is_well(three):
     for rank in three:
         rank.watch()
-    time.sleep(0.3)
+    for other in (1, 2):
+        some_beats(three[0], other)
+        some_beats(three[other], 0)
     assert [rank.reasons for rank in three] == [[], [], []]
     assert three[1].line.reason(0.0) is None
 
@@ -75,7 +90,7 @@ def test_a_death_is_told_to_all_others(three, dead):
     three[dead].die()
     for rank in three:
         if rank is not three[dead]:
-            wait_for(lambda rank=rank: rank.reasons)
+            until(lambda rank=rank: rank.reasons)
             assert f"the death of rank {dead} (" in rank.reasons[0]
             assert rank.line.reason(0.0) == rank.reasons[0]
 
@@ -85,7 +100,7 @@ def test_a_problem_is_told_in_its_own_words(three):
         rank.watch()
     three[2].line.close("no model in /here")
     for rank in three[:2]:
-        wait_for(lambda rank=rank: rank.reasons)
+        until(lambda rank=rank: rank.reasons)
         assert "rank 2 (" in rank.reasons[0]
         assert "no model in /here" in rank.reasons[0]
 
@@ -95,42 +110,44 @@ def test_a_goodbye_is_no_death(three):
         rank.watch()
     three[1].line.close(None)
     three[2].line.close(None)
-    time.sleep(0.2)
+    until(lambda: all(peer.gone for peer in three[0].line._peers.values()))
     assert three[0].reasons == []
 
 
 def test_silence():
-    ranks = connect(replace(QUICK, silence=0.3), 2)
+    ranks = connect(QUICK, 2)
+    ranks[0].line._peers[1].heard -= FOREVER_S
     ranks[0].watch()  # the other says nothing, as when its machine sleeps
-    wait_for(lambda: ranks[0].reasons)
+    until(lambda: ranks[0].reasons)
     assert "the silence of rank 1 (" in ranks[0].reasons[0]
     ranks[1].die()
     ranks[0].line.close(None)
 
 
 def test_a_stall_is_noticed_but_waiting_is_none():
-    ranks = connect(replace(QUICK, stall=0.4), 2)
+    ranks = connect(QUICK, 2)
+    ranks[0].line.waits(True)  # for the other
+    ranks[0].line._moved -= FOREVER_S
     for rank in ranks:
         rank.watch()
-    ranks[0].line.waits(True)  # for the other
-    until = time.monotonic() + 1.0
-    while time.monotonic() < until:
-        ranks[1].line.moved()
-        time.sleep(0.02)
+    some_beats(ranks[1], 0)
+    assert ranks[1].line._peers[0].moved_s > DEADLINE_S
     assert ranks[0].reasons == ranks[1].reasons == []
-    wait_for(lambda: ranks[0].reasons)
+    ranks[1].line._moved -= FOREVER_S
+    until(lambda: ranks[0].reasons)
     assert "a stall of rank 1 (" in ranks[0].reasons[0]
-    wait_for(lambda: ranks[1].reasons)
+    until(lambda: ranks[1].reasons)
     for rank in reversed(ranks):
         rank.line.close(None)
 
 
 def test_all_waiting_for_each_other_is_a_deadlock():
-    ranks = connect(replace(QUICK, waiting=0.4), 2)
+    ranks = connect(QUICK, 2)
     for rank in ranks:
-        rank.watch()
         rank.line.waits(True)
-    wait_for(lambda: ranks[1].reasons)
+        rank.line._waiting -= FOREVER_S
+        rank.watch()
+    until(lambda: ranks[1].reasons)
     assert "a deadlock" in ranks[1].reasons[0]
     assert "4475" in ranks[1].reasons[0]
     for rank in reversed(ranks):
@@ -164,7 +181,7 @@ def test_strangers_are_sent_away():
         stranger = None
         while stranger is None:
             try:
-                stranger = socket.create_connection(("127.0.0.1", port), timeout=5)
+                stranger = socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S)
             except ConnectionRefusedError:
                 time.sleep(0.01)
         with stranger:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from waiting import DEADLINE_S, FOREVER_S
 
 WAITING = """
-import sys, time
+import select, sys, time
 from localrl.cli.signals import stop_on_signals
 from localrl.errors import Stopped
 from localrl.pulse import Pulse
@@ -19,14 +20,21 @@ with stop_on_signals(pulse, patience_s=float(sys.argv[1])):
     while not pulse.reason:
         time.sleep(0.01)
     print("asked", flush=True)
-    sys.stdin.readline()
+    # Not a read that waits: a signal just before it would be handled only after it.
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        pass
     print("saved", pulse.reason, flush=True)
 """
 
 
 @pytest.mark.parametrize(
     ("patience", "second", "code"),
-    [("60", signal.SIGTERM, 0), ("60", signal.SIGINT, 130), ("0", signal.SIGTERM, 130)],
+    [
+        (str(FOREVER_S), signal.SIGTERM, 0),
+        (str(FOREVER_S), signal.SIGINT, 130),
+        ("0", signal.SIGTERM, 130),
+    ],
+    ids=["launcher", "ctrl-c", "impatient"],
 )
 def test_the_second_signal(patience, second, code):
     process = subprocess.Popen(
@@ -42,8 +50,8 @@ def test_the_second_signal(patience, second, code):
     assert process.stdout.readline() == "asked\n"
     process.send_signal(second)
     if code:
-        assert process.wait(10) == code
+        assert process.wait(DEADLINE_S) == code
         return
-    out, _ = process.communicate("go on\n", timeout=10)
+    out, _ = process.communicate("go on\n", timeout=DEADLINE_S)
     assert out == "saved SIGTERM\n"
     assert process.returncode == 0

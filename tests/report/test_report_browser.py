@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S
 
 from localrl.report.page import write_report
 from localrl.report.reading import read_run
@@ -83,7 +84,7 @@ def browse(page: Path, folder: Path) -> tuple[str, list[str], list[str]]:
         ],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=DEADLINE_S,
         check=True,
     )
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

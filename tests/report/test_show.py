@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from waiting import DEADLINE_S
 
 from localrl.report import facts
 from localrl.report.compare import comparison, differing
@@ -23,7 +24,7 @@ def localrl(*arguments):
         [sys.executable, "-m", "localrl", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE_S,
     )
 
 
@@ -193,3 +194,12 @@ def test_what_does_not_go_together(run_copy, tmp_path):
         assert done.returncode == 2
         assert "Choose one" in done.stderr
     assert "There is no run in" in localrl("show", tmp_path / "none").stderr
+
+
+def test_an_evaluation_says_how_it_was_sampled_and_other_ways_are_not_ranked(tree_run):
+    run = read_run(tree_run)
+    assert facts.score_words(run.scores[0]).endswith("held-out prompts, temperature 1")
+    other = replace(run, scores=[replace(score, temperature=0.0) for score in run.scores])
+    assert facts.score_words(other.scores[0]).endswith("held-out prompts, greedy")
+    text = "\n".join(comparison(run, other))
+    assert "Evaluated otherwise (temperature 1, greedy), so that the shares do not compare." in text

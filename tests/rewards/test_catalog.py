@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from waiting import DEADLINE_S
 
 from localrl.errors import ConfigError
 from localrl.records import RewardSpec
@@ -125,7 +126,7 @@ def test_builtins_load_the_standard_library_only() -> None:
     modules = "localrl.rewards.shaping", "localrl.rewards.json_answers"
     code = f"import sys, {', '.join(modules)}\nprint(*sys.modules)"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE_S
     )
     ours = [name for name in result.stdout.split() if name.split(".")[0] == "localrl"]
     heavy = {"numpy", "mlx", "asyncio", "sympy"} & set(result.stdout.split())

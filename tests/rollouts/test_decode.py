@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from arrays import array_policy
 from exact import assert_exact
 
 from localrl.backend import mx
 from localrl.keys import keyed_uniforms
 from localrl.records import Example
+from localrl.rollouts.batch import Ledger
 from localrl.rollouts.decode import Decoder, draw
 from localrl.rollouts.groups import Shape, sample_groups
 
@@ -49,6 +51,30 @@ def same(one, other):
 def test_sampled_logprobs_and_entropies_equal_a_full_forward(policy, examples, temperature):
     groups, _ = sample(policy, examples, rows=30, temperature=temperature)
     assert_exact(policy, groups, temperature)
+
+
+@pytest.fixture(scope="module", params=["mlx", "numpy"])
+def either(request, policy, tmp_path_factory):
+    """A policy of each engine."""
+    if request.param == "mlx":
+        return policy
+    return array_policy(tmp_path_factory.mktemp("models") / "arrays", "llama")
+
+
+def test_temperature_0_takes_the_likeliest_token_and_draws_nothing(either, examples, monkeypatch):
+    def drawn(*_):
+        raise AssertionError("a number was drawn")
+
+    monkeypatch.setattr(Ledger, "uniforms", drawn)
+    groups, _ = sample(either, examples, rows=4, temperature=0.0, group_size=1)
+    assert_exact(either, groups)  # log-probabilities and entropies are those of temperature 1
+    for group, completion in zip(groups, completions(groups), strict=True):
+        tokens = np.concatenate([group.prompt_ids, completion.token_ids])
+        logits = np.array(either.model(mx.array(tokens[None]))[0, len(group.prompt_ids) - 1 : -1])
+        chosen = logits[np.arange(len(completion)), completion.token_ids]
+        assert (chosen >= logits.max(axis=-1) - 1e-4).all()
+    other, _ = sample(either, examples, rows=30, temperature=0.0, group_size=1, step=2)
+    assert same(completions(groups), completions(other))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 29])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import DEADLINE_S
 
 from localrl import RunConfig, train
 from localrl.errors import ConfigError
@@ -88,7 +89,7 @@ def test_wandb_keeps_to_the_numbers(tmp_path):
     )
     arguments = [sys.executable, "-c", code, str(tmp_path), "a secret argument"]
     env = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*.wandb"))
     assert b"reward" in written
@@ -149,7 +150,7 @@ def test_wandb_without_an_account_is_one_clear_error(tmp_path):
         text=True,
         env=env,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=DEADLINE_S,
     )
     assert "wandb cannot be started" in done.stdout
     assert "WANDB_MODE=offline" in done.stdout

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE_S, until
 
 from localrl.config import RunConfig
 from localrl.errors import Stopped
@@ -112,7 +113,7 @@ STALL = """
 if life == 1:
     {first}
     tell(step=1)
-    time.sleep(60)
+    time.sleep(900)
 """
 
 
@@ -227,23 +228,23 @@ def test_the_first_signal_is_passed_on_once(tmp_path):
     code = COUNTING + "time.sleep(0.2)\nsys.exit(75 if len(heard) == 1 else 9)"
     with parent(code, tmp_path) as (process, _):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C reaches all of the group
-        assert process.wait(30) == 75
+        assert process.wait(DEADLINE_S) == 75
     assert len((tmp_path / "lives").read_text().splitlines()) == 1
 
 
 def test_the_second_signal_ends_both_at_once(tmp_path):
-    with parent(COUNTING + "time.sleep(60)", tmp_path) as (process, _):
+    with parent(COUNTING + "time.sleep(900)", tmp_path) as (process, _):
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "heard\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 130
+        assert process.wait(DEADLINE_S) == 130
         assert process.stdout.read() == "", "the child holds it open while it lives"
 
 
 def test_a_signal_ends_a_run_that_has_no_words_for_it(tmp_path):
-    with parent("os.write(1, b'1\\n')\ntime.sleep(60)", tmp_path) as (process, _):
+    with parent("os.write(1, b'1\\n')\ntime.sleep(900)", tmp_path) as (process, _):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.wait(DEADLINE_S) == 128 + signal.SIGTERM
     assert len((tmp_path / "lives").read_text().splitlines()) == 1
 
 
@@ -253,11 +254,10 @@ def test_ctrl_z_stops_and_continues_both(tmp_path):
         process.send_signal(signal.SIGTSTP)
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
         stat = Path(f"/proc/{child}/stat")
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            os.sched_yield()
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(DEADLINE_S) == 0
 
 
 REAL = {
@@ -308,7 +308,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(tiny_folder, tmp_path):
     process = localrl("--out", out, *given)
     (tmp_path / "supervisor").write_text(str(process.pid))
     told = process.stderr.read()  # until both processes are gone
-    assert process.wait(30) == -signal.SIGKILL, told
+    assert process.wait(DEADLINE_S) == -signal.SIGKILL, told
     assert "the run died: SIGKILL (killed from outside: the system does so when memory" in told
     assert "It goes on from step 3 (death 1 of 3 without progress)" in told
     events = {event["kind"]: event for event in read_jsonl(out / "events.jsonl")}
@@ -351,7 +351,11 @@ def test_the_parent_loads_nothing_heavy(tmp_path):
         "print('LOADED', *sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=DEADLINE_S,
     )
     assert "no model in nowhere" in done.stderr
     loaded = set(done.stdout.split("LOADED")[1].split())
@@ -362,7 +366,7 @@ def test_the_parent_loads_nothing_heavy(tmp_path):
 def test_on_battery_needs_a_supervisor(tmp_path):
     process = localrl("--no-supervise", "--on-battery", "run", "--out", tmp_path / "run")
     assert "Leave --no-supervise out" in process.stderr.read()
-    assert process.wait(30) == 2
+    assert process.wait(DEADLINE_S) == 2
 
 
 LISTENING = """

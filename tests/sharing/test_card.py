@@ -135,6 +135,16 @@ def test_the_embedded_model_is_told(run):
     assert "secret" not in card
 
 
+def test_a_card_says_at_which_temperature_was_evaluated(run):
+    def card(*temperature):
+        sides = {"base": {"n": 4}, "adapter": {"n": 4, **dict(temperature)}}
+        return make_card(read_facts(run("eval.json", sides)), ADDRESS)
+
+    assert "one completion each, temperature 1. pass@1" in card()  # an older run
+    assert "one completion each, temperature 0.7. pass@1" in card(("temperature", 0.7))
+    assert "one completion each, greedy. pass@1" in card(("temperature", 0))
+
+
 def test_a_run_without_evaluation_says_so(run):
     folder = run("eval.json", {})
     for name in ("metrics.jsonl", "plan.json"):
@@ -150,7 +160,7 @@ def test_a_run_without_evaluation_says_so(run):
 
 def test_numbers_that_are_none_are_not_made_up(run):
     facts = read_facts(run("eval.json", {"base": {"n": "many", "ci95": None}, "adapter": {}}))
-    assert facts.base == facts.adapter == Side(None, None, None, None)
+    assert facts.base == facts.adapter == Side(None, None, None, None, 1.0)
     assert "| base | unknown | unknown | unknown to unknown | unknown |" in make_card(
         facts, ADDRESS
     )

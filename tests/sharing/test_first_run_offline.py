@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from waiting import DEADLINE_S
+
 TRAIN = """
 import os, socket
 
@@ -27,7 +29,7 @@ def test_first_run_offline(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TRAIN],
         env={**env, "HF_HOME": str(tmp_path / "home")},
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter" / "adapters.safetensors").is_file()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 from fake_hub import FakeHub, attach, environment, terminal
+from waiting import DEADLINE_S
 
 from localrl.cli.main import main
 from localrl.policy.loading import find_model
@@ -69,7 +70,7 @@ def test_a_model_is_pulled_whole_and_then_loads_offline(tmp_path, model, monkeyp
         hub.put("acme/tiny", model)
         done = subprocess.run(
             [sys.executable, "-m", "localrl", "pull", "acme/tiny"],
-            env=environment(hub, tmp_path), capture_output=True, text=True, timeout=60,
+            env=environment(hub, tmp_path), capture_output=True, text=True, timeout=DEADLINE_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         attach(hub, tmp_path, monkeypatch)

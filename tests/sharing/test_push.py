@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub, attach, environment, terminal
+from waiting import DEADLINE_S
 
 from localrl import RunConfig, train
 from localrl.cli.main import main
@@ -113,7 +114,7 @@ def test_a_push_is_private_and_carries_nothing_of_its_owner(run, tmp_path, xet):
     with FakeHub(token=TOKEN) as hub:
         env = {**environment(hub, home / ".hf", xet=xet), "HOME": str(home), "USER": "qvxavier"}
         command = [sys.executable, "-c", TWICE, "push", str(run), "me/tiny"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     repo = hub.repos["me/tiny"]
     assert repo.private
