@@ -262,7 +262,7 @@ def test_a_changed_file_becomes_another_folder(cache, tmp_path):
 
 
 def test_large_models_become_several_files(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("localrl.gguf.convert.SHARD", 1_000_000)
+    monkeypatch.setattr("localrl.gguf.layout.SHARD", 1_000_000)
     found, folder = difference(write_model(tmp_path / "m.gguf"), [])
     assert found < 1e-3
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
