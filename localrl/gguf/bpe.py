@@ -9,8 +9,8 @@ import numpy as np
 
 from localrl.errors import ConfigError
 
-MOST_MERGES = 4_000_000
-"""Found again of a SentencePiece model; the largest real ones have some 600 thousand."""
+MOST_MERGES = 2_000_000
+"""The largest real vocabularies have some 600 thousand."""
 SPACE = "\u2581"
 """How SentencePiece writes a space."""
 

@@ -240,7 +240,8 @@ class _Rounding:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all; a vocabulary without line ends."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    indent = None if path.name == "tokenizer.json" else 1
+    beside.write_text(json.dumps(value, ensure_ascii=False, indent=indent), encoding="utf-8")
     beside.replace(path)

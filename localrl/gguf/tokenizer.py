@@ -17,6 +17,7 @@ import numpy as np
 from localrl.errors import ConfigError
 from localrl.gguf.bpe import (
     BYTE_LEVEL,
+    MOST_MERGES,
     SPACE,
     bpe,
     gemma_parts,
@@ -29,11 +30,13 @@ from localrl.gguf.reader import GGUF, refused
 
 UNKNOWN, CONTROL, USER = 2, 3, 4
 """Types of tokens that are looked for in a text before anything else; 1 is a plain one."""
-MOST_TOKENS = 2_000_000
+MOST_TOKENS = 1_000_000
 MOST_TOKEN = 512
 """Characters of one token; runs of spaces are the longest, of some 128."""
 MOST_CHARACTERS = 16_000_000
 """Of all tokens; the largest vocabularies have some 2 million."""
+MOST_BYTES = 64_000_000
+"""Of tokenizer.json: as much as is read of one."""
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 """Tokens that end a turn wherever they are: not every file names one as its end token."""
 _IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
@@ -164,6 +167,8 @@ def _byte_level(file: GGUF, vocab: _Vocabulary) -> _Body:
     merges = file.get("tokenizer.ggml.merges", list)
     if merges is None:
         raise refused(file.path, "it has no merges (tokenizer.ggml.merges)")
+    if len(merges) > MOST_MERGES:
+        raise refused(file.path, f"it has {len(merges)} merges; at most {MOST_MERGES} are read")
     pairs = [merge.split(" ") if isinstance(merge, str) else [] for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise refused(file.path, "one of its merges is no pair of tokens")
@@ -245,8 +250,11 @@ def _try(file: GGUF, tokenizer: Mapping[str, Any]) -> None:
     """Raises: ConfigError when the library cannot make a tokenizer of it."""
     from tokenizers import Tokenizer
 
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    if len(text.encode()) > MOST_BYTES:
+        raise refused(file.path, f"its vocabulary would make more than {MOST_BYTES} bytes of JSON")
     try:
-        Tokenizer.from_str(json.dumps(tokenizer))
+        Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare exceptions
         raise ConfigError(
             f"{file.path} is refused: its vocabulary makes no tokenizer ({error!s:.200})."
