@@ -56,10 +56,13 @@ INLINE void accumulate(lanes sums[][2], const float *weight, Size weight_step,
     }
 }
 
-/* Rows of weights times up to two vectors of columns, of which `width` columns are wanted. */
-INLINE void tile_times(const float *weight, const float *columns, const Product *p, float *out,
-                       int rows, int vectors, Size width)
+/* Rows of weights, from `row` on, times up to two vectors of columns, from `first` on. */
+INLINE void tile_times(const Product *p, Size row, Size first, int rows, int vectors)
 {
+    const float *weight = p->weight + row * p->k, *columns = p->columns + first;
+    const float *up = p->up + row * p->ranks, *low = p->low + first;
+    const Size width = p->n - first < vectors * LANES ? p->n - first : vectors * LANES;
+    float *out = p->out + row * p->row_step + first * p->column_step;
     lanes sums[ROWS1 > ROWS2 ? ROWS1 : ROWS2][2];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
@@ -69,6 +72,9 @@ INLINE void tile_times(const float *weight, const float *columns, const Product 
         }
     }
     accumulate(sums, weight, p->k, columns, p->columns_step, rows, vectors, p->k);
+    if (p->ranks > 0) {
+        accumulate(sums, up, p->ranks, low, p->columns_step, rows, vectors, p->ranks);
+    }
     if (width == vectors * LANES && p->column_step == 1 && !p->add) {
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
@@ -118,14 +124,18 @@ INLINE void rows_times(const float *weight, Size weight_step, const float *colum
     }
 }
 
+typedef float four_lanes __attribute__((vector_size(16), aligned(4)));
+
+/* Of all lanes: four at a time, so that few additions wait for each other. */
 INLINE float sum_of(lanes x)
 {
-    float total = 0;
-#pragma GCC unroll 16
-    for (int lane = 0; lane < LANES; lane++) {
-        total += x[lane];
+    union { lanes all; four_lanes part[LANES / 4]; } split = {.all = x};
+    four_lanes sum = split.part[0];
+#pragma GCC unroll 4
+    for (int i = 1; i < LANES / 4; i++) {
+        sum += split.part[i];
     }
-    return total;
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 INLINE float larger(float x, float y)

@@ -83,8 +83,10 @@ INLINE void add_spread(const float *weights, const float *x, float *restrict out
 {
     if (rows == QUERIES) {
         spread(weights, x, out, QUERIES, d, n, room);
-    } else {
-        spread(weights, x, out, rows, d, n, room);
+        return;
+    }
+    for (Size r = 0; r < rows; r++) {
+        spread(weights + r * room, x + r * d, out, 1, d, n, room);
     }
 }
 
@@ -223,38 +225,67 @@ INLINE void add_weighted(const float *weights, const float *values, float *restr
     }
 }
 
+/* Numbers (n,) of one column, and back. */
+INLINE void take_column(const float *columns, float *restrict out, Size n, Size step)
+{
+    for (Size i = 0; i < n; i++) {
+        out[i] = columns[i * step];
+    }
+}
+
+INLINE void put_column(const float *x, float *restrict columns, Size n, Size step)
+{
+    for (Size i = 0; i < n; i++) {
+        columns[i * step] = x[i];
+    }
+}
+
+/* One head of keys of one row; `scratch` has room for its queries, scores and what it finds. */
+INLINE void attend_head(const DecodeAttention *p, Size row, Size head, float *scratch)
+{
+    const Size size = p->each * p->d, item = row * p->heads + head, own = p->lengths[row] + 1;
+    float *queries = scratch, *found = queries + size, *scores = found + size;
+    float *keys = p->keys + item * p->room * p->d, *values = p->values + item * p->room * p->d;
+    const float *past_values = NULL;
+    Size past = 0;
+    take_column(p->queries + head * size * p->rows + row, queries, size, p->rows);
+    take_column(p->new_keys + head * p->d * p->rows + row, keys + (own - 1) * p->d, p->d, p->rows);
+    take_column(p->new_values + head * p->d * p->rows + row, values + (own - 1) * p->d, p->d,
+                p->rows);
+    if (p->prompts != NULL) {
+        const int64_t *prompt = p->prompts + 4 * row;
+        past = prompt[2];
+        past_values = (const float *)(intptr_t)prompt[1] + head * prompt[3];
+        score(queries, (const float *)(intptr_t)prompt[0] + head * prompt[3], scores, p->each, past,
+              p->longest, p->d, p->scale);
+    }
+    score(queries, keys, scores + past, p->each, own, p->longest, p->d, p->scale);
+    const Size whole = (past + own + LANES - 1) / LANES * LANES;
+    for (Size r = 0; r < p->each; r++) {
+        float *weights = scores + r * p->longest, *out = found + r * p->d;
+        for (Size t = past + own; t < whole; t++) {
+            weights[t] = -INFINITY; /* no rest that vectors do not take */
+        }
+        softmax_row(weights, whole);
+        for (Size i = 0; i < p->d; i++) {
+            out[i] = 0;
+        }
+        add_weighted(weights, past_values, out, past, p->d);
+        add_weighted(weights + past, values, out, own, p->d);
+    }
+    put_column(found, p->out + head * size * p->rows + row, size, p->rows);
+}
+
 STEP void attend_token(const void *what, Size from, Size to)
 {
     const DecodeAttention *p = what;
-    float *scores = malloc((size_t)(p->each * p->longest + 1) * sizeof(float));
-    if (scores == NULL) {
+    float *scratch = malloc((size_t)(p->each * (2 * p->d + p->longest)) * sizeof(float));
+    if (scratch == NULL) {
         atomic_store(p->failed, true);
         return;
     }
     for (Size item = from; item < to; item++) {
-        Size row = item / p->heads, head = item % p->heads, past = 0;
-        const float *queries = p->queries + item * p->each * p->d;
-        const float *keys = p->keys + item * p->room * p->d;
-        const float *values = p->values + item * p->room * p->d, *past_values = NULL;
-        float *out = p->out + item * p->each * p->d;
-        if (p->prompts != NULL) {
-            const int64_t *prompt = p->prompts + 4 * row;
-            past = prompt[2];
-            past_values = (const float *)(intptr_t)prompt[1] + head * prompt[3];
-            score(queries, (const float *)(intptr_t)prompt[0] + head * prompt[3], scores, p->each,
-                  past, p->longest, p->d, p->scale);
-        }
-        Size own = p->lengths[row];
-        score(queries, keys, scores + past, p->each, own, p->longest, p->d, p->scale);
-        for (Size r = 0; r < p->each; r++) {
-            float *weights = scores + r * p->longest;
-            softmax_row(weights, past + own);
-            for (Size i = 0; i < p->d; i++) {
-                out[r * p->d + i] = 0;
-            }
-            add_weighted(weights, past_values, out + r * p->d, past, p->d);
-            add_weighted(weights + past, values, out + r * p->d, own, p->d);
-        }
+        attend_head(p, item / p->heads, item % p->heads, scratch);
     }
-    free(scores);
+    free(scratch);
 }

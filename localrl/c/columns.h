@@ -4,16 +4,12 @@
 INLINE void block_times(const Product *p, Size row, Size count, Size first, int vectors)
 {
     const int rows = vectors == 1 ? ROWS1 : ROWS2;
-    const Size width = p->n - first < vectors * LANES ? p->n - first : vectors * LANES;
-    const float *columns = p->columns + first;
-    float *out = p->out + first * p->column_step;
     Size end = row + count;
     for (; row + rows <= end; row += rows) {
-        tile_times(p->weight + row * p->k, columns, p, out + row * p->row_step, rows, vectors,
-                   width);
+        tile_times(p, row, first, rows, vectors);
     }
     for (; row < end; row++) {
-        tile_times(p->weight + row * p->k, columns, p, out + row * p->row_step, 1, vectors, width);
+        tile_times(p, row, first, 1, vectors);
     }
 }
 

@@ -125,31 +125,96 @@ static bool take_matrix(PyObject *given, Matrix *matrix, bool written)
     return false;
 }
 
+/* The build that multiplies n columns: up to 8 of them fill no vector of 64 bytes. Both have the same
+ * order of additions, so the same bits. */
+static const Steps *steps_for(Py_ssize_t n)
+{
+    return steps == &steps64 && n <= 8 ? &steps32 : steps;
+}
+
+static Py_ssize_t whole_vectors(Py_ssize_t n, const Steps *mine)
+{
+    Py_ssize_t lanes = mine->bytes / 4;
+    return (n + lanes - 1) / lanes * lanes;
+}
+
+/* A step of the product on the team. */
+static void multiply_blocks(const Product *p)
+{
+    const Steps *mine = steps_for(p->n);
+    together(mine->product, p, (p->m + BLOCK - 1) / BLOCK,
+             BLOCK * (p->k + p->ranks) * (p->columns_step * 4 / mine->bytes));
+}
+
+/* Columns (k, n) as whole vectors of them: as they are, or in new memory, which `padded` gets. NULL where
+ * there is none. */
+static const float *padded_columns(const Matrix *x, float **padded)
+{
+    Py_ssize_t k = x->rows, n = x->columns, whole = whole_vectors(n, steps_for(n));
+    *padded = NULL;
+    if (whole == n && !x->turned && x->step == n) {
+        return x->at;
+    }
+    *padded = calloc((size_t)(whole * k) + 1, sizeof(float));
+    if (*padded == NULL) {
+        return NULL;
+    }
+    Py_ssize_t down = x->turned ? 1 : x->step, along = x->turned ? x->step : 1;
+    for (Py_ssize_t i = 0; i < k; i++) {
+        for (Py_ssize_t j = 0; j < n; j++) {
+            (*padded)[i * whole + j] = x->at[i * down + j * along];
+        }
+    }
+    return *padded;
+}
+
 /* By the steps' product, for few columns. False where there is no memory. */
 static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *out, bool add)
 {
-    Py_ssize_t k = weight->columns, n = x->columns, lanes = steps->bytes / 4;
-    Py_ssize_t whole = (n + lanes - 1) / lanes * lanes;
-    const float *columns = x->at;
-    float *padded = NULL;
-    if (whole != n || x->turned || x->step != n) {
-        padded = calloc((size_t)(whole * k) + 1, sizeof(float));
-        if (padded == NULL) {
-            return false;
-        }
-        Py_ssize_t down = x->turned ? 1 : x->step, along = x->turned ? x->step : 1;
-        for (Py_ssize_t i = 0; i < k; i++) {
-            for (Py_ssize_t j = 0; j < n; j++) {
-                padded[i * whole + j] = x->at[i * down + j * along];
-            }
-        }
-        columns = padded;
+    float *padded;
+    const float *columns = padded_columns(x, &padded);
+    if (columns == NULL) {
+        return false;
     }
-    const Product p = {weight->at, columns, out->at, weight->rows, k, n, whole,
-                       out->turned ? 1 : out->step, out->turned ? out->step : 1, add};
-    together(steps->product, &p, (p.m + BLOCK - 1) / BLOCK, BLOCK * k * (whole / lanes));
+    const Product p = {.weight = weight->at, .columns = columns, .out = out->at, .m = weight->rows,
+                       .k = weight->columns, .n = x->columns,
+                       .columns_step = whole_vectors(x->columns, steps_for(x->columns)),
+                       .row_step = out->turned ? 1 : out->step,
+                       .column_step = out->turned ? out->step : 1, .add = add};
+    multiply_blocks(&p);
     free(padded);
     return true;
+}
+
+/* Out = weight x + up (down x), for few columns: the adapter's part goes into the same sums. False
+ * where there is no memory. */
+static bool multiply_adapted(const Matrix *weight, const Matrix *down, const Matrix *up,
+                             const Matrix *x, const Matrix *out)
+{
+    float *padded, *low = NULL;
+    Py_ssize_t whole = whole_vectors(x->columns, steps_for(x->columns));
+    const float *columns = padded_columns(x, &padded);
+    if (columns != NULL) {
+        low = malloc((size_t)(down->rows * whole) * sizeof(float) + 1);
+    }
+    if (low != NULL) {
+        Product p = {.weight = down->at, .columns = columns, .out = low, .m = down->rows,
+                     .k = down->columns, .n = whole, .columns_step = whole, .row_step = whole,
+                     .column_step = 1};
+        multiply_blocks(&p);
+        p.weight = weight->at;
+        p.m = weight->rows;
+        p.n = x->columns;
+        p.out = out->at;
+        p.row_step = out->step;
+        p.up = up->at;
+        p.low = low;
+        p.ranks = down->rows;
+        multiply_blocks(&p);
+    }
+    free(padded);
+    free(low);
+    return low != NULL;
 }
 
 /* Out = a b, or added to. `out` has contiguous rows, or is turned and takes a few columns. */
@@ -215,6 +280,47 @@ static PyObject *py_matmul(PyObject *self, PyObject *const *given, Py_ssize_t go
     PyBuffer_Release(&a.view);
     PyBuffer_Release(&b.view);
     PyBuffer_Release(&out.view);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the shapes of these matrices do not go together");
+        return NULL;
+    }
+    if (!made) {
+        return PyErr_NoMemory();
+    }
+    Py_RETURN_NONE;
+}
+
+/* linear(weight, down, up, x, out): out = weight @ x + up @ (down @ x) */
+static PyObject *py_linear(PyObject *self, PyObject *const *given, Py_ssize_t got)
+{
+    enum { WEIGHT, DOWN, UP, X, OUT, ALL };
+    Matrix m[ALL];
+    int taken = 0;
+    if (got != ALL) {
+        return PyErr_Format(PyExc_TypeError, "5 matrices are needed, not %zd", got);
+    }
+    while (taken < ALL && take_matrix(given[taken], &m[taken], taken == OUT)) {
+        taken++;
+    }
+    bool fits = taken == ALL && m[WEIGHT].columns == m[X].rows && m[DOWN].columns == m[X].rows
+                && m[UP].columns == m[DOWN].rows && m[UP].rows == m[WEIGHT].rows
+                && m[OUT].rows == m[WEIGHT].rows && m[OUT].columns == m[X].columns
+                && m[X].columns > 0;
+    for (int i = WEIGHT; fits && i <= UP; i++) {
+        fits = !m[i].turned && m[i].step == m[i].columns;
+    }
+    bool made = false;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        made = multiply_adapted(&m[WEIGHT], &m[DOWN], &m[UP], &m[X], &m[OUT]);
+        Py_END_ALLOW_THREADS
+    }
+    for (int i = 0; i < taken; i++) {
+        PyBuffer_Release(&m[i].view);
+    }
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "the shapes of these matrices do not go together");
         return NULL;
@@ -426,37 +532,40 @@ static PyObject *py_attend_back(PyObject *self, PyObject *const *given, Py_ssize
     return attending(steps->attend_back, &p, &a);
 }
 
-/* attend_token(queries, keys, values, lengths, prompts or None, out, scale) */
+/* attend_token(queries, new keys, new values, keys, values, lengths, out, prompts or None, scale) */
 static PyObject *py_attend_token(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     Arrays a;
     atomic_bool failed = false;
-    if (got != 7) {
-        return PyErr_Format(PyExc_TypeError, "7 arguments are needed, not %zd", got);
+    if (got != 9) {
+        return PyErr_Format(PyExc_TypeError, "9 arguments are needed, not %zd", got);
     }
-    bool alone = given[4] == Py_None;
-    PyObject *arrays[] = {given[0], given[1], given[2], given[3], given[5], given[4]};
-    if (!take(&a, arrays, 6, alone ? 5 : 6, 6, 16, 8 + 32)) {
+    bool alone = given[7] == Py_None;
+    if (!take(&a, given, 9, alone ? 7 : 8, 9, 8 + 16 + 64, 32 + 128)) {
         return NULL;
     }
-    double scale = PyFloat_AsDouble(given[6]);
-    const Py_buffer *queries = &a.views[0], *keys = &a.views[1];
-    if (PyErr_Occurred() || queries->ndim != 4 || keys->ndim != 4) {
+    double scale = PyFloat_AsDouble(given[8]);
+    const Py_buffer *keys = &a.views[3];
+    if (PyErr_Occurred() || keys->ndim != 4) {
         return done(&a, false);
     }
-    Py_ssize_t rows = queries->shape[0];
-    DecodeAttention p = {.queries = queries->buf, .keys = keys->buf, .values = a.views[2].buf,
-                         .lengths = a.views[3].buf, .out = a.views[4].buf,
-                         .prompts = alone ? NULL : a.views[5].buf, .heads = queries->shape[1],
-                         .each = queries->shape[2], .d = queries->shape[3],
-                         .room = keys->shape[2], .scale = (float)scale, .failed = &failed};
-    bool fits = keys->shape[0] >= rows && keys->shape[1] == p.heads && keys->shape[3] == p.d
-                && numbers(&a, 2) == numbers(&a, 1) && numbers(&a, 3) == rows
-                && numbers(&a, 4) == numbers(&a, 0) && p.d % (steps->bytes / 4) == 0
-                && (alone || numbers(&a, 5) == 4 * rows);
+    Py_ssize_t rows = numbers(&a, 5), heads = keys->shape[1], d = keys->shape[3];
+    Py_ssize_t one = rows * heads * d, lanes = steps->bytes / 4;
+    if (one == 0 || d % lanes != 0 || numbers(&a, 0) % one != 0) {
+        return done(&a, false);
+    }
+    DecodeAttention p = {.queries = a.views[0].buf, .new_keys = a.views[1].buf,
+                         .new_values = a.views[2].buf, .keys = keys->buf, .values = a.views[4].buf,
+                         .lengths = a.views[5].buf, .out = a.views[6].buf,
+                         .prompts = alone ? NULL : a.views[7].buf, .rows = rows, .heads = heads,
+                         .each = numbers(&a, 0) / one, .d = d, .room = keys->shape[2],
+                         .scale = (float)scale, .failed = &failed};
+    bool fits = keys->shape[0] >= rows && numbers(&a, 1) == one && numbers(&a, 2) == one
+                && numbers(&a, 4) == numbers(&a, 3) && numbers(&a, 6) == numbers(&a, 0)
+                && (alone || numbers(&a, 7) == 4 * rows);
     Py_ssize_t seen = 0;
     for (Py_ssize_t row = 0; fits && row < rows; row++) {
-        Py_ssize_t past = alone ? 0 : (Py_ssize_t)p.prompts[4 * row + 2], own = p.lengths[row];
+        Py_ssize_t past = alone ? 0 : (Py_ssize_t)p.prompts[4 * row + 2], own = p.lengths[row] + 1;
         fits = own > 0 && own <= p.room && past >= 0;
         p.longest = past + own > p.longest ? past + own : p.longest;
         seen += past + own;
@@ -464,9 +573,9 @@ static PyObject *py_attend_token(PyObject *self, PyObject *const *given, Py_ssiz
     if (!fits) {
         return done(&a, false);
     }
+    p.longest = whole_vectors(p.longest, steps);
     Py_BEGIN_ALLOW_THREADS
-    together(steps->attend_token, &p, rows * p.heads,
-             2 * p.each * (p.d / (steps->bytes / 4)) * (seen / (rows > 0 ? rows : 1)));
+    together(steps->attend_token, &p, rows * heads, 2 * p.each * (d / lanes) * (seen / rows));
     Py_END_ALLOW_THREADS
     return atomic_load(&failed) ? no_memory(&a) : done(&a, true);
 }
@@ -618,7 +727,7 @@ static PyObject *py_set_threads(PyObject *self, PyObject *const *given, Py_ssize
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 
 static PyMethodDef functions[] = {
-    FUNCTION(matmul),       FUNCTION(norm),    FUNCTION(norm_back),    FUNCTION(swiglu),
+    FUNCTION(matmul),       FUNCTION(linear),  FUNCTION(norm),    FUNCTION(norm_back),    FUNCTION(swiglu),
     FUNCTION(swiglu_back),  FUNCTION(turn),    FUNCTION(softmax),      FUNCTION(softmax_back),
     FUNCTION(attend),       FUNCTION(attend_back), FUNCTION(attend_token), FUNCTION(draw),
     FUNCTION(targets),      FUNCTION(lend),    FUNCTION(builds),       FUNCTION(use),

@@ -7,8 +7,10 @@
 /* Values from the CBLAS standard, whose enumerations are passed as int. */
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 
-/* Of the product that one part is: rows and columns of out, at most, and multiplications, at least. */
-enum { PART_ROWS = 512, PART_COLUMNS = 384, PART_STEPS = 1 << 21, PART_LINE = 1 << 16 };
+/* Of the product that one part is: columns of out, and multiplications at least and at most, between
+ * which it is an eighth of the whole; and numbers of a matrix that a vector is multiplied with. A BLAS
+ * packs its matrices anew for each part, which a part of many rows and columns makes up for. */
+enum { PART_COLUMNS = 512, LEAST_STEPS = 1 << 21, MOST_STEPS = 1 << 27, PART_LINE = 1 << 16 };
 
 typedef void Gemm(int, int, int, int64_t, int64_t, int64_t, float, const float *, int64_t,
                   const float *, int64_t, float, float *, int64_t);
@@ -56,15 +58,16 @@ static void team_gemm(int order, int trans_a, int trans_b, int64_t m, int64_t n,
                       float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
                       float beta, float *c, int64_t ldc)
 {
-    if (order != ROW_MAJOR || m * n * k < 2 * PART_STEPS) {
+    if (order != ROW_MAJOR || m * n * k < 2 * LEAST_STEPS) {
         blas_gemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
         return;
     }
     Multiplication p = {trans_a, trans_b, m, n, k, alpha, beta, a, b, c, lda, ldb, ldc, 0, 0, 0};
     p.columns = n > PART_COLUMNS * 3 / 2 ? PART_COLUMNS : n;
+    int64_t steps = m * n * k / 8;
+    steps = steps < LEAST_STEPS ? LEAST_STEPS : least(steps, MOST_STEPS);
     /* Whole tiles of any BLAS: multiples of 48. */
-    int64_t rows = PART_STEPS / (p.columns * k) + 1;
-    rows = least(parts_in(rows, 48) * 48, PART_ROWS);
+    int64_t rows = parts_in(steps / (p.columns * k) + 1, 48) * 48;
     p.rows = m > rows * 3 / 2 ? rows : m;
     p.across = parts_in(n, p.columns);
     together(multiply_part, &p, parts_in(m, p.rows) * p.across, PART);

@@ -22,11 +22,13 @@ enum {
     COLUMNS = 64, /* of a norm that are worked on at once */
 };
 
-/* out (m, n) = weight (m, k) columns (k, n), for few columns. */
+/* out (m, n) = weight (m, k) columns (k, n), and where there is an adapter + up (m, ranks) low, for few
+ * columns. */
 typedef struct {
     const float *weight, *columns;
+    const float *up, *low; /* low (ranks, n), with the columns' step */
     float *out;
-    Size m, k, n;
+    Size m, k, n, ranks;
     Size columns_step;     /* from one row of columns to the next: whole vectors of them */
     Size row_step, column_step; /* of out */
     bool add;              /* to what is in out */
@@ -78,15 +80,17 @@ typedef struct {
     atomic_bool *failed;
 } Attention;
 
-/* Attention of one token of every row, over a prompt that rows may share and a tail of their own. */
+/* Attention of one token of every row, over a prompt that rows may share and a tail of their own, which
+ * its keys and values are written behind. */
 typedef struct {
-    const float *queries;         /* (B, h, r, d) */
-    const float *keys, *values;   /* (B, h, room, d): the tails */
-    const int64_t *lengths;       /* (B,): positions of each tail */
+    const float *queries;                 /* columns (h * r * d, B) */
+    const float *new_keys, *new_values;   /* columns (h * d, B) */
+    float *keys, *values;                 /* (B, h, room, d): the tails */
+    const int64_t *lengths;               /* (B,): positions of each tail before */
     const int64_t *prompts;       /* (B, 4): addresses of a prompt's keys and values, its positions,
                                      numbers from one of its heads to the next; or NULL */
-    float *out;                   /* (B, h, r, d) */
-    Size heads, each, room, d, longest;
+    float *out;                   /* columns (h * r * d, B) */
+    Size rows, heads, each, room, d, longest;
     float scale;
     atomic_bool *failed;
 } DecodeAttention;

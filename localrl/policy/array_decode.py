@@ -81,7 +81,7 @@ class ArrayCache:
         self._seats: list[tuple[int, slice | np.ndarray]] = []
         self._addresses = np.zeros((0, 0, 4), np.int64)
         """(layers, B, 4): of each row's prompt, as `attend_token` in C takes it."""
-        own = prefilled.lengths[rows]
+        own = prefilled.lengths[rows].astype(np.int64)
         self.sources, none = rows, np.zeros(len(rows), int)
         self.starts, self.lengths = (none, own) if names is None else (own, none)
         tokens = _whole(int(self.lengths.max()) + 1)
@@ -188,14 +188,13 @@ class ArrayCache:
         )
         if block.query_norm is not None and block.key_norm is not None:
             queries, keys = block.query_norm(queries), block.key_norm(keys)
-        self._write(n, turn(keys, tables), values)
-        queries = np.ascontiguousarray(turn(queries, tables).transpose(2, 0, 1))
-        queries = queries.reshape(rows, model.kv_heads, -1, model.head_dim)
+        keys, queries = turn(keys, tables), turn(queries, tables)
         if (c := self._steps) is not None:
-            found = self._find_in_c(c, n, queries)
-        else:
-            queries *= np.float32(model.scale)
-            found = self._find(n, queries, mask)
+            return self._attend_in_c(c, n, queries, keys, values)
+        self._write(n, keys, values)
+        queries *= np.float32(model.scale)
+        queries = np.ascontiguousarray(queries.transpose(2, 0, 1))
+        found = self._find(n, queries.reshape(rows, model.kv_heads, -1, model.head_dim), mask)
         return found.reshape(rows, -1).T
 
     @property
@@ -203,12 +202,14 @@ class ArrayCache:
         """The steps in C, where they do the attention."""
         return steps_for(self._model.head_dim)
 
-    def _find_in_c(self, c: ModuleType, n: int, queries: np.ndarray) -> np.ndarray:
-        """The same as `_find`, for queries that are not scaled."""
-        found = np.empty_like(queries)
+    def _attend_in_c(
+        self, c: ModuleType, n: int, queries: np.ndarray, keys: np.ndarray, values: np.ndarray
+    ) -> np.ndarray:
+        """The same as `_write` and `_find`, on columns."""
+        found = np.empty((queries.size // len(self), len(self)), np.float32)
         prompts = self._addresses[n] if self.prompts else None
-        own = np.add(self.lengths, 1, dtype=np.int64)
-        c.attend_token(queries, *self._layers[n], own, prompts, found, self._model.scale)
+        new = queries, keys, np.ascontiguousarray(values)
+        c.attend_token(*new, *self._layers[n], self.lengths, found, prompts, self._model.scale)
         return found
 
     def _write(self, n: int, keys: np.ndarray, values: np.ndarray) -> None:

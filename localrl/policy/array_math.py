@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from localrl.backend import kernels
-from localrl.policy.array_choice import steps
+from localrl.policy.array_choice import current, steps
 from localrl.policy.array_room import columns, like
 
 quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -87,12 +87,22 @@ class Linears:
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         """Columns (in, B) to columns (out, B) of each layer."""
-        y = times(self.weight, x)
+        y = self._times(x)
         if self.bias is not None:
             y += self.bias
-        if self.down is not None and self.up is not None:
-            add_times(self.up, times(self.down, x), y)
         return [y[place] for place in self.places]
+
+    def _times(self, x: np.ndarray) -> np.ndarray:
+        if self.down is None or self.up is None:
+            return times(self.weight, x)
+        c, n = steps(), x.shape[1]
+        if c is not None and 1 < n <= current().columns:
+            y = np.empty((len(self.weight), n), np.float32)
+            c.linear(self.weight, self.down, self.up, x, y)
+            return y
+        y = times(self.weight, x)
+        add_times(self.up, times(self.down, x), y)
+        return y
 
     def back(
         self, x: np.ndarray, slopes: Sequence[np.ndarray], further: bool = True

@@ -196,7 +196,7 @@ def _linears(*layers: Any) -> Linears:
         beside(weights),
         places,
         _biases(bases, weights),
-        np.concatenate(downs) if downs else None,
+        np.ascontiguousarray(np.concatenate(downs)) if downs else None,
         up,
         adapters,
     )

@@ -39,6 +39,8 @@ class _Buffers:
     def __init__(self) -> None:
         self._all: dict[int, list[np.ndarray]] = {}
         self._lock = Lock()
+        self._grown = 0
+        """Bytes asked of MLX since the last look at what is free: a look takes as long as a norm."""
 
     def lend(self, count: int) -> np.ndarray:
         """A buffer of this size with anything in it, until nobody looks at it any more."""
@@ -47,7 +49,10 @@ class _Buffers:
             for place in range(len(mine)):
                 if _uses(mine, place) == UNUSED:
                     return mine[place][:]
-            self._trim()
+            self._grown += 4 * count
+            if self._grown > SPARE // 4:
+                self._trim()
+                self._grown = 0
             # A copy of nothing takes MLX a tenth of the time of an operation that fills.
             new = np.array(mx.array(np.empty(count, np.float32)), copy=False)
             self._all.setdefault(count, []).append(new)
