@@ -40,7 +40,7 @@ class _Buffers:
         self._all: dict[int, list[np.ndarray]] = {}
         self._lock = Lock()
         self._grown = 0
-        """Bytes asked of MLX since the last look at what is free: a look takes as long as a norm."""
+        """Bytes asked of MLX since the last look at what is free, which takes as long as a norm."""
 
     def lend(self, count: int) -> np.ndarray:
         """A buffer of this size with anything in it, until nobody looks at it any more."""
