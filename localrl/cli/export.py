@@ -14,12 +14,14 @@ from localrl.errors import ConfigError, LocalRLError
 if TYPE_CHECKING:
     from localrl.config import RunConfig
     from localrl.sharing.adapters import Adapter
-    from localrl.sharing.fused import Fused
+    from localrl.sharing.fused import LayerUpdate
 
 SHOWN_PROMPTS = 3
 MOST_TOKENS = 128
 """Of a text that is shown for comparison."""
 GOOD_COSINE = 0.98
+NAMES = {8: "Q8_0", 16: "F16"}
+"""Of the numbers of GGUF files, by their bits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,18 @@ class _Source:
     type=click.Choice(["4", "8"]),
     help="Pack the fused model's weights in so many bits; most of a small update is then lost.",
 )
+@click.option(
+    "--gguf",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="",
+    help="One file for Ollama, LM Studio and llama.cpp, with the adapter added in.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["8", "16"]),
+    help="Of the numbers in the GGUF file: 8 (Q8_0), or 16 (F16).  [default: 8]",
+)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--base-id", metavar="ID", help="The unquantised base model on the Hub, user/name.")
 @click.option("--model", metavar="MODEL", help="The model, where RUN is an adapter folder.")
@@ -59,6 +73,8 @@ def export(
     fused: bool,
     dtype: str | None,
     quantize: str | None,
+    gguf: str | None,
+    bits: str | None,
     out: Path | None,
     base_id: str | None,
     model: str | None,
@@ -67,15 +83,23 @@ def export(
 
     \b
       localrl export runs/steps-1                    its adapter, for mlx-lm and PEFT
+      localrl export runs/steps-1 --gguf             one file, for Ollama and LM Studio
       localrl export runs/steps-1 --fused            a whole model, for everything else
       localrl export ADAPTER --model DIR --out new   an adapter that came from elsewhere
     """
     if not fused and (dtype or quantize):
         flag = "--dtype" if dtype else "--quantize"
         raise ConfigError(f"{flag} is for fused models. Add --fused, or leave it out.")
+    if gguf is None and bits:
+        raise ConfigError("--bits is for GGUF files. Add --gguf, or leave it out.")
+    if gguf is not None and (fused or out):
+        flag = "--fused" if fused else "--out"
+        raise ConfigError(f"{flag} does not go with --gguf, which writes one file: --gguf FILE.")
     source = _open(run, model)
     adapter = _read(source, base_id)
-    if fused:
+    if gguf is not None:
+        _gguf(run, source, adapter, gguf, int(bits or 8))
+    elif fused:
         _fused(source, adapter, out or _below(run, source), dtype, quantize)
     else:
         _adapter(adapter, source, out)
@@ -156,28 +180,50 @@ def _fused(
     )
     form = f"{made.bits} bits" if made.bits else f"{made.dtype}: {made.reason}"
     click.echo(f"fused    {made.folder} ({form})")
-    for line in _kept(made):
-        click.echo(line)
-    for line in _compared(source, adapter, out):
+    instead = "without --quantize" if made.bits else "with --dtype float32"
+    for line in [*_kept(made.layers, instead), *_compared(source, adapter, out)]:
         click.echo(line)
 
 
-def _kept(made: Fused) -> list[str]:
-    """How much of the update is in the model, measured on its files."""
+def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) -> None:
+    from localrl.sharing.gguf import export_gguf
+
+    if not file and source.config is None:
+        raise ConfigError("Where to? Name a new file behind --gguf.")
+    compared: list[str] = []
+    made = export_gguf(
+        adapter,
+        source.model,
+        Path(file) if file else run / f"{run.resolve().name}.{NAMES[bits]}.gguf",
+        bits=bits,
+        base_bits=source.base_bits,
+        tell=lambda line: click.echo(f"gguf     {line}"),
+        look=lambda folder: compared.extend(_compared(source, adapter, folder)),
+    )
+    click.echo(f"rounding relative error {made.rounding:.2g} of all matrices")
+    instead = "with --bits 16" if bits == 8 else "with --fused --dtype float32"
+    for line in [*_kept(made.layers, instead), *compared]:
+        click.echo(line)
+
+
+def _kept(layers: Sequence[LayerUpdate], instead: str) -> list[str]:
+    """How much of the update is in the model, measured on its files.
+
+    instead: how to export it where that is little.
+    """
     from localrl.sharing.fused import median
 
-    if not made.layers:
+    if not layers:
         return ["kept     nothing to keep: the adapter's update is zero"]
-    errors = [layer.error for layer in made.layers]
-    cosines = [layer.cosine for layer in made.layers]
-    worst = max(made.layers, key=lambda layer: layer.error)
+    errors = [layer.error for layer in layers]
+    cosines = [layer.cosine for layer in layers]
+    worst = max(layers, key=lambda layer: layer.error)
     lines = [
         f"kept     relative error {median(errors):.2g}, cosine {median(cosines):.4f} of the update "
         f"(median of {len(errors)} layers)",
         f"worst    relative error {max(errors):.2g}, cosine {min(cosines):.4f} ({worst.name})",
     ]
     if median(cosines) < GOOD_COSINE:
-        instead = "without --quantize" if made.bits else "with --dtype float32"
         lines.append(f"warning: much of what was learned is not in this model; export it {instead}")
     return lines
 

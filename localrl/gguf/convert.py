@@ -40,6 +40,9 @@ SHARD = 1 << 30
 SPARE_BYTES = 1 << 28
 """Of the disk, left free."""
 
+MOST_LICENCE = 200
+"""Characters of a licence's name."""
+
 Tell = Callable[[str], None]
 
 
@@ -68,6 +71,15 @@ def as_folder(path: Path, tell: Tell) -> Path:
     elif os.access(folder, os.W_OK):
         _write_json(folder / RECORD, {**_record(folder), "stamp": stamp})
     return folder
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Convert a file into an empty folder, outside of the cache.
+
+    Raises: ConfigError when it cannot be read as a model; OSError.
+    """
+    file = read_gguf(path)
+    _fill(file, _plan(file, find_family(file.get("general.architecture", str, ""))), folder)
 
 
 def _name(path: Path) -> str:
@@ -246,6 +258,10 @@ def _fill(file: GGUF, plan: _Plan, folder: Path) -> str:
     config = {**plan.config, "torch_dtype": _NAMES[small]}
     for name, value in {"config.json": config, **plan.others}.items():
         _write_json(folder / name, value)
+    licence = file.metadata.get("general.license")
+    if isinstance(licence, str) and len(licence) <= MOST_LICENCE:
+        card = f"---\nlicense: {json.dumps(licence)}\n---\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return rounding.text()
 
 
