@@ -73,7 +73,9 @@ def setting(
 class ModelConfig:
     """The model that is trained."""
 
-    path: str | None = setting(None, "folder of a model, or user/name; unset: the embedded one")
+    path: str | None = setting(
+        None, "folder or GGUF file of a model, or user/name; unset: embedded"
+    )
     quantize: int = setting(0, "quantise it to 4 or 8 bits when it is loaded; 0: as it is stored")
     thinking: str = setting("auto", "switch a thinking model on or off", choices=THINKING)
     base_id: str | None = setting(None, "the unquantised model's name on the Hub; unset: its card")

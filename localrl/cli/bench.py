@@ -21,7 +21,7 @@ def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]
 
 
 @click.command()
-@click.option("--model", metavar="MODEL", help="A folder, or user/name; else the embedded one.")
+@click.option("--model", metavar="MODEL", help="A folder, a .gguf, or user/name; else embedded.")
 @click.option("--quantize", type=int, default=0, metavar="BITS", help="As for train.")
 @click.option(
     "--rows",

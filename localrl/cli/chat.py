@@ -22,7 +22,9 @@ HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends (
 
 @click.command()
 @click.argument("run", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="A folder, or user/name; default: the embedded one.")
+@click.option(
+    "--model", metavar="MODEL", help="A folder, a .gguf, or user/name; default: embedded."
+)
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @click.option("--adapter", metavar="DIR", help="With the adapter in this folder.")
 @click.option("--system", metavar="TEXT", help="A system message; default: that of the run.")

@@ -30,7 +30,9 @@ SETTINGS = {
 
 @click.command("eval")
 @click.argument("run", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
-@click.option("--model", metavar="MODEL", help="A folder, or user/name; default: the embedded one.")
+@click.option(
+    "--model", metavar="MODEL", help="A folder, a .gguf, or user/name; default: embedded."
+)
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @click.option("--adapter", metavar="DIR", help="Compare with the adapter in this folder.")
 @click.option("--task", metavar="TASK", help="A built-in task, or your file.jsonl or folder.")

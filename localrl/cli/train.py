@@ -40,7 +40,9 @@ class Train(click.Command):
 
 @click.command(cls=Train)
 @click.argument("config", required=False, type=click.Path(dir_okay=False))
-@click.option("--model", metavar="MODEL", help="A folder, or user/name; default: the embedded one.")
+@click.option(
+    "--model", metavar="MODEL", help="A folder, a .gguf, or user/name; default: embedded."
+)
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
 @click.option("--task", metavar="TASK", help="A built-in task, or your file.jsonl or folder.")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from localrl.gguf.families import (
     row_heads,
     tensor_names,
     to_halves,
+    to_pairs,
 )
 from localrl.gguf.reader import GGUF, Tensor, read_gguf, refused
 from localrl.gguf.settings import config_of
@@ -34,7 +36,7 @@ from localrl.gguf.tokenizer import read_tokenizer
 RECORD = "gguf.json"
 """In a converted folder: which file it was made of."""
 FORMAT = 1
-"""Of converted folders; one more when the same file would become another folder."""
+"""Of converted folders, and in their names; one more when a file would become another folder."""
 SHARD = 1 << 30
 """Bytes of one file of weights, about."""
 SPARE_BYTES = 1 << 28
@@ -42,6 +44,8 @@ SPARE_BYTES = 1 << 28
 
 MOST_LICENCE = 200
 """Characters of a licence's name."""
+ABANDONED_S = 24 * 3600.0
+"""After as long nobody is still converting."""
 
 Tell = Callable[[str], None]
 
@@ -61,15 +65,28 @@ def as_folder(path: Path, tell: Tell) -> Path:
     name = _name(path)
     for folder in sorted(root.glob(f"{name}-*")):
         if _record(folder).get("stamp") == stamp:
-            return folder
+            return _checked(folder)
     file = read_gguf(path)
     family = find_family(file.get("general.architecture", str, ""))
     digest = _digest(path)
-    folder = root / f"{name}-{digest[:16]}"
+    folder = root / f"{name}-{digest[:16]}.{FORMAT}"
+    record = {"sha256": digest, "stamp": stamp, "format": FORMAT}
     if _record(folder).get("sha256") != digest:
-        _make(file, family, folder, {"sha256": digest, "stamp": stamp, "format": FORMAT}, tell)
+        _make(file, family, folder, record, tell)
     elif os.access(folder, os.W_OK):
         _write_json(folder / RECORD, {**_record(folder), "stamp": stamp})
+    return _checked(folder)
+
+
+def _checked(folder: Path) -> Path:
+    """Raises: ConfigError when files of a converted folder are gone: a cache may be cleaned up."""
+    files = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != RECORD}
+    lost = [name for name, size in _record(folder)["files"].items() if files.get(name) != size]
+    if lost:
+        raise ConfigError(
+            f"{folder} is damaged: {', '.join(lost)} is not as it was made. Delete the folder, and "
+            "it is made again."
+        )
     return folder
 
 
@@ -102,8 +119,8 @@ def _record(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
         return {}
-    is_ours = isinstance(found, dict) and found.get("format") == FORMAT
-    return found if is_ours else {}
+    is_ours = isinstance(found, dict) and isinstance(found.get("files"), dict)
+    return found if is_ours and found.get("format") == FORMAT else {}
 
 
 def _digest(path: Path) -> str:
@@ -116,18 +133,36 @@ def _make(file: GGUF, family: Family, folder: Path, record: Mapping[str, Any], t
     plan = _plan(file, family)
     _check_room(file, folder.parent)
     tell(f"{file.path.name} is GGUF: converting it once, into {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _not_written(folder, error) from error
     try:
         rounded = _fill(file, plan, beside)
-        _write_json(beside / RECORD, record)
+        files = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+        _write_json(beside / RECORD, {**record, "files": files})
         _place(beside, folder)
     except (OSError, RuntimeError) as error:  # MLX's own when it writes a file
-        raise ConfigError(f"{folder} cannot be written: {error}.") from error
+        raise _not_written(folder, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     if rounded:
         tell(f"{file.path.name}: {rounded}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a conversion to this folder left behind that was killed a day ago or earlier."""
+    for old in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - old.stat().st_mtime > ABANDONED_S:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _not_written(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{folder} cannot be written ({error}). XDG_CACHE_HOME names the folder that holds it."
+    )
 
 
 def _place(beside: Path, folder: Path) -> None:
@@ -135,9 +170,9 @@ def _place(beside: Path, folder: Path) -> None:
     beside.chmod(0o755)
     try:
         beside.replace(folder)
-    except OSError:
+    except OSError as error:
         if not _record(folder):
-            raise
+            raise OSError(f"{error.strerror}; delete what is there") from None
 
 
 @dataclass(frozen=True)
@@ -310,6 +345,14 @@ def _vector(plan: _Plan, name: str, values: mx.array) -> mx.array:
     return to_halves(values, heads) if heads else values
 
 
+def _vector_back(plan: _Plan, name: str, values: mx.array) -> mx.array:
+    """The inverse of `_vector`."""
+    if plan.family.norms_plus_one and is_norm(name):
+        return values + 1
+    heads = row_heads(plan.family, name, plan.config)
+    return to_pairs(values, heads) if heads else values
+
+
 def _float_type(file: GGUF, plan: _Plan) -> Any:
     """The type of norms and biases: 16 bits where that changes none of them, else float32.
 
@@ -317,11 +360,13 @@ def _float_type(file: GGUF, plan: _Plan) -> Any:
     of a model's activations so.
     """
     kinds = {file.tensors[name].type.name for name in plan.names if _is_matrix(file, name)}
-    small = mx.float32 if "F32" in kinds else mx.bfloat16 if "BF16" in kinds else mx.float16
-    vectors = [name for name in plan.names if not _is_matrix(file, name)]
-    for name in vectors:
-        values = _vector(plan, name, convert(file, file.tensors[name]).arrays["weight"])
-        if not mx.array_equal(values.astype(small).astype(mx.float32), values).item():
+    if "F32" in kinds or (plan.family.overflows and "BF16" not in kinds):
+        return mx.float32
+    small = mx.bfloat16 if "BF16" in kinds else mx.float16
+    for name in (name for name in plan.names if not _is_matrix(file, name)):
+        stored = convert(file, file.tensors[name]).arrays["weight"].astype(mx.float32)
+        values = _vector(plan, name, stored).astype(small).astype(mx.float32)
+        if not mx.array_equal(_vector_back(plan, name, values), stored).item():
             return mx.float32
     return small
 

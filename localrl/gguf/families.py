@@ -53,6 +53,8 @@ class Family:
     """Tensors whose rows GGUF has in the order of pairs: see `to_halves`."""
     norms_plus_one: bool = False
     """Whether GGUF has 1 + w where mlx-lm has w."""
+    overflows: bool = False
+    """Whether activations can be too large for float16, so that they are to be float32 instead."""
     biases: tuple[str, ...] = ()
     """Tensors of a block that always have a bias."""
     may_have_biases: bool = False
@@ -77,6 +79,7 @@ FAMILIES: dict[str, Family] = {
             "Gemma3ForCausalLM",
             block={**_BLOCK, **_HEAD_NORMS, **_AROUND},
             norms_plus_one=True,
+            overflows=True,
         ),
     )
 }

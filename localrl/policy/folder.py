@@ -200,8 +200,8 @@ def _no_weights(folder: Path) -> str:
         return f"there is no {WEIGHTS} in it."
     return (
         f"its weights are in {', '.join(others[:3])}; localrl reads safetensors only, because "
-        "others can run code when they are opened. Look for the model in safetensors, or convert "
-        "it with its maker's tools."
+        "others can run code when they are opened, and GGUF where --model names the file itself. "
+        "Look for the model in safetensors, or convert it with its maker's tools."
     )
 
 

@@ -38,6 +38,8 @@ def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
         return embedded_model_path(name)
     if is_gguf(folder):
         return as_folder(folder, tell)
+    if folder.suffix.lower() == ".gguf" and not folder.exists():
+        raise ConfigError(f"There is no file {folder}.")
     if folder.is_dir() or not _HUB_NAME.fullmatch(name):
         return folder
     found = _cached(name)

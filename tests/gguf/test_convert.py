@@ -6,17 +6,19 @@ import json
 import os
 import shutil
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from written import CONFIG, TOKENS, write_model
+from written import CONFIG, CONFIGS, TOKENS, write_model
 
 from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
 from localrl.gguf.convert import as_folder
+from localrl.gguf.families import FAMILIES, family_of, tensor_names, to_halves, to_pairs
 from localrl.gguf.reader import read_gguf
-from localrl.gguf.settings import rope_factors
+from localrl.gguf.settings import config_of, metadata_of, rope_factors
 from localrl.memory.sizes import weight_bytes
 from localrl.planning import sizes_of
 from localrl.policy.loading import find_model
@@ -44,12 +46,12 @@ def difference(written, lines):
     return float(np.abs(logits_of(folder) - np.array(written.model(IDS))).max()), folder
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 EXACT = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 @pytest.mark.parametrize("kind", EXACT)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_the_file(cache, tmp_path, architecture, kind):
     lines = []
     found, _ = difference(write_model(tmp_path / "m.gguf", architecture, kind), lines)
@@ -60,7 +62,7 @@ def test_logits_are_those_of_the_file(cache, tmp_path, architecture, kind):
 @pytest.mark.parametrize(
     ("kind", "bits", "most"), [("Q4_K", 4, 0.0005), ("Q5_K", 5, 0.0005), ("Q6_K", 8, 0.005)]
 )
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_was_rounded_is_said(cache, tmp_path, architecture, kind, bits, most):
     lines, written = [], write_model(tmp_path / "m.gguf", architecture, kind)
     folder = as_folder(written.path, lines.append)
@@ -174,11 +176,62 @@ def test_what_differs_from_most_matrices_stands_in_the_config(cache, tmp_path):
 def test_norms_take_16_bits_only_where_that_changes_none(cache, tmp_path):
     exact = as_folder(write_model(tmp_path / "a.gguf", kind="Q4_0").path, print)
     assert read(exact, "config.json")["torch_dtype"] == "float16"
-    gemma = as_folder(write_model(tmp_path / "b.gguf", "gemma3", "Q4_0").path, print)
-    assert read(gemma, "config.json")["torch_dtype"] in ("float16", "float32")
-    arrays = mx.load(str(gemma / "model.safetensors"))
-    kinds = {array.dtype for name, array in arrays.items() if "norm" in name}
-    assert len(kinds) == 1
+    path = write_model(tmp_path / "b.gguf", "gemma3", "Q4_0").path  # which overflows in float16
+    assert read(as_folder(path, print), "config.json")["torch_dtype"] == "float32"
+    path = write_model(tmp_path / "c.gguf", "llama", "Q4_0").path
+    data = bytearray(path.read_bytes())
+    place = read_gguf(path).tensors["output_norm.weight"].offset
+    data[place : place + 4] = np.float32(1.0001).tobytes()
+    path.write_bytes(data)
+    assert read(as_folder(path, print), "config.json")["torch_dtype"] == "float32"
+
+
+def test_norms_less_one_take_16_bits_where_the_file_follows_from_them(cache, tmp_path):
+    path = write_model(tmp_path / "a.gguf", "gemma3", "BF16").path
+    data, file = bytearray(path.read_bytes()), read_gguf(path)
+    for tensor in file.tensors.values():
+        if len(tensor.shape) == 1:  # 1 + w of a bfloat16 w, rounded to float32
+            small = (file.raw(tensor).view(np.uint32) - np.uint32(1 << 23)) & np.uint32(0xFFFF0000)
+            stored = np.float32(1) + small.view(np.float32) * np.float32(0.001)
+            small = (stored - 1).view(np.uint32) & np.uint32(0xFFFF0000)
+            stored = np.float32(1) + small.view(np.float32)
+            data[tensor.offset : tensor.offset + tensor.nbytes] = stored.tobytes()
+    path.write_bytes(data)
+    assert read(as_folder(path, print), "config.json")["torch_dtype"] == "bfloat16"
+
+
+def test_a_cache_that_was_cleaned_up_in_part_is_told(cache, tmp_path):
+    path = write_model(tmp_path / "m.gguf").path
+    folder = as_folder(path, print)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not as it was made\. Delete the"):
+        as_folder(path, print)
+    shutil.rmtree(folder)
+    assert as_folder(path, print) == folder
+
+
+def test_what_a_killed_conversion_left_is_swept_up_after_a_day(cache, tmp_path):
+    path = write_model(tmp_path / "m.gguf").path
+    folder = as_folder(path, print)
+    shutil.rmtree(folder)
+    for name, age in (("old", 2 * 24 * 3600), ("new", 60)):
+        beside = cache / f".{folder.name}.{name}"
+        beside.mkdir()
+        os.utime(beside, (time.time() - age,) * 2)
+    as_folder(path, print)
+    assert sorted(os.listdir(cache)) == [f".{folder.name}.new", folder.name]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        as_folder(write_model(tmp_path / "m.gguf").path, print)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"There is no file .*absent\.gguf"):
+        find_model(str(tmp_path / "absent.gguf"))
 
 
 def test_a_file_is_converted_once(cache, tmp_path):
@@ -293,3 +346,43 @@ def test_without_the_gguf_package_the_extra_is_named(cache, tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=r"pip install 'localrl\[gguf\]'"):
         as_folder(path, print)
     assert os.listdir(cache) == []
+
+
+def test_a_folder_without_a_record_is_not_written_over(cache, tmp_path):
+    path = write_model(tmp_path / "m.gguf").path
+    folder = as_folder(path, print)
+    (folder / "gguf.json").write_text("{}")
+    with pytest.raises(ConfigError, match="delete what is there"):
+        as_folder(path, print)
+    assert os.listdir(cache) == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+        ("llama", {"attention_bias": True, "tie_word_embeddings": False}),
+        ("qwen2", {}),
+        ("qwen3", {"rope_scaling": YARN}),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ],
+)
+def test_settings_and_names_go_both_ways(cache, tmp_path, architecture, change):
+    """What a writer of GGUF makes of a config.json, the reader makes a config.json of again."""
+    config, family = {**CONFIGS[architecture], **change}, FAMILIES[architecture]
+    tensors, factors = {}, rope_factors(config)
+    if factors is not None:
+        tensors = {"rope_freqs.weight": factors}
+    written = metadata_of(family, config)
+    path = tmp_path / "m.gguf"
+    write_model(path, architecture, config=change, extra=written, tensors=tensors)
+    file = read_gguf(path)
+    again = config_of(file, family)
+    assert metadata_of(family, again) == written
+    assert {name: again[name] for name in config if name != "sliding_window"} == {
+        name: value for name, value in config.items() if name != "sliding_window"
+    }
+    assert set(tensor_names(family, config)) == set(file.tensors) - {"rope_freqs.weight"}
+    assert family_of(config["model_type"]) is family
+    rows = np.arange(4 * 6 * 3).reshape(24, 3)
+    assert np.array_equal(to_halves(to_pairs(rows, 4), 4), rows)
