@@ -14,12 +14,14 @@ from localrl.errors import ConfigError, LocalRLError
 if TYPE_CHECKING:
     from localrl.config import RunConfig
     from localrl.sharing.adapters import Adapter
-    from localrl.sharing.fused import LayerUpdate
+    from localrl.sharing.fused import Fused
+    from localrl.sharing.gguf import Written
 
 SHOWN_PROMPTS = 3
 MOST_TOKENS = 128
 """Of a text that is shown for comparison."""
 GOOD_COSINE = 0.98
+NOTHING = "kept     nothing to keep: the adapter's update is zero"
 NAMES = {8: "Q8_0", 16: "F16"}
 """Of the numbers of GGUF files, by their bits."""
 
@@ -180,8 +182,7 @@ def _fused(
     )
     form = f"{made.bits} bits" if made.bits else f"{made.dtype}: {made.reason}"
     click.echo(f"fused    {made.folder} ({form})")
-    instead = "without --quantize" if made.bits else "with --dtype float32"
-    for line in [*_kept(made.layers, instead), *_compared(source, adapter, out)]:
+    for line in [*_kept(made), *_compared(source, adapter, out)]:
         click.echo(line)
 
 
@@ -200,30 +201,45 @@ def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) ->
         tell=lambda line: click.echo(f"gguf     {line}"),
         look=lambda folder: compared.extend(_compared(source, adapter, folder)),
     )
-    click.echo(f"rounding relative error {made.rounding:.2g} of all matrices")
-    instead = "with --bits 16" if bits == 8 else "with --fused --dtype float32"
-    for line in [*_kept(made.layers, instead), *compared]:
+    for line in [*_rounded(made), *compared]:
         click.echo(line)
 
 
-def _kept(layers: Sequence[LayerUpdate], instead: str) -> list[str]:
-    """How much of the update is in the model, measured on its files.
-
-    instead: how to export it where that is little.
-    """
+def _rounded(made: Written) -> list[str]:
+    """How much of the update is in a GGUF file, and how large the rounding is beside it."""
     from localrl.sharing.fused import median
 
-    if not layers:
-        return ["kept     nothing to keep: the adapter's update is zero"]
-    errors = [layer.error for layer in layers]
-    cosines = [layer.cosine for layer in layers]
-    worst = max(layers, key=lambda layer: layer.error)
+    lines = [f"rounding {made.rounding:.2g} of the weights, as in any {NAMES[made.bits]} file"]
+    if not made.layers:
+        return [*lines, NOTHING]
+    noise = median([layer.error for layer in made.layers])
+    least = min(made.layers, key=lambda layer: layer.share)
+    lines.append(
+        f"kept     {median([layer.share for layer in made.layers]):.2f} of the update; rounding is "
+        f"{noise:.2g} times its size (median of {len(made.layers)} layers; least kept: "
+        f"{least.share:.2f}, {least.name})"
+    )
+    if noise > 1 and made.bits == 8:
+        lines.append("note: rounding is larger than what was learned; --bits 16 rounds less")
+    return lines
+
+
+def _kept(made: Fused) -> list[str]:
+    """How much of the update is in the model, measured on its files."""
+    from localrl.sharing.fused import median
+
+    if not made.layers:
+        return [NOTHING]
+    errors = [layer.error for layer in made.layers]
+    cosines = [layer.cosine for layer in made.layers]
+    worst = max(made.layers, key=lambda layer: layer.error)
     lines = [
         f"kept     relative error {median(errors):.2g}, cosine {median(cosines):.4f} of the update "
         f"(median of {len(errors)} layers)",
         f"worst    relative error {max(errors):.2g}, cosine {min(cosines):.4f} ({worst.name})",
     ]
     if median(cosines) < GOOD_COSINE:
+        instead = "without --quantize" if made.bits else "with --dtype float32"
         lines.append(f"warning: much of what was learned is not in this model; export it {instead}")
     return lines
 

@@ -49,6 +49,8 @@ class LayerUpdate:
     """|(F - W) - D| / |D|."""
     cosine: float
     """Of F - W and D."""
+    share: float
+    """(F - W) D / |D|^2: 1 where all of D is in, whatever noise is on top; 0 where none is."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,11 @@ def survival(
         change = _weight(layers[name]) - weight
         size, length = _norm(update), _norm(weight)
         if size > 0:
-            cosine = _number(mx.sum(change * update)) / max(size * _norm(change), 1e-38)
+            product = _number(mx.sum(change * update))
+            cosine = product / max(size * _norm(change), 1e-38)
             error = _norm(change - update) / size
-            yield LayerUpdate(name, size / length if length else math.inf, error, cosine)
+            relative = size / length if length else math.inf
+            yield LayerUpdate(name, relative, error, cosine, product / size**2)
 
 
 def _make(
