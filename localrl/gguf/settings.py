@@ -26,6 +26,7 @@ SETTINGS: dict[str, str] = {
 EPSILON = "attention.layer_norm_rms_epsilon"
 MOST = 1 << 31
 MOST_BLOCKS = 10_000
+MOST_HEADS = 100_000
 NEUTRAL: dict[str, tuple[float, ...]] = {
     "expert_count": (0,),
     "logit_scale": (0, 1),
@@ -173,7 +174,7 @@ class _Settings:
 
     def counts(self) -> dict[str, int]:
         """The counts of config.json."""
-        heads = self.whole("attention.head_count")
+        heads = self.whole("attention.head_count", most=MOST_HEADS)
         width = self.whole("embedding_length")
         rotary = self.whole("rope.dimension_count", max(1, width // heads))
         return {

@@ -8,27 +8,35 @@ merges found again from the pieces and their scores.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from localrl.errors import ConfigError
+from localrl.gguf.bpe import (
+    BYTE_LEVEL,
+    MOST_MERGES,
+    SPACE,
+    bpe,
+    gemma_parts,
+    llama_parts,
+    merges_of,
+    spelled,
+)
 from localrl.gguf.pretokenizers import PRETOKENIZERS, Pretokenizer, find_pretokenizer
 from localrl.gguf.reader import GGUF, refused
 
 UNKNOWN, CONTROL, USER = 2, 3, 4
 """Types of tokens that are looked for in a text before anything else; 1 is a plain one."""
-MOST_TOKENS = 2_000_000
+MOST_TOKENS = 1_000_000
 MOST_TOKEN = 512
 """Characters of one token; runs of spaces are the longest, of some 128."""
 MOST_CHARACTERS = 16_000_000
 """Of all tokens; the largest vocabularies have some 2 million."""
-MOST_MERGES = 4_000_000
-"""Found again of a SentencePiece model; the largest real ones have some 600 thousand."""
-SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+MOST_BYTES = 64_000_000
+"""Of tokenizer.json: as much as is read of one."""
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 """Tokens that end a turn wherever they are: not every file names one as its end token."""
 _IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
@@ -159,14 +167,16 @@ def _byte_level(file: GGUF, vocab: _Vocabulary) -> _Body:
     merges = file.get("tokenizer.ggml.merges", list)
     if merges is None:
         raise refused(file.path, "it has no merges (tokenizer.ggml.merges)")
+    if len(merges) > MOST_MERGES:
+        raise refused(file.path, f"it has {len(merges)} merges; at most {MOST_MERGES} are read")
     pairs = [merge.split(" ") if isinstance(merge, str) else [] for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise refused(file.path, "one of its merges is no pair of tokens")
-    model = _bpe(vocab.tokens, pairs, ignore_merges=found.whole_words)
+    model = bpe(vocab.tokens, pairs, ignore_merges=found.whole_words)
     parts = {
         "normalizer": {"type": "NFC"} if found.composed else None,
         "pre_tokenizer": found.json(),
-        "decoder": _BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": model,
     }
     return _Body(parts, found.begins)
@@ -184,14 +194,6 @@ def _check_class(file: GGUF, found: Pretokenizer | None) -> None:
         )
 
 
-_BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-
-
 def _sentencepiece(file: GGUF, vocab: _Vocabulary) -> _Body:
     _check_class(file, None)
     scores = file.get("tokenizer.ggml.scores", np.ndarray)
@@ -200,93 +202,16 @@ def _sentencepiece(file: GGUF, vocab: _Vocabulary) -> _Body:
     is_gemma = str(file.metadata.get("general.architecture", "")).startswith("gemma")
     if is_gemma:
         # Its runs of spaces are stored as such; and its merges follow the order of its tokens.
-        vocab.tokens[:] = [_spaces(token) for token in vocab.tokens]
+        vocab.tokens[:] = [spelled(token) for token in vocab.tokens]
         if len(set(vocab.tokens)) != len(vocab.tokens):
             raise refused(file.path, "two of its tokens are the same")
         scores = -np.arange(len(vocab.tokens))
     pairs = merges_of(vocab.tokens, scores)
     unknown = np.flatnonzero(vocab.types == UNKNOWN)
     token = vocab.tokens[unknown[0]] if len(unknown) else None
-    model = _bpe(vocab.tokens, pairs, unknown=token, byte_fallback=True)
+    model = bpe(vocab.tokens, pairs, unknown=token, byte_fallback=True)
     prefix = not is_gemma and file.get("tokenizer.ggml.add_space_prefix", bool, True)
-    return _Body(_gemma_parts(model) if is_gemma else _llama_parts(model, prefix), True)
-
-
-def _spaces(token: str) -> str:
-    return SPACE * len(token) if token and not token.strip(" ") else token
-
-
-def _gemma_parts(model: dict[str, Any]) -> dict[str, Any]:
-    space = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
-    return {
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-        "pre_tokenizer": {**space, "invert": False},
-        "decoder": {"type": "Sequence", "decoders": _pieces()},
-        "model": model,
-    }
-
-
-def _llama_parts(model: dict[str, Any], prefix: bool) -> dict[str, Any]:
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": SPACE,
-            "prepend_scheme": "first" if prefix else "never",
-            "split": False,
-        },
-        "decoder": {"type": "Sequence", "decoders": [*_pieces(), *strip]},
-        "model": model,
-    }
-
-
-def _pieces() -> list[dict[str, Any]]:
-    replace = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    return [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]
-
-
-def _bpe(
-    tokens: Sequence[str],
-    pairs: Sequence[Sequence[str]],
-    *,
-    ignore_merges: bool = False,
-    unknown: str | None = None,
-    byte_fallback: bool = False,
-) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unknown,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": byte_fallback,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": ignore_merges,
-        "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": pairs,
-    }
-
-
-def merges_of(tokens: Sequence[str], scores: np.ndarray) -> list[tuple[str, str]]:
-    """Merges that join pieces in the order of their scores, the best first.
-
-    Each piece is joined from every pair of shorter ones that it consists of; among pairs of equal
-    scores the one with the longer first part comes first.
-
-    Raises: ConfigError when there are too many.
-    """
-    ids = {token: i for i, token in enumerate(tokens)}
-    found = []
-    for token, score in zip(tokens, scores.tolist(), strict=True):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
-        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        found += [(score, len(left), len(right), left, right) for left, right in known]
-        if len(found) > MOST_MERGES:
-            raise ConfigError(f"A vocabulary is refused: it makes more than {MOST_MERGES} merges.")
-    found.sort(key=lambda entry: entry[:3], reverse=True)
-    return [entry[3:] for entry in found]
+    return _Body(gemma_parts(model) if is_gemma else llama_parts(model, prefix), True)
 
 
 def _begin(vocab: _Vocabulary, begin: int | None) -> dict[str, Any] | None:
@@ -325,8 +250,11 @@ def _try(file: GGUF, tokenizer: Mapping[str, Any]) -> None:
     """Raises: ConfigError when the library cannot make a tokenizer of it."""
     from tokenizers import Tokenizer
 
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    if len(text.encode()) > MOST_BYTES:
+        raise refused(file.path, f"its vocabulary would make more than {MOST_BYTES} bytes of JSON")
     try:
-        Tokenizer.from_str(json.dumps(tokenizer))
+        Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare exceptions
         raise ConfigError(
             f"{file.path} is refused: its vocabulary makes no tokenizer ({error!s:.200})."

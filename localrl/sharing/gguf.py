@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from localrl.errors import CheckpointError, ConfigError
-from localrl.gguf.convert import unpack
 from localrl.gguf.families import (
     ROPE_FACTORS,
     Family,
@@ -28,7 +27,8 @@ from localrl.gguf.families import (
     tensor_names,
     to_pairs,
 )
-from localrl.gguf.reader import GGUF, Tensor
+from localrl.gguf.layout import fill, make_plan
+from localrl.gguf.reader import GGUF, Tensor, read_gguf
 from localrl.gguf.settings import config_of, metadata_of, rope_factors
 from localrl.gguf.vocabulary import Special, tokenizer_metadata
 from localrl.gguf.writer import FILE_TYPES, MATRICES, need_package, plan_tensors, write_file
@@ -97,7 +97,8 @@ def export_gguf(
                 fresh, plan.family.architecture, plan.metadata, plan.tensors, plan.values
             )
             again.mkdir()
-            unpack(fresh, again)
+            file = read_gguf(fresh)
+            fill(file, make_plan(file, plan.family), again)
             _check_tokens(model_folder, again)
             base = load_model(model_folder, quantize=base_bits).model
             layers = tuple(survival(base, load_model(again).model, adapter, model_folder))

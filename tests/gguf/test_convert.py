@@ -14,12 +14,12 @@ import pytest
 from written import CONFIG, CONFIGS, TOKENS, write_model
 
 from localrl.backend import mx, tree_flatten
-from localrl.errors import ConfigError
+from localrl.errors import ConfigError, LocalRLError
 from localrl.gguf.convert import as_folder
 from localrl.gguf.families import FAMILIES, family_of, tensor_names, to_halves, to_pairs
 from localrl.gguf.reader import read_gguf
 from localrl.gguf.settings import config_of, metadata_of, rope_factors
-from localrl.memory.sizes import weight_bytes
+from localrl.memory.sizes import read_sizes, weight_bytes
 from localrl.planning import sizes_of
 from localrl.policy.loading import find_model
 from localrl.policy.model import load_model
@@ -173,6 +173,16 @@ def test_what_differs_from_most_matrices_stands_in_the_config(cache, tmp_path):
     assert abs(counted - stored) < 10_000  # the header of the file
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_memory_of_every_family_is_counted_right(cache, tmp_path, architecture):
+    path = write_model(tmp_path / "m.gguf", architecture, "F16").path
+    folder = as_folder(path, print)
+    config = {**read(folder, "config.json"), "torch_dtype": "float16"}
+    counted = weight_bytes(read_sizes(config), float32=False, dense=False)
+    arrays = mx.load(str(folder / "model.safetensors"))
+    assert counted == sum(2 * array.size for array in arrays.values())
+
+
 def test_norms_take_16_bits_only_where_that_changes_none(cache, tmp_path):
     exact = as_folder(write_model(tmp_path / "a.gguf", kind="Q4_0").path, print)
     assert read(exact, "config.json")["torch_dtype"] == "float16"
@@ -262,7 +272,7 @@ def test_a_changed_file_becomes_another_folder(cache, tmp_path):
 
 
 def test_large_models_become_several_files(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("localrl.gguf.convert.SHARD", 1_000_000)
+    monkeypatch.setattr("localrl.gguf.layout.SHARD", 1_000_000)
     found, folder = difference(write_model(tmp_path / "m.gguf"), [])
     assert found < 1e-3
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
@@ -283,6 +293,14 @@ def test_tokens_and_template_arrive(cache, tmp_path):
     text = tokenizer.render([{"role": "user", "content": "the 12"}])
     assert text == "<|im_start|>user\nthe 12<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.encode_text("<|im_end|> the 12")[:2] == (2, TOKENS.index("Ġthe"))
+
+
+def test_a_template_without_bound_is_stopped(cache, tmp_path):
+    template = "{% for i in range(100000) %}{{ 'x' * 100000 }}{% endfor %}"
+    path = write_model(tmp_path / "m.gguf", template=template).path
+    tokenizer = load_model(as_folder(path, print)).tokenizer
+    with pytest.raises(LocalRLError, match="characters"):
+        tokenizer.render([{"role": "user", "content": "hi"}])
 
 
 def test_quantize_on_load(cache, tmp_path):

@@ -22,9 +22,9 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 from written import SPECIAL, write_model
 
 from localrl.errors import ConfigError
+from localrl.gguf.bpe import merges_of
 from localrl.gguf.convert import as_folder
 from localrl.gguf.pretokenizers import PRETOKENIZERS
-from localrl.gguf.tokenizer import merges_of
 from localrl.policy.tokenizer import load_tokenizer
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

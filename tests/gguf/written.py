@@ -80,6 +80,7 @@ def write_model(
     config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
+    template: str = TEMPLATE,
 ) -> Written:
     """Write a model with random weights; matrices in the type `kind`, vectors in float32.
 
@@ -92,7 +93,7 @@ def write_model(
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], settings["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, extra.pop("general.architecture", architecture))
     if "tokenizer.ggml.model" not in extra:
-        write_tokenizer(writer, "qwen2" if architecture == "qwen2" else "smollm")
+        write_tokenizer(writer, "qwen2" if architecture == "qwen2" else "smollm", template)
     for key, value in {**_settings(architecture, settings), **extra}.items():
         _write_value(writer, key, value)
     rng, read = np.random.default_rng(5), []
@@ -157,7 +158,7 @@ def pack(values: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.nd
     return raw, np.asarray(gguf.dequantize(raw, form), np.float32).reshape(values.shape)
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, pre: str, template: str) -> None:
     """A byte-level vocabulary with four merges and a chat template."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -167,7 +168,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
