@@ -18,6 +18,7 @@ import numpy as np
 from localrl import backend
 from localrl.backend import mx
 from localrl.bench_fit import fit
+from localrl.bench_floor import measure_rates, needed
 from localrl.config import LearningConfig, RunConfig
 from localrl.errors import ConfigError
 from localrl.learning.credit import Credit, assign_credit
@@ -82,6 +83,8 @@ class DecodeRate:
     first_ms: float
     """Prefill and first token."""
     peak_bytes: int
+    floor_ms: float | None = None
+    """The least that a token takes at this machine's rates; None where MLX computes the model."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,12 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
     """Everything but a profile, as `localrl bench --json` prints it. told: each rate in turn."""
     load_average = os.getloadavg()
     rates, steps = [], {}
+    least = needed(opened.policy)
+    speeds = measure_rates() if least else None
     for rows in opened.wanted.rows:
         rate, steps[rows] = measure_decode(opened, rows)
+        if least and speeds:
+            rate = replace(rate, floor_ms=1e3 * least.floor_s(speeds, rows))
         rates.append(rate)
         told(rate)
     fitted = fit(steps, opened.wanted.prompt_tokens)
@@ -142,6 +149,8 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
     return {
         "format": 1,
         "machine": {**asdict(machine), "cores": os.cpu_count(), "load": load_average},
+        "rates": asdict(speeds) if speeds else None,
+        "kernels": str(opened.policy.arrays.choice) if opened.policy.arrays else None,
         "versions": package_versions(PACKAGES),
         "model": {
             "path": opened.config.model.path,

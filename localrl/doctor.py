@@ -24,8 +24,12 @@ from localrl.doctor_machine import (
     pair_rows,
 )
 from localrl.errors import LocalRLError
+from localrl.memory.array_estimate import fits
 from localrl.memory.machine import read_machine
+from localrl.memory.sizes import read_sizes
 from localrl.packaged import PACKAGED_MODELS, PackagedModel, find_packaged
+from localrl.policy.array_choice import Sizes as ArraySizes
+from localrl.policy.array_choice import choose
 from localrl.policy.folder import WEIGHTS, check_folder
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
@@ -83,6 +87,7 @@ def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -
     try:
         folder = find_model(name)
         yield from _folder(folder)
+        yield from _kernels(folder)
         loaded = load_model(folder, quantize=quantize, thinking=thinking)
         yield from _weights(loaded)
         policy = _policy(loaded)
@@ -167,6 +172,25 @@ def _folder(folder: Path) -> Iterator[Row]:
     yield Row("family", "ok", str(config["model_type"]))
     sizes = f"{shape.layers} layers, width {shape.width}, vocabulary {shape.vocabulary}"
     yield Row("sizes", "ok", sizes)
+
+
+def _kernels(folder: Path) -> Iterator[Row]:
+    """Which steps in C would compute the model, and by how much they beat NumPy at its sizes."""
+    sizes = read_sizes(check_folder(folder))
+    if backend.describe().device != "cpu" or not fits(sizes, float_bytes=4, dense=True):
+        return
+    choice = choose(
+        ArraySizes(
+            rows=2 * sizes.ffn,
+            inputs=sizes.width,
+            ffn=sizes.ffn,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+        )
+    )
+    mend = None if choice.bytes else "docs/cpu.md says what the steps in C need"
+    yield Row("kernels", "ok", str(choice), mend)
 
 
 def _weights(loaded: LoadedModel) -> Iterator[Row]:

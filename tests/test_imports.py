@@ -33,6 +33,7 @@ LEVELS = {
     "bench": 3,
     "bench_profile": 3,
     "bench_fit": 0,
+    "bench_floor": 3,
     "doctor": 3,
     "doctor_machine": 3,
     "checks": 3,
@@ -69,6 +70,7 @@ LEVELS = {
 SAME_LEVEL = {
     ("bench", "parts"),
     ("bench", "planning"),
+    ("bench", "bench_floor"),
     ("bench_profile", "bench"),
     ("doctor", "doctor_machine"),
     ("opening", "session"),

@@ -33,6 +33,7 @@ enum {
     ROWS1 = BYTES == 32 ? 12 : 8,
     ROWS2 = BYTES == 64 ? 8 : 6,
     QUERIES = ROWS2,
+    ALONG = 4, /* rows of weights that are multiplied with a few columns at once */
 };
 
 #include "arithmetic.h"
@@ -41,5 +42,5 @@ enum {
 #include "sampling.h"
 
 #define TABLE                                                                                     \
-    {BYTES,   product, norm,        norm_back,    swiglu, swiglu_back, turn,                      \
-     softmax, softmax_back, attend, attend_back, attend_token, draw,  targets}
+    {BYTES, product, product_along, norm,   norm_back,   swiglu,       swiglu_back, turn,         \
+     softmax, softmax_back,         attend, attend_back, attend_token, draw,        targets}

@@ -29,6 +29,81 @@ STEP void product(const void *what, Size from, Size to)
     }
 }
 
+/* Adds products of `rows` rows of a matrix with `n` columns, which lie as rows. Both are constants. */
+INLINE void accumulate_along(lanes sums[][FEWEST], float rest[][FEWEST], const float *weight,
+                             const float *columns, int rows, int n, Size k)
+{
+    Size whole = k - k % LANES;
+    for (Size i = 0; i < whole; i += LANES) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            lanes w = *(const lanes *)(weight + r * k + i);
+            __builtin_prefetch(weight + (r + rows) * k + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < n; j++) {
+                sums[r][j] += w * *(const lanes *)(columns + j * k + i);
+            }
+        }
+    }
+    for (Size i = whole; i < k; i++) {
+        for (int r = 0; r < rows; r++) {
+            for (int j = 0; j < n; j++) {
+                rest[r][j] += weight[r * k + i] * columns[j * k + i];
+            }
+        }
+    }
+}
+
+INLINE void tile_along(const Product *p, Size row, int rows, int n)
+{
+    lanes sums[ALONG][FEWEST];
+    float rest[ALONG][FEWEST];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) {
+            sums[r][j] = (lanes){0};
+            rest[r][j] = 0;
+        }
+    }
+    accumulate_along(sums, rest, p->weight + row * p->k, p->columns, rows, n, p->k);
+    if (p->ranks > 0) {
+        accumulate_along(sums, rest, p->up + row * p->ranks, p->low, rows, n, p->ranks);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) {
+            float *place = p->out + (row + r) * p->row_step + j * p->column_step;
+            float found = sum_of(sums[r][j]) + rest[r][j];
+            *place = p->add ? *place + found : found;
+        }
+    }
+}
+
+INLINE void rows_along(const Product *p, Size row, Size end, int n)
+{
+    for (; row + ALONG <= end; row += ALONG) {
+        tile_along(p, row, ALONG, n);
+    }
+    for (; row < end; row++) {
+        tile_along(p, row, 1, n);
+    }
+}
+
+/* For a few columns, of which padded ones would be most of a vector. */
+STEP void product_along(const void *what, Size from, Size to)
+{
+    const Product *p = what;
+    Size row = from * BLOCK, end = to * BLOCK < p->m ? to * BLOCK : p->m;
+    switch (p->n) { /* a constant in each case */
+    case 1: rows_along(p, row, end, 1); break;
+    case 2: rows_along(p, row, end, 2); break;
+    case 3: rows_along(p, row, end, 3); break;
+    case 4: rows_along(p, row, end, 4); break;
+    }
+}
+
 /* 1 / sqrt(mean of squares + eps) of some columns. */
 INLINE void factors(const Norm *p, const float *x, Size width, float *found)
 {

@@ -15,9 +15,10 @@
 #include "team.h"
 #include "matmul.h"
 
-/* The build in use, and the most columns for which its product is. */
+/* The build in use, and for which numbers of columns its product is: bit i for those up to 2 ** i that
+ * are more than half of that. */
 static const Steps *steps = &steps16;
-static Py_ssize_t few = 0;
+static unsigned few = 0;
 
 enum { MOST_ARGUMENTS = 9 };
 
@@ -125,8 +126,7 @@ static bool take_matrix(PyObject *given, Matrix *matrix, bool written)
     return false;
 }
 
-/* The build that multiplies n columns: up to 8 of them fill no vector of 64 bytes. Both have the same
- * order of additions, so the same bits. */
+/* The build that multiplies n columns: up to 8 of them are fewer than a vector of 64 bytes holds. */
 static const Steps *steps_for(Py_ssize_t n)
 {
     return steps == &steps64 && n <= 8 ? &steps32 : steps;
@@ -138,41 +138,60 @@ static Py_ssize_t whole_vectors(Py_ssize_t n, const Steps *mine)
     return (n + lanes - 1) / lanes * lanes;
 }
 
-/* A step of the product on the team. */
+/* A product by the steps, on the team. */
 static void multiply_blocks(const Product *p)
 {
     const Steps *mine = steps_for(p->n);
-    together(mine->product, p, (p->m + BLOCK - 1) / BLOCK,
-             BLOCK * (p->k + p->ranks) * (p->columns_step * 4 / mine->bytes));
+    bool along = p->n <= FEWEST;
+    Py_ssize_t lanes = mine->bytes / 4, vectors = along ? 1 : p->columns_step / lanes;
+    together(along ? mine->product_along : mine->product, p, (p->m + BLOCK - 1) / BLOCK,
+             BLOCK * (p->k + p->ranks) * vectors / (along ? 2 : 1));
 }
 
-/* Columns (k, n) as whole vectors of them: as they are, or in new memory, which `padded` gets. NULL where
- * there is none. */
-static const float *padded_columns(const Matrix *x, float **padded)
+/* Whether n columns are multiplied by the steps, and not left to the BLAS. */
+static bool takes(Py_ssize_t n)
+{
+    int power = 0;
+    while (power < 31 && ((Py_ssize_t)1 << power) < n) {
+        power++;
+    }
+    return (Py_ssize_t)1 << power >= n && few >> power & 1;
+}
+
+/* Columns (k, n) in the form that their product takes: rows of few, else whole vectors of them. As they
+ * are, or in new memory, which `made` gets; NULL where there is none. */
+static const float *laid_out(const Matrix *x, float **made)
 {
     Py_ssize_t k = x->rows, n = x->columns, whole = whole_vectors(n, steps_for(n));
-    *padded = NULL;
-    if (whole == n && !x->turned && x->step == n) {
+    bool along = n <= FEWEST;
+    *made = NULL;
+    if (along ? x->turned && x->step == k : whole == n && !x->turned && x->step == n) {
         return x->at;
     }
-    *padded = calloc((size_t)(whole * k) + 1, sizeof(float));
-    if (*padded == NULL) {
+    Py_ssize_t down = x->turned ? 1 : x->step, across = x->turned ? x->step : 1;
+    *made = along ? malloc((size_t)(n * k) * sizeof(float) + 1)
+                  : calloc((size_t)(whole * k) + 1, sizeof(float));
+    if (*made == NULL) {
         return NULL;
     }
-    Py_ssize_t down = x->turned ? 1 : x->step, along = x->turned ? x->step : 1;
-    for (Py_ssize_t i = 0; i < k; i++) {
-        for (Py_ssize_t j = 0; j < n; j++) {
-            (*padded)[i * whole + j] = x->at[i * down + j * along];
+    for (Py_ssize_t j = 0; along && j < n; j++) {
+        for (Py_ssize_t i = 0; i < k; i++) {
+            (*made)[j * k + i] = x->at[i * down + j * across];
         }
     }
-    return *padded;
+    for (Py_ssize_t i = 0; !along && i < k; i++) {
+        for (Py_ssize_t j = 0; j < n; j++) {
+            (*made)[i * whole + j] = x->at[i * down + j * across];
+        }
+    }
+    return *made;
 }
 
 /* By the steps' product, for few columns. False where there is no memory. */
 static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *out, bool add)
 {
-    float *padded;
-    const float *columns = padded_columns(x, &padded);
+    float *made;
+    const float *columns = laid_out(x, &made);
     if (columns == NULL) {
         return false;
     }
@@ -182,7 +201,7 @@ static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *ou
                        .row_step = out->turned ? 1 : out->step,
                        .column_step = out->turned ? out->step : 1, .add = add};
     multiply_blocks(&p);
-    free(padded);
+    free(made);
     return true;
 }
 
@@ -191,28 +210,30 @@ static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *ou
 static bool multiply_adapted(const Matrix *weight, const Matrix *down, const Matrix *up,
                              const Matrix *x, const Matrix *out)
 {
-    float *padded, *low = NULL;
-    Py_ssize_t whole = whole_vectors(x->columns, steps_for(x->columns));
-    const float *columns = padded_columns(x, &padded);
+    float *made, *low = NULL;
+    Py_ssize_t n = x->columns, whole = whole_vectors(n, steps_for(n));
+    bool along = n <= FEWEST;
+    const float *columns = laid_out(x, &made);
     if (columns != NULL) {
-        low = malloc((size_t)(down->rows * whole) * sizeof(float) + 1);
+        low = malloc((size_t)(down->rows * (along ? n : whole)) * sizeof(float) + 1);
     }
     if (low != NULL) {
         Product p = {.weight = down->at, .columns = columns, .out = low, .m = down->rows,
-                     .k = down->columns, .n = whole, .columns_step = whole, .row_step = whole,
-                     .column_step = 1};
+                     .k = down->columns, .n = along ? n : whole, .columns_step = whole,
+                     .row_step = along ? 1 : whole, .column_step = along ? down->rows : 1};
         multiply_blocks(&p);
         p.weight = weight->at;
         p.m = weight->rows;
-        p.n = x->columns;
+        p.n = n;
         p.out = out->at;
         p.row_step = out->step;
+        p.column_step = 1;
         p.up = up->at;
         p.low = low;
         p.ranks = down->rows;
         multiply_blocks(&p);
     }
-    free(padded);
+    free(made);
     free(low);
     return low != NULL;
 }
@@ -221,7 +242,7 @@ static bool multiply_adapted(const Matrix *weight, const Matrix *down, const Mat
 static bool multiply(const Matrix *a, const Matrix *b, const Matrix *out, bool add)
 {
     bool whole = !a->turned && a->step == a->columns;
-    if (whole && b->columns > 1 && b->columns <= few) {
+    if (whole && takes(b->columns)) {
         return multiply_few(a, b, out, add);
     }
     float beta = add ? 1 : 0;
@@ -690,7 +711,8 @@ static PyObject *py_builds(PyObject *self, PyObject *const *given, Py_ssize_t go
     return found;
 }
 
-/* use(bytes, columns): this build, and its product for up to so many columns */
+/* use(bytes, columns): this build, and its product for the numbers of columns that have a bit: bit i
+ * for those up to 2 ** i that are more than half of that */
 static PyObject *py_use(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     if (got != 2) {
@@ -700,12 +722,12 @@ static PyObject *py_use(PyObject *self, PyObject *const *given, Py_ssize_t got)
     if (PyErr_Occurred()) {
         return NULL;
     }
-    if (!can_run(bytes) || build_of(bytes) == NULL || columns < 0) {
-        return PyErr_Format(PyExc_ValueError, "there is no build of %ld bytes for %ld columns here",
+    if (!can_run(bytes) || build_of(bytes) == NULL || columns < 0 || columns > INT32_MAX) {
+        return PyErr_Format(PyExc_ValueError, "there is no build of %ld bytes for columns %ld here",
                             bytes, columns);
     }
     steps = build_of(bytes);
-    few = columns;
+    few = (unsigned)columns;
     Py_RETURN_NONE;
 }
 

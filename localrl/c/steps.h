@@ -19,17 +19,19 @@ typedef void Work(const void *what, Size from, Size to);
 
 enum {
     BLOCK = 24,   /* rows of weights in an item of a product: whole tiles in every build */
+    FEWEST = 4,   /* columns up to which a product runs along the rows */
     COLUMNS = 64, /* of a norm that are worked on at once */
 };
 
 /* out (m, n) = weight (m, k) columns (k, n), and where there is an adapter + up (m, ranks) low, for few
- * columns. */
+ * columns. Up to FEWEST of them are given as rows, (n, k) and (n, ranks): vectors run along the rows of the
+ * weight then. */
 typedef struct {
     const float *weight, *columns;
     const float *up, *low; /* low (ranks, n), with the columns' step */
     float *out;
     Size m, k, n, ranks;
-    Size columns_step;     /* from one row of columns to the next: whole vectors of them */
+    Size columns_step; /* from one row of columns to the next: whole vectors of them */
     Size row_step, column_step; /* of out */
     bool add;              /* to what is in out */
 } Product;
@@ -117,7 +119,7 @@ typedef struct {
  * gate, rows of scores, heads' numbers, rows' heads of keys, rows of logits. */
 typedef struct {
     int bytes; /* of a vector */
-    Work *product, *norm, *norm_back, *swiglu, *swiglu_back, *turn, *softmax, *softmax_back;
+    Work *product, *product_along, *norm, *norm_back, *swiglu, *swiglu_back, *turn, *softmax, *softmax_back;
     Work *attend, *attend_back, *attend_token, *draw, *targets;
 } Steps;
 

@@ -66,7 +66,7 @@ def bench(
     if not as_json:
         for text in opened.left_out:
             click.echo(f"left out, there is no memory for it: {text}")
-        click.echo("rows   tokens/s   ms a token   first, ms   MLX's peak, MB")
+        click.echo("rows   tokens/s   ms a token   floor, ms   first, ms   MLX's peak, MB")
     report = measure(opened, (lambda rate: None) if as_json else _show_rate)
     profiled = None
     if with_profile:
@@ -83,14 +83,20 @@ def bench(
 
 
 def _show_rate(rate: DecodeRate) -> None:
+    floor = "-" if rate.floor_ms is None else f"{rate.floor_ms:.2f}"
     click.echo(
-        f"{rate.rows:4}{rate.tokens_per_s:11.0f}{rate.step_ms:13.2f}{rate.first_ms:12.1f}"
+        f"{rate.rows:4}{rate.tokens_per_s:11.0f}{rate.step_ms:13.2f}{floor:>12}{rate.first_ms:12.1f}"
         f"{rate.peak_bytes / 1e6:17.0f}"
     )
 
 
 def _show(report: dict) -> None:
-    fit, update = report["fit"], report["update"]
+    fit, update, rates = report["fit"], report["update"], report["rates"]
+    if rates:
+        click.echo(
+            f"the floor: {rates['bytes_per_s'] / 1e9:.1f} GB/s read from memory, "
+            f"{rates['flops_per_s'] / 1e9:.0f} GFLOP/s in products; {report['kernels']}"
+        )
     if fit:
         length = "" if fit["c_ms"] is None else f" + {1e3 * fit['c_ms']:.3f} us x rows x length"
         click.echo(

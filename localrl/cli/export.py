@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from localrl.config import RunConfig
     from localrl.sharing.adapters import Adapter
     from localrl.sharing.fused import Fused
+    from localrl.sharing.gguf import Written
 
 SHOWN_PROMPTS = 3
 MOST_TOKENS = 128
 """Of a text that is shown for comparison."""
 GOOD_COSINE = 0.98
+NOTHING = "kept     nothing to keep: the adapter's update is zero"
+NAMES = {8: "Q8_0", 16: "F16"}
+"""Of the numbers of GGUF files, by their bits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,18 @@ class _Source:
     type=click.Choice(["4", "8"]),
     help="Pack the fused model's weights in so many bits; most of a small update is then lost.",
 )
+@click.option(
+    "--gguf",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="",
+    help="One file for Ollama, LM Studio and llama.cpp, with the adapter added in.",
+)
+@click.option(
+    "--bits",
+    type=click.Choice(["8", "16"]),
+    help="Of the numbers in the GGUF file: 8 (Q8_0), or 16 (F16).  [default: 8]",
+)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--base-id", metavar="ID", help="The unquantised base model on the Hub, user/name.")
 @click.option("--model", metavar="MODEL", help="The model, where RUN is an adapter folder.")
@@ -59,6 +75,8 @@ def export(
     fused: bool,
     dtype: str | None,
     quantize: str | None,
+    gguf: str | None,
+    bits: str | None,
     out: Path | None,
     base_id: str | None,
     model: str | None,
@@ -67,15 +85,23 @@ def export(
 
     \b
       localrl export runs/steps-1                    its adapter, for mlx-lm and PEFT
+      localrl export runs/steps-1 --gguf             one file, for Ollama and LM Studio
       localrl export runs/steps-1 --fused            a whole model, for everything else
       localrl export ADAPTER --model DIR --out new   an adapter that came from elsewhere
     """
     if not fused and (dtype or quantize):
         flag = "--dtype" if dtype else "--quantize"
         raise ConfigError(f"{flag} is for fused models. Add --fused, or leave it out.")
+    if gguf is None and bits:
+        raise ConfigError("--bits is for GGUF files. Add --gguf, or leave it out.")
+    if gguf is not None and (fused or out):
+        flag = "--fused" if fused else "--out"
+        raise ConfigError(f"{flag} does not go with --gguf, which writes one file: --gguf FILE.")
     source = _open(run, model)
     adapter = _read(source, base_id)
-    if fused:
+    if gguf is not None:
+        _gguf(run, source, adapter, gguf, int(bits or 8))
+    elif fused:
         _fused(source, adapter, out or _below(run, source), dtype, quantize)
     else:
         _adapter(adapter, source, out)
@@ -156,10 +182,46 @@ def _fused(
     )
     form = f"{made.bits} bits" if made.bits else f"{made.dtype}: {made.reason}"
     click.echo(f"fused    {made.folder} ({form})")
-    for line in _kept(made):
+    for line in [*_kept(made), *_compared(source, adapter, out)]:
         click.echo(line)
-    for line in _compared(source, adapter, out):
+
+
+def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) -> None:
+    from localrl.sharing.gguf import export_gguf
+
+    if not file and source.config is None:
+        raise ConfigError("Where to? Name a new file behind --gguf.")
+    compared: list[str] = []
+    made = export_gguf(
+        adapter,
+        source.model,
+        Path(file) if file else run / f"{run.resolve().name}.{NAMES[bits]}.gguf",
+        bits=bits,
+        base_bits=source.base_bits,
+        tell=lambda line: click.echo(f"gguf     {line}"),
+        look=lambda folder: compared.extend(_compared(source, adapter, folder)),
+    )
+    for line in [*_rounded(made), *compared]:
         click.echo(line)
+
+
+def _rounded(made: Written) -> list[str]:
+    """How much of the update is in a GGUF file, and how large the rounding is beside it."""
+    from localrl.sharing.fused import median
+
+    lines = [f"rounding {made.rounding:.2g} of the weights, as in any {NAMES[made.bits]} file"]
+    if not made.layers:
+        return [*lines, NOTHING]
+    noise = median([layer.error for layer in made.layers])
+    least = min(made.layers, key=lambda layer: layer.share)
+    lines.append(
+        f"kept     {median([layer.share for layer in made.layers]):.2f} of the update; rounding is "
+        f"{noise:.2g} times its size (median of {len(made.layers)} layers; least kept: "
+        f"{least.share:.2f}, {least.name})"
+    )
+    if noise > 1 and made.bits == 8:
+        lines.append("note: rounding is larger than what was learned; --bits 16 rounds less")
+    return lines
 
 
 def _kept(made: Fused) -> list[str]:
@@ -167,7 +229,7 @@ def _kept(made: Fused) -> list[str]:
     from localrl.sharing.fused import median
 
     if not made.layers:
-        return ["kept     nothing to keep: the adapter's update is zero"]
+        return [NOTHING]
     errors = [layer.error for layer in made.layers]
     cosines = [layer.cosine for layer in made.layers]
     worst = max(made.layers, key=lambda layer: layer.error)

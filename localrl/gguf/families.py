@@ -111,8 +111,9 @@ def family_of(model_type: str) -> Family:
         if model_type in (family.model_type, *_SAME.get(family.model_type, ())):
             return family
     raise ConfigError(
-        f"GGUF is not written for models of type {model_type!r:.80}; it is for "
-        f"{', '.join(f.model_type for f in FAMILIES.values())}."
+        f"GGUF is not written for models of type {model_type!r:.80}; it is for mistral, "
+        f"{', '.join(f.model_type for f in FAMILIES.values())}. Take --fused, and llama.cpp's own "
+        "convert_hf_to_gguf.py."
     )
 
 

@@ -25,6 +25,8 @@ from localrl.gguf.settings import config_of
 from localrl.gguf.tensors import GROUP, Converted, bits_of, convert, is_lossless
 from localrl.gguf.tokenizer import read_tokenizer
 
+MOST_LICENCE = 200
+"""Characters of a licence's name, which becomes a model card."""
 SHARD = 1 << 30
 """Bytes of one file of weights, about."""
 
@@ -136,6 +138,10 @@ def fill(file: GGUF, plan: Plan, folder: Path) -> str:
     config = {**plan.config, "torch_dtype": _NAMES[small]}
     for name, value in {"config.json": config, **plan.others}.items():
         write_json(folder / name, value)
+    licence = file.metadata.get("general.license")
+    if isinstance(licence, str) and len(licence) <= MOST_LICENCE:
+        card = f"---\nlicense: {json.dumps(licence)}\n---\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return rounding.text()
 
 

@@ -103,7 +103,20 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> dict[str, int | fl
         named["rope.scaling.original_context_length"] = original
     if family.architecture == "gemma3":
         named["attention.sliding_window"] = config.get("sliding_window", GEMMA_WINDOW)
+        named |= _unusual(config)
     return {f"{family.architecture}.{name}": value for name, value in named.items()}
+
+
+def _unusual(config: Mapping[str, Any]) -> dict[str, int | float]:
+    """Settings of Gemma that are written where they are not those of all of its models."""
+    pattern = config.get("sliding_window_pattern", GEMMA_PATTERN)
+    base = float(config.get("rope_local_base_freq", GEMMA_LOCAL_BASE))
+    found: dict[str, int | float] = {}
+    if pattern != GEMMA_PATTERN:
+        found["attention.sliding_window_pattern"] = pattern
+    if base != GEMMA_LOCAL_BASE:
+        found["rope.freq_base_swa"] = base
+    return found
 
 
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:

@@ -25,12 +25,12 @@ from localrl.cache import cache_folder
 from localrl.errors import ConfigError
 
 VARIABLE = "LOCALRL_KERNELS"
-COLUMNS = (2, 4, 8, 16, 32, 64, 128)
+COLUMNS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Columns at which products are timed; those between are like them."""
 TRIES = 5
 MARGIN = 1.1
 """How much slower a wider build may seem: clocks waver, and a choice should not."""
-FORMAT = 1
+FORMAT = 4
 """Of the stored choices: one more when the steps change, since timings of others mean nothing."""
 
 
@@ -40,8 +40,8 @@ class Choice:
 
     bytes: int
     """Of a vector; 0: NumPy computes everything."""
-    columns: int
-    """The most columns of a product that is not left to the BLAS."""
+    columns: tuple[int, ...]
+    """Of `COLUMNS`: up to so many, and more than half of it, are not left to the BLAS."""
     gains: dict[str, float] = field(default_factory=dict)
     """How many times as fast as NumPy alone it was, by what was timed; empty when set by hand."""
 
@@ -51,12 +51,21 @@ class Choice:
         told = ", ".join(f"{name} {gain:.1f}" for name, gain in self.gains.items())
         beside = f"; times as fast as NumPy: {told}" if told else ""
         return (
-            f"steps in C for vectors of {self.bytes} bytes, products of up to {self.columns} "
-            f"columns{beside}"
+            f"steps in C for vectors of {self.bytes} bytes, products of up to "
+            f"{max(self.columns, default=0)} columns{beside}"
         )
 
+    @property
+    def bits(self) -> int:
+        """The columns, as `kernels.use` takes them."""
+        return sum(columns for columns in self.columns)  # powers of two: a bit each
 
-NUMPY = Choice(0, 0)
+    def takes(self, n: int) -> bool:
+        """Whether products of n columns are not left to the BLAS."""
+        return 1 << (n - 1).bit_length() in self.columns
+
+
+NUMPY = Choice(0, ())
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def use(choice: Choice) -> None:
                 f"This machine cannot run the steps in C for vectors of {choice.bytes} bytes; it "
                 f"has {kernels.builds() if kernels else 'none'}."
             )
-        kernels.use(choice.bytes, choice.columns)
+        kernels.use(choice.bytes, choice.bits)
     elif kernels is not None:
         kernels.use(kernels.builds()[0], 0)
     _choice, _steps = choice, kernels if choice.bytes else None
@@ -125,14 +134,14 @@ def default() -> Choice:
     if wish == "numpy" or (not builds and not wish):
         return NUMPY
     if not wish:
-        return Choice(builds[-1], 64)
+        return Choice(builds[-1], COLUMNS)
     if not wish.isdigit() or int(wish) not in builds:
         raise ConfigError(
             f"{VARIABLE} is {wish!r}; here it may be numpy"
             + "".join(f" or {width}" for width in builds)
             + ", or be left out."
         )
-    return Choice(int(wish), 64)
+    return Choice(int(wish), COLUMNS)
 
 
 def choose(sizes: Sizes) -> Choice:
@@ -152,8 +161,8 @@ def _measure(sizes: Sizes, module: ModuleType) -> Choice:
     plain = _others(sizes, NUMPY)
     timed: dict[int, tuple[list[float], dict[str, float]]] = {}
     for width in module.builds():
-        mine = [_product(module, sizes, width, COLUMNS[-1], n) for n in COLUMNS]
-        timed[width] = mine, _others(sizes, Choice(width, 0))
+        mine = [_product(module, sizes, width, n, n) for n in COLUMNS]
+        timed[width] = mine, _others(sizes, Choice(width, ()))
     choice = _fastest(blas, plain, timed)
     use(before)
     _remember(sizes, choice)
@@ -171,11 +180,13 @@ def _fastest(
         taken = [min(one, two) for one, two in zip(mine, blas, strict=True)]
         total = sum(taken) + sum(others.values())
         if total < least * (MARGIN if best.bytes else 1):
-            faster = [one < two for one, two in zip(mine, blas, strict=True)]
-            count = faster.index(False) if False in faster else len(faster)
-            gains = {f"{n} columns": blas[i] / taken[i] for i, n in enumerate(COLUMNS[:count])}
+            faster = [i for i in range(len(COLUMNS)) if mine[i] < blas[i]]
+            columns = tuple(COLUMNS[i] for i in faster)
+            gains = {
+                f"{COLUMNS[i]} column{'s' * (COLUMNS[i] > 1)}": blas[i] / mine[i] for i in faster
+            }
             gains |= {name: plain[name] / others[name] for name in plain}
-            best = Choice(width, COLUMNS[count - 1] if count else 0, gains)
+            best = Choice(width, columns, gains)
             least = min(least, total)
     return best
 
@@ -238,9 +249,9 @@ def store() -> Path:
 def _recall(sizes: Sizes) -> Choice | None:
     try:
         found = json.loads(store().read_bytes())[_key(sizes)]
-        choice = Choice(found["bytes"], found["columns"], dict(found["gains"]))
+        choice = Choice(found["bytes"], tuple(found["columns"]), dict(found["gains"]))
         known = choice.bytes == 0 or (kernels is not None and choice.bytes in kernels.builds())
-        return choice if known and isinstance(choice.columns, int) else None
+        return choice if known and set(choice.columns) <= set(COLUMNS) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

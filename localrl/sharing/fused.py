@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class LayerUpdate:
     """|(F - W) - D| / |D|."""
     cosine: float
     """Of F - W and D."""
+    share: float
+    """(F - W) D / |D|^2: 1 where all of D is in, whatever noise is on top; 0 where none is."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,51 @@ def export_fused(
     return Fused(out, dtype, bits, reason, kept)
 
 
+@dataclass(frozen=True)
+class DenseTensor:
+    """One tensor of a fused model, which is computed when it is asked for."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], mx.array]
+    """In float32, with the adapter added in."""
+
+
+def dense_tensors(model: Any) -> dict[str, DenseTensor]:
+    """All tensors of a model with adapters on it, by their names in a dense model without."""
+    adapted = dict(_adapted(model))
+    found: dict[str, DenseTensor] = {}
+    for path, module in model.named_modules():
+        if path in adapted or path.rpartition(".")[0] in adapted:
+            continue
+        found |= _tensors_of(path, module, None)
+    for path, layer in adapted.items():
+        found |= _tensors_of(path, layer.linear, layer)
+    return found
+
+
+def _tensors_of(path: str, module: Any, layer: Any) -> dict[str, DenseTensor]:
+    """Tensors of one module; layer: with whose update its weight is."""
+
+    def weight() -> mx.array:
+        return _weight(module) if layer is None else _weight(module) + _update(layer)
+
+    def other(name: str) -> mx.array:
+        return module[name].astype(mx.float32)
+
+    found = {}
+    for name, array in module.items():
+        if not isinstance(array, mx.array) or name.startswith("_"):
+            continue
+        shape = tuple(array.shape)
+        if "scales" in module and name in ("scales", "biases"):
+            continue
+        if "scales" in module and name == "weight":
+            shape = (*shape[:-1], module.scales.shape[-1] * module.group_size)
+        make = weight if name == "weight" else partial(other, name)
+        found[f"{path}.{name}"] = DenseTensor(shape, make)
+    return found
+
+
 def survival(
     base: Any, fused: Any, adapter: Adapter, source: object = None
 ) -> Iterator[LayerUpdate]:
@@ -113,14 +161,16 @@ def survival(
     base, fused: models without adapters; `base` gets them.
     """
     layers = dict(fused.named_modules())
-    for name, layer in _adapted(_attached(base, adapter, source)):
+    for name, layer in _adapted(attached(base, adapter, source)):
         weight, update = _weight(layer.linear), _update(layer)
         change = _weight(layers[name]) - weight
         size, length = _norm(update), _norm(weight)
         if size > 0:
-            cosine = _number(mx.sum(change * update)) / max(size * _norm(change), 1e-38)
+            product = _number(mx.sum(change * update))
+            cosine = product / max(size * _norm(change), 1e-38)
             error = _norm(change - update) / size
-            yield LayerUpdate(name, size / length if length else math.inf, error, cosine)
+            relative = size / length if length else math.inf
+            yield LayerUpdate(name, relative, error, cosine, product / size**2)
 
 
 def _make(
@@ -130,13 +180,13 @@ def _make(
 
     Raises: ConfigError when the values do not fit into the one that is wished for.
     """
-    model = _attached(load(), adapter, folder)
+    model = attached(load(), adapter, folder)
     dtype, reason = _choose_dtype(model, wish)
     fused = _fuse(model, DTYPES[dtype])
     name = _overflow(fused)
     if name is not None and wish is None and dtype == "float16":
         reason = f"{name} holds numbers beyond {MOST_FLOAT16:g}, where float16 ends"
-        dtype, fused = "float32", _fuse(_attached(load(), adapter, folder), mx.float32)
+        dtype, fused = "float32", _fuse(attached(load(), adapter, folder), mx.float32)
         name = _overflow(fused)
     if name is not None:
         raise ConfigError(
@@ -146,7 +196,7 @@ def _make(
     return fused, dtype, reason
 
 
-def _attached(model: Any, adapter: Adapter, source: object) -> Any:
+def attached(model: Any, adapter: Adapter, source: object) -> Any:
     """The model with the adapter on it."""
     layers = adapter.layers_of(len(model.layers))
     attach(model, rank=adapter.rank, scale=adapter.scale, seed=0, layers=layers, keys=adapter.keys)

@@ -10,7 +10,7 @@ from waiting import DEADLINE_S
 from localrl import backend
 from localrl.backend import kernels
 from localrl.policy.array_attention import Attention
-from localrl.policy.array_choice import NUMPY, Choice, using
+from localrl.policy.array_choice import COLUMNS, NUMPY, Choice, using
 from localrl.policy.array_math import (
     Norm,
     softmax,
@@ -33,7 +33,7 @@ def numbers(*shape: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
 @pytest.fixture(params=kernels.builds() if kernels else [], autouse=True)
 def width(request):
     """Each build that this processor can run: the narrower ones too."""
-    with using(Choice(request.param, 64)):
+    with using(Choice(request.param, COLUMNS)):
         yield request.param
 
 
@@ -63,7 +63,7 @@ def test_a_product_of_few_columns(in_numpy, m, k, n):
     check(lambda: times(weight, x), in_numpy, atol=1e-4)
 
 
-@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("few", [0, 255])
 @pytest.mark.parametrize("n", [1, 16, 17, 40, 600])
 @pytest.mark.parametrize(("m", "k"), [(19, 33), (960, 300)])
 def test_products_of_all_layouts(width, few, m, k, n):
