@@ -12,6 +12,7 @@ import tiny
 from click.testing import CliRunner
 
 from localrl import doctor as machine
+from localrl.backend import kernels
 from localrl.cli.doctor import doctor
 from localrl.doctor import disk_row, look_at_model, package_row
 from localrl.doctor_machine import blas_speed_row, memory_rows, pair_rows, speed_row
@@ -138,8 +139,8 @@ def test_disk():
 def test_a_model_and_its_paths(tiny_folder):
     rows = found(tiny_folder)
     assert [*rows] == [
-        "model", "family", "sizes", "quantisation", "batches", "head", "shared_prefix", "template",
-        "prompt",
+        "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "batches",
+        "head", "shared_prefix", "template", "prompt",
     ]  # fmt: skip
     assert {row.status for row in rows.values()} == {"ok"}
     assert rows["family"].text == "qwen3"

@@ -33,7 +33,7 @@ enum {
     ROWS1 = BYTES == 32 ? 12 : 8,
     ROWS2 = BYTES == 64 ? 8 : 6,
     QUERIES = ROWS2,
-    ALONG = 4, /* rows of weights that are multiplied with a few columns at once */
+    ALONG = BYTES == 64 ? 4 : 3, /* rows of weights that are multiplied with FEWEST columns at once */
 };
 
 #include "arithmetic.h"

@@ -56,8 +56,8 @@ INLINE void accumulate_along(lanes sums[][FEWEST], float rest[][FEWEST], const f
 
 INLINE void tile_along(const Product *p, Size row, int rows, int n)
 {
-    lanes sums[ALONG][FEWEST];
-    float rest[ALONG][FEWEST];
+    lanes sums[4][FEWEST];
+    float rest[4][FEWEST];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
@@ -83,8 +83,9 @@ INLINE void tile_along(const Product *p, Size row, int rows, int n)
 
 INLINE void rows_along(const Product *p, Size row, Size end, int n)
 {
-    for (; row + ALONG <= end; row += ALONG) {
-        tile_along(p, row, ALONG, n);
+    const int rows = n == FEWEST ? ALONG : 4;
+    for (; row + rows <= end; row += rows) {
+        tile_along(p, row, rows, n);
     }
     for (; row < end; row++) {
         tile_along(p, row, 1, n);

@@ -126,10 +126,10 @@ static bool take_matrix(PyObject *given, Matrix *matrix, bool written)
     return false;
 }
 
-/* The build that multiplies n columns: up to 8 of them are fewer than a vector of 64 bytes holds. */
+/* The build that multiplies n columns: half a vector of 64 bytes is a whole one of 32. */
 static const Steps *steps_for(Py_ssize_t n)
 {
-    return steps == &steps64 && n <= 8 ? &steps32 : steps;
+    return steps == &steps64 && n > FEWEST && n <= 8 ? &steps32 : steps;
 }
 
 static Py_ssize_t whole_vectors(Py_ssize_t n, const Steps *mine)
