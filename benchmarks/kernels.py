@@ -1,7 +1,8 @@
 """Every step in C beside NumPy, at the sizes of three models: how many times as fast it is.
 
     python benchmarks/kernels.py            writes benchmarks/kernels.json; two minutes on two cores
-    python benchmarks/kernels.py --here     prints the ratios of one build on this processor as JSON
+    python benchmarks/kernels.py --here     prints the ratios on this processor, as JSON
+    python benchmarks/kernels.py --quick    the same, of fewer sizes
 
 The first way measures each build beside the NumPy and BLAS that it would meet: the one for 64 bytes
 with AVX-512, the one for 32 bytes with NumPy and OpenBLAS held to AVX2. Times are of the processor,
@@ -25,9 +26,9 @@ import numpy as np
 from localrl import backend
 from localrl.backend import kernels
 from localrl.policy.array_attention import Attention
-from localrl.policy.array_choice import NUMPY, Choice, default, using
-from localrl.policy.array_math import Linears, Norm, swiglu, swiglu_back, times, turn
-from localrl.policy.array_sampling import draw, target_logprobs
+from localrl.policy.array_choice import NUMPY, Choice, Sizes, choose, using
+from localrl.policy.array_math import Linears, Norm, swiglu, swiglu_back, times
+from localrl.policy.array_sampling import draw
 
 MODELS = {
     "0.8M": {"width": 128, "ffn": 384, "heads": 4, "kv_heads": 2, "head_dim": 32},
@@ -37,8 +38,6 @@ MODELS = {
 VOCABULARY, RANK = 49152, 16
 ROWS = (2, 4, 8, 16, 24, 32)
 TRIES, LEAST_S = 7, 0.002
-AVX2 = {"OPENBLAS_CORETYPE": "Haswell", "LOCALRL_KERNELS": "32"}
-"""An environment in which a wider processor computes as one with AVX2 does."""
 
 Work = Callable[[], Any]
 
@@ -56,8 +55,6 @@ def works(rows: tuple[int, ...] = ROWS) -> Iterator[tuple[str, Work]]:
     for n in rows:
         logits, uniforms = numbers(n, VOCABULARY), np.full(n, 0.5, np.float32)
         yield f"draw {n}", lambda a=logits, b=uniforms: draw(a, b, 0.7)
-        targets = np.arange(n)
-        yield f"targets {n}", lambda a=logits, b=targets: target_logprobs(a.copy(), b, 0.7)
 
 
 def of_rows(
@@ -70,9 +67,6 @@ def of_rows(
     yield "norm back", lambda: norm.back(x, x.copy())
     yield "gate", lambda: swiglu(up, up)
     yield "gate back", lambda: swiglu_back(up, up, up.copy())
-    queries, partners = numbers(heads, head_dim, n), np.roll(np.arange(head_dim), head_dim // 2)
-    tables = numbers(head_dim, n), numbers(head_dim, n)
-    yield "rope", lambda: turn(queries, partners, tables)
     for name, shape in {"gate and up": (2 * ffn, width), "down": (width, ffn)}.items():
         weight, columns = numbers(*shape), numbers(shape[1], n)
         yield name, lambda a=weight, b=columns: times(a, b)
@@ -110,51 +104,67 @@ def least(work: Work, tries: int) -> float:
     return best
 
 
-def ratios(choice: Choice, tries: int = TRIES, rows: tuple[int, ...] = ROWS) -> dict[str, float]:
-    """How many times as fast as NumPy each step is, in turn with it, on one thread."""
+def ratios(tries: int = TRIES, rows: tuple[int, ...] = ROWS) -> dict[str, float]:
+    """How many times as fast as NumPy each step is, in turn with it, on one thread.
+
+    Of each model the steps are those that a run of it would take.
+    """
     threads = backend.describe().threads or 1
     backend.set_threads(1)
+    choices = {name: chosen(sizes) for name, sizes in MODELS.items()}
     found = {}
     for name, work in works(rows):
         with using(NUMPY):
             plain = least(work, tries)
-        with using(choice):
+        with using(choices.get(name.split()[0], choices["135M"])):
             found[name] = plain / least(work, tries)
     backend.set_threads(threads)
     return found
 
 
-def in_child(environment: dict[str, str]) -> dict[str, float]:
+def chosen(sizes: dict[str, int]) -> Choice:
+    """What a run of this model takes: by timing, or what the environment says."""
+    rest = {name: sizes[name] for name in ("ffn", "heads", "kv_heads", "head_dim")}
+    return choose(Sizes(rows=2 * sizes["ffn"], inputs=sizes["width"], **rest))
+
+
+def in_child(environment: dict[str, str], how: str = "--here") -> dict[str, float]:
     """The ratios in a process of its own, without this one's choice of BLAS kernels."""
     unset = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "LOCALRL_KERNELS", "NPY_DISABLE_CPU_FEATURES")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
-    command = [sys.executable, "-W", "ignore", __file__, "--here"]
+    command = [sys.executable, "-W", "ignore", __file__, how]
     done = subprocess.run(
         command, env={**kept, **environment}, check=True, capture_output=True, text=True
     )
     return json.loads(done.stdout)
 
 
-def without_avx512() -> str:
-    """The names of NumPy's features that a processor with AVX2 alone does not have."""
+def as_avx2() -> dict[str, str]:
+    """An environment in which a wider processor computes as one with AVX2 does, NumPy included."""
     from numpy._core._multiarray_umath import __cpu_dispatch__
 
-    return " ".join(
-        name for name in __cpu_dispatch__ if name.startswith("AVX512") or name == "X86_V4"
-    )
+    wider = [name for name in __cpu_dispatch__ if name.startswith(("AVX512", "X86_V4"))]
+    return {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "LOCALRL_KERNELS": "32",
+        "NPY_DISABLE_CPU_FEATURES": " ".join(wider),
+    }
 
 
 def main() -> None:
     """Measure and write, or print."""
     if "--here" in sys.argv:
-        print(json.dumps(ratios(default())))
+        print(json.dumps(ratios()))
+        return
+    if "--quick" in sys.argv:
+        print(json.dumps(ratios(tries=4, rows=(2, 8, 32))))
         return
     assert kernels is not None, "built without a C compiler"
     builds = kernels.builds()
     found = {}
     if 64 in builds:
         found["64"] = in_child({})
-        found["32"] = in_child({**AVX2, "NPY_DISABLE_CPU_FEATURES": without_avx512()})
+        found["32"] = in_child(as_avx2())
     else:
         found[str(builds[-1])] = in_child({})
     report = {"processor": platform.processor() or platform.machine(), "ratios": found}

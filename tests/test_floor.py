@@ -21,7 +21,7 @@ from localrl.learning.update import DRIFT_TOKENS, Updater
 from localrl.memory.plan import wanted
 from localrl.policy import array_merged, prefix
 from localrl.policy.array_math import Linears
-from localrl.policy.array_merged import Merged
+from localrl.policy.array_weights import Weights
 from localrl.policy.selfcheck import check_batching
 from localrl.records import Example, ScoredGroup
 from localrl.rollouts.decode import Decoder
@@ -169,9 +169,8 @@ def test_completions_that_teach_nothing_cost_nothing(endless, monkeypatch):
     assert calls.body == [(1, P - 1), (G, S)]
 
 
-SCORED = 2
-"""Calls of NumPy's head for a gradient: for the log-probabilities and for their slope. The way back
-through it is a product by itself."""
+SCORED = 1
+"""Calls of NumPy's head for a gradient: the slope needs no logits of its own."""
 
 
 class Columns:
@@ -180,29 +179,34 @@ class Columns:
     def __init__(self, monkeypatch, policy):
         self.blocks: list[list[int]] = [[] for _ in policy.model.layers]
         self.head: list[int] = []
-        self._places = {self._address(policy.model.model.embed_tokens.weight): self.head}
+        self._places = {}
         for counted, block in zip(self.blocks, policy.model.layers, strict=True):
             self._places[self._address(block.self_attn.q_proj.linear.weight)] = counted
-        call, merge, decode = Linears.__call__, array_merged._merge, Merged.__call__
+        call, merge = Linears.__call__, array_merged._merge
+        logits = Weights.logits
 
         def count(linears, x):
-            place = self._places.get(linears.weights[0].ctypes.data)
+            place = self._places.get(linears.weight.ctypes.data)
             if place is not None:
                 place.append(x.shape[1])
-            return (decode if isinstance(linears, Merged) else call)(linears, x)
+            return call(linears, x)
 
         def count_too(linears):
             found = merge(linears)
-            place = self._places.get(linears.weights[0].ctypes.data)
+            place = self._places.get(linears.weight.ctypes.data)
             if place is not None:
-                self._places[found.weights[0].ctypes.data] = place
+                self._places[found.weight.ctypes.data] = place
             return found
+
+        def count_head(weights, states):
+            self.head.append(states.shape[1])
+            return logits(weights, states)
 
         def refuse(*given, **options):
             raise AssertionError("MLX was to compute this")
 
         monkeypatch.setattr(Linears, "__call__", count)
-        monkeypatch.setattr(Merged, "__call__", count)
+        monkeypatch.setattr(Weights, "logits", count_head)
         monkeypatch.setattr(array_merged, "_merge", count_too)
         monkeypatch.setattr(type(policy.model.model), "__call__", refuse)
 
@@ -306,5 +310,5 @@ def test_the_way_back_ends_at_the_lowest_adapter(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Linears, "back", count)
     updater.gradient(batch, make_plan())
-    # The head, and of the last block's four inputs each on two levels.
-    assert len(calls) == 1 + 4 * 2
+    # Of the last block's four inputs each on two levels.
+    assert len(calls) == 4 * 2

@@ -42,5 +42,5 @@ enum {
 #include "sampling.h"
 
 #define TABLE                                                                                     \
-    {BYTES, product, product_along, norm,   norm_back,   swiglu,       swiglu_back, turn,         \
-     softmax, softmax_back,         attend, attend_back, attend_token, draw,        targets}
+    {BYTES,  product, product_along, norm,         norm_back, swiglu, swiglu_back,                \
+     attend, attend_back,            attend_token, draw}

@@ -1,4 +1,4 @@
-/* Products, norms, gates, rotary positions and softmax. */
+/* Products, norms and gates. */
 
 /* `count` rows of weights times the columns from `first` on, at most two vectors of them. */
 INLINE void block_times(const Product *p, Size row, Size count, Size first, int vectors)
@@ -189,51 +189,5 @@ STEP void swiglu_back(const void *what, Size from, Size to)
         float s = sigmoid(gate[i]), silu = s * gate[i];
         by_gate[i] = (s * (1.0f - silu) + silu) * x[i] * slope[i];
         slope[i] *= silu;
-    }
-}
-
-/* Items are the heads' numbers. */
-STEP void turn(const void *what, Size from, Size to)
-{
-    const Turn *p = what;
-    for (Size item = from; item < to; item++) {
-        Size i = item % p->d, n = p->n;
-        const float *restrict mine = p->x + item * n;
-        const float *restrict other = p->x + (item - i + p->partners[i]) * n;
-        const float *restrict cosines = p->cosines + i * n, *restrict sines = p->sines + i * n;
-        float *restrict out = p->out + item * n;
-        for (Size j = 0; j < n; j++) {
-            out[j] = mine[j] * cosines[j] + other[j] * sines[j];
-        }
-    }
-}
-
-/* Items are rows of scores. */
-STEP void softmax(const void *what, Size from, Size to)
-{
-    const Softmax *p = what;
-    for (Size item = from; item < to; item++) {
-        float *restrict row = p->scores + item * p->n;
-        if (p->hidden != NULL) {
-            Size outer = p->one ? 0 : item / p->per_outer;
-            const float *restrict hidden =
-                p->hidden + (outer * p->length + item % p->length) * p->n;
-            for (Size i = 0; i < p->n; i++) {
-                row[i] += hidden[i];
-            }
-        }
-        softmax_row(row, p->n);
-    }
-}
-
-STEP void softmax_back(const void *what, Size from, Size to)
-{
-    const SoftmaxBack *p = what;
-    for (Size item = from; item < to; item++) {
-        const float *restrict weights = p->weights + item * p->n;
-        float *restrict slope = p->slope + item * p->n;
-        for (Size i = 0; i < p->n; i++) {
-            slope[i] = (slope[i] - p->within[item]) * weights[i] * p->scale;
-        }
     }
 }

@@ -415,73 +415,6 @@ static PyObject *py_swiglu_back(PyObject *self, PyObject *const *given, Py_ssize
     return done(&a, fits);
 }
 
-/* turn(x, cosines, sines, out, partners) */
-static PyObject *py_turn(PyObject *self, PyObject *const *given, Py_ssize_t got)
-{
-    Arrays a;
-    if (!take(&a, given, got, 5, 5, 8, 16)) {
-        return NULL;
-    }
-    Py_ssize_t d = axis(&a, 0, 2), n = axis(&a, 0, 1), total = numbers(&a, 0);
-    const int64_t *partners = a.views[4].buf;
-    bool fits = numbers(&a, 1) == d * n && numbers(&a, 2) == d * n && numbers(&a, 3) == total
-                && numbers(&a, 4) == d && n > 0;
-    for (Py_ssize_t i = 0; fits && i < d; i++) {
-        fits = partners[i] >= 0 && partners[i] < d;
-    }
-    const Turn p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, partners, a.views[3].buf, d, n};
-    Py_BEGIN_ALLOW_THREADS
-    together(steps->turn, &p, fits ? total / n : 0, n);
-    Py_END_ALLOW_THREADS
-    return done(&a, fits);
-}
-
-/* softmax(scores) or softmax(scores, hidden): (R, .., L, n) and (1 or R, .., L, n) */
-static PyObject *py_softmax(PyObject *self, PyObject *const *given, Py_ssize_t got)
-{
-    Arrays a;
-    if (!take(&a, given, got, got == 1 ? 1 : 2, got == 1 ? 1 : 2, 1, 0)) {
-        return NULL;
-    }
-    Py_ssize_t n = axis(&a, 0, 1), total = numbers(&a, 0);
-    Softmax p = {a.views[0].buf, NULL, 1, 1, n, true};
-    bool fits = n > 0;
-    if (got == 2) {
-        Py_ssize_t length = axis(&a, 1, 2), seen = numbers(&a, 1);
-        if (a.views[0].ndim < 2 || length < 1) {
-            return done(&a, false);
-        }
-        Py_ssize_t outer = a.views[0].shape[0];
-        p.hidden = a.views[1].buf;
-        p.length = length;
-        p.one = seen == length * n;
-        fits = fits && axis(&a, 1, 1) == n && axis(&a, 0, 2) % length == 0 && outer > 0
-               && (p.one || seen == outer * length * n);
-        p.per_outer = fits && total > 0 ? total / n / outer : 1;
-    }
-    Py_BEGIN_ALLOW_THREADS
-    together(steps->softmax, &p, fits ? total / n : 0, n);
-    Py_END_ALLOW_THREADS
-    return done(&a, fits);
-}
-
-/* softmax_back(weights, within, slope, scale) */
-static PyObject *py_softmax_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
-{
-    Arrays a;
-    if (!take(&a, given, got, 3, 4, 4, 0)) {
-        return NULL;
-    }
-    double scale = PyFloat_AsDouble(given[3]);
-    Py_ssize_t n = axis(&a, 0, 1), rows = numbers(&a, 1);
-    bool fits = numbers(&a, 0) == rows * n && numbers(&a, 2) == rows * n && !PyErr_Occurred();
-    const SoftmaxBack p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, (float)scale, n};
-    Py_BEGIN_ALLOW_THREADS
-    together(steps->softmax_back, &p, fits ? rows : 0, n);
-    Py_END_ALLOW_THREADS
-    return done(&a, fits);
-}
-
 /* Fill in the shapes of queries, keys, values and what hides, the first four arrays. */
 static bool attended(const Arrays *a, PyObject *scale, atomic_bool *failed, Attention *p)
 {
@@ -626,28 +559,6 @@ static PyObject *py_draw(PyObject *self, PyObject *const *given, Py_ssize_t got)
     return done(&a, fits);
 }
 
-/* targets(logits, targets, logprobs, temperature): logits become probabilities */
-static PyObject *py_targets(PyObject *self, PyObject *const *given, Py_ssize_t got)
-{
-    Arrays a;
-    if (!take(&a, given, got, 3, 4, 1 + 4, 2)) {
-        return NULL;
-    }
-    double temperature = PyFloat_AsDouble(given[3]);
-    Py_ssize_t rows = numbers(&a, 1), vocabulary = axis(&a, 0, 1);
-    const Targets p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, vocabulary,
-                       (float)temperature};
-    bool fits = !PyErr_Occurred() && numbers(&a, 0) == rows * vocabulary && vocabulary > 0
-                && numbers(&a, 2) == rows;
-    for (Py_ssize_t row = 0; fits && row < rows; row++) {
-        fits = p.targets[row] >= 0 && p.targets[row] < vocabulary;
-    }
-    Py_BEGIN_ALLOW_THREADS
-    together(steps->targets, &p, fits ? rows : 0, vocabulary);
-    Py_END_ALLOW_THREADS
-    return done(&a, fits);
-}
-
 /* lend(sgemm, sgemv): addresses of a BLAS of 64-bit integers, which has one thread; gives addresses
  * of the same by the team. */
 static PyObject *py_lend(PyObject *self, PyObject *const *given, Py_ssize_t got)
@@ -749,11 +660,10 @@ static PyObject *py_set_threads(PyObject *self, PyObject *const *given, Py_ssize
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 
 static PyMethodDef functions[] = {
-    FUNCTION(matmul),       FUNCTION(linear),  FUNCTION(norm),    FUNCTION(norm_back),    FUNCTION(swiglu),
-    FUNCTION(swiglu_back),  FUNCTION(turn),    FUNCTION(softmax),      FUNCTION(softmax_back),
-    FUNCTION(attend),       FUNCTION(attend_back), FUNCTION(attend_token), FUNCTION(draw),
-    FUNCTION(targets),      FUNCTION(lend),    FUNCTION(builds),       FUNCTION(use),
-    FUNCTION(set_threads),  {NULL, NULL, 0, NULL},
+    FUNCTION(matmul), FUNCTION(linear),      FUNCTION(norm),         FUNCTION(norm_back),
+    FUNCTION(swiglu), FUNCTION(swiglu_back), FUNCTION(attend),       FUNCTION(attend_back),
+    FUNCTION(draw),   FUNCTION(lend),        FUNCTION(attend_token), FUNCTION(builds),
+    FUNCTION(use),    FUNCTION(set_threads), {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef module = {

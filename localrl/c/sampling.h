@@ -1,4 +1,4 @@
-/* Drawing tokens from logits, and the log-probabilities of given ones. */
+/* Drawing tokens from logits. */
 
 enum { PARTS = 512, TOGETHER = 256 }; /* of a vocabulary, and the fewest tokens of one part */
 
@@ -124,39 +124,5 @@ STEP void draw(const void *what, Size from, Size to)
         p->tokens[row] = token;
         p->logprobs[row] = (float)(below(logits[token], highest, p->temperature) - log(total));
         p->entropies[row] = (float)(log(total) - spreads / total);
-    }
-}
-
-STEP void targets(const void *what, Size from, Size to)
-{
-    const Targets *p = what;
-    for (Size row = from; row < to; row++) {
-        float *logits = p->logits + row * p->vocabulary;
-        float highest = highest_of(logits, p->vocabulary);
-        float chosen = below(logits[p->targets[row]], highest, p->temperature);
-        double total = 0;
-        for (Size i = 0; i < p->vocabulary; i += TOGETHER) {
-            Size n = p->vocabulary - i < TOGETHER ? p->vocabulary - i : TOGETHER;
-            float sums[LANES] = {0}, rest = 0;
-            Size whole = n - n % LANES;
-            for (Size j = i; j < i + whole; j += LANES) {
-                for (int lane = 0; lane < LANES; lane++) {
-                    float x = exponential(below(logits[j + lane], highest, p->temperature));
-                    sums[lane] += logits[j + lane] = x;
-                }
-            }
-            for (Size j = i + whole; j < i + n; j++) {
-                rest += logits[j] = exponential(below(logits[j], highest, p->temperature));
-            }
-            for (int lane = 0; lane < LANES; lane++) {
-                rest += sums[lane];
-            }
-            total += rest;
-        }
-        p->logprobs[row] = (float)(chosen - log(total));
-        float factor = (float)(1 / total);
-        for (Size i = 0; i < p->vocabulary; i++) {
-            logits[i] *= factor;
-        }
     }
 }

@@ -48,27 +48,6 @@ typedef struct {
     float *out, *by_gate; /* the first is on the way back the slope by what was made, then by x */
 } Swiglu;
 
-typedef struct {
-    const float *x, *cosines, *sines; /* (heads, d, n) and (d, n) */
-    const int64_t *partners;          /* (d,) */
-    float *out;
-    Size d, n;
-} Turn;
-
-typedef struct {
-    float *scores;       /* (outer, inner, length, n) */
-    const float *hidden; /* (1 or outer, length, n), or NULL */
-    Size per_outer, length, n;
-    bool one;
-} Softmax;
-
-typedef struct {
-    const float *weights, *within; /* (rows, n) and (rows,) */
-    float *slope;                  /* by the weights, then by the scores before the scale */
-    float scale;
-    Size n;
-} SoftmaxBack;
-
 /* Attention over many positions. */
 typedef struct {
     const float *queries;       /* (R, h, r, L, d) */
@@ -106,21 +85,12 @@ typedef struct {
     float temperature;
 } Draw;
 
-/* Log-probabilities of targets, and all probabilities in the place of the logits. */
-typedef struct {
-    float *logits;          /* (n, V) */
-    const int64_t *targets; /* (n,) */
-    float *logprobs;        /* (n,) */
-    Size vocabulary;
-    float temperature;
-} Targets;
-
 /* Items are: blocks of a product's rows, blocks of 64 columns of each of a norm's g, numbers of a
- * gate, rows of scores, heads' numbers, rows' heads of keys, rows of logits. */
+ * gate, rows' heads of keys, rows of logits. */
 typedef struct {
     int bytes; /* of a vector */
-    Work *product, *product_along, *norm, *norm_back, *swiglu, *swiglu_back, *turn, *softmax, *softmax_back;
-    Work *attend, *attend_back, *attend_token, *draw, *targets;
+    Work *product, *product_along, *norm, *norm_back, *swiglu, *swiglu_back;
+    Work *attend, *attend_back, *attend_token, *draw;
 } Steps;
 
 extern const Steps steps16, steps32, steps64;

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +28,10 @@ from localrl.errors import ConfigError
 VARIABLE = "LOCALRL_KERNELS"
 COLUMNS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Columns at which products are timed; those between are like them."""
-TRIES = 5
+TRIES, TRY_S = 5, 3e-4
 MARGIN = 1.1
 """How much slower a wider build may seem: clocks waver, and a choice should not."""
-FORMAT = 4
+FORMAT = 5
 """Of the stored choices: one more when the steps change, since timings of others mean nothing."""
 
 
@@ -66,6 +67,7 @@ class Choice:
 
 
 NUMPY = Choice(0, ())
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -155,16 +157,21 @@ def choose(sizes: Sizes) -> Choice:
 
 
 def _measure(sizes: Sizes, module: ModuleType) -> Choice:
-    """Time all builds against NumPy, and keep the outcome; some tenths of a second."""
-    before = _choice
-    blas = [_product(module, sizes, module.builds()[0], 0, n) for n in COLUMNS]
-    plain = _others(sizes, NUMPY)
-    timed: dict[int, tuple[list[float], dict[str, float]]] = {}
-    for width in module.builds():
-        mine = [_product(module, sizes, width, n, n) for n in COLUMNS]
-        timed[width] = mine, _others(sizes, Choice(width, ()))
+    """Time all builds in turn with NumPy, and keep the outcome; some tenths of a second."""
+    with using(_choice):
+        builds = module.builds()
+        ways = [NUMPY, *(Choice(width, COLUMNS) for width in builds)]
+        products = [_in_turn(ways, _product(sizes, module, n)) for n in COLUMNS]
+        others = {name: _in_turn(ways, work) for name, work in _others(sizes).items()}
+    timed = {
+        width: (
+            [of_columns[place] for of_columns in products],
+            {name: seconds[place] for name, seconds in others.items()},
+        )
+        for place, width in enumerate([0, *builds])
+    }
+    blas, plain = timed.pop(0)
     choice = _fastest(blas, plain, timed)
-    use(before)
     _remember(sizes, choice)
     return choice
 
@@ -191,42 +198,41 @@ def _fastest(
     return best
 
 
-def _product(module: ModuleType, sizes: Sizes, width: int, columns: int, n: int) -> float:
-    """Seconds of one product of n columns."""
-    module.use(width, columns)
+def _product(sizes: Sizes, module: ModuleType, n: int) -> Work:
+    """One product of n columns."""
     weight, x, out = _ones(sizes.rows, sizes.inputs), _ones(sizes.inputs, n), _ones(sizes.rows, n)
-    return _least(lambda: module.matmul(weight, x, out, False, False))
+    return lambda: module.matmul(weight, x, out, False, False)
 
 
-def _others(sizes: Sizes, choice: Choice) -> dict[str, float]:
-    """Seconds of attention over a short prompt, and of a gate."""
+def _others(sizes: Sizes) -> dict[str, Work]:
+    """Attention over a short prompt, and a gate."""
     from localrl.policy.array_attention import Attention  # which asks this module
     from localrl.policy.array_math import swiglu
 
-    use(choice)
     each, length = sizes.heads // sizes.kv_heads, 64
     shape = (2, sizes.kv_heads, each, length, sizes.head_dim)
     keys = _ones(2, sizes.kv_heads, length, sizes.head_dim)
     attention = Attention(_ones(*shape), keys, keys, np.ones((2, 0), bool), sizes.head_dim**-0.5)
     gate = _ones(sizes.ffn, 32)
-    return {
-        "attention": _least(attention.forward),
-        "gate": _least(lambda: swiglu(gate, gate)),
-    }
+    return {"attention": attention.forward, "gate": lambda: swiglu(gate, gate)}
 
 
 def _ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
-def _least(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few tries."""
-    seconds = []
-    for _ in range(TRIES):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _in_turn(ways: Sequence[Choice], work: Work) -> list[float]:
+    """Seconds of the work each way, the least of a few tries, each long enough for a clock."""
+    least, calls = [math.inf] * len(ways), 1
+    for _ in range(TRIES + 1):
+        for place, way in enumerate(ways):
+            use(way)
+            start = time.perf_counter()
+            for _ in range(calls):
+                work()
+            least[place] = min(least[place], (time.perf_counter() - start) / calls)
+        calls = max(1, int(TRY_S / min(least)))
+    return least
 
 
 def _key(sizes: Sizes) -> str:

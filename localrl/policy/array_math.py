@@ -199,9 +199,6 @@ def swiglu_back(gate: np.ndarray, x: np.ndarray, slope: np.ndarray) -> Pair:
 def turn(x: np.ndarray, partners: np.ndarray, tables: Pair) -> np.ndarray:
     """x * cosines + x[partners] * sines, for heads (h, d, B) and tables (d, B)."""
     found = like(x)
-    if (c := steps()) is not None:
-        c.turn(np.ascontiguousarray(x), *tables, found, partners)
-        return found
     x.take(partners, axis=1, out=found, mode="wrap")  # "raise" would buffer it
     found *= tables[1]
     found += np.multiply(x, tables[0], out=like(x))
@@ -213,9 +210,6 @@ def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
 
     hidden: (1 or R, 1, L, T), is added first; each of h has every L of its rows in turn.
     """
-    if (c := steps()) is not None:
-        c.softmax(scores) if hidden is None else c.softmax(scores, hidden)
-        return scores
     if hidden is not None:
         rows = scores.reshape(len(scores), -1, *hidden.shape[2:])
         rows += hidden
@@ -233,9 +227,6 @@ def softmax_back(
 
     within: for each softmax (.., 1) the sum of weights * slope.
     """
-    if (c := steps()) is not None:
-        c.softmax_back(weights, np.ascontiguousarray(within), slope, scale)
-        return slope
     slope -= within
     slope *= weights
     slope *= np.float32(scale)

@@ -50,7 +50,7 @@ class _Buffers:
                 if _uses(mine, place) == UNUSED:
                     return mine[place][:]
             self._grown += 4 * count
-            if self._grown > SPARE // 4:
+            if self._grown >= SPARE // 4:
                 self._trim()
                 self._grown = 0
             # A copy of nothing takes MLX a tenth of the time of an operation that fills.

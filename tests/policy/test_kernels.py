@@ -12,14 +12,13 @@ from localrl.backend import kernels
 from localrl.policy.array_attention import Attention
 from localrl.policy.array_choice import COLUMNS, NUMPY, Choice, using
 from localrl.policy.array_math import (
+    Linears,
     Norm,
-    softmax,
-    softmax_back,
     swiglu,
     swiglu_back,
     times,
-    turn,
 )
+from localrl.policy.array_sampling import draw
 
 pytestmark = pytest.mark.skipif(kernels is None, reason="built without a C compiler")
 
@@ -77,6 +76,48 @@ def test_products_of_all_layouts(width, few, m, k, n):
                 np.testing.assert_allclose(out.T if turned else out, 1 + a @ b, atol=1e-3)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 8, 9, 33, 200])
+@pytest.mark.parametrize(("m", "k", "rank"), [(5, 7, 2), (64, 40, 16), (300, 96, 5)])
+def test_layers_with_adapters(in_numpy, m, k, rank, n):
+    up = numbers(m, 2 * rank, scale=1)
+    up[: m // 2, rank:] = up[m // 2 :, :rank] = 0
+    places = slice(0, m // 2), slice(m // 2, m)
+    bias = numbers(m, 1)
+    layers = Linears(numbers(m, k, scale=1), places, bias, numbers(2 * rank, k, scale=1), up)
+    x = numbers(k, n, seed=1, scale=1)
+    check(lambda: layers(x), in_numpy, atol=1e-3)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 64, 1000, 49152, 200_001])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.0])
+def test_tokens_are_drawn_as_numpy_draws_them(in_numpy, vocabulary, temperature):
+    logits = numbers(6, vocabulary, scale=4)
+    logits[1] = -np.inf  # of weight 0, but for one
+    logits[1, vocabulary // 2] = 3
+    uniforms = np.array([0.001, 0.2, 0.4, 0.6, 0.8, 0.999], F) if temperature else None
+    check(lambda: draw(logits, uniforms, temperature), in_numpy, atol=1e-3)
+
+
+def test_a_draw_from_no_numbers_is_seen():
+    logits = numbers(3, 50)
+    logits[0, 7], logits[1, 7] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        tokens, logprobs, _ = draw(logits, np.full(3, 0.5, F), 1.0)
+    assert np.isnan(logprobs[:2]).all()
+    assert np.isfinite(logprobs[2])
+    assert ((tokens >= 0) & (tokens < 50)).all()
+
+
+def test_every_token_is_drawn_as_often_as_it_should():
+    """The uniform numbers between two sums are those of one token, whatever part it is in."""
+    logits = numbers(1, 700, scale=1)
+    weights = np.exp(logits[0].astype(np.float64))
+    edges = np.concatenate([[0], np.cumsum(weights / weights.sum())])
+    middles = ((edges[1:] + edges[:-1]) / 2).astype(F)
+    tokens, _, _ = draw(np.repeat(logits, 700, axis=0), middles, 1.0)
+    np.testing.assert_array_equal(tokens, np.arange(700))
+
+
 @pytest.mark.parametrize("n", COUNTS)
 def test_a_norm_and_its_way_back(in_numpy, n):
     norm = Norm(numbers(32, 1), 1e-6)
@@ -97,27 +138,6 @@ def test_gates_far_out(in_numpy):
     gate = np.array([[-np.inf, -1e30, -104, -88.5, -87, 0, 87, 88.8, 200, 1e30, np.nan]], "f")
     with np.errstate(all="ignore"):
         check(lambda: swiglu(gate, np.ones_like(gate)), in_numpy)
-
-
-@pytest.mark.parametrize("n", COUNTS)
-def test_a_rotation(in_numpy, n):
-    x, tables = numbers(3, 16, n), (numbers(16, n, seed=1), numbers(16, n, seed=2))
-    check(lambda: turn(x, np.roll(np.arange(16), 8), tables), in_numpy)
-
-
-@pytest.mark.parametrize("n", COUNTS)
-@pytest.mark.parametrize("hidden", [None, (1, 1, 5, 1), (4, 1, 5, 1), (4, 1, 1, 1)])
-def test_a_softmax_and_its_way_back(in_numpy, n, hidden):
-    scores, slope = numbers(4, 2, 10, n, scale=20), numbers(4, 2, 10, n, seed=1)
-    mask = None
-    if hidden is not None:
-        places = np.random.default_rng(3).random((*hidden[:3], n)) < 0.7
-        places[..., 0] = True
-        mask = np.where(places, np.float32(0), np.float32(-np.inf))
-    check(lambda: softmax(scores.copy(), mask), in_numpy)
-    weights = softmax(scores.copy(), mask)
-    within = (weights * slope).sum(axis=-1, keepdims=True)
-    check(lambda: softmax_back(weights, within, slope.copy(), 0.3), in_numpy)
 
 
 @pytest.mark.parametrize("past", [0, 1, 37])
@@ -159,7 +179,6 @@ def everything() -> list[np.ndarray]:
         norm.back(x, slope.copy()),
         swiglu(gate, x),
         *swiglu_back(gate, x, slope.copy()),
-        softmax(slope.copy()),
         found,
         *attention.back(found, grad),
     ]
@@ -230,7 +249,10 @@ def test_no_thread_is_an_error():
 
 
 F = np.float32
-GAPS = np.ones((4, 6), F)[:, ::2]
+GAPS, ONES = np.ones((4, 6), F)[:, ::2], np.ones((2, 2), F)
+DRAWN = np.zeros(2, int), np.zeros(2, F), np.zeros(2, F)
+CACHE = np.zeros((1, 1, 3, 16), F)
+TOKEN = (*np.ones((3, 16, 1), F), CACHE, CACHE, np.array([2]), np.ones((16, 1), F))
 
 
 @pytest.mark.parametrize(
@@ -249,19 +271,18 @@ GAPS = np.ones((4, 6), F)[:, ::2]
         ("norm_back", (np.ones((4, 2), F), np.ones(4, F), np.ones((4, 3), F), 1e-6), ValueError),
         ("swiglu", (np.ones(4, F), np.ones(3, F), np.ones(4, F)), ValueError),
         ("swiglu_back", (np.ones(4, F), np.ones(4, F), np.ones(4, F), np.ones(3, F)), ValueError),
-        ("softmax", (np.ones((2, 3, 4), F), np.ones((2, 3, 5), F)), ValueError),
-        ("softmax", (np.ones((2, 3, 4), F), np.ones((3, 3, 4), F)), ValueError),
-        ("softmax", (np.ones((2, 3, 4), F), np.ones((0, 4), F)), ValueError),
-        ("softmax", (np.ones(4, F), np.ones((4, 1, 4), F)), ValueError),
-        ("softmax_back", (np.ones((3, 4), F), np.ones(2, F), np.ones((3, 4), F), 1.0), ValueError),
+        ("linear", (ONES, ONES, np.ones((2, 3), F), ONES, ONES), ValueError),
+        ("linear", (ONES, ONES, ONES, ONES), TypeError),
+        ("draw", (ONES, None, *DRAWN[:2], np.ones(3, F), 1.0), ValueError),
+        ("draw", (ONES, np.ones(3, F), *DRAWN, 1.0), ValueError),
+        ("draw", (ONES, None, np.zeros(2, F), *DRAWN[1:], 1.0), TypeError),
+        ("attend_token", (*TOKEN[:5], np.array([3]), TOKEN[6], None, 1.0), ValueError),
+        ("attend_token", (*TOKEN[:5], np.array([-1]), TOKEN[6], None, 1.0), ValueError),
+        ("attend_token", (*TOKEN[:6], np.ones(17, F), None, 1.0), ValueError),
+        ("attend_token", (*TOKEN, np.zeros(3, int), 1.0), ValueError),
+        ("attend_token", TOKEN, TypeError),
     ],
 )
 def test_arrays_that_do_not_go_together(name, given, error):
     with pytest.raises(error):
         getattr(kernels, name)(*given)
-
-
-def test_partners_outside_a_head():
-    x, table = np.ones((1, 2, 3), F), np.ones((2, 3), F)
-    with pytest.raises(ValueError, match="do not go together"):
-        kernels.turn(x, table, table, np.ones_like(x), np.array([0, 2]))
