@@ -15,6 +15,7 @@ from localrl.embedded import EMBEDDED_MODEL
 from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf
 from localrl.memory.adapting import for_longer
+from localrl.memory.array_estimate import fits, kept_bytes
 from localrl.memory.calibration import key_of, recall
 from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, in_arrays
 from localrl.memory.known import find_known
@@ -66,6 +67,7 @@ def ask(
         on_cpu=on_cpu,
         threads=threads,
         prompt_tokens=prompts.tokens if prompts else None,
+        kept=kept_bytes(sizes) if on_cpu and fits(sizes, float_bytes=4, dense=True) else None,
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +55,8 @@ class Job:
     seed: int = 0
     target: float = 0.0
     """Mean reward at which to end; 0: do all steps, under a reward that means nothing."""
+    reward: str = "even"
+    """Which one: of even words, or "varied" for any text."""
 
 
 def read_job() -> Job:
@@ -66,7 +69,8 @@ def read_job() -> Job:
         parser.add_argument(f"--{name}", required=True)
     for name in ("steps", "group", "tokens", "max-length"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    for name, value in (("prompts", 1), ("rank", 8), ("seed", 0), ("rate", 1e-4), ("target", 0.0)):
+    defaults = {"prompts": 1, "rank": 8, "seed": 0, "rate": 1e-4, "target": 0.0, "reward": "even"}
+    for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--blas", action="store_true")
     given = vars(parser.parse_args())
@@ -88,7 +92,7 @@ def rows(job: Job) -> list[dict]:
 def score(job: Job, texts: list[str], answers: list[str]) -> list[float]:
     """Rewards: of the steps task where there is a target, else of words that mean nothing."""
     if not job.target:
-        return [even(text) for text in texts]
+        return [REWARDS[job.reward](text) for text in texts]
     pairs = zip(texts, answers, strict=True)
     return [float("#" in text and text.rpartition("#")[2].strip() == gold) for text, gold in pairs]
 
@@ -101,6 +105,14 @@ def even(text: str) -> float:
     """Share of words with an even number: words are like "w17"."""
     words = [word[1:] for word in text.split() if word[1:].isdigit()]
     return sum(int(word) % 2 == 0 for word in words) / max(len(words), 1)
+
+
+def varied(text: str) -> float:
+    """0 to 1, the same for the same text, and another for almost any other."""
+    return zlib.crc32(text.encode()) % 1000 / 999
+
+
+REWARDS = {"even": even, "varied": varied}
 
 
 @dataclass

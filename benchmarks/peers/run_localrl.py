@@ -56,7 +56,7 @@ def settings(job: Job) -> dict[str, Any]:
         **chosen,
         "model.path": job.model,
         "task.name": job.data,
-        "task.rewards": f"{HERE.with_name('even_reward.py')}:even_reward",
+        "task.rewards": f"{HERE.with_name('even_reward.py')}:{job.reward}_reward",
         "rollout.prompts_per_step": job.prompts,
         "rollout.group_size": job.group,
         "rollout.max_prompt_tokens": job.max_length - job.tokens,

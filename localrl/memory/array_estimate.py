@@ -77,6 +77,12 @@ def update_bytes(
     return FLOAT * (sizes.layers * kept + work) + spare, scores, head
 
 
+def kept_bytes(sizes: Sizes) -> int:
+    """What the way back through all blocks keeps of one position."""
+    keys = 2 * sizes.kv_heads * sizes.head_dim  # and values
+    return FLOAT * sizes.layers * (sizes.width + keys + _inside(sizes))
+
+
 def prefill_bytes(sizes: Sizes, extent: Extent) -> float:
     """Above the keys and values, while prompts are prefilled."""
     states = (_inside(sizes) + 3 * sizes.width + sizes.ffn) * extent.positions

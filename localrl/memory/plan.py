@@ -19,6 +19,8 @@ LEAST_CHUNK, LEAST_LENGTH = 16, 16
 """Positions of a chunk, and tokens of a completion, below which nothing is given up."""
 MICRO_TOKENS = 4096
 """Tokens of one backward pass, when the user does not say."""
+KEPT_ON_CPU = 256 * 2**20
+"""Bytes that such a pass keeps on a CPU, whose products gain nothing from more columns."""
 CACHED, CACHED_ON_CPU = 0.05, 32 * 2**20
 """Share of the limit for freed buffers that MLX keeps; on the CPU not more than these bytes, which
 are MLX's own choice there."""
@@ -71,10 +73,12 @@ def wanted(
     on_cpu: bool,
     threads: int | None,
     prompt_tokens: int | None = None,
+    kept: int | None = None,
 ) -> MemoryPlan:
     """The sizes that the configuration asks for, the others by rule of thumb.
 
-    prompt_tokens: of the longest prompt; None: as long as the configuration allows.
+    prompt_tokens: of the longest prompt; None: as long as the configuration allows. kept: bytes of
+    a position in a backward pass on a CPU, where they are known.
     """
     rollout, memory = config.rollout, config.memory
     prompt_tokens = prompt_tokens or rollout.max_prompt_tokens
@@ -82,7 +86,8 @@ def wanted(
     each = rollout.max_completion_tokens + prompt_tokens / rollout.completions
     paths = rollout.prompts_per_step * rollout.completions  # more rows could not be made fewer
     rows = memory.decode_rows or paths
-    micro_rows = memory.micro_rows or max(1, min(paths, int(MICRO_TOKENS / each)))
+    micro_tokens = min(MICRO_TOKENS, KEPT_ON_CPU // kept) if kept else MICRO_TOKENS
+    micro_rows = memory.micro_rows or max(1, min(paths, int(micro_tokens / each)))
     chunk = min(LOGIT_BYTES // (4 * vocabulary), micro_rows * rollout.max_completion_tokens)
     return MemoryPlan(
         group_size=rollout.completions,

@@ -8,7 +8,7 @@ memory that it does not fill, is asked for the first only.
 from __future__ import annotations
 
 import math
-import sys
+from sys import getrefcount
 from threading import Lock
 
 import numpy as np
@@ -25,12 +25,25 @@ FEW = 64
 """Columns, one for each row that is decoded, up to which it is not: a step is soon over."""
 
 
-def _uses(buffers: list[np.ndarray], place: int) -> int:
-    return sys.getrefcount(buffers[place])
+def _free(buffers: list[np.ndarray]) -> list[int]:
+    """Places of those that no array looks at."""
+    return [place for place, buffer in enumerate(buffers) if getrefcount(buffer) == UNUSED]
 
 
-UNUSED = _uses([np.empty(1)], 0)
-"""What is counted of a buffer that is in a list and that no array looks at."""
+def _first_free(buffers: list[np.ndarray]) -> int | None:
+    """The first of them; a pass asks thousands of times, so no function is called for each."""
+    for place, buffer in enumerate(buffers):
+        if getrefcount(buffer) == UNUSED:
+            return place
+    return None
+
+
+def _unused() -> int:
+    """What is counted of a buffer that is in a list and that no array looks at, in such a loop."""
+    return next(getrefcount(buffer) for _, buffer in enumerate([np.empty(1), np.empty(1)]))
+
+
+UNUSED = _unused()
 
 
 class _Buffers:
@@ -46,9 +59,8 @@ class _Buffers:
         """A buffer of this size with anything in it, until nobody looks at it any more."""
         with self._lock:
             mine = self._all.get(count, [])
-            for place in range(len(mine)):
-                if _uses(mine, place) == UNUSED:
-                    return mine[place][:]
+            if (place := _first_free(mine)) is not None:
+                return mine[place][:]
             self._grown += 4 * count
             if self._grown >= SPARE // 4:
                 self._trim()
@@ -60,7 +72,7 @@ class _Buffers:
 
     def _trim(self) -> None:
         """Give MLX back what is free beyond `SPARE`."""
-        free = {size: self._free(buffers) for size, buffers in self._all.items()}
+        free = {size: _free(buffers) for size, buffers in self._all.items()}
         total = sum(4 * size * len(places) for size, places in free.items())
         while total > SPARE:
             # Those that will not fit first; then of the size of which there are most: of others all
@@ -70,9 +82,6 @@ class _Buffers:
             )
             self._all[size].pop(free[size].pop())
             total -= 4 * size
-
-    def _free(self, buffers: list[np.ndarray]) -> list[int]:
-        return [place for place in range(len(buffers)) if _uses(buffers, place) == UNUSED]
 
 
 _buffers = _Buffers()
