@@ -133,8 +133,8 @@ def _tell_less(parts: Parts, run: RunFolder | Nowhere, warn: Callable[[str], Non
     given = changes(parts.asked.plan, parts.plan)
     if "dequantise" in given:
         warn(
-            "to fit into memory the weights stay packed, with which a CPU takes many times as long; "
-            "a higher --memory-limit, or fewer programs beside it, would let them be unpacked"
+            "to fit into memory the weights stay packed, with which a CPU takes many times as "
+            "long; a higher --memory-limit would let them be unpacked"
         )
     less = {name: list(given[name]) for name in ("group_size", "max_completion_tokens")
             if name in given}  # fmt: skip

@@ -173,8 +173,16 @@ def everything() -> list[np.ndarray]:
     keys, values = (numbers(4, 2, 170, 32, seed=seed) for seed in (2, 3))
     attention = Attention(queries, keys, values, np.ones((4, 100), bool), 0.2)
     found = attention.forward()
+    layers = Linears(
+        numbers(500, 64), (slice(0, 500),), None, numbers(16, 64), numbers(500, 16), (None,)
+    )
     arrays = [
         times(numbers(3000, 64), x[:, :16]),
+        times(numbers(3000, 64), x[:, :1]),
+        times(numbers(700, 64), x),
+        times(x, numbers(30, 2000).T),
+        layers(x[:, :9])[0],
+        draw(numbers(9, 3000), np.full(9, 0.3, np.float32), 1.0)[1],
         norm(x),
         norm.back(x, slope.copy()),
         swiglu(gate, x),
