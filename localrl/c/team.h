@@ -1,8 +1,8 @@
 /* The team: one piece of work, done by several threads.
  *
- * A piece is cut into parts by its own size, never by the number of threads, so that results are the
- * same on any number. Threads take parts one by one: one whose processor is busy with another
- * program takes few. Who waits for others looks out for a moment, since the next piece follows soon,
+ * A piece is cut into parts of whole items, and what becomes of an item depends on nothing but itself,
+ * so that results are the same on any number of threads. These take parts one by one: one whose
+ * processor is busy with another program takes few. Who waits for others looks out for a moment, since the next piece follows soon,
  * and then sleeps: a processor that spins would keep a part's owner from being moved onto it.
  */
 #include <pthread.h>
@@ -12,7 +12,7 @@
 
 #include "steps.h"
 
-enum { MOST_HELPERS = 7, LOOKS = 400, PART = 1 << 14, TURN_SHIFT = 32 };
+enum { MOST_HELPERS = 7, LOOKS = 400, PART = 1 << 14, SHARES = 2, TURN_SHIFT = 32 };
 
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
@@ -138,6 +138,9 @@ static void await_parts(long parts)
 static void together(Work *work, const void *what, Size items, Size size)
 {
     Size each = size < PART ? PART / (size > 0 ? size : 1) : 1;
+    /* Items that follow each other are read ahead: no more parts than it takes to share them well. */
+    Size most = items / (SHARES * (team.wanted + 1));
+    each = each < most ? most : each;
     Size parts = items / each + (items % each != 0);
     if (parts < 2 || team.wanted < 1 || atomic_flag_test_and_set(&team.taken)) {
         if (items > 0) {
