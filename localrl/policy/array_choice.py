@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -129,12 +129,12 @@ def using(choice: Choice) -> Iterator[None]:
 def default() -> Choice:
     """The widest build, before anything is timed; or what the environment says.
 
-    Raises: ConfigError when that names none that there is.
+    Raises: ConfigError when that names a build that this processor cannot run.
     """
     wish = os.environ.get(VARIABLE, "")
-    builds = kernels.builds() if kernels is not None else []
-    if wish == "numpy" or (not builds and not wish):
+    if kernels is None or wish == "numpy":
         return NUMPY
+    builds = kernels.builds()
     if not wish:
         return Choice(builds[-1], COLUMNS)
     if not wish.isdigit() or int(wish) not in builds:
@@ -279,4 +279,5 @@ def _remember(sizes: Sizes, choice: Choice) -> None:
         pass
 
 
-use(default())
+with suppress(ConfigError):  # told when a model is opened
+    use(default())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from arrays import array_policy
 from waiting import DEADLINE_S
 
 from localrl.backend import kernels
@@ -121,6 +122,12 @@ def test_what_there_is_not_is_named(monkeypatch, wish):
     monkeypatch.setenv(VARIABLE, wish)
     with pytest.raises(ConfigError, match=f"{wish!r}; here it may be numpy or 16"):
         default()
+
+
+def test_a_model_is_not_opened_with_what_there_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, "8")
+    with pytest.raises(ConfigError, match="'8'; here it may be"):
+        array_policy(tmp_path / "model", "qwen3")
 
 
 def test_a_build_that_cannot_run_is_an_error():
