@@ -6,8 +6,9 @@
     python benchmarks/smollm2.py page                                 # from the results: seconds
 
 `tasks` measures pass@1 on the built-in tasks, `settings` tries training settings in short runs, and
-`runs` trains the example with three seeds. Each result is a line in benchmarks/smollm2/; what is
-there already is not measured again. `page` writes docs/smollm2.md's tables and its picture.
+`runs` trains the example's two tasks with three seeds. Each result is a line in
+benchmarks/smollm2/; what is there already is not measured again. `page` writes docs/smollm2.md's
+tables and its picture.
 """
 
 from __future__ import annotations
@@ -37,26 +38,30 @@ TASKS = (
 TEMPERATURES = (0.0, 0.7, 1.0)
 PROMPTS, TOKENS, TURNS = 64, 96, 4
 """Of the measurement of tasks."""
+FILES = ("train.toml", "sums.toml")
 SEEDS = (0, 1, 2)
 COMMON = {
     "rollout.temperature": 0.7,
     "rollout.group_size": 4,
-    "rollout.prompts_per_step": 8,
     "learning.lr": 3e-4,
     "learning.warmup_steps": 2,
+    "task.eval_temperature": 0,
+    "task.eval_prompts": 96,
+    "run.steps": 20,
+    "run.eval_every": 0,
 }
-"""Settings from which each trial differs in one thing."""
+"""Settings of short trials, from which each trial differs in one thing."""
+COMPLETIONS = {"train.toml": 32, "sums.toml": 64}
+"""In a step of a trial."""
 TRIALS: dict[str, dict[str, Any]] = {
-    "these": {},
+    "lr 3e-4, temperature 0.7, groups of 4": {},
     "lr 5e-5": {"learning.lr": 5e-5},
     "lr 1e-4": {"learning.lr": 1e-4},
     "lr 1e-3": {"learning.lr": 1e-3},
     "temperature 1": {"rollout.temperature": 1.0},
-    "2 of 16 prompts": {"rollout.group_size": 2, "rollout.prompts_per_step": 16},
-    "8 of 4 prompts": {"rollout.group_size": 8, "rollout.prompts_per_step": 4},
+    "groups of 2": {"rollout.group_size": 2},
+    "groups of 8": {"rollout.group_size": 8},
 }
-STEPS = 20
-"""Of a trial."""
 
 Result = dict[str, Any]
 
@@ -120,38 +125,47 @@ def measure_task(task: str, temperature: float) -> Result:
 
 
 def try_settings() -> None:
-    """Short runs of the example's task, each with one setting changed; all evaluated greedily."""
-    for name, changes in TRIALS.items():
-        once("settings", {"trial": name, "steps": STEPS}, lambda c=changes: trial(COMMON | c))
+    """Short runs of the example's tasks, each with one setting changed; all evaluated greedily."""
+    for file in FILES:
+        for name, changes in TRIALS.items():
+            key = {"file": file, "trial": name}
+            once("settings", key, lambda file=file, changes=changes: trial(file, COMMON | changes))
 
 
-def trial(settings: Result) -> Result:
+def trial(file: str, settings: Result) -> Result:
     """A short run and what it reached."""
+    prompts = COMPLETIONS[file] // settings["rollout.group_size"]
+    settings = settings | {"rollout.prompts_per_step": prompts}
+    words = [f"{key}={value}" for key, value in settings.items()]
     with TemporaryDirectory() as place:
         run = Path(place) / "run"
-        extra = {"run.steps": STEPS, "run.eval_every": 0, "task.eval_temperature": 0}
-        words = [f"{key}={value}" for key, value in (settings | extra).items()]
-        train(run, *(part for word in words for part in ("--set", word)))
+        train(file, run, *(part for word in words for part in ("--set", word)))
         return read_run(run)
 
 
 def train_seeds(machine: str) -> None:
-    """The example as its README runs it, and both sides measured greedily as well."""
-    for seed in SEEDS:
-        once("runs", {"seed": seed}, lambda seed=seed: train_seed(seed) | {"machine": machine})
+    """The example as its README runs it."""
+    for file in FILES:
+        for seed in SEEDS:
+            key = {"file": file, "seed": seed}
+            once("runs", key, lambda key=key: train_seed(**key) | {"machine": machine})
 
 
-def train_seed(seed: int) -> Result:
-    """One seed's run."""
+def train_seed(file: str, seed: int) -> Result:
+    """One seed's run, and both sides measured greedily as well."""
     with TemporaryDirectory() as place:
         run = Path(place) / "run"
         load, started = os.getloadavg()[0], time.monotonic()
-        said = train(run, "--seed", str(seed))
+        said = train(file, run, "--seed", str(seed))
         whole_s = time.monotonic() - started
         greedy = evaluation(str(run), "--temperature", "0")
-        samples = said[said.index("prompt ") :] if "prompt " in said else ""
-        found = {"whole_s": whole_s, "load_before": load, "greedy": greedy, "samples": samples}
-        return read_run(run) | found
+        samples = said.partition("prompt ")[1:]
+        return read_run(run) | {
+            "whole_s": whole_s,
+            "load_before": load,
+            "greedy": greedy,
+            "samples": "".join(samples).rpartition(" steps in ")[0].rpartition("\n")[0].strip(),
+        }
 
 
 def read_run(run: Path) -> Result:
@@ -183,9 +197,9 @@ def once(name: str, key: Result, measure: Callable[[], Result]) -> None:
     JsonLines(path).append(result)
 
 
-def train(run: Path, *words: str) -> str:
+def train(file: str, run: Path, *words: str) -> str:
     """Train the example in its folder; what was printed."""
-    return localrl("train", "train.toml", "--out", str(run), *words)
+    return localrl("train", file, "--out", str(run), *words)
 
 
 def evaluation(*words: str) -> Result:
