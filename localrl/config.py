@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from localrl.config_files import found_beside
 from localrl.errors import ConfigError
 
 ALIASES = {
@@ -263,7 +264,8 @@ class RunConfig:
 
         Raises: ConfigError for an unreadable file, an unknown key or a value out of range.
         """
-        given = {**(read_toml(Path(file)) if file else {}), **_canonical(settings or {})}
+        written = found_beside(read_toml(Path(file)), Path(file).parent) if file else {}
+        given = {**written, **_canonical(settings or {})}
         if given.get("model.path") is None:
             given = {**demonstration(given.get("task.name")), **given}
         config = cls()

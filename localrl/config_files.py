@@ -1,0 +1,35 @@
+"""Files that a configuration names: in the working directory, or else beside the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILES = ("model.path", "lora.adapter", "task.name")
+"""Settings that are a file or folder, or a name."""
+FUNCTIONS = ("task.rewards", "task.environment", "task.tools")
+"""Settings that name something in a file, as file.py:name; one or several."""
+
+
+def found_beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings, with the folder before each file that is only there.
+
+    The working directory comes first. So an example's configuration works from its own folder and
+    from any other.
+    """
+    found = dict(settings)
+    for key in (*FILES, *FUNCTIONS):
+        value = found.get(key)
+        if isinstance(value, str):
+            found[key] = _found(value, folder)
+        elif isinstance(value, list | tuple):
+            found[key] = [_found(v, folder) if isinstance(v, str) else v for v in value]
+    return found
+
+
+def _found(value: str, folder: Path) -> str:
+    file = value.partition(":")[0]
+    if not file or Path(file).exists() or not (folder / file).exists():
+        return value
+    return str(folder / file) + value[len(file) :]
