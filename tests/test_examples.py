@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -74,8 +75,10 @@ def test_smollm2_is_paid_for_facts_in_json_and_nothing_else():
         "[37]": 0.0,
         "": 0.0,
     }
-    completions = [[{"role": "assistant", "content": text}] for text in worth]
-    assert facts(completions=completions, answer=[gold] * len(worth)) == list(worth.values())
+    messages = [[{"role": "assistant", "content": text}] for text in worth]
+    for completions, answer in ((messages, gold), (list(worth), json.loads(gold))):
+        found = facts(completions=completions, answer=[answer] * len(worth))
+        assert found == list(worth.values())
 
 
 def test_gold_answers_that_are_json_objects_score_1(capfd):

@@ -6,12 +6,11 @@ import json
 def facts(completions, answer, **columns):
     """1 for the right JSON object and nothing else; the share of its facts where some are right.
 
-    completions: what the model wrote, as chat messages; answer: the right objects, as JSON.
+    completions: what the model wrote; answer: the right objects, or texts that hold them.
     An answer that a program could not read as it stands is worth 0: one in a code block, or with
     a sentence around it. A number must be one, and not a text with digits.
     """
-    texts = [completion[0]["content"] for completion in completions]
-    return [share(text, json.loads(gold)) for text, gold in zip(texts, answer, strict=True)]
+    return [share(text_of(c), object_of(a)) for c, a in zip(completions, answer, strict=True)]
 
 
 def share(text, gold):
@@ -29,3 +28,13 @@ def share(text, gold):
 def same(one, other):
     """Whether two values are the same, in type as well."""
     return type(one) is type(other) and one == other
+
+
+def text_of(completion):
+    """What the model wrote: a text where prompts are texts, else in a chat message."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def object_of(answer):
+    """The right object."""
+    return answer if isinstance(answer, dict) else json.loads(answer)
