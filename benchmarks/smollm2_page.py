@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +16,7 @@ PICTURE = PAGE.with_suffix(".png")
 EXAMPLE = HERE.parent / "examples" / "smollm2"
 MARK = "<!-- results -->\n"
 """What stands above it on the page is written by hand, and stays."""
+TITLES = {"train.toml": "Facts as JSON", "sums.toml": "Sums"}
 LAST = 5
 """Steps at the end of a trial whose mean reward is told."""
 
@@ -36,16 +37,20 @@ def read(name: str) -> list[Result]:
 def write_page() -> None:
     """Put the tables below the mark, and draw the picture."""
     runs = sorted(read("runs"), key=lambda run: run["seed"])
+    by_file = {file: [run for run in runs if run["file"] == file] for file in TITLES}
+    by_file = {file: some for file, some in by_file.items() if some}
     by_hand = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
-    parts = [
-        *("## Three seeds", runs_table(runs), f"![Reward and pass@1]({PICTURE.name})"),
-        f"Measured on: {runs[0]['machine']}. Made by `benchmarks/smollm2.py`.",
-        *("### Before and after", f"```\n{runs[0]['samples'].strip()}\n```"),
-        *("## Settings", settings_table(read("settings"))),
-        *("## The built-in tasks, before training", tasks_table(read("tasks"))),
-    ]
+    parts = ["## Three seeds", f"![Reward and pass@1 by step]({PICTURE.name})"]
+    for file, some in by_file.items():
+        parts += [f"### {TITLES[file]} (`{file}`)", runs_table(some)]
+        parts += [f"Seed {some[0]['seed']}, before and after:", f"```\n{some[0]['samples']}\n```"]
+    if trials := read("settings"):
+        parts += ["## Settings", *settings_tables(trials)]
+    if tasks := read("tasks"):
+        parts += ["## The built-in tasks, before training", tasks_table(tasks)]
+    parts += [f"Measured on: {runs[0]['machine']}. Made by `benchmarks/smollm2.py`."]
     PAGE.write_text(by_hand + MARK + "\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
-    draw(runs, PICTURE)
+    draw(by_file, PICTURE)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -83,19 +88,24 @@ def runs_table(runs: Sequence[Result]) -> str:
     return table(head, rows)
 
 
-def settings_table(trials: Sequence[Result]) -> str:
-    """One row for each trial."""
-    head = ["trial", f"reward, last {LAST} steps", "greedy pass@1 after", "s a step"]
-    rows = [
-        [
-            trial["trial"],
-            f"{mean(trial['reward'][-LAST:]):.2f}",
-            rate(trial["eval"]["adapter"]["pass@1"], trial["eval"]["adapter"]["ci95"]),
-            f"{mean(trial['step_s']):.1f}",
+def settings_tables(trials: Sequence[Result]) -> list[str]:
+    """For each task one row for each trial."""
+    head = ["trial", f"reward, last {LAST} steps", "greedy pass@1 after"]
+    parts = []
+    for file in dict.fromkeys(trial["file"] for trial in trials):
+        some = [trial for trial in trials if trial["file"] == file]
+        base = some[0]["eval"]["base"]
+        rows = [
+            [
+                trial["trial"],
+                f"{mean(trial['reward'][-LAST:]):.2f}",
+                rate(trial["eval"]["adapter"]["pass@1"], trial["eval"]["adapter"]["ci95"]),
+            ]
+            for trial in some
         ]
-        for trial in trials
-    ]
-    return table(head, rows)
+        before = f"{TITLES[file]}: greedy pass@1 before {rate(base['pass@1'], base['ci95'])}"
+        parts += [before, table(head, rows)]
+    return parts
 
 
 def tasks_table(found: Sequence[Result]) -> str:
@@ -121,26 +131,29 @@ def tasks_table(found: Sequence[Result]) -> str:
     return table(head, rows)
 
 
-def draw(runs: Sequence[Result], path: Path) -> None:
+def draw(by_file: Mapping[str, Sequence[Result]], path: Path) -> None:
     """The reward of each step, and pass@1 on held-out prompts with its intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for run in runs:
-        numbers = range(1, len(run["reward"]) + 1)
-        line = left.plot(numbers, run["reward"], label=f"seed {run['seed']}")[0]
-        points, n = run["evaluations"], run["eval"]["base"]["n"]
-        steps, rates = zip(*((p["step"], p["pass@1"]) for p in points), strict=True)
-        low, high = zip(*(wilson(round(share * n), n) for share in rates), strict=True)
-        right.plot(steps, rates, marker="o", markersize=3)
-        right.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-    left.set(xlabel="step", ylabel="mean reward of the step", ylim=(0, 1), title="Training")
-    right.set(xlabel="step", ylabel="pass@1", ylim=(0, 1), title="Held-out prompts")
-    left.legend(frameon=False, loc="lower right")
-    for axes in (left, right):
+    columns = len(by_file)
+    figure, [panels] = pyplot.subplots(
+        1, columns, figsize=(4.5 * columns, 3.4), squeeze=False, constrained_layout=True
+    )
+    for axes, (file, runs) in zip(panels, by_file.items(), strict=True):
+        for run in runs:
+            points, n = run["evaluations"], run["eval"]["base"]["n"]
+            steps, rates = zip(*((p["step"], p["pass@1"]) for p in points), strict=True)
+            low, high = zip(*(wilson(round(share * n), n) for share in rates), strict=True)
+            line = axes.plot(steps, rates, marker="o", ms=4, label=f"seed {run['seed']}")[0]
+            axes.fill_between(steps, low, high, alpha=0.12, color=line.get_color())
+            numbers = range(1, len(run["reward"]) + 1)
+            axes.plot(numbers, run["reward"], lw=0.8, alpha=0.5, color=line.get_color())
+        axes.set(xlabel="step", ylim=(0, 1), title=TITLES[file])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+    panels[0].set_ylabel("pass@1, held out (thick)\nreward of the step (thin)")
+    panels[0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
