@@ -134,15 +134,12 @@ def default() -> Choice:
     wish = os.environ.get(VARIABLE, "")
     if kernels is None or wish == "numpy":
         return NUMPY
-    builds = kernels.builds()
+    builds: list[int] = kernels.builds()
     if not wish:
         return Choice(builds[-1], COLUMNS)
-    if not wish.isdigit() or int(wish) not in builds:
-        raise ConfigError(
-            f"{VARIABLE} is {wish!r}; here it may be numpy"
-            + "".join(f" or {width}" for width in builds)
-            + ", or be left out."
-        )
+    if wish not in map(str, builds):
+        known = "".join(f" or {width}" for width in builds)
+        raise ConfigError(f"{VARIABLE} is {wish!r}; here it may be numpy{known}, or be left out.")
     return Choice(int(wish), COLUMNS)
 
 
