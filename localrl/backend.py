@@ -305,7 +305,7 @@ def _find_kernels() -> ModuleType | None:
         return None
 
 
-kernels = _find_kernels()
+kernels: ModuleType | None = _find_kernels()
 """Steps of a model in C, for Linux CPUs, and the team that shares products with them."""
 _library, _note = _prepare()
 if _library is None or _library.name != "numpy-openblas":
