@@ -31,7 +31,7 @@ UNEXPLAINED = 0.25
 """So is a share of a peak, above this, that the factors leave unexplained."""
 
 
-FORMULA = 4
+FORMULA = 5
 """Of `estimate`: one more when it changes, since factors on another mean nothing."""
 FACTORS = ("linear", "quadratic", "head")
 

@@ -87,7 +87,10 @@ def wanted(
     paths = rollout.prompts_per_step * rollout.completions  # more rows could not be made fewer
     rows = memory.decode_rows or paths
     micro_tokens = min(MICRO_TOKENS, KEPT_ON_CPU // kept) if kept else MICRO_TOKENS
-    micro_rows = memory.micro_rows or max(1, min(paths, int(micro_tokens / each)))
+    most = max(1, min(paths, int(micro_tokens / each)))
+    # Whole groups, as a pass takes them where they fit.
+    whole = most - most % rollout.completions or most
+    micro_rows = memory.micro_rows or whole
     chunk = min(LOGIT_BYTES // (4 * vocabulary), micro_rows * rollout.max_completion_tokens)
     return MemoryPlan(
         group_size=rollout.completions,
