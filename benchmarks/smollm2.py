@@ -203,8 +203,9 @@ def train(file: str, run: Path, *words: str) -> str:
 
 
 def evaluation(*words: str) -> Result:
-    """What `localrl eval` measured."""
-    return json.loads(localrl("eval", *words, "--json"))
+    """What `localrl eval` measured, without the places where things lay."""
+    found = json.loads(localrl("eval", *words, "--json"))
+    return {name: value for name, value in found.items() if name not in ("model", "adapter")}
 
 
 def localrl(*words: str) -> str:
