@@ -8,7 +8,7 @@ import pytest
 from waiting import DEADLINE_S
 
 from localrl import backend
-from localrl.backend import kernels
+from localrl.backend import kernels, mx
 from localrl.policy.array_attention import Attention
 from localrl.policy.array_choice import COLUMNS, NUMPY, Choice, using
 from localrl.policy.array_math import (
@@ -86,6 +86,15 @@ def test_layers_with_adapters(in_numpy, m, k, rank, n):
     layers = Linears(numbers(m, k, scale=1), places, bias, numbers(2 * rank, k, scale=1), up)
     x = numbers(k, n, seed=1, scale=1)
     check(lambda: layers(x), in_numpy, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [65, 100, 128, 129])
+def test_what_layers_with_adapters_make_of_a_pass_is_counted(n):
+    """It lies in MLX's memory, however it was multiplied: plans and limits are of that."""
+    layers = Linears(numbers(300, 96), (slice(0, 300),), None, numbers(4, 96), numbers(300, 4))
+    before = mx.get_active_memory()
+    [made] = layers(numbers(96, n))
+    assert mx.get_active_memory() - before >= made.nbytes
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 64, 1000, 49152, 200_001])
