@@ -16,15 +16,17 @@ from localrl.runs.logs import read_jsonl
 from localrl.sharing.adapters import read_adapter
 from localrl.train import train
 
-THIRD = "def third(completion_ids):\n    return [sum(ids) % 3 == 0 for ids in completion_ids]\n"
+VARIED = (
+    "def varied(completion_ids):\n    return [sum(ids) % 997 / 996 for ids in completion_ids]\n"
+)
 STORIES = ("a ship", "a king", "a dog", "a city", "a river", "a storm", "a thief", "a garden")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Prompts that call for long answers, and a reward that nearly every group is divided by."""
+    """Prompts that call for long answers, and a reward that every group is divided by."""
     place = tmp_path_factory.mktemp("task")
-    (place / "third.py").write_text(THIRD)
+    (place / "varied.py").write_text(VARIED)
     rows = [{"prompt": f"Tell me a long story about {what}."} for what in STORIES]
     (place / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return place
@@ -35,7 +37,7 @@ def config(folder, place, out, **changes):
         {
             "model.path": str(folder),
             "task.name": str(place / "stories.jsonl"),
-            "task.rewards": f"{place / 'third.py'}:third",
+            "task.rewards": f"{place / 'varied.py'}:varied",
             "task.eval_prompts": 0,
             "rollout.prompts_per_step": 4,
             "rollout.group_size": 4,
@@ -95,9 +97,9 @@ def test_the_plan_says_what_the_run_takes(trained):
 
 def test_under_a_limit_it_stays_below(trained, folder, place, tmp_path):
     gc.collect()
-    limit = int(1.1 * trained.peak_bytes) // 10**6  # a smaller one leaves the weights packed: slow
-    changes = {"run.steps": 1, "memory.limit": f"{limit}MB"}
+    limit = int(1.2 * trained.peak_bytes) // 10**6  # a smaller one leaves the weights packed: slow
+    changes = {"run.steps": 1, "memory.limit": f"{limit}MB", "memory.micro_rows": 16}
     result = train(config(folder, place, tmp_path / "run", **changes))
     assert result.peak_bytes <= limit * 10**6
-    assert result.plan.micro_rows < trained.plan.micro_rows
+    assert result.plan.micro_rows < 16
     assert (result.plan.group_size, result.plan.max_completion_tokens) == (4, 24)
