@@ -24,6 +24,7 @@ from typing import Literal
 
 __all__ = [
     "Backend",
+    "compute_on_cpu",
     "describe",
     "kernels",
     "mx",
@@ -114,6 +115,11 @@ def set_threads(n: int) -> int:
         return 1
     _library.set_threads(n)
     return _library.get_threads()
+
+
+def compute_on_cpu(wanted: bool) -> None:
+    """Let MLX compute on the CPU from now on, or on the device that it began with."""
+    mx.set_default_device(mx.Device(mx.cpu) if wanted else _first_device)
 
 
 def _device() -> Device:
@@ -313,6 +319,7 @@ if _library is None or _library.name != "numpy-openblas":
 
 import mlx.core as mx  # noqa: E402  (the BLAS must be in place first)
 
+_first_device = mx.default_device()
 if sys.platform == "linux" and mx.default_device().type == mx.cpu:
     # On the CPU mx.compile runs g++ for each new graph, which costs up to a minute at the start of
     # a run and saves less.

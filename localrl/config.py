@@ -49,6 +49,7 @@ STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
 PROMPT_ORDERS = ("shuffled", "thompson")
 FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
+ENGINES = ("auto", "mlx", "cpu")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """What `localrl.learning.objective` defines."""
 
@@ -87,6 +88,11 @@ class ModelConfig:
     )
     quantize: int = setting(0, "quantise it to 4 or 8 bits when it is loaded; 0: as it is stored")
     thinking: str = setting("auto", "switch a thinking model on or off", choices=THINKING)
+    engine: str = setting(
+        "auto",
+        "what computes it: MLX, or NumPy and C (cpu); auto: those where they can",
+        choices=ENGINES,
+    )
     base_id: str | None = setting(None, "the unquantised model's name on the Hub; unset: its card")
 
 

@@ -72,6 +72,8 @@ def open_session(
             _tell_less(parts, run, warn)
         if sandbox:
             run.event("code_rewards", sandbox=sandbox)
+        kernels = parts.policy.arrays and str(parts.policy.arrays.choice)
+        run.event("engine", name=parts.policy.engine, kernels=kernels)
         run.event("objective", **describe(config.learning, config.rollout.completions))
         session = Session(
             **vars(parts),

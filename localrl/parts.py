@@ -69,6 +69,7 @@ def settle(config: RunConfig) -> Settled:
 
     Raises: ConfigError, saying what cannot work; CheckpointError for a damaged adapter.
     """
+    backend.compute_on_cpu(config.model.engine == "cpu")
     rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
@@ -149,7 +150,7 @@ def open_parts(
         planned, plan = plan, plan or make_plan(config, asked)
         loaded = load(settled, tokenizer)
         policy = open_policy(settled, loaded, plan)
-        policy = check_batching(policy)
+        policy = check_batching(policy, config.model.engine, warn)
         fixed = planned is not None or bool(config.memory.pin)
         asked, plan = as_found(asked, plan, arrays=policy.arrays is not None, fixed=fixed)
         if environments is not None:

@@ -59,7 +59,7 @@ def ask(
 
     Raises: ConfigError when `memory.limit` cannot be what it is.
     """
-    on_cpu = machine.device == "cpu"
+    on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
     threads = backend.describe().threads if on_cpu else None
     plan = wanted(
         config,
@@ -67,7 +67,7 @@ def ask(
         on_cpu=on_cpu,
         threads=threads,
         prompt_tokens=prompts.tokens if prompts else None,
-        kept=kept_bytes(sizes) if on_cpu and fits(sizes, float_bytes=4, dense=True) else None,
+        kept=kept_bytes(sizes) if on_cpu and _in_arrays(config, sizes) else None,
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
@@ -238,4 +238,10 @@ def _job(
         lora_keys=lora.keys,
         float_bytes=4 if on_cpu else sizes.float_bytes,
         trains=trains,
+        arrays=False if config.model.engine == "mlx" else None,
     )
+
+
+def _in_arrays(config: RunConfig, sizes: Sizes) -> bool:
+    """Whether NumPy computes the model on a CPU, once its weights are dense."""
+    return config.model.engine != "mlx" and fits(sizes, float_bytes=4, dense=True)

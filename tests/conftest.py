@@ -35,6 +35,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module", params=["cpu", "mlx"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each `model.engine` in turn: whole loops run on both."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory):
     """A tiny policy whose adapters do something; tests must leave it as it is."""

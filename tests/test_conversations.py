@@ -62,8 +62,8 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_conversations_train_and_can_be_repeated(folder, tmp_path, strategy):
-    settings = STRATEGIES[strategy]
+def test_conversations_train_and_can_be_repeated(folder, tmp_path, strategy, engine):
+    settings = STRATEGIES[strategy] | {"model.engine": engine}
     first = run(folder, tmp_path / "a", **settings)
     second = run(folder, tmp_path / "b", **settings, **{"memory.decode_rows": 5})
     adapters = [r.folder / "adapter" / "adapters.safetensors" for r in (first, second)]

@@ -48,7 +48,7 @@ VARYING = ("time/", "memory/", "step_time")
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(tmp_path_factory, engine):
     """A run in which about a third of the completions that end by themselves are right."""
     folder = tmp_path_factory.mktemp("strategies")
     # One token in nine ends a completion: some end, some loop, some are cut off.
@@ -64,6 +64,7 @@ def start(tmp_path_factory):
             **settings,
             **third,
             "model.path": str(model),
+            "model.engine": engine,
             "run.out": str(folder / name),
             **changes,
         }
@@ -135,8 +136,8 @@ def tokens(groups, *, stale):
 
 
 @pytest.mark.parametrize("name", ["everything", "trees"])
-def test_every_file_tells_the_same(request, name):
-    folder = request.getfixturevalue(name)
+def test_every_file_tells_the_same(name, everything, trees):
+    folder = {"everything": everything, "trees": trees}[name]
     lines = list(read_jsonl(folder / "rollouts.jsonl"))
     sampled = updates = 0
     for line in metrics(folder):

@@ -86,16 +86,16 @@ def wait_for_steps(out: Path, count: int, processes):
     until(come, f"step {count}")
 
 
-def test_two_ranks_make_the_run_of_one(tiny_folder, tmp_path):
-    make_the_run_of_one(tiny_folder, tmp_path, "flat")
+def test_two_ranks_make_the_run_of_one(tiny_folder, tmp_path, engine):
+    make_the_run_of_one(tiny_folder, tmp_path, "flat", engine)
 
 
-def make_the_run_of_one(tiny_folder, tmp_path, parts):
+def make_the_run_of_one(tiny_folder, tmp_path, parts, engine="auto"):
     """Two ranks do, with these parts switched on."""
     places = [tmp_path / "here", tmp_path / "there"]
     for place in places:
         place.mkdir()
-    changes = PARTS[parts] | {"rollout.prompts_per_step": 4}
+    changes = PARTS[parts] | {"rollout.prompts_per_step": 4, "model.engine": engine}
     told = together.run(tmp_path, 2, command(tiny_folder, "run", **changes), places)
     alone(tmp_path, command(tiny_folder, "one", **changes))
     out, one = places[0] / "run", tmp_path / "one"

@@ -79,12 +79,13 @@ def outcome(out):
 
 
 @pytest.fixture(scope="module", params=PARTS)
-def whole(request, tiny_folder, tmp_path_factory):
+def whole(request, tiny_folder, tmp_path_factory, engine):
     """An uninterrupted run, and the beats that it has."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+    out, settings = tmp_path_factory.mktemp("whole") / "run", PARTS[request.param]
+    settings = settings | {"model.engine": engine}
     counter = StopAt(0)
-    train(config(tiny_folder, out, **PARTS[request.param]), pulse=counter)
-    return PARTS[request.param], outcome(out), -counter.left
+    train(config(tiny_folder, out, **settings), pulse=counter)
+    return settings, outcome(out), -counter.left
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from localrl import RunConfig, train
 from localrl.errors import ConfigError, DataError
@@ -32,8 +33,23 @@ def run(tiny_folder, out, **changes):
 
 
 @pytest.fixture(scope="module")
-def result(tiny_folder, tmp_path_factory):
-    return run(tiny_folder, tmp_path_factory.mktemp("runs") / "one", **{"run.eval_every": 2})
+def result(tiny_folder, tmp_path_factory, engine):
+    settings = {"run.eval_every": 2, "model.engine": engine}
+    return run(tiny_folder, tmp_path_factory.mktemp("runs") / "one", **settings)
+
+
+def test_the_engine_is_in_the_record(result, engine):
+    [event] = [e for e in read_jsonl(result.folder / "events.jsonl") if e["kind"] == "engine"]
+    assert event["name"] == engine
+    assert (event["kernels"] is None) == (engine == "mlx")
+    assert RunConfig.create(file=result.folder / "config.toml").model.engine == engine
+
+
+def test_an_engine_that_cannot_compute_the_model_is_refused(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", **tiny.FAMILIES["lfm2"])
+    with pytest.raises(ConfigError, match=r"model.engine is cpu, but .* \(another family\)"):
+        run(folder, tmp_path / "run", **{"model.engine": "cpu"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_run_folder_holds_everything(result):

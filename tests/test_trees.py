@@ -28,13 +28,14 @@ SETTINGS = {
 
 
 @pytest.fixture
-def run(tiny_folder, tmp_path):
+def run(tiny_folder, tmp_path, engine):
     """A run that rewards short completions."""
     short = {"task.rewards": f"{Path(__file__).parent / 'worker_functions.py'}:short"}
 
     def start(name="run", **changes):
-        settings = {**SETTINGS, "model.path": str(tiny_folder), "run.out": str(tmp_path / name)}
-        return train(RunConfig.create({**settings, **short, **changes})).folder
+        settings = {**SETTINGS, **short, "model.path": str(tiny_folder), "model.engine": engine}
+        settings["run.out"] = str(tmp_path / name)
+        return train(RunConfig.create({**settings, **changes})).folder
 
     return start
 

@@ -46,6 +46,11 @@ class Policy:
     arrays: ArrayModel | None = None
     """The model as NumPy computes it; None where MLX does all."""
 
+    @property
+    def engine(self) -> str:
+        """The name of what computes it, as `model.engine` has it."""
+        return "mlx" if self.arrays is None else "cpu"
+
     def prefill(self, tokens: np.ndarray, lengths: Sequence[int]) -> tuple[Any, Logits]:
         """Run right-padded prompts (P, L): a cache of P rows, and the logits (P, V) after each.
 

@@ -6,6 +6,8 @@ not hold that would sample from wrong distributions without an error.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +15,11 @@ import numpy as np
 
 from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
-from localrl.policy.array_model import ArrayModel
+from localrl.policy.array_model import ArrayModel, UnfitError
 from localrl.policy.model import Policy
 from localrl.policy.prefix import PrefixCache, fork_prompts, use_shared_prompts
+
+LOGGER = logging.getLogger(__name__)
 
 PROMPTS = ((5, 6, 7), (1, 2, 3, 4, 8, 9))
 """Token ids of the two prompts; every vocabulary has them."""
@@ -25,13 +29,16 @@ FORK = (0, 1, 1)
 """Rows of the batch that the three go on from."""
 
 
-def check_batching(policy: Policy) -> Policy:
+def check_batching(
+    policy: Policy, engine: str = "auto", warn: Callable[[str], None] = LOGGER.warning
+) -> Policy:
     """Compare padded and forked rows with plain ones; some 40 tokens through the model.
 
-    Returns the policy, which shares prompts, and on the CPU decodes in NumPy, where its family
-    computes the same so.
+    engine: `model.engine`; with "auto" a CPU computes in NumPy what it computes right there.
+    Returns the policy with its engine, which shares prompts where the family computes the same so.
 
-    Raises: ConfigError when the family cannot be decoded in batches, or gives other logits there.
+    Raises: ConfigError when the family cannot be decoded in batches, or gives other logits there;
+    and when the engine is to be the CPU's and does not compute this model.
     """
     policy = replace(policy, arrays=None)
     family = type(policy.model).__module__.rpartition(".")[2]
@@ -52,7 +59,24 @@ def check_batching(policy: Policy) -> Policy:
                 "train on wrong probabilities. Use another model."
             )
     policy = replace(policy, shares_prompts=_shares_prompts(policy, expected[1]))
-    return replace(policy, arrays=_arrays(policy, expected))
+    on_cpu = mx.default_device().type == mx.cpu
+    if engine == "mlx" or (engine == "auto" and not on_cpu):
+        return policy
+    try:
+        return replace(policy, arrays=_arrays(policy, expected))
+    except UnfitError as error:
+        why = str(error)
+    except ConfigError:  # of a setting that cannot be met
+        raise
+    except Exception as error:  # a family's module may be built otherwise than it was
+        why = f"{type(error).__name__}: {error}"
+        if engine == "auto":
+            warn(f"MLX computes this model, slower: NumPy cannot ({why}). Please report it.")
+    if engine == "cpu":
+        raise ConfigError(
+            f"model.engine is cpu, but NumPy cannot compute this model ({why}). Set it to auto."
+        )
+    return policy
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -107,20 +131,19 @@ def _shares_prompts(policy: Policy, expected: np.ndarray) -> bool:
     return bool(shared) and close and all(layer.attended for layer in shared)
 
 
-def _arrays(policy: Policy, expected: tuple[np.ndarray, np.ndarray]) -> ArrayModel | None:
-    """The model for NumPy, if it gives the logits of `_plain`, with copied and shared prompts."""
-    if mx.default_device().type != mx.cpu:
-        return None
-    try:
-        tried = replace(policy, arrays=ArrayModel(policy.model))
-        cache, first = _prefill(tried)
-        found = [(first, expected[0])]
-        for names in (None, range(len(PROMPTS))):
-            rows = tried.fork(cache, np.array(FORK), names)
-            found.append((tried.step(np.array(NEXT), rows), expected[1]))
-    except ConfigError:  # of a setting that cannot be met
-        raise
-    except Exception:  # unfit, or built otherwise than expected: MLX computes it
-        return None
-    close = all(difference(np.array(a), b) < tolerance(policy) for a, b in found)
-    return tried.arrays if close else None
+def _arrays(policy: Policy, expected: tuple[np.ndarray, np.ndarray]) -> ArrayModel:
+    """The model for NumPy, which gives the logits of `_plain`, with copied and shared prompts.
+
+    Raises: UnfitError for a model that it is not made for; ValueError when the logits differ.
+    """
+    tried = replace(policy, arrays=ArrayModel(policy.model))
+    cache, first = _prefill(tried)
+    found = [(first, expected[0])]
+    for names in (None, range(len(PROMPTS))):
+        rows = tried.fork(cache, np.array(FORK), names)
+        found.append((tried.step(np.array(NEXT), rows), expected[1]))
+    error = np.max([difference(np.array(a), b) for a, b in found])  # NaN stays NaN
+    if not error < tolerance(policy):
+        raise ValueError(f"its logits differ from MLX's, relative error {error:.2g}")
+    assert tried.arrays is not None
+    return tried.arrays

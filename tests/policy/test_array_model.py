@@ -13,6 +13,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.smollm3 import NoPE
 
 from localrl.backend import mx, nn
+from localrl.errors import ConfigError
 from localrl.policy import array_model
 from localrl.policy.array_decode import _rows_of as rows_of
 from localrl.policy.array_math import Norm, sigmoid, swiglu, swiglu_back
@@ -270,7 +271,26 @@ def test_sixteen_bits_are_left_to_mlx(tmp_path, kind):
 def test_a_model_that_computes_something_else_is_found(policy, monkeypatch):
     assert check_batching(policy).arrays is not None
     monkeypatch.setattr(array_model.Rotary, "turn", lambda self, x, tables: x)
-    assert check_batching(policy).arrays is None
+    told: list[str] = []
+    assert check_batching(policy, warn=told.append).arrays is None
+    assert "logits differ from MLX's" in told[0]
+    with pytest.raises(ConfigError, match=r"model.engine is cpu.*logits differ"):
+        check_batching(policy, "cpu")
+
+
+def test_a_failure_of_our_own_is_told(policy, monkeypatch):
+    monkeypatch.setattr(array_model.Rotary, "turn", lambda self, x, tables: x.nothing)
+    told: list[str] = []
+    assert check_batching(policy, warn=told.append).arrays is None
+    assert told == [
+        "MLX computes this model, slower: NumPy cannot (AttributeError: 'numpy.ndarray' object has "
+        "no attribute 'nothing'). Please report it."
+    ]
+
+
+def test_the_engine_may_be_chosen(policy):
+    assert check_batching(policy, "mlx").engine == "mlx"
+    assert check_batching(policy, "cpu").engine == "cpu"
 
 
 def test_a_policy_may_be_checked_again(tmp_path):
