@@ -9,11 +9,11 @@ HEADERS = ["steps.h", "team.h", "matmul.h", "build.h", "arithmetic.h", "columns.
 HEADERS += ["attention.h", "sampling.h"]
 # `optional` turns a missing compiler into a warning.
 extensions = [
-    Extension("localrl._blas", ["localrl/c/blas.c"], optional=True),
+    Extension("localrl._blas", ["localrl/engines/cpu/c/blas.c"], optional=True),
     Extension(
         "localrl._kernels",
-        [f"localrl/c/{name}" for name in SOURCES],
-        depends=[f"localrl/c/{name}" for name in HEADERS],
+        [f"localrl/engines/cpu/c/{name}" for name in SOURCES],
+        depends=[f"localrl/engines/cpu/c/{name}" for name in HEADERS],
         # With `-fmath-errno` or traps a loop with a root or a choice in it is not vectorised.
         extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
         extra_link_args=["-pthread"],

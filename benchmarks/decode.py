@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +27,8 @@ import numpy as np
 from localrl.backend import mx
 from localrl.bench import Opened, Wanted, decode_once, open_bench
 from localrl.bench_fit import Fit, fit
+from localrl.engines.mlx import decode
+from localrl.engines.mlx.network import open_network
 
 HERE = Path(__file__).resolve().parent
 PICTURE = HERE.parent / "docs" / "decode.png"
@@ -35,11 +36,12 @@ PICTURE = HERE.parent / "docs" / "decode.png"
 
 def bare(opened: Opened, rows: int) -> np.ndarray:
     """(tokens - 1,) seconds of each token after the first."""
-    policy = replace(opened.policy, arrays=None)
-    cache, logits = policy.prefill(np.array([opened.prompt]), [len(opened.prompt)])
-    for layer in cache:
-        layer.filter(mx.array([0] * rows))
-    tokens = mx.random.categorical(mx.repeat(logits, rows, axis=0))
+    policy = opened.policy
+    prefilled = decode.prefill(
+        open_network(policy.model), np.array([opened.prompt]), [len(opened.prompt)]
+    )
+    state = prefilled.fork(np.zeros(rows, int), None)
+    cache, tokens = state.cache, mx.random.categorical(state.next)
     mx.eval(tokens)
     marks = [time.perf_counter()]
     for _ in range(opened.wanted.tokens - 1):

@@ -22,8 +22,8 @@ from statistics import median
 from typing import Any
 
 from localrl.bench import Wanted, decode_once, make_batch, open_bench, sample
+from localrl.engines.cpu.kernel_choice import NUMPY, current, using
 from localrl.packaged import PACKAGED_MODELS, find_packaged
-from localrl.policy.array_choice import NUMPY, current, using
 
 HERE = Path(__file__).resolve().parent
 PROMPTS, ROWS, TOKENS, PAIRS = (20, 500), 8, 64, 12

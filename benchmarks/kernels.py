@@ -25,10 +25,10 @@ import numpy as np
 
 from localrl import backend
 from localrl.backend import kernels
-from localrl.policy.array_attention import Attention
-from localrl.policy.array_choice import NUMPY, Choice, Sizes, choose, using
-from localrl.policy.array_math import Linears, Norm, swiglu, swiglu_back, times
-from localrl.policy.array_sampling import draw
+from localrl.engines.cpu.attention import Attention
+from localrl.engines.cpu.kernel_choice import NUMPY, Choice, Sizes, choose, using
+from localrl.engines.cpu.math import Linears, Norm, swiglu, swiglu_back, times
+from localrl.engines.cpu.sampling import draw
 
 MODELS = {
     "0.8M": {"width": 128, "ffn": 384, "heads": 4, "kv_heads": 2, "head_dim": 32},

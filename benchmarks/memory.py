@@ -78,14 +78,15 @@ def measure(name: str) -> list[dict[str, Any]]:
     from mlx_lm.utils import _get_classes
 
     from localrl.config import RunConfig
+    from localrl.engines.choose import choose_engine
+    from localrl.engines.open import make_policy
     from localrl.learning.update import Updater
     from localrl.memory.limit import Limit
     from localrl.memory.machine import resident_bytes
     from localrl.memory.plan import Asked, wanted
     from localrl.memory.sizes import quantised, read_sizes
     from localrl.planning import _job
-    from localrl.policy.model import LoadedModel, make_policy
-    from localrl.policy.selfcheck import check_batching
+    from localrl.policy.model import LoadedModel
     from localrl.probing import measure as calibrate
 
     shape, bits = SHAPES[name]
@@ -104,7 +105,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         for_cpu=True,
         dense=not bits,  # type: ignore[arg-type]
     )
-    policy = check_batching(policy)
+    policy = choose_engine(policy)
     rows = []
     for run in QUANTISED if bits else RUNS:
         config = RunConfig.create(

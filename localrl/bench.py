@@ -20,6 +20,7 @@ from localrl.backend import mx
 from localrl.bench_fit import fit
 from localrl.bench_floor import measure_rates, needed
 from localrl.config import LearningConfig, RunConfig
+from localrl.engines.choose import choose_engine
 from localrl.errors import ConfigError
 from localrl.learning.credit import Credit, assign_credit
 from localrl.learning.selection import Selection, select
@@ -29,7 +30,6 @@ from localrl.planning import make_plan
 from localrl.policy.forest_packing import Layout
 from localrl.policy.model import Policy, read_shape
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
-from localrl.policy.selfcheck import check_batching
 from localrl.records import Batch, Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.batch import TreeRequest
 from localrl.rollouts.decode import Decoder
@@ -69,6 +69,8 @@ class Opened:
     left_out: tuple[str, ...]
     """What it does not, in words."""
     prompt: tuple[int, ...]
+    width: int
+    """Of the states between layers."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,10 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
     config = _config(model, quantize, wanted)
     settled = settle(config)
     plan = make_plan(config, ask_for(settled, trains=True))
-    policy = check_batching(open_policy(settled, load(settled), plan))
+    policy = choose_engine(open_policy(settled, load(settled), plan))
     endless = replace(policy, tokenizer=replace(policy.tokenizer, end_ids=frozenset()))
     draws = np.random.default_rng(0)
-    most = read_shape(settled.model_folder).vocabulary
+    shape = read_shape(settled.model_folder)
     wanted, left_out = _allowed(wanted, plan)
     return Opened(
         config,
@@ -128,7 +130,8 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
         Updater(policy, LearningConfig(lr=1e-9), temperature=1.0),
         wanted,
         left_out,
-        tuple(int(token) for token in draws.integers(0, most, wanted.prompt_tokens)),
+        tuple(int(token) for token in draws.integers(0, shape.vocabulary, wanted.prompt_tokens)),
+        shape.width,
     )
 
 
@@ -150,7 +153,7 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
         "format": 1,
         "machine": {**asdict(machine), "cores": os.cpu_count(), "load": load_average},
         "rates": asdict(speeds) if speeds else None,
-        "kernels": str(opened.policy.arrays.choice) if opened.policy.arrays else None,
+        "kernels": str(kernels) if (kernels := opened.policy.engine.kernels) else None,
         "versions": package_versions(PACKAGES),
         "model": {
             "path": opened.config.model.path,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.policy.array_math import times
+from localrl.engines.cpu.math import times
 from localrl.policy.model import Policy
 
 MATRIX = (32768, 1024)
@@ -59,15 +59,9 @@ def measure_rates() -> Rates:
 
 
 def needed(policy: Policy) -> Needed | None:
-    """What a token of this model needs; None where MLX computes it."""
-    if policy.arrays is None:
-        return None
-    weights = policy.arrays.read()
-    layers = [weights.head]
-    for block in weights.blocks:
-        layers += [block.queries_keys_values, block.output, block.gate_up, block.down]
-    numbers = sum(layer.weight.size for layer in layers)
-    return Needed(4 * numbers, 2 * numbers)
+    """What a token of this model needs; None where its engine does not say."""
+    numbers = policy.engine.decode_numbers()
+    return None if numbers is None else Needed(4 * numbers, 2 * numbers)
 
 
 def _least(work: Callable[[], object]) -> float:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -29,15 +29,12 @@ from localrl.bench import (
     seconds,
 )
 from localrl.learning.update import global_norm
-from localrl.policy.array_scoring import ChunkedHead
-from localrl.policy.model import Logits, Policy
+from localrl.policy.engine import Engine
 from localrl.policy.packing import MicroBatch
-from localrl.policy.scoring import head_logprobs, token_logprobs
 from localrl.records import Batch, Group
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.scoring import Scorer
-from localrl.rollouts.batch import take
-from localrl.rollouts.decode import Decoder, draw
+from localrl.rollouts.decode import Decoder
 from localrl.runs.logs import GroupRecord, JsonLines, rollout_line
 from localrl.runs.metrics import rollout_metrics
 from localrl.worker import Worker
@@ -113,40 +110,55 @@ def _rollout(opened: Opened, scorer: Scorer) -> list[Stage]:
 
 def _decode(opened: Opened) -> tuple[float, float, float]:
     """Seconds of building the graphs of all decode calls, of computing them, and of all."""
-    watched = _Watched(opened.endless)
-    whole_s = float(decode_once(opened, opened.plan.group_size, cast(Policy, watched)).sum())
-    return watched.build_s, watched.compute_s, whole_s
+    times = _Times()
+    engine = cast(Engine, _Watched(opened.endless.engine, times))
+    whole_s = float(
+        decode_once(opened, opened.plan.group_size, replace(opened.endless, engine=engine)).sum()
+    )
+    if opened.endless.engine.name == "cpu":  # computed at once, without a graph
+        return 0.0, times.begin_s + times.wait_s, whole_s
+    return times.begin_s, times.wait_s, whole_s
+
+
+@dataclass
+class _Times:
+    begin_s: float = 0.0
+    wait_s: float = 0.0
 
 
 class _Watched:
-    """A policy whose decode calls are timed, and made to finish."""
+    """An engine, its prefilled prompts, or rows whose steps are timed and made to finish."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self.build_s = self.compute_s = 0.0
+    def __init__(self, inner: Any, times: _Times) -> None:
+        self._inner, self._times = inner, times
 
-    def step(self, tokens: np.ndarray, cache: Sequence[Any]) -> Logits:
+    def prefill(self, *args: Any) -> _Watched:
+        return _Watched(self._inner.prefill(*args), self._times)
+
+    def fork(self, *args: Any) -> _Watched:
+        return _Watched(self._inner.fork(*args), self._times)
+
+    def step(self, tokens: np.ndarray) -> None:
         start = time.perf_counter()
-        logits = self._policy.step(tokens, cache)
-        built = time.perf_counter()
-        if isinstance(logits, np.ndarray):  # computed at once, without a graph
-            self.compute_s += built - start
-            return logits
-        mx.eval(logits, [layer.state for layer in cache])
-        self.build_s += built - start
-        self.compute_s += time.perf_counter() - built
-        return logits
+        self._inner.step(tokens)
+        begun = time.perf_counter()
+        self._inner.wait()
+        self._times.begin_s += begun - start
+        self._times.wait_s += time.perf_counter() - begun
+
+    def __len__(self) -> int:
+        return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._policy, name)
+        return getattr(self._inner, name)
 
 
 def _draw_s(opened: Opened) -> float:
     """Seconds of drawing one token for every row."""
-    _, logits = Decoder(opened.endless, 1.0, 1).prefill([opened.prompt])
-    logits = take(logits, np.zeros(opened.plan.group_size, int))
-    coins = np.random.default_rng(0).random(len(logits), np.float32)
-    times = [seconds(lambda: mx.eval(*draw(logits, coins, 1.0))) for _ in range(20)]
+    prefilled = Decoder(opened.endless, 1.0, 1).prefill([opened.prompt])
+    state = prefilled.fork(np.zeros(opened.plan.group_size, int), None)
+    coins = np.random.default_rng(0).random(len(state), np.float32)
+    times = [seconds(lambda: state.sample(coins, 1.0)) for _ in range(20)]
     return median(times)
 
 
@@ -177,29 +189,24 @@ def _update(opened: Opened) -> list[Stage]:
 
 def _forward(opened: Opened, micros: list[MicroBatch]) -> None:
     for micro in micros:
-        mx.eval(
-            token_logprobs(opened.policy, micro, temperature=1.0, head_chunk=opened.plan.head_chunk)
-        )
+        chunk = opened.plan.head_chunk
+        mx.eval(opened.policy.engine.token_logprobs(micro, temperature=1.0, head_chunk=chunk))
 
 
 def _head_s(opened: Opened, micros: list[MicroBatch]) -> float:
     """Seconds of the head's forward; 0 where it cannot be told from the body."""
-    policy, chunk = opened.policy, opened.plan.head_chunk
-    head, hidden = policy.head, policy.hidden
-    if head is None or hidden is None:
+    engine, chunk = opened.policy.engine, opened.plan.head_chunk
+    if not engine.splits_head:
         return 0.0
-    width = hidden(mx.array([[1]])).shape[-1]
-    work = [(mx.random.normal((len(micro.sources), width)), micro.targets) for micro in micros]
-    mx.eval([states for states, _ in work])
-
-    weights = policy.arrays.read() if policy.arrays is not None else None
+    draws = np.random.default_rng(0)
+    work = [
+        (draws.standard_normal((len(m.sources), opened.width), np.float32), m.targets)
+        for m in micros
+    ]
 
     def score() -> None:
         for states, targets in work:
-            if weights is not None:
-                ChunkedHead(weights, targets, 1.0, chunk).logprobs(np.array(states).T)
-            else:
-                mx.eval(head_logprobs(head, states, mx.array(targets), 1.0, chunk))
+            engine.head_logprobs(states, targets, temperature=1.0, chunk=chunk)
 
     return seconds(score)
 

@@ -23,18 +23,19 @@ from localrl.doctor_machine import (
     memory_rows,
     pair_rows,
 )
+from localrl.engines.choose import choose_engine
+from localrl.engines.cpu.kernel_choice import Sizes as ArraySizes
+from localrl.engines.cpu.kernel_choice import choose
+from localrl.engines.cpu.memory import fits
+from localrl.engines.open import make_policy
 from localrl.errors import LocalRLError
-from localrl.memory.array_estimate import fits
 from localrl.memory.machine import read_machine
 from localrl.memory.sizes import read_sizes
 from localrl.packaged import PACKAGED_MODELS, PackagedModel, find_packaged
-from localrl.policy.array_choice import Sizes as ArraySizes
-from localrl.policy.array_choice import choose
 from localrl.policy.folder import WEIGHTS, check_folder
 from localrl.policy.loading import find_model
-from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
+from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
 from localrl.policy.scoring import forest_agrees
-from localrl.policy.selfcheck import check_batching
 from localrl.records import Batch, BatchNode
 from localrl.rewards.code import check_code_rewards
 from localrl.runs.folder import package_versions
@@ -94,7 +95,7 @@ def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -
     except LocalRLError as error:
         yield Row("model", "fail", str(error), "see docs/models.md")
         return
-    yield _checked("batches", lambda: check_batching(policy), "padded and forked rows are right")
+    yield _checked("batches", lambda: choose_engine(policy), "padded and forked rows are right")
     yield _head(policy)
     yield _shared(policy)
     yield from _template(loaded)
@@ -208,7 +209,7 @@ def _policy(loaded: LoadedModel) -> Policy:
 
 
 def _head(policy: Policy) -> Row:
-    if policy.hidden is not None:
+    if policy.engine.splits_head:
         return Row("head", "ok", "body and head apart: logits only where a token is trained")
     text = "body and head cannot be told apart: all logits are made, which takes more memory"
     return Row("head", "warn", text, "keep rollout.max_completion_tokens and memory.micro_rows low")

@@ -15,12 +15,12 @@ import numpy as np
 from localrl import backend
 from localrl.backend import mx
 from localrl.embedded import embedded_model_path
+from localrl.engines.open import make_policy
 from localrl.errors import LocalRLError
 from localrl.memory.limit import memory_limit, show
 from localrl.memory.machine import Machine
-from localrl.policy.model import Policy, load_model, make_policy
-from localrl.rollouts.batch import take
-from localrl.rollouts.decode import Decoder, draw
+from localrl.policy.model import Policy, load_model
+from localrl.rollouts.decode import Decoder
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -184,14 +184,10 @@ def _embedded_policy() -> Policy:
 def _decode_rate(policy: Policy, rows: int, tokens: int) -> float:
     """Tokens per second of so many rows together; all go on to the end, whatever they say."""
     decoder = Decoder(policy, 1.0, rows)
-    cache, logits = decoder.prefill([DECODE_PROMPT])
-    sources = np.zeros(rows, int)
-    cache, logits = policy.fork(cache, sources, None), take(logits, sources)
+    state = decoder.prefill([DECODE_PROMPT]).fork(np.zeros(rows, int), None)
     coins = np.random.default_rng(0).random((tokens, rows), np.float32)
     start = time.perf_counter()
     for step in range(tokens):
-        drawn, logprobs, entropies = draw(logits, coins[step], 1.0)
-        mx.eval(drawn, logprobs, entropies)
-        logits = policy.step(np.array(drawn), cache)
-    mx.eval(logits)
+        state.step(state.sample(coins[step], 1.0).tokens)
+    state.wait()
     return rows * tokens / (time.perf_counter() - start)

@@ -72,8 +72,9 @@ def open_session(
             _tell_less(parts, run, warn)
         if sandbox:
             run.event("code_rewards", sandbox=sandbox)
-        kernels = parts.policy.arrays and str(parts.policy.arrays.choice)
-        run.event("engine", name=parts.policy.engine, kernels=kernels)
+        engine = parts.policy.engine
+        kernels = None if engine.kernels is None else str(engine.kernels)
+        run.event("engine", name=engine.name, kernels=kernels)
         run.event("objective", **describe(config.learning, config.rollout.completions))
         session = Session(
             **vars(parts),

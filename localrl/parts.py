@@ -13,6 +13,8 @@ from localrl import backend
 from localrl.backend import mx
 from localrl.checks import check
 from localrl.config import RunConfig
+from localrl.engines.choose import choose_engine
+from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
@@ -20,11 +22,9 @@ from localrl.memory.machine import read_machine
 from localrl.memory.plan import Asked, PromptLength, cache_bytes
 from localrl.memory.sizes import Sizes
 from localrl.planning import as_found, ask, make_plan, shape_of, sizes_of, worth_measuring
-from localrl.policy.checkpointing import can_checkpoint
 from localrl.policy.loading import find_model
-from localrl.policy.model import LoadedModel, Policy, load_model, make_policy, read_shape
+from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
 from localrl.policy.scoring import group_logprobs
-from localrl.policy.selfcheck import check_batching
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.probing import calibrated
 from localrl.prompt_lengths import measure
@@ -150,13 +150,13 @@ def open_parts(
         planned, plan = plan, plan or make_plan(config, asked)
         loaded = load(settled, tokenizer)
         policy = open_policy(settled, loaded, plan)
-        policy = check_batching(policy, config.model.engine, warn)
+        policy = choose_engine(policy, config.model.engine, warn)
         fixed = planned is not None or bool(config.memory.pin)
-        asked, plan = as_found(asked, plan, arrays=policy.arrays is not None, fixed=fixed)
+        asked, plan = as_found(asked, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
         updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
-        may_checkpoint = trains and (policy.arrays is not None or can_checkpoint(policy))
+        may_checkpoint = trains and policy.engine.can_recompute()
         asked = replace(asked, may_checkpoint=may_checkpoint)
         if trains and planned is None and worth_measuring(config, plan):
             plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)

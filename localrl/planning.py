@@ -12,12 +12,12 @@ from pathlib import Path
 from localrl import backend
 from localrl.config import RunConfig
 from localrl.embedded import EMBEDDED_MODEL
+from localrl.engines.memory import BY_NAME, engines_for
 from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf
 from localrl.memory.adapting import for_longer
-from localrl.memory.array_estimate import fits, kept_bytes
 from localrl.memory.calibration import key_of, recall
-from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, in_arrays
+from localrl.memory.estimate import PRIORS, Coefficients, EngineMemory, Estimate, Job
 from localrl.memory.known import find_known
 from localrl.memory.limit import memory_limit
 from localrl.memory.machine import Machine
@@ -61,13 +61,16 @@ def ask(
     """
     on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
     threads = backend.describe().threads if on_cpu else None
+    float_bytes = 4 if on_cpu else sizes.float_bytes
+    engines = engines_for(config.model.engine)
+    engine = next(e for e in engines if e.computes(sizes, float_bytes, dense=True))
     plan = wanted(
         config,
         vocabulary=sizes.vocabulary,
         on_cpu=on_cpu,
         threads=threads,
         prompt_tokens=prompts.tokens if prompts else None,
-        kept=kept_bytes(sizes) if on_cpu and _in_arrays(config, sizes) else None,
+        kept=engine.kept_bytes(sizes),
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
@@ -161,17 +164,19 @@ def worth_measuring(config: RunConfig, plan: MemoryPlan) -> bool:
 
 
 def as_found(
-    asked: Asked, plan: MemoryPlan, *, arrays: bool, fixed: bool
+    asked: Asked, plan: MemoryPlan, *, engine: str, fixed: bool
 ) -> tuple[Asked, MemoryPlan]:
-    """Both, now that it is known whether NumPy computes the model. fixed: the plan stays.
+    """Both, now that the model's engine is known. fixed: the plan stays.
 
     Raises: MemoryBudgetError when MLX has to, and not even the fewest rows fit so.
     """
-    jobs = {size: replace(job, arrays=arrays) for size, job in asked.jobs.items()}
+    known: tuple[EngineMemory, ...] = (BY_NAME[engine],)
+    jobs = {size: replace(job, engines=known) for size, job in asked.jobs.items()}
     found = replace(asked, jobs=jobs)
     if fixed or asked.limit.bytes is None:
         return found, plan
-    if in_arrays(asked.sizes, asked.jobs[plan.group_size], plan) == arrays:
+    expected = asked.jobs[plan.group_size].engine(asked.sizes, dense=plan.dequantise)
+    if expected.name == engine:
         return found, plan
     return found, refit(found, plan, PRIORS)
 
@@ -238,10 +243,5 @@ def _job(
         lora_keys=lora.keys,
         float_bytes=4 if on_cpu else sizes.float_bytes,
         trains=trains,
-        arrays=False if config.model.engine == "mlx" else None,
+        engines=engines_for(config.model.engine),
     )
-
-
-def _in_arrays(config: RunConfig, sizes: Sizes) -> bool:
-    """Whether NumPy computes the model on a CPU, once its weights are dense."""
-    return config.model.engine != "mlx" and fits(sizes, float_bytes=4, dense=True)

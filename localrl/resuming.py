@@ -20,12 +20,11 @@ import numpy as np
 
 from localrl.backend import mx, tree_flatten, tree_unflatten
 from localrl.config import RunConfig, keys
+from localrl.engines.cpu.kernel_choice import Choice
 from localrl.errors import CheckpointError, ConfigError
 from localrl.evaluate import Evaluation, Shown
 from localrl.learning.tracker import Known, Tracker
 from localrl.memory.adapting import Watch, smaller
-from localrl.policy import array_choice
-from localrl.policy.array_choice import Choice
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
@@ -119,7 +118,7 @@ def take(session: Session, step: int) -> State:
         "updates": updater.updates,
         "skipped": updater.skipped,
         "shared": updater.shared,
-        "kernels": array_choice.current() if session.policy.arrays is not None else None,
+        "kernels": session.policy.engine.kernels,
     }
     flat: Any = {
         ADAPTER: tree_flatten(session.policy.model.trainable_parameters()),
@@ -193,18 +192,17 @@ def put(state: State, session: Session) -> None:
     _compute_as(values.get("kernels"), session)
 
 
-def _compute_as(choice: Choice | None, session: Session) -> None:
+def _compute_as(kernels: Choice | None, session: Session) -> None:
     """Go on with the same steps in C, which other ones differ from in rounding; say where not."""
-    now = array_choice.current()
-    arrays = session.policy.arrays is not None
-    if choice is None or not arrays or (choice.bytes, choice.columns) == (now.bytes, now.columns):
+    engine = session.policy.engine
+    if kernels is None or engine.kernels is None:
         return
     try:
-        array_choice.use(choice)
+        engine.use_kernels(kernels)
     except ConfigError as error:
         session.progress.warn(
-            f"{error} The run goes on with {now}: its numbers differ in their last digits from "
-            "those of the machine that it began on."
+            f"{error} The run goes on with {engine.kernels}: its numbers differ in their last "
+            "digits from those of the machine that it began on."
         )
 
 

@@ -14,7 +14,8 @@ from check_steps import count_parameters, load_float, percent, table
 import numpy as np
 from talks import CALL_RATE, HEED_RATE
 
-from localrl.policy.model import Policy, load_model, make_policy
+from localrl.engines.open import make_policy
+from localrl.policy.model import Policy, load_model
 from localrl.records import Example
 from localrl.rewards.accuracy import accuracy_reward
 from localrl.rollouts.batch import TreeRequest

@@ -11,9 +11,12 @@ import pytest
 import tiny
 
 from localrl.backend import mx, tree_flatten
-from localrl.policy import array_attention, array_levels, array_room
-from localrl.policy.model import Policy, load_model, make_policy
-from localrl.policy.selfcheck import check_batching
+from localrl.engines.choose import choose_engine
+from localrl.engines.cpu import attention, buffers, levels
+from localrl.engines.mlx.engine import MLXEngine
+from localrl.engines.mlx.network import open_network
+from localrl.engines.open import make_policy
+from localrl.policy.model import Policy, load_model
 
 NAMES = ("qwen3", "llama", "qwen2", "smollm3")
 
@@ -34,14 +37,14 @@ def array_policy(folder: Path, name: str, **options: Any) -> Policy:
         if "norm" in path
     ]
     policy.model.load_weights(norms, strict=False)
-    policy = check_batching(policy)
-    assert policy.arrays is not None
+    policy = choose_engine(policy)
+    assert policy.engine.name == "cpu"
     return policy
 
 
 def in_mlx(policy: Policy) -> Policy:
     """The same one, computed by MLX."""
-    return replace(policy, arrays=None)
+    return replace(policy, engine=MLXEngine(open_network(policy.model)))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +53,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(shape: tuple[int, ...]) -> np.ndarray:
         return np.full(shape, np.nan, np.float32)
 
-    modules = (array_attention, array_levels, array_room)
+    modules = (attention, levels, buffers)
     for module in modules:
         monkeypatch.setattr(module, "room", spoilt)

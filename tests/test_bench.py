@@ -65,7 +65,8 @@ def test_weights_are_counted_as_they_were_before_quantising(tmp_path, bits):
 
 
 def test_a_packed_model_is_counted_alike(tmp_path):
-    from localrl.policy.model import load_model, make_policy
+    from localrl.engines.open import make_policy
+    from localrl.policy.model import load_model
 
     loaded = load_model(tiny.make_folder(tmp_path / "model"))
     policy = make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=True, dense=False)

@@ -15,15 +15,17 @@ from arrays import array_policy
 
 from localrl.backend import mx
 from localrl.config import LearningConfig
+from localrl.engines.choose import choose_engine
+from localrl.engines.cpu import merged
+from localrl.engines.cpu.math import Linears
+from localrl.engines.cpu.weights import Weights
+from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.credit import assign_credit
 from localrl.learning.selection import select
 from localrl.learning.update import DRIFT_TOKENS, Updater
 from localrl.memory.plan import wanted
-from localrl.policy import array_merged, prefix
-from localrl.policy.array_math import Linears
-from localrl.policy.array_weights import Weights
-from localrl.policy.selfcheck import check_batching
 from localrl.records import Example, ScoredGroup
+from localrl.rollouts import decode
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 
@@ -63,7 +65,8 @@ def endless(policy):
     """Without an end token; the head is looked up when it is called, so that it can be counted."""
     tokenizer = replace(policy.tokenizer, end_ids=frozenset())
     embedding = policy.model.model.embed_tokens
-    return replace(policy, tokenizer=tokenizer, head=lambda states: embedding.as_linear(states))
+    network = replace(policy.engine.network, head=lambda states: embedding.as_linear(states))
+    return replace(policy, tokenizer=tokenizer, engine=MLXEngine(network))
 
 
 def rollout(policy, prompts=1):
@@ -182,7 +185,7 @@ class Columns:
         self._places = {}
         for counted, block in zip(self.blocks, policy.model.layers, strict=True):
             self._places[self._address(block.self_attn.q_proj.linear.weight)] = counted
-        call, merge = Linears.__call__, array_merged._merge
+        call, merge = Linears.__call__, merged._merge
         logits = Weights.logits
 
         def count(linears, x):
@@ -207,7 +210,7 @@ class Columns:
 
         monkeypatch.setattr(Linears, "__call__", count)
         monkeypatch.setattr(Weights, "logits", count_head)
-        monkeypatch.setattr(array_merged, "_merge", count_too)
+        monkeypatch.setattr(merged, "_merge", count_too)
         monkeypatch.setattr(type(policy.model.model), "__call__", refuse)
 
     def _address(self, array: mx.array) -> int:
@@ -222,8 +225,8 @@ class Columns:
 
 @pytest.fixture
 def arrays(endless):
-    checked = check_batching(endless)
-    assert checked.arrays is not None
+    checked = choose_engine(endless)
+    assert checked.engine.name == "cpu"
     return checked
 
 
@@ -231,7 +234,7 @@ def arrays(endless):
 def test_a_rollout_of_arrays_is_one_prefill_and_a_step_for_each_further_token(
     arrays, monkeypatch, shared_positions
 ):
-    monkeypatch.setattr(prefix, "SHARED_POSITIONS", shared_positions)
+    monkeypatch.setattr(decode, "SHARED_POSITIONS", shared_positions)
     columns = Columns(monkeypatch, arrays)
     groups, counts = rollout(arrays)
     assert [len(completion) for completion in groups[0].completions()] == [S] * G
@@ -241,7 +244,7 @@ def test_a_rollout_of_arrays_is_one_prefill_and_a_step_for_each_further_token(
 
 
 def test_rows_of_arrays_that_have_ended_do_not_come_back(policy, monkeypatch):
-    policy = check_batching(policy)
+    policy = choose_engine(policy)
     columns = Columns(monkeypatch, policy)
     groups, _ = rollout(policy, prompts=4)
     lengths = np.array([len(c) for group in groups for c in group.completions()])

@@ -141,7 +141,8 @@ def make_tiny_policy(
     folder: Path, *, rank: int = 4, seed: int = 0, trained: bool = True, **changes: Any
 ) -> Any:
     """A policy on a tiny model, with adapters that do something unless `trained` is False."""
-    from localrl.policy.model import load_model, make_policy
+    from localrl.engines.open import make_policy
+    from localrl.policy.model import load_model
 
     loaded = load_model(make_folder(folder, **changes))
     policy = make_policy(loaded, rank=rank, scale=2.0, seed=seed, for_cpu=True, dense=True)

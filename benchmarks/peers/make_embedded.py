@@ -16,7 +16,8 @@ from pathlib import Path
 from localrl.backend import mx, tree_flatten
 from localrl.config import RunConfig
 from localrl.embedded import embedded_model_path
-from localrl.policy.model import load_model, make_policy
+from localrl.engines.open import make_policy
+from localrl.policy.model import load_model
 from localrl.tasks.builtin import load_task
 
 

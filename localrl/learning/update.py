@@ -20,7 +20,7 @@ from localrl.learning.sharing import share_of
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
-from localrl.policy.scoring import forest_agrees, token_logprobs
+from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
 from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import Batch, MemoryPlan, StepStats
@@ -156,8 +156,7 @@ class Updater:
         if not batch.nodes:  # another rank has it all
             return iter(())
         if self.shared is None:
-            # In NumPy forests and rows are one code; a family of MLX may not know forests.
-            self.shared = self.policy.arrays is not None or forest_agrees(
+            self.shared = forest_agrees(
                 self.policy, batch, temperature=self.temperature, head_chunk=plan.head_chunk
             )
             if not self.shared:
@@ -171,8 +170,7 @@ class Updater:
     def _loss(
         self, micro: MicroBatch, reference: mx.array | None, plan: MemoryPlan
     ) -> tuple[mx.array, ObjectiveSums]:
-        logprobs = token_logprobs(
-            self.policy,
+        logprobs = self.policy.engine.token_logprobs(
             micro,
             temperature=self.temperature,
             head_chunk=plan.head_chunk,
@@ -199,8 +197,8 @@ class Updater:
         return logprobs
 
     def _logprobs(self, micro: MicroBatch, head_chunk: int) -> mx.array:
-        return token_logprobs(
-            self.policy, micro, temperature=self.temperature, head_chunk=head_chunk
+        return self.policy.engine.token_logprobs(
+            micro, temperature=self.temperature, head_chunk=head_chunk
         )
 
     def _apply(self, batch: Batch, plan: MemoryPlan) -> StepStats:

@@ -17,8 +17,7 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.cache import cache_folder
-from localrl.memory.array_estimate import attends_in_c
-from localrl.memory.estimate import Coefficients, Estimate, Job, in_arrays
+from localrl.memory.estimate import Coefficients, Estimate, Job
 from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
 
@@ -68,7 +67,7 @@ def key_of(sizes: Sizes, job: Job, plan: MemoryPlan) -> str:
     shape = asdict(replace(sizes, stored_bytes=None))
     adapters = [job.rank, job.lora_layers, sorted(job.lora_keys), job.float_bytes]
     device = mx.device_info().get("architecture", "")
-    formula = [FORMULA, in_arrays(sizes, job, plan), attends_in_c(sizes.head_dim)]
+    formula = [FORMULA, *job.engine(sizes, dense=plan.dequantise).key(sizes)]
     text = json.dumps([shape, adapters, version("mlx"), str(mx.default_device()), device, formula])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -5,32 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from localrl.backend import mx
 from localrl.errors import LocalRLError
 from localrl.keys import keyed_uniforms
-from localrl.policy.model import Logits
+from localrl.policy.engine import DecodeState
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import FinishReason, Leaf, Node
 from localrl.rollouts.stops import Early, Tails
 
 End = Literal["stop", "length", "fork"] | Early
 """Why a segment ended."""
-
-
-def take(logits: Logits, rows: np.ndarray) -> Logits:
-    """These rows."""
-    return logits[rows] if isinstance(logits, np.ndarray) else logits[mx.array(rows)]
-
-
-def join(one: Logits, two: Logits) -> Logits:
-    """Rows of both."""
-    if isinstance(one, np.ndarray):
-        return np.concatenate([one, two])
-    return mx.concatenate([one, mx.array(two)])
 
 
 @dataclass(frozen=True)
@@ -90,10 +77,9 @@ def end_leaf(node: int, ids: Sequence[int], reason: FinishReason, tokenizer: Tok
 
 @dataclass(eq=False)
 class Rows:
-    """The rows being decoded: which segment each is writing, its next logits, the shared cache."""
+    """The rows being decoded: which segment each is writing, and what computes its next token."""
 
-    cache: list[Any]
-    logits: Logits  # (B, V)
+    state: DecodeState
     segments: np.ndarray  # (B,) index of the segment being written
     lengths: np.ndarray  # (B,) tokens on the path so far
     alive: np.ndarray  # (B,) bool; a finished row may ride along for a while
@@ -104,9 +90,7 @@ class Rows:
 
     def take(self, keep: np.ndarray) -> None:
         """Keep these rows only; an index that repeats forks its row."""
-        for layer in self.cache:
-            layer.filter(mx.array(keep))
-        self.logits = take(self.logits, keep)
+        self.state.select(keep)
         self.segments, self.lengths = self.segments[keep], self.lengths[keep]
         self.alive = self.alive[keep]
         if self.tails is not None:
@@ -114,9 +98,7 @@ class Rows:
 
     def extend(self, other: Rows) -> None:
         """Add the rows of another batch."""
-        for layer, more in zip(self.cache, other.cache, strict=True):
-            layer.extend(more)
-        self.logits = join(self.logits, other.logits)
+        self.state.extend(other.state)
         self.segments = np.concatenate([self.segments, other.segments])
         self.lengths = np.concatenate([self.lengths, other.lengths])
         self.alive = np.concatenate([self.alive, other.alive])

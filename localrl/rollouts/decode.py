@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from localrl.backend import mx
 from localrl.errors import ConfigError
-from localrl.policy import array_sampling
-from localrl.policy.model import Logits, Policy
-from localrl.policy.prefix import pays
-from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest, take
+from localrl.policy.engine import Prefilled
+from localrl.policy.model import Policy
+from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest
 from localrl.rollouts.stops import Stops
 
 CHILDREN = 2
 """Rows that a fork makes of one."""
+SHARED_POSITIONS = 1024
+"""Prompts are stored once where copies of them would have so many positions more. Below, the
+further operations of a step take longer than the reading of the copies."""
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Decoder:
 
     policy: Policy
     temperature: float
-    """0 takes the likeliest token each time: see `draw`."""
+    """0 takes the likeliest token each time: see `DecodeState.sample`."""
     rows: int
     """The most sequences decoded at once."""
     counts: DecodeCounts = field(default_factory=DecodeCounts)
@@ -136,9 +137,8 @@ class Decoder:
 
     def _fork(self, live: Rows, ledger: Ledger, rule: ForkRule) -> None:
         """Let the rule's choice of rows become two each; finished rows leave on the way."""
-        entropies = entropy(live.logits, self.temperature)
-        mx.eval(entropies)
-        chosen = rule.choose(_view(live, ledger, np.array(entropies))) & live.alive
+        entropies = live.state.entropies(self.temperature)
+        chosen = rule.choose(_view(live, ledger, entropies)) & live.alive
         if not chosen.any():
             return
         keep = np.flatnonzero(live.alive)
@@ -155,11 +155,9 @@ class Decoder:
     def _draw(self, live: Rows, ledger: Ledger) -> np.ndarray:
         """Draw the next token of every row, and write down those of living rows."""
         uniforms = ledger.uniforms(live) if self.temperature else None
-        tokens, logprobs, entropies = draw(live.logits, uniforms, self.temperature)
-        mx.eval(tokens, logprobs, entropies)
-        drawn = np.array(tokens)
-        ledger.write(live, drawn, np.array(logprobs), np.array(entropies))
-        return drawn
+        drawn = live.state.sample(uniforms, self.temperature)
+        ledger.write(live, *drawn)
+        return drawn.tokens
 
     def _forward(self, live: Rows, tokens: np.ndarray) -> Rows | None:
         """Feed the tokens just drawn, which gives the next logits; None when no row is left.
@@ -174,22 +172,22 @@ class Decoder:
             keep = np.flatnonzero(live.alive)
             live.take(keep)
             tokens = tokens[keep]
-        live.logits = self.policy.step(tokens, live.cache)
+        live.state.step(tokens)
         self.counts.forward_calls += 1
         self.counts.decode_positions += len(live)
         return live
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Logits]:
-        """One forward over all prompts: a cache of as many rows, and their next logits (P, V)."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
+        """One forward pass over all prompts."""
         self.beat()
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)] = prompt
-        cache, logits = self.policy.prefill(tokens, lengths)
+        prefilled = self.policy.engine.prefill(tokens, lengths)
         self.counts.forward_calls += 1
         self.counts.prefill_positions += sum(lengths)
-        return cache, logits
+        return prefilled
 
 
 class _Waiting:
@@ -199,16 +197,15 @@ class _Waiting:
         self._decoder = decoder
         self._prompts = prompts
         self._ledger = ledger
-        self._shares = decoder.policy.shares_prompts and pays(
+        self._shares = decoder.policy.engine.shares_prompts and sharing_pays_off(
             [len(prompts[r.prompt]) * (r.leaves - 1) for r in ledger.requests],
             decoder.rows / max(sum(r.leaves for r in ledger.requests), 1),
         )
         self._queue = deque(
             (tree, n) for tree, request in enumerate(ledger.requests) for n in range(request.roots)
         )
-        self._prefilled: dict[int, int] = {}  # prompt -> row of the caches below
-        self._cache: Any = []
-        self._logits: Logits = mx.array([])
+        self._places: dict[int, int] = {}  # prompt -> its place among those prefilled last
+        self._prefilled: Prefilled | None = None
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -220,24 +217,22 @@ class _Waiting:
         """
         if not self._queue or not self._fits(rows):
             return None
-        if self._prompt(0) not in self._prefilled:
-            self._prefill(rows - self._ledger.committed())
+        if self._prefilled is None or self._prompt(0) not in self._places:
+            self._prefilled = self._prefill(rows - self._ledger.committed())
         segments: list[int] = []
         sources: list[int] = []
-        while self._queue and self._prompt(0) in self._prefilled and self._fits(rows):
-            sources.append(self._prefilled[self._prompt(0)])
+        while self._queue and self._prompt(0) in self._places and self._fits(rows):
+            sources.append(self._places[self._prompt(0)])
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
-        names = list(self._prefilled) if self._shares else None
-        cache = self._decoder.policy.fork(self._cache, np.array(sources), names)
-        logits = take(self._logits, np.array(sources))
+        shared = list(self._places) if self._shares else None
+        state = self._prefilled.fork(np.array(sources), shared)
         if not self._queue:  # nobody goes on from them any more
-            self._cache, self._logits = [], np.zeros(0)
+            self._prefilled = None
         count = len(segments)
         stops = self._decoder.stops
         before = [self._ledger.request(segment).before for segment in segments]
         return Rows(
-            cache,
-            logits,
+            state,
             np.array(segments),
             np.zeros(count, int),
             np.ones(count, bool),
@@ -256,13 +251,22 @@ class _Waiting:
     def _prompt(self, place: int) -> int:
         return self._ledger.requests[self._queue[place][0]].prompt
 
-    def _prefill(self, free: int) -> None:
+    def _prefill(self, free: int) -> Prefilled:
         """Prefill the prompts of as many waiting roots as there are free rows, or the first few."""
         count = min(max(free, 1), len(self._queue))
         wanted = list(dict.fromkeys(self._prompt(i) for i in range(count)))
         wanted = wanted[: self._decoder.prefill_rows or None]
-        self._prefilled = {prompt: row for row, prompt in enumerate(wanted)}
-        self._cache, self._logits = self._decoder.prefill([self._prompts[p] for p in wanted])
+        self._places = {prompt: place for place, prompt in enumerate(wanted)}
+        return self._decoder.prefill([self._prompts[p] for p in wanted])
+
+
+def sharing_pays_off(copies: Sequence[int], share: float) -> bool:
+    """Whether storing prompts once saves more time than it costs.
+
+    copies: positions of each request's further copies of its prompt; share: the part of all rows
+    that is decoded at once, above 1 where there is more room.
+    """
+    return sum(copies) * min(share, 1) >= SHARED_POSITIONS
 
 
 def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
@@ -280,45 +284,3 @@ def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
         alive=live.alive,
         expected=np.array([r.expected_tokens for r in ledger.requests], np.float64)[trees],
     )
-
-
-def draw(
-    logits: Logits, uniforms: np.ndarray | None, temperature: float
-) -> tuple[Logits, Logits, Logits]:
-    """One token per row, in float32: by inverting the cumulative distribution, or the likeliest.
-
-    logits (B, V), uniforms (B,) in (0, 1); None at temperature 0, where nothing is drawn. Returns
-    tokens, their log-probabilities and the entropy of the whole distribution, each (B,). One
-    exponential serves all three. At temperature 0 both are those of the model's own distribution,
-    at temperature 1: of the likeliest token alone there is nothing to tell.
-    """
-    if isinstance(logits, np.ndarray):
-        return array_sampling.draw(logits, uniforms, temperature)
-    shifted, weights, total = _weigh(logits, temperature or 1.0)
-    if uniforms is None:
-        tokens = mx.argmax(shifted, axis=-1)
-    else:
-        cumulative = mx.cumsum(weights, axis=-1)
-        # The first entry above the mark: a token of weight 0 is never it.
-        mark = (mx.array(uniforms, dtype=mx.float32) * cumulative[:, -1])[:, None]
-        tokens = mx.argmax(cumulative > mark, axis=-1)
-    log_total = mx.log(total)
-    logprobs = mx.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - log_total
-    return tokens, logprobs, log_total - (weights * shifted).sum(axis=-1) / total
-
-
-def entropy(logits: Logits, temperature: float) -> Logits:
-    """Entropy (B,) in nats of each row's next-token distribution; see `draw` for temperature 0."""
-    if isinstance(logits, np.ndarray):
-        return array_sampling.entropy(logits, temperature)
-    shifted, weights, total = _weigh(logits, temperature or 1.0)
-    return mx.log(total) - (weights * shifted).sum(axis=-1) / total
-
-
-def _weigh(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
-    logits = logits.astype(mx.float32) / temperature
-    # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
-    shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
-    weights = mx.exp(shifted)
-    return shifted, weights, weights.sum(axis=-1)

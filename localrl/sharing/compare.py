@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from localrl.backend import mx
-from localrl.policy.model import load_model, make_policy
+from localrl.engines.open import make_policy
+from localrl.policy.model import load_model
 from localrl.policy.precision import to_float32
 from localrl.sharing.adapters import Adapter
 

@@ -20,11 +20,12 @@ from written import TOKENS, write_model
 
 from localrl.backend import mx
 from localrl.cli.export import export
+from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.gguf.convert import as_folder
 from localrl.gguf.reader import read_gguf
 from localrl.policy.lora import LoRALinear
-from localrl.policy.model import load_model, make_policy
+from localrl.policy.model import load_model
 from localrl.policy.precision import dequantise, to_float32
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.sharing.adapters import adapter_of, write_adapter

@@ -12,6 +12,8 @@ from steps import LMAX, TEMPERATURE, plain_logprobs, plan, relative_difference, 
 
 from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
+from localrl.engines.mlx.engine import MLXEngine
+from localrl.engines.mlx.network import Network
 from localrl.errors import LocalRLError
 from localrl.learning import update
 from localrl.learning.credit import assign_credit, token_coefficients
@@ -96,7 +98,7 @@ def test_a_model_that_hides_its_states_gets_the_same_gradient(policy):
     batch = make_batch(groups())
     config = LearningConfig(clip_low=1.0, clip_high=100.0)
     split, _ = Updater(policy, config, TEMPERATURE).gradient(batch, plan())
-    hidden = replace(policy, hidden=None, head=None)
+    hidden = replace(policy, engine=MLXEngine(Network(policy.model)))
     whole, _ = Updater(hidden, config, TEMPERATURE).gradient(batch, plan())
     assert relative_difference(split, whole) < 1e-5
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 
 from localrl.backend import mx
+from localrl.engines.mlx.decode import CACHE_STEP, prefill
+from localrl.engines.mlx.network import open_network
 from localrl.memory.sizes import FULL, NONE, Sizes, kv_bytes, parameters, read_sizes
-from localrl.policy.model import CACHE_STEP, Policy, split_head
 from localrl.policy.precision import to_float32
 
 FAMILIES = {
@@ -27,8 +29,8 @@ def caches(name, prompt, tokens):
     model_class, arguments = _get_classes(config_of(name))
     model = model_class(arguments.from_dict(config_of(name)))
     to_float32(model)
-    policy = Policy(model, None, [], *split_head(model))  # type: ignore[arg-type]
-    cache, _ = policy.prefill(mx.ones((2, prompt), dtype=mx.int32), [prompt, prompt - 1])
+    tokens_of_two = np.ones((2, prompt), np.int32)
+    cache = prefill(open_network(model), tokens_of_two, [prompt, prompt - 1]).cache
     counts = [sum(layer.nbytes for layer in cache)]
     for _ in range(tokens):
         model(mx.ones((2, 1), dtype=mx.int32), cache=cache)

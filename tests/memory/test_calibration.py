@@ -14,6 +14,7 @@ import tiny
 
 from localrl.backend import tree_flatten
 from localrl.config import LearningConfig, RunConfig
+from localrl.engines.memory import BY_NAME
 from localrl.learning.update import Updater
 from localrl.memory import calibration
 from localrl.memory.calibration import Probe, key_of, recall, remember, solve, store
@@ -315,7 +316,10 @@ def test_calibrating_anew_may_change_group_and_length(learner, tmp_path, monkeyp
 def test_constants_of_another_formula_are_not_taken(monkeypatch):
     made = wish(read_sizes(tiny.CONFIG))
     job = made.jobs[made.plan.group_size]
-    keys = {key_of(made.sizes, replace(job, arrays=found), made.plan) for found in (True, False)}
+    keys = {
+        key_of(made.sizes, replace(job, engines=(engine,)), made.plan)
+        for engine in BY_NAME.values()
+    }
     assert key_of(made.sizes, job, made.plan) in keys  # as its sizes let expect
     monkeypatch.setattr(calibration, "FORMULA", -1)
     assert key_of(made.sizes, job, made.plan) not in keys
@@ -327,8 +331,8 @@ def test_a_model_that_mlx_has_to_compute_gets_another_plan():
     limit = made.needed(made.estimate(made.plan).peak)
     made = replace(made, limit=replace(made.limit, bytes=limit))
     plan = fit(made)
-    assert as_found(made, plan, arrays=True, fixed=False)[1] == plan
-    assert as_found(made, plan, arrays=False, fixed=True)[1] == plan
-    asked, found = as_found(made, plan, arrays=False, fixed=False)
+    assert as_found(made, plan, engine="cpu", fixed=False)[1] == plan
+    assert as_found(made, plan, engine="mlx", fixed=True)[1] == plan
+    asked, found = as_found(made, plan, engine="mlx", fixed=False)
     assert found.micro_rows < plan.micro_rows
     assert asked.estimate(found).peak <= limit < asked.estimate(plan).peak

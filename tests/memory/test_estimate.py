@@ -13,22 +13,24 @@ import tiny
 
 from localrl.backend import mx
 from localrl.config import LearningConfig
+from localrl.engines.cpu import attention
+from localrl.engines.cpu import memory as cpu_memory
+from localrl.engines.cpu.memory import fits
+from localrl.engines.memory import engines_for
+from localrl.engines.mlx.memory import head_bytes
+from localrl.engines.open import make_policy
 from localrl.learning.update import Updater
-from localrl.memory import array_estimate
-from localrl.memory.array_estimate import fits
 from localrl.memory.estimate import (
     OTHER,
     Coefficients,
     Job,
     estimate,
-    head_bytes,
     paths_at_once,
     told,
 )
 from localrl.memory.sizes import FULL, NONE, read_sizes
 from localrl.planning import sizes_of
-from localrl.policy import array_attention, array_model, array_room
-from localrl.policy.model import load_model, make_policy
+from localrl.policy.model import load_model
 from localrl.records import MemoryPlan
 
 CONFIG = {
@@ -53,6 +55,7 @@ JOB = Job(
     lora_layers=0,
     lora_keys=(),
     float_bytes=4,
+    engines=engines_for("auto"),
 )
 TREE = replace(JOB, forks=True)
 PLAN = MemoryPlan(
@@ -189,7 +192,7 @@ def test_recomputing_blocks_takes_less(job):
 
 
 def test_in_numpy_scores_are_of_one_part_of_the_queries(monkeypatch):
-    monkeypatch.setattr(array_estimate, "kernels", None)
+    monkeypatch.setattr(attention, "kernels", None)
     rows = {"head_chunk": 1, "micro_rows": 1}
     linear, scores = lengths("linear", **rows), lengths("quadratic", **rows)
     assert all(abs(d) <= 4 for d in differences(differences(linear)[4:]))
@@ -198,36 +201,31 @@ def test_in_numpy_scores_are_of_one_part_of_the_queries(monkeypatch):
 
 
 def test_in_c_there_are_hardly_any_scores(monkeypatch):
-    monkeypatch.setattr(array_estimate, "kernels", SimpleNamespace())
+    monkeypatch.setattr(attention, "kernels", SimpleNamespace())
     assert lengths("quadratic") == [0] * 6
-    assert all(array_estimate.attends_in_c(size) == (size % 16 == 0) for size in (8, 16, 24, 128))
-    monkeypatch.setattr(array_estimate, "kernels", None)
+    assert all(attention.attends_in_c(size) == (size % 16 == 0) for size in (8, 16, 24, 128))
+    monkeypatch.setattr(attention, "kernels", None)
     assert min(lengths("quadratic")) > 0
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 32])
 def test_where_attention_is_in_c_is_known(head_dim):
     states, hidden = np.zeros((1, 1, 1, 4, head_dim), np.float32), np.ones((1, 0), bool)
-    attention = array_attention.Attention(states, states[:, 0], states[:, 0], hidden, 1.0)
-    assert (attention._steps is not None) == array_estimate.attends_in_c(head_dim)
+    heads = attention.Attention(states, states[:, 0], states[:, 0], hidden, 1.0)
+    assert (heads._steps is not None) == attention.attends_in_c(head_dim)
 
 
 def test_buffers_in_wait_are_at_most_the_work_of_a_block(monkeypatch):
     one = replace(PLAN, micro_rows=1, max_completion_tokens=64, head_chunk=1)
     many = replace(PLAN, max_completion_tokens=4096, head_chunk=1)
     found = [estimate(SIZES, JOB, plan).linear for plan in (one, many)]
-    monkeypatch.setattr(array_estimate, "SPARE", 0)
+    monkeypatch.setattr(cpu_memory, "SPARE", 0)
     without = [estimate(SIZES, JOB, plan).linear for plan in (one, many)]
     assert 0 < found[0] - without[0] < without[0]
     assert found[1] - without[1] == 16 << 20
 
 
 def test_numpy_computes_what_it_can():
-    assert array_estimate.FAMILIES == array_model.FAMILIES
-    assert (array_estimate.QUERIES, array_estimate.SCORES) == (
-        array_attention.QUERIES, array_attention.SCORES,
-    )  # fmt: skip
-    assert array_estimate.SPARE == array_room.SPARE
     four = {"quantization": {"bits": 4, "group_size": 64}}
     assert fits(SIZES, float_bytes=4, dense=False)
     assert not fits(SIZES, float_bytes=2, dense=True)
@@ -271,7 +269,7 @@ def test_a_chunk_bounds_the_logits():
 
 @pytest.mark.parametrize("part", ["linear", "quadratic", "head"])
 def test_measured_factors_scale_their_parts_alone(part, monkeypatch):
-    monkeypatch.setattr(array_estimate, "kernels", None)  # in C there are no scores
+    monkeypatch.setattr(attention, "kernels", None)  # in C there are no scores
     wide = replace(PLAN, head_chunk=10**6)
     vast = replace(SIZES, vocabulary=10**6)
     plain = vars(estimate(vast, JOB, wide))

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from localrl.config import RunConfig
+from localrl.engines.memory import engines_for
+from localrl.engines.mlx.memory import HEAD_MOST
 from localrl.errors import MemoryBudgetError
-from localrl.memory.estimate import HEAD_MOST, OTHER, PRIORS, Coefficients, Estimate, Job
+from localrl.memory.estimate import OTHER, PRIORS, Coefficients, Estimate, Job
 from localrl.memory.known import find_known
 from localrl.memory.limit import Limit, parse_limit
 from localrl.memory.machine import Machine, mac
@@ -132,7 +134,10 @@ def by_hand(room: float, *, dense=False, may_checkpoint=True, tree=False, **cost
         want(), group_size=8, decode_rows=16, prefill_rows=16, micro_rows=8, head_chunk=32,
         max_completion_tokens=64, dequantise=dense,
     )  # fmt: skip
-    jobs = {n: Job(2, 0, n, tree, False, 4, 0, (), 4) for n in ((8, 4, 2) if tree else (8,))}
+    engines = engines_for("auto")
+    jobs = {
+        n: Job(2, 0, n, tree, False, 4, 0, (), 4, engines) for n in ((8, 4, 2) if tree else (8,))
+    }
     limit = Limit(round(room * MIB / PRIOR_SHARE) + 1, "a test", from_machine=False)
     return ByHand(plan, read_sizes(CONFIG), jobs, limit, may_checkpoint, **costs)
 

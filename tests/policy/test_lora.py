@@ -5,8 +5,9 @@ import pytest
 import tiny
 
 from localrl.backend import mx, tree_flatten
+from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
-from localrl.policy.model import load_model, make_policy
+from localrl.policy.model import load_model
 
 
 def logits(model):

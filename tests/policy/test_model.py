@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from localrl.backend import mx, nn
+from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
-from localrl.policy.model import load_model, make_policy, read_shape
+from localrl.policy.model import load_model, read_shape
 from localrl.policy.precision import dense_bytes
 
 

@@ -12,15 +12,18 @@ from forests import forest, scored
 
 from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
+from localrl.engines import choose
+from localrl.engines.choose import choose_engine
+from localrl.engines.mlx.engine import MLXEngine
+from localrl.engines.mlx.logprobs import gather_logprobs, head_logprobs
+from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import make_objective
 from localrl.learning.selection import select
 from localrl.learning.update import Updater, global_norm
-from localrl.policy import selfcheck
-from localrl.policy.model import load_model, make_policy
-from localrl.policy.scoring import forest_agrees, gather_logprobs, head_logprobs
-from localrl.policy.selfcheck import check_batching
+from localrl.policy.model import load_model
+from localrl.policy.scoring import forest_agrees
 from localrl.records import MemoryPlan
 
 LEARNING = LearningConfig(clip_low=1.0, clip_high=100.0)
@@ -90,16 +93,17 @@ def batch():
 
 
 def test_padded_prompts_and_forked_rows_are_those_of_single_ones(policy):
-    check_batching(policy)
+    choose_engine(policy)
 
 
 def test_the_chunked_head_gives_the_logprobs_of_whole_logits(policy):
-    assert policy.hidden is not None
-    assert policy.head is not None
+    network = policy.engine.network
+    assert network.hidden is not None
+    assert network.head is not None
     tokens = mx.array([[1, 7, 30, 4, 4, 12, 9, 2, 60, 11]])
     whole = gather_logprobs(policy.model(tokens)[0, :-1], tokens[0, 1:], 0.7)
-    states = policy.hidden(tokens)[0, :-1]
-    parts = head_logprobs(policy.head, states, tokens[0, 1:], 0.7, 4)
+    states = network.hidden(tokens)[0, :-1]
+    parts = head_logprobs(network.head, states, tokens[0, 1:], 0.7, 4)
     np.testing.assert_allclose(np.array(parts), np.array(whole), atol=1e-4)
 
 
@@ -123,31 +127,31 @@ def test_every_adapter_learns_through_quantised_weights(policy):
 def test_a_family_that_batches_wrongly_is_refused(tmp_path, name):
     policy = tiny.make_tiny_policy(tmp_path / name, **WRONG[name])
     with pytest.raises(ConfigError, match=rf"family {name}.*Use another model"):
-        check_batching(policy)
+        choose_engine(policy)
 
 
 def test_a_cache_that_forgets_its_padding_is_found(policy, monkeypatch):
-    prefill = type(policy).prefill
+    prefill = MLXEngine.prefill
 
     def careless(self, tokens, lengths):
         return prefill(self, tokens, [tokens.shape[1]] * len(lengths))
 
-    monkeypatch.setattr(type(policy), "prefill", careless)
+    monkeypatch.setattr(MLXEngine, "prefill", careless)
     with pytest.raises(ConfigError, match="padded prompts"):
-        check_batching(policy)
+        choose_engine(policy)
 
 
 def test_a_fork_of_the_wrong_row_is_found(policy, monkeypatch):
-    monkeypatch.setattr(selfcheck, "FORK", (0, 1, 1))
-    expected = selfcheck._plain(policy)
-    monkeypatch.setattr(selfcheck, "_plain", lambda policy: expected)
-    monkeypatch.setattr(selfcheck, "FORK", (0, 1, 0))
+    monkeypatch.setattr(choose, "FORK", (0, 1, 1))
+    expected = choose._plain(policy.model)
+    monkeypatch.setattr(choose, "_plain", lambda model: expected)
+    monkeypatch.setattr(choose, "FORK", (0, 1, 0))
     with pytest.raises(ConfigError, match="forked rows"):
-        check_batching(policy)
+        choose_engine(policy)
 
 
 def test_logits_that_are_no_numbers_are_found(policy, monkeypatch):
     nothing = np.full((2, 64), np.nan), np.full((3, 64), np.nan)
-    monkeypatch.setattr(selfcheck, "_batched", lambda policy: nothing)
+    monkeypatch.setattr(choose, "_batched", lambda engine, prompts: nothing)
     with pytest.raises(ConfigError, match="relative error nan"):
-        check_batching(policy)
+        choose_engine(policy)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from localrl.backend import mx, nn, tree_flatten
-from localrl.policy.model import load_model, make_policy
+from localrl.engines.open import make_policy
+from localrl.policy.model import load_model
 from localrl.policy.precision import dequantise, to_float32
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 768, "vocab_size": 512}

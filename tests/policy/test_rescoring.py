@@ -10,6 +10,8 @@ import tiny
 from forests import flat_group, forest
 
 from localrl.backend import mx
+from localrl.engines.mlx.engine import MLXEngine
+from localrl.engines.mlx.network import Network
 from localrl.policy.packing import forest_batches, row_batches
 from localrl.policy.scoring import group_logprobs
 from localrl.records import Batch, BatchNode, Group
@@ -74,7 +76,7 @@ def test_the_size_of_a_micro_batch_changes_nothing(policy, shared):
 
 
 def test_whole_logits_serve_families_whose_head_is_hidden(policy):
-    blind = replace(policy, hidden=None, head=None)
+    blind = replace(policy, engine=MLXEngine(Network(policy.model)))
     for one, other in zip(
         found(policy, groups(), False), found(blind, groups(), False), strict=True
     ):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from localrl.engines.open import make_policy
 from localrl.policy.lora import LoRALinear
-from localrl.policy.model import load_model, make_policy
+from localrl.policy.model import load_model
 from localrl.policy.size import relative_size, weight_norms
 
 

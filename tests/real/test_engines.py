@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from exact import assert_exact, logprob_table
 
-from localrl.policy.model import load_model, make_policy
+from localrl.engines.choose import choose_engine
+from localrl.engines.open import make_policy
+from localrl.policy.model import load_model
 from localrl.policy.scoring import group_logprobs
-from localrl.policy.selfcheck import check_batching
 from localrl.records import Example, Group, Leaf, Node
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
@@ -22,10 +21,10 @@ def base(folder):
 
     Of this module alone: half a gigabyte that the peaks of other tests would count.
     """
-    policy = check_batching(
+    policy = choose_engine(
         make_policy(load_model(folder), rank=16, scale=2.0, seed=0, for_cpu=True, dense=True)
     )
-    assert policy.arrays is not None
+    assert policy.engine.name == "cpu"
     return policy
 
 
@@ -56,9 +55,9 @@ def complete(policy, texts, *, temperature, group, tokens):
     )
 
 
-@pytest.mark.parametrize("engine", ["numpy", "mlx"])
+@pytest.mark.parametrize("engine", ["cpu", "mlx"])
 def test_it_knows_the_capital_of_france(base, engine):
-    policy = base if engine == "numpy" else replace(base, arrays=None)
+    policy = base if engine == "cpu" else choose_engine(base, "mlx")
     texts = ["What is the capital of France?"]
     [group] = complete(policy, texts, temperature=0.0, group=1, tokens=12)
     assert group.leaves[0].text == "The capital of France is Paris."

@@ -6,10 +6,12 @@ from arrays import array_policy
 from exact import assert_exact
 
 from localrl.backend import mx
+from localrl.engines.mlx.decode import draw
+from localrl.engines.mlx.engine import MLXEngine
 from localrl.keys import keyed_uniforms
 from localrl.records import Example
 from localrl.rollouts.batch import Ledger
-from localrl.rollouts.decode import Decoder, draw
+from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 
 TEXTS = ("12", "sum 1 2 3", "a", "zebra 99", "sort cab")
@@ -99,13 +101,13 @@ def test_forward_calls_are_as_few_as_can_be(policy, examples):
 def test_the_prompts_prefilled_at_once_change_nothing(policy, examples, prefill_rows, monkeypatch):
     whole, once = sample(policy, examples, rows=30)
     sizes = []
-    prefill = type(policy).prefill
+    prefill = MLXEngine.prefill
 
     def counted(self, tokens, lengths):
         sizes.append(len(lengths))
         return prefill(self, tokens, lengths)
 
-    monkeypatch.setattr(type(policy), "prefill", counted)
+    monkeypatch.setattr(MLXEngine, "prefill", counted)
     parts, counts = sample(policy, examples, rows=30, prefill_rows=prefill_rows)
     assert same(completions(whole), completions(parts))
     for a, b in zip(completions(whole), completions(parts), strict=True):

@@ -117,7 +117,8 @@ def test_rows_are_never_exceeded_and_change_nothing(policy, rows):
     from dataclasses import replace
 
     whole = sample(policy, Always((3, 6, 9)))
-    parts = sample(replace(policy, model=Watched()), Always((3, 6, 9)), rows=rows)
+    engine = replace(policy.engine, network=replace(policy.engine.network, model=Watched()))
+    parts = sample(replace(policy, engine=engine), Always((3, 6, 9)), rows=rows)
     assert 0 < max(seen) <= rows
     for one, other in zip(whole, parts, strict=True):
         assert len(one.nodes) == len(other.nodes)

@@ -9,7 +9,8 @@ import numpy as np
 import tiny
 
 from localrl.backend import mx
-from localrl.policy.model import load_model, make_policy
+from localrl.engines.open import make_policy
+from localrl.policy.model import load_model
 from localrl.sharing.adapters import adapter_of, write_adapter
 
 

@@ -10,8 +10,9 @@ import pytest
 import tiny
 
 from localrl.backend import mx
+from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
-from localrl.policy.model import load_model, make_policy
+from localrl.policy.model import load_model
 from localrl.sharing.adapters import Adapter, adapter_of
 from localrl.sharing.compare import greedy_pairs
 from localrl.sharing.fused import export_fused, median

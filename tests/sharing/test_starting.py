@@ -10,8 +10,9 @@ import tiny
 
 from localrl.backend import mx
 from localrl.config import RunConfig
+from localrl.engines.open import make_policy
 from localrl.errors import CheckpointError, ConfigError
-from localrl.policy.model import load_model, make_policy
+from localrl.policy.model import load_model
 from localrl.sharing.adapters import adapter_of, read_adapter, write_adapter
 from localrl.sharing.starting import starting_adapter
 from localrl.train import train

@@ -1,0 +1,97 @@
+"""NumPy and C on a CPU, behind the door of `policy.engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.engines.cpu import decode, kernel_choice, logprobs
+from localrl.engines.cpu.kernel_choice import Choice
+from localrl.engines.cpu.model import ArrayModel
+from localrl.policy.packing import MicroBatch
+
+
+@dataclass(frozen=True)
+class CPUEngine:
+    """Dense float32 models of the families that `ArrayModel` reads: see `Engine`."""
+
+    model: ArrayModel
+
+    @property
+    def name(self) -> Literal["cpu"]:
+        """As `model.engine` has it."""
+        return "cpu"
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Rows may."""
+        return True
+
+    @property
+    def splits_head(self) -> bool:
+        """Body and head are apart."""
+        return True
+
+    @property
+    def packs_forests(self) -> bool:
+        """Forests and rows are one code."""
+        return True
+
+    @property
+    def kernels(self) -> Choice:
+        """The steps in C that are in use."""
+        return kernel_choice.current()
+
+    def use_kernels(self, kernels: Choice) -> None:
+        """Compute with those of an earlier run.
+
+        Raises: ConfigError when this processor cannot run them.
+        """
+        if (kernels.bytes, kernels.columns) != (self.kernels.bytes, self.kernels.columns):
+            kernel_choice.use(kernels)
+
+    def can_recompute(self) -> bool:
+        """Blocks may be computed again."""
+        return True
+
+    def decode_numbers(self) -> int:
+        """Numbers of the head and of the matrices of all blocks."""
+        weights = self.model.read()
+        layers = [weights.head]
+        for block in weights.blocks:
+            layers += [block.queries_keys_values, block.output, block.gate_up, block.down]
+        return sum(layer.weight.size for layer in layers)
+
+    def prefill(self, tokens: np.ndarray, lengths: Sequence[int]) -> decode.CPUPrefilled:
+        """Run right-padded prompts (P, L)."""
+        return decode.prefill(self.model, tokens, np.array(lengths, np.int32))
+
+    def token_logprobs(
+        self,
+        micro: MicroBatch,
+        *,
+        temperature: float,
+        head_chunk: int,
+        gradient: bool = False,
+        recompute: bool = False,
+    ) -> mx.array:
+        """Float32 log-probabilities (N,) as a function of MLX."""
+        return logprobs.token_logprobs(
+            self.model,
+            micro,
+            temperature=temperature,
+            head_chunk=head_chunk,
+            gradient=gradient,
+            recompute=recompute,
+        )
+
+    def head_logprobs(
+        self, states: np.ndarray, targets: np.ndarray, *, temperature: float, chunk: int
+    ) -> np.ndarray:
+        """The head's part alone, from states (N, d)."""
+        head = logprobs.ChunkedHead(self.model.read(), targets, temperature, chunk)
+        return head.logprobs(np.ascontiguousarray(states.T))

@@ -1,0 +1,109 @@
+"""Log-probabilities in NumPy, as a function of MLX that is differentiable by the adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.engines.cpu.buffers import give_back, like, zeros
+from localrl.engines.cpu.forward import Pass
+from localrl.engines.cpu.math import quiet, times
+from localrl.engines.cpu.model import ArrayModel
+from localrl.engines.cpu.sampling import target_logprobs
+from localrl.engines.cpu.weights import Weights
+from localrl.policy.forest_packing import Layout, Level
+from localrl.policy.packing import MicroBatch
+
+
+def token_logprobs(
+    model: ArrayModel,
+    micro: MicroBatch,
+    *,
+    temperature: float,
+    head_chunk: int,
+    gradient: bool,
+    recompute: bool,
+) -> mx.array:
+    """Float32 log-probabilities (N,) of a micro-batch's targets: see `Engine.token_logprobs`.
+
+    gradient: keep what the gradient by the adapters needs; with `recompute` only what enters each
+    block, and its keys and values.
+    """
+    one = Pass(model, _levels(micro), keep=gradient, recompute=recompute)
+    head = ChunkedHead(one.weights, micro.targets, temperature, head_chunk)
+    layers = model.adapters()
+    if not gradient or not layers:
+        found = mx.array(head.logprobs(one.forward()[:, micro.sources]))
+        give_back()
+        return found
+    states: list[np.ndarray] = []
+
+    def forward(*_: mx.array) -> mx.array:
+        whole = one.forward()
+        states.append(whole[:, micro.sources])
+        return mx.array(head.logprobs(states[0], keep=True))
+
+    def backward(_: Any, cotangent: mx.array, __: mx.array) -> tuple[mx.array, ...]:
+        slope = zeros((len(states[0]), one.positions))
+        # Every position predicts one token.
+        slope[:, micro.sources] = head.back(states[0], np.array(cotangent))
+        found = tuple(mx.array(array) for pair in one.back(slope) for array in pair)
+        give_back()
+        return found
+
+    function: Any = mx.custom_function(forward)
+    function.vjp(backward)
+    return function(*(array for layer in layers for array in (layer.lora_a, layer.lora_b)))
+
+
+class ChunkedHead:
+    """The head at some targets (N,), `chunk` of them at a time.
+
+    The gradient is closed-form: d logp / d state = (w[target] - sum of p w) / temperature, with the
+    rows w of the head and their probabilities p. That sum, the expected row, is taken while a
+    chunk's probabilities are there, and is all that is kept of them: on the way back the vocabulary
+    is not met again.
+    """
+
+    def __init__(
+        self, weights: Weights, targets: np.ndarray, temperature: float, chunk: int
+    ) -> None:
+        self._weights, self._targets = weights, targets
+        self._temperature = np.float32(temperature)
+        starts = range(0, len(targets), chunk)
+        self._parts = [slice(start, start + chunk) for start in starts]
+        self._expected: np.ndarray | None = None  # (d, N)
+
+    @quiet
+    def logprobs(self, states: np.ndarray, *, keep: bool = False) -> np.ndarray:
+        """Log-probabilities (N,) of the targets from states (d, N). keep: for `back`."""
+        found = np.empty(len(self._targets), np.float32)
+        if keep:
+            self._expected = like(states)
+        for part in self._parts:
+            logits = self._weights.logits(states[:, part])
+            found[part] = target_logprobs(logits, self._targets[part], float(self._temperature))
+            if self._expected is not None:
+                self._expected[:, part] = times(logits, self._weights.head.weight).T
+            del logits  # before the next ones are made
+        return found
+
+    @quiet
+    def back(self, states: np.ndarray, slope: np.ndarray) -> np.ndarray:
+        """Slope by the states (d, N), from that by the log-probabilities (N,)."""
+        assert self._expected is not None
+        by_normed = like(states)
+        by_normed[...] = self._weights.head.weight[self._targets].T
+        by_normed -= self._expected
+        by_normed *= slope / self._temperature
+        return self._weights.norm.back(states, by_normed)
+
+
+def _levels(micro: MicroBatch) -> tuple[Level, ...]:
+    """Those of a forest; or rows, which are its first level."""
+    if isinstance(micro.tokens, Layout):
+        return micro.tokens.levels
+    rows, length = micro.tokens.shape
+    return (Level(micro.tokens, np.full(rows, length, np.int32), np.zeros(0, np.int32)),)

@@ -1,0 +1,67 @@
+"""Weights for decoding: adapters added in.
+
+A token of a few rows is a hundred products of small matrices, and more than half of them are the
+adapters'. In a copy there are none. It is made before rows are decoded and goes with
+them; a larger model would gain less than it costs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+
+from localrl.backend import mx
+from localrl.engines.cpu.buffers import lasting
+from localrl.engines.cpu.math import Linears, times
+from localrl.engines.cpu.weights import Block, Weights
+
+MOST_BYTES = 128 << 20
+"""Of a copy; a larger model would gain less than it costs."""
+
+
+class Merging:
+    """The merged weights of a model, while anyone decodes with them."""
+
+    def __init__(self) -> None:
+        self._made_of: Sequence[mx.array] = ()
+        self._merged: weakref.ref[Weights] | None = None
+
+    def of(self, weights: Weights, made_of: Sequence[mx.array]) -> Weights:
+        """What to decode with in place of these weights, whose adapters are `made_of` these."""
+        known = self._merged() if self._merged is not None else None
+        # Arrays of MLX never change in place: the same ones have the same numbers.
+        if known is None or list(map(id, made_of)) != list(map(id, self._made_of)):
+            known = merged(weights)
+            self._merged, self._made_of = weakref.ref(known), made_of
+        return known
+
+
+def merged(weights: Weights) -> Weights:
+    """A copy for decoding; the weights themselves where that would be too large."""
+    if sum(map(_bytes, weights.blocks)) > MOST_BYTES:
+        return weights
+    return replace(weights, blocks=tuple(map(_block, weights.blocks)))
+
+
+def _block(block: Block) -> Block:
+    return replace(
+        block,
+        queries_keys_values=_merge(block.queries_keys_values),
+        output=_merge(block.output),
+        gate_up=_merge(block.gate_up),
+        down=_merge(block.down),
+    )
+
+
+def _merge(linears: Linears) -> Linears:
+    if linears.down is None or linears.up is None:
+        return linears
+    whole = times(linears.up, linears.down, lasting(linears.weight.shape))
+    whole += linears.weight
+    return Linears(whole, linears.places, linears.bias)
+
+
+def _bytes(block: Block) -> int:
+    layers = (block.queries_keys_values, block.output, block.gate_up, block.down)
+    return sum(layer.weight.nbytes for layer in layers)

@@ -1,0 +1,263 @@
+"""A model's weights as NumPy arrays: views of MLX's own memory.
+
+Families whose blocks are attention and a gated feed-forward layer, with root-mean-square norms and
+rotary positions, can be read so; others stay with MLX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from localrl.backend import mx, nn
+from localrl.engines.cpu.kernel_choice import Sizes, choose
+from localrl.engines.cpu.math import Adapter, Linears, Norm, Pair, turn
+from localrl.engines.cpu.merged import Merging
+from localrl.engines.cpu.weights import Block, Weights
+from localrl.policy.lora import LoRALinear
+
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
+"""Modules of mlx-lm whose models are computed in NumPy as they are there."""
+ROTARIES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
+"""Layers that turn each position by its own angles, however long the text gets."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+"""Layers of a block, in the order in which its `Linears` have them."""
+PROBED = 16
+"""Positions by which two rotary layers are told apart."""
+
+
+class UnfitError(Exception):
+    """The model is not one that is computed here."""
+
+
+class Rotary:
+    """The rotary positions of a layer as tables: columns x * cosines + x[partners] * sines.
+
+    They are read off the layer itself, whatever its scaling, since it is linear in its input.
+    """
+
+    def __init__(self, layer: Any, size: int) -> None:
+        """size: of a head. Raises: UnfitError for a layer that is not known to be linear."""
+        if type(layer).__name__ not in ROTARIES:
+            raise UnfitError(f"positions by {type(layer).__name__}")
+        self._layer = layer
+        dims = getattr(layer, "dims", getattr(layer, "dim", size))
+        places = np.arange(size)
+        if getattr(layer, "traditional", False):
+            first, partners = places % 2 == 0, places ^ 1
+        else:
+            first, partners = places < dims // 2, (places + dims // 2) % dims
+        self._first = first | (places >= dims)
+        self.partners = np.where(places < dims, partners, places)
+        self._tables = self._read(PROBED)
+
+    def tables(self, positions: np.ndarray) -> Pair:
+        """Cosines and sines (head_dim, B) at these positions (B,)."""
+        most = int(positions.max()) + 1
+        if most > self._tables[0].shape[1]:
+            self._tables = self._read(1 << (most - 1).bit_length())
+        cosines, sines = self._tables
+        return cosines.take(positions, axis=1), sines.take(positions, axis=1)
+
+    def turn(self, x: np.ndarray, tables: Pair) -> np.ndarray:
+        """Columns (heads, head_dim, B) turned by their positions."""
+        return turn(x, self.partners, tables)
+
+    def back(self, slope: np.ndarray, tables: Pair) -> np.ndarray:
+        """Slope by what was turned, from that by what came of it."""
+        cosines, sines = tables
+        return turn(slope, self.partners, (cosines, sines.take(self.partners, axis=0)))
+
+    def like(self, other: Rotary) -> bool:
+        """Whether the other turns as this one does."""
+        mine, others = (np.stack([t[:, :PROBED] for t in r._tables]) for r in (self, other))
+        return np.array_equal(mine, others) and np.array_equal(self.partners, other.partners)
+
+    def _read(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """What becomes of an input of ones at the first members of all pairs, and at the second."""
+        shape = (1, 1, length, len(self._first))
+        one, two = (
+            np.array(self._layer(mx.broadcast_to(mx.array(half.astype(np.float32)), shape)))[0, 0]
+            for half in (self._first, ~self._first)
+        )
+        cosines, sines = np.where(self._first, one, two), np.where(self._first, two, one)
+        return np.ascontiguousarray(cosines.T), np.ascontiguousarray(sines.T)
+
+
+class ArrayModel:
+    """A model of one of the families above, whose weights are read anew for every batch of rows."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises: UnfitError for other families, for windows, and for weights that are not dense
+        float32."""
+        if type(model).__module__.rpartition(".")[2] not in FAMILIES:
+            raise UnfitError("another family")
+        if any(getattr(block, "use_sliding", False) for block in model.layers):
+            raise UnfitError("windows")
+        self._model = model
+        first = model.layers[0].self_attn
+        block = self.read().blocks[0]  # raises what does not fit before anything is moved
+        for layer in model.layers:
+            lay_beside(*(layer.self_attn[name] for name in ATTENTION[:3]))
+            lay_beside(*(layer.mlp[name] for name in FEED_FORWARD[:2]))
+        self.scale: float = first.scale
+        self.heads, self.kv_heads = first.n_heads, first.n_kv_heads
+        self.head_dim = block.output.weight.shape[1] // self.heads
+        self.choice = choose(
+            Sizes(
+                rows=len(block.gate_up.weight),
+                inputs=block.gate_up.weight.shape[1],
+                ffn=block.down.weight.shape[1],
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+            )
+        )
+        self.rotaries = self._rotaries()
+        self._merging = Merging()
+
+    def adapters(self) -> list[LoRALinear]:
+        """The adapted layers, in the order in which a block's `Linears` come."""
+        return [
+            module
+            for block in self._model.layers
+            for module in (
+                *(getattr(block.self_attn, name) for name in ATTENTION),
+                *(getattr(block.mlp, name) for name in FEED_FORWARD),
+            )
+            if isinstance(module, LoRALinear) and module.scale != 0
+        ]
+
+    def read(self) -> Weights:
+        """The weights as they are now; adapters of scale 0 are left out."""
+        body = self._model.model
+        embedding = _array(body.embed_tokens.weight)
+        tied = "lm_head" not in self._model
+        head = Linears(embedding, (slice(0, len(embedding)),)) if tied else None
+        return Weights(
+            embedding,
+            tuple(_block(block) for block in self._model.layers),
+            _norm(body.norm),
+            head or _linears(self._model.lm_head),
+        )
+
+    def for_decoding(self, weights: Weights) -> Weights:
+        """The weights, as they were just read, in the form that decodes a few rows fastest."""
+        layers = self.adapters()
+        made_of = [array for layer in layers for array in (layer.lora_a, layer.lora_b)]
+        return self._merging.of(weights, made_of)
+
+    def _rotaries(self) -> list[Rotary]:
+        """Of each block; blocks that turn alike have one in common."""
+        found: list[Rotary] = []
+        for block in self._model.layers:
+            mine = Rotary(block.self_attn.rope, self.head_dim)
+            found.append(next((other for other in found if other.like(mine)), mine))
+        return found
+
+
+def _block(block: Any) -> Block:
+    attention, feed_forward = block.self_attn, block.mlp
+    return Block(
+        _norm(block.input_layernorm),
+        _linears(attention.q_proj, attention.k_proj, attention.v_proj),
+        _norm(attention.q_norm) if "q_norm" in attention else None,
+        _norm(attention.k_norm) if "k_norm" in attention else None,
+        _linears(attention.o_proj),
+        _norm(block.post_attention_layernorm),
+        _linears(feed_forward.gate_proj, feed_forward.up_proj),
+        _linears(feed_forward.down_proj),
+    )
+
+
+def _norm(norm: Any) -> Norm:
+    if type(norm) is not nn.RMSNorm:
+        raise UnfitError(f"norm {type(norm).__name__}")
+    return Norm(_array(norm.weight)[:, None], norm.eps)
+
+
+def _linears(*layers: Any) -> Linears:
+    bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+    if any(type(base) is not nn.Linear for base in bases):
+        raise UnfitError("layers that are not dense")
+    weights = [_array(base.weight) for base in bases]
+    ends = np.cumsum([len(weight) for weight in weights]).tolist()
+    places = tuple(slice(end - len(w), end) for end, w in zip(ends, weights, strict=True))
+    adapters, downs = _adapters(layers)
+    up = np.zeros((ends[-1], sum(map(len, downs))), np.float32) if downs else None
+    for layer, place, adapter in zip(layers, places, adapters, strict=True):
+        if adapter is not None and up is not None:
+            mine = up[place, adapter.ranks]
+            np.multiply(_array(layer.lora_b).T, np.float32(layer.scale), out=mine)
+    return Linears(
+        beside(weights),
+        places,
+        _biases(bases, weights),
+        np.ascontiguousarray(np.concatenate(downs)) if downs else None,
+        up,
+        adapters,
+    )
+
+
+def _adapters(layers: Sequence[Any]) -> tuple[tuple[Adapter | None, ...], list[np.ndarray]]:
+    """The adapters of layers of one input, and lora_a (rank, in) of each that has one."""
+    downs: list[np.ndarray] = []
+    adapters: list[Adapter | None] = []
+    rank = 0
+    for layer in layers:
+        if not isinstance(layer, LoRALinear) or layer.scale == 0:
+            adapters.append(None)
+            continue
+        downs.append(_array(layer.lora_a).T)
+        adapters.append(Adapter(slice(rank, rank + len(downs[-1])), layer.scale))
+        rank += len(downs[-1])
+    return tuple(adapters), downs
+
+
+def _biases(bases: Sequence[Any], weights: Sequence[np.ndarray]) -> np.ndarray | None:
+    """(out of all, 1); None where no layer has one."""
+    if not any("bias" in base for base in bases):
+        return None
+    parts = [
+        _array(base.bias) if "bias" in base else np.zeros(len(weight), np.float32)
+        for base, weight in zip(bases, weights, strict=True)
+    ]
+    return np.concatenate(parts)[:, None]
+
+
+def lay_beside(*layers: Any) -> None:
+    """Move the weights of layers of one input into one array, in the layers themselves.
+
+    Their numbers stay, and both forms exist of these layers only.
+    """
+    bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+    whole = mx.concatenate([base.weight for base in bases])
+    mx.eval(whole)
+    start = 0
+    for base in bases:
+        end = start + len(base.weight)
+        base.weight = whole[start:end]
+        mx.eval(base.weight)
+        start = end
+
+
+def beside(weights: Sequence[np.ndarray]) -> np.ndarray:
+    """All rows of these matrices: a view where they lie one behind another, else a copy."""
+    if len(weights) == 1:
+        return weights[0]
+    ends = [weight.ctypes.data + weight.nbytes for weight in weights]
+    starts = [weight.ctypes.data for weight in weights]
+    if ends[:-1] != starts[1:] or not all(w.flags.c_contiguous for w in weights):
+        return np.concatenate(weights)
+    shape = (sum(map(len, weights)), weights[0].shape[1])
+    return np.lib.stride_tricks.as_strided(weights[0], shape, writeable=False)
+
+
+def _array(array: mx.array) -> np.ndarray:
+    """A view of it."""
+    if array.dtype != mx.float32:
+        raise UnfitError(f"weights of {array.dtype}")
+    return np.array(array, copy=False)

@@ -1,0 +1,53 @@
+"""A model's weights as arrays, by block: what passes and decoding go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from localrl.engines.cpu.math import Linears, Norm, rows_times
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One layer of the model."""
+
+    attention_norm: Norm
+    queries_keys_values: Linears
+    query_norm: Norm | None
+    key_norm: Norm | None
+    output: Linears
+    feed_forward_norm: Norm
+    gate_up: Linears
+    down: Linears
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any of its layers has an adapter."""
+        layers = (self.queries_keys_values, self.output, self.gate_up, self.down)
+        return any(layer.down is not None for layer in layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The weights as they were when they were read."""
+
+    embedding: np.ndarray
+    """(V, d)"""
+    blocks: tuple[Block, ...]
+    norm: Norm
+    head: Linears
+
+    def logits(self, states: np.ndarray) -> np.ndarray:
+        """(n, V) of states (d, n) after the last block."""
+        found = rows_times(self.norm(states), self.head.weight)
+        if self.head.bias is not None:
+            found += self.head.bias[:, 0]
+        return found
+
+    @property
+    def lowest_adapted(self) -> int:
+        """The first block with an adapter: the way back ends there."""
+        adapted = (n for n, block in enumerate(self.blocks) if block.adapted)
+        return next(adapted, len(self.blocks))

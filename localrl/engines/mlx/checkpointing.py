@@ -1,0 +1,136 @@
+"""Gradient checkpointing: what goes on inside a block is computed again in the backward pass.
+
+Kept from the forward pass are what goes into each block and, in a forest, the keys and values that
+the levels below attend to, each row once. Paper: Chen et al. 2016, arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from localrl.backend import mx, nn, tree_flatten, tree_map
+from localrl.engines.mlx.forest import KeysValues, LevelCache
+from localrl.engines.mlx.network import Network
+
+PROBE = (1, 2, 3, 4)
+"""Token ids of the pass that shows whether a family can be checkpointed."""
+
+
+@contextmanager
+def checkpointed(network: Network) -> Iterator[None]:
+    """Within this context a forward pass keeps for its gradient only what goes into each block.
+
+    For passes over rows without a cache and over forests. It belongs inside the function that is
+    differentiated, since the model has no parameters in its blocks meanwhile. The model must be
+    one of which `can_checkpoint` holds; afterwards its blocks are what they were.
+    """
+    body = _body(network)
+    assert body is not None
+    blocks = body.layers
+    recomputed = [_Recomputed(block) for block in blocks]
+    body.layers = recomputed
+    try:
+        yield
+    finally:
+        body.layers = blocks
+    assert all(block.called for block in recomputed)
+
+
+def can_checkpoint(network: Network) -> bool:
+    """Whether the gradient through recomputed blocks is the plain one: two passes of four tokens.
+
+    A family may keep its blocks elsewhere, or hand values from one to another beside their inputs.
+    """
+    if _body(network) is None:
+        return False
+    plain = _probe(network, nullcontext())
+    try:
+        again = _probe(network, checkpointed(network))
+    except Exception:  # whatever a family's own code raises, plain passes will do
+        return False
+    error = mx.stack([mx.square(again[name] - plain[name]).sum() for name in plain]).sum()
+    size = mx.stack([mx.square(array).sum() for array in plain.values()]).sum()
+    return bool((error <= 1e-6 * size).item())
+
+
+class _Recomputed:
+    """A block of a model's body in whose place it is called; all else is the block's own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.called = False
+        self._block = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        return _run(self._block, args, kwargs)
+
+
+def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the block returns, by a function of all that may need a gradient.
+
+    It is run again in the backward pass, so it meets a new cache each time; what the block has put
+    into that is handed out as a result.
+    """
+    call = (list(args), dict(kwargs))
+    cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, LevelCache)), None)
+
+    def compute(
+        trainable: Any, given: list[mx.array], lineage: list[KeysValues]
+    ) -> tuple[Any, KeysValues | None]:
+        renewed = None if cache is None else cache.renewed(lineage)
+        arrays = iter(given)
+        swapped = tree_map(lambda leaf: _swap(leaf, arrays, renewed), call)
+        before = block.trainable_parameters()
+        try:
+            block.update(trainable)
+            result = block(*swapped[0], **swapped[1])
+        finally:
+            block.update(before)
+        # As a result they would be kept, also where no level is below to attend to them.
+        return result, None if renewed is None or renewed.last else renewed.own
+
+    leaves: Any = tree_flatten(call)
+    given = [leaf for _, leaf in leaves if _floating(leaf)]
+    lineage = [] if cache is None else cache.lineage()
+    result, own = mx.checkpoint(compute)(block.trainable_parameters(), given, lineage)
+    if cache is not None:
+        cache.own = own
+    return result
+
+
+def _swap(leaf: Any, arrays: Iterator[mx.array], cache: LevelCache | None) -> Any:
+    """What stands in an argument's place: masks and the like, which need no gradient, do."""
+    if isinstance(leaf, LevelCache):
+        return cache
+    return next(arrays) if _floating(leaf) else leaf
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _body(network: Network) -> Any:
+    """The module that holds the blocks in a list; None where they are elsewhere."""
+    if network.hidden is not None:
+        body = network.hidden
+    else:
+        whole = network.model.language_model if "language_model" in network.model else network.model
+        body = getattr(whole, "model", None)
+    return body if isinstance(body, nn.Module) and "layers" in body else None
+
+
+def _probe(network: Network, context: AbstractContextManager[None]) -> dict[str, mx.array]:
+    """Gradient, by every adapter's weights, of a number made of all logits."""
+
+    def loss() -> mx.array:
+        with context:
+            logits = network.model(mx.array([PROBE]))
+        return mx.square(logits.astype(mx.float32)).mean()
+
+    gradient: Any = nn.value_and_grad(network.model, loss)()[1]
+    return dict(tree_flatten(gradient))

@@ -1,0 +1,272 @@
+"""Prompts stored once: rows of one prompt read the same keys and values of it.
+
+mlx-lm's cache of a batch has the whole prompt in every row. Here a full-attention layer keeps the
+prompts by themselves, and for each row only what it has written. A decode step multiplies all rows
+of a prompt with its keys at once, so that these are read once a step, and puts what rows find there
+and in their own tail together under one softmax. Layers with other caches (windows, convolutions,
+recurrent state) keep mlx-lm's. Papers: Hydragen (arXiv 2402.05099), ChunkAttention (2402.15220).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.engines.mlx.activations import exp
+
+MANY = 8192
+"""Numbers from which on the CPU's own exponential takes longer than two dozen plain operations."""
+LOW = -1e30
+"""The score of a position that is padding: below all others, and its exponential is 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The keys and values of P prompts in one layer, padded on the left to the longest."""
+
+    names: tuple[int, ...]
+    """Which prompts they are; each has a name of its own."""
+    keys: mx.array  # (P, heads, L, head_dim)
+    values: mx.array
+    lengths: np.ndarray  # (P,) int
+
+    @cached_property
+    def mask(self) -> mx.array | None:
+        """(P, 1, 1, L) bool, True at tokens; None where all are as long."""
+        length = self.keys.shape[2]
+        if (self.lengths == length).all():
+            return None
+        padding = mx.array(length - self.lengths)
+        return (mx.arange(length) >= padding[:, None])[:, None, None]
+
+    def take(self, wanted: np.ndarray) -> Prompts:
+        """These prompts only, without a copy where they are all."""
+        if np.array_equal(wanted, np.arange(len(self.names))):
+            return self
+        lengths = self.lengths[wanted]
+        start, index = self.keys.shape[2] - int(lengths.max()), mx.array(wanted)
+        keys, values = (array[index][:, :, start:] for array in (self.keys, self.values))
+        return Prompts(tuple(self.names[i] for i in wanted), keys, values, lengths)
+
+    def join(self, other: Prompts) -> tuple[Prompts, np.ndarray]:
+        """Both without repeats, and the place there of each of the other's."""
+        new = np.array([name not in self.names for name in other.names])
+        if not new.any():
+            return self, np.array([self.names.index(name) for name in other.names])
+        more = other.take(np.flatnonzero(new))
+        most = max(self.keys.shape[2], more.keys.shape[2])
+        keys, values = (
+            mx.concatenate([_lengthen(one, most), _lengthen(two, most)])
+            for one, two in ((self.keys, more.keys), (self.values, more.values))
+        )
+        names = self.names + more.names
+        both = Prompts(names, keys, values, np.concatenate([self.lengths, more.lengths]))
+        return both, np.array([names.index(name) for name in other.names])
+
+
+def _lengthen(array: mx.array, length: int) -> mx.array:
+    """Padded on the left along the third axis."""
+    more = length - array.shape[2]
+    return mx.pad(array, [(0, 0), (0, 0), (more, 0), (0, 0)]) if more else array
+
+
+class Seats:
+    """Rows by prompt: a rectangle of P prompts with as many seats each as the fullest one needs."""
+
+    def __init__(self, rows: np.ndarray, prompts: int) -> None:
+        counts = np.bincount(rows, minlength=prompts)
+        order = np.argsort(rows, kind="stable")
+        first = np.cumsum(counts) - counts
+        self.each = int(counts.max())
+        seat = np.empty(len(rows), int)
+        seat[order] = np.arange(len(rows)) - np.repeat(first, counts)
+        seat += rows * self.each
+        self._seat = self._row = None
+        if len(rows) < prompts * self.each or (seat != np.arange(len(rows))).any():
+            row = np.zeros(prompts * self.each, int)  # an empty seat computes what nobody reads
+            row[seat] = np.arange(len(rows))
+            self._seat, self._row = mx.array(seat), mx.array(row)
+
+    def sit(self, array: mx.array) -> mx.array:
+        """(B, heads, n, d) of rows as (P, heads, each * n, d) of seats."""
+        heads, n, d = array.shape[1:]
+        array = array if self._row is None else array[self._row]
+        array = array.reshape(-1, self.each, heads, n, d)
+        return array.swapaxes(1, 2).reshape(-1, heads, self.each * n, d)
+
+    def rise(self, array: mx.array) -> mx.array:
+        """The inverse of `sit`."""
+        heads, n, d = array.shape[1], array.shape[2] // self.each, array.shape[3]
+        array = array.reshape(-1, heads, self.each, n, d).swapaxes(1, 2)
+        array = array.reshape(-1, heads, n, d)
+        return array if self._seat is None else array[self._seat]
+
+
+class PrefixCache:
+    """One layer's cache of rows that go on from prompts, in the place of mlx-lm's BatchKVCache.
+
+    It takes one token of each row at a time.
+    """
+
+    def __init__(self, prompts: Prompts, rows: np.ndarray, step: int) -> None:
+        from mlx_lm.models.cache import BatchKVCache
+
+        self.tail = BatchKVCache([0] * len(rows))
+        """What the rows have written; its offsets count the prompts too."""
+        self.tail.step = step
+        self.tail.offset = mx.array(prompts.lengths[rows])
+        self._ragged = False
+        self._seat(prompts, rows)
+
+    def _seat(self, prompts: Prompts, rows: np.ndarray) -> None:
+        """Take the prompts that rows (B,) still go on from."""
+        used, self.rows = np.unique(rows, return_inverse=True)
+        self.prompts = prompts.take(used)
+        self.seats = Seats(self.rows, len(used))
+        self.attended = True
+        """Whether attention has seen the prompts since the last token."""
+
+    @property
+    def offset(self) -> mx.array:
+        """(B,) rotary position of the next token."""
+        return self.tail.offset
+
+    @property
+    def state(self) -> list[mx.array]:
+        """All arrays."""
+        tail = [self.tail.keys, self.tail.values, self.tail.offset]
+        return [self.prompts.keys, self.prompts.values, *(a for a in tail if a is not None)]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Write a token of each row (B, heads, 1, head_dim); the tails with it.
+
+        Raises: ValueError for several tokens, and where attention was not asked after the last.
+        """
+        if keys.shape[2] != 1 or not self.attended:
+            raise ValueError("prompts stored once are for attention of one token at a time")
+        self.attended = False
+        return self.tail.update_and_fetch(keys, values)
+
+    def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array | None:
+        """(B, 1, 1, T) bool over the tails; None where all are as long.
+
+        Raises: ValueError for windows.
+        """
+        if window_size is not None:
+            raise ValueError("prompts stored once are for attention without windows")
+        return self.tail.make_mask(n) if self._ragged else None
+
+    def filter(self, indices: mx.array) -> None:
+        """Keep these rows; an index that repeats forks its row."""
+        self.tail.filter(indices)
+        self._seat(self.prompts, self.rows[np.array(indices)])
+        self._look()
+
+    def extend(self, other: PrefixCache) -> None:
+        """Add the rows of another cache, and its prompts where they are new."""
+        self.tail.extend(other.tail)
+        prompts, places = self.prompts.join(other.prompts)
+        self._seat(prompts, np.concatenate([self.rows, places[other.rows]]))
+        self._look()
+
+    def _look(self) -> None:
+        self._ragged = bool(self.tail.left_padding.max().item())
+
+
+def fork_prompts(cache: Sequence[Any], rows: np.ndarray, names: Sequence[int] | None) -> list[Any]:
+    """A cache of B rows that go on from prompts, of a prefilled one, which stays as it is.
+
+    rows: (B,) int, the row of the prefilled cache that each goes on from. names: what its prompts
+    are called, for layers of plain keys and values to store them once; None: each row gets a copy,
+    as it does in all other layers.
+    """
+    from mlx_lm.models.cache import BatchKVCache
+
+    forked: list[Any] = []
+    for layer in cache:
+        if names is not None and type(layer) is BatchKVCache:
+            keys, values = layer.keys_and_values()
+            lengths = keys.shape[2] - np.array(layer.left_padding)
+            prompts = Prompts(tuple(names), keys, values, lengths)
+            forked.append(PrefixCache(prompts, rows, layer.step))
+        else:
+            # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
+            copied = copy.deepcopy(layer)
+            copied.filter(mx.array(rows))
+            forked.append(copied)
+    return forked
+
+
+def use_shared_prompts(model: Any) -> None:
+    """Let the model's families attend to a `PrefixCache`, where they use mlx-lm's attention.
+
+    The name is bound anew in the modules that define them, so it holds for every model of these
+    families in this process; with any other cache it is mlx-lm's attention as before.
+    """
+    from mlx_lm.models import base
+
+    for name in {type(module).__module__ for module in model.modules()}:
+        family = sys.modules[name]
+        if getattr(family, "scaled_dot_product_attention", None) is (
+            base.scaled_dot_product_attention
+        ):
+            family.__dict__["scaled_dot_product_attention"] = _dispatch
+
+
+def _dispatch(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, *args: Any, **options: Any
+) -> mx.array:
+    from mlx_lm.models import base
+
+    attention = _attend if isinstance(cache, PrefixCache) else base.scaled_dot_product_attention
+    return attention(queries, keys, values, cache, *args, **options)
+
+
+def _attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: PrefixCache,
+    scale: float,
+    mask: mx.array | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention of one token of each row (B, H, 1, D) to its prompt and its tail."""
+    if sinks is not None or queries.shape[2] != 1 or (mask is not None and mask.dtype != mx.bool_):
+        raise ValueError("prompts stored once are for plain attention of one token at a time")
+    cache.attended = True
+    prompts, seats = cache.prompts, cache.seats
+    rows, heads, _, size = queries.shape
+    queries = (queries * scale).reshape(rows, keys.shape[1], -1, size)
+    tail = _weigh(queries, keys, values, mask)
+    prefix = _weigh(seats.sit(queries), prompts.keys, prompts.values, prompts.mask)
+    found, total, highest = mx.split(seats.rise(mx.concatenate(prefix, axis=-1)), [-2, -1], axis=-1)
+    # Beyond e ** 60, which is far from float32's end, the tail is nothing beside the prompt.
+    weight = mx.exp(mx.minimum(highest - tail[2], 60.0))
+    found = (found * weight + tail[0]) / (total * weight + tail[1])
+    return found.reshape(rows, heads, 1, -1).astype(values.dtype)
+
+
+def _weigh(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
+) -> list[mx.array]:
+    """Values weighted by exponentials of scores below the highest, their total, the highest."""
+    scores = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    if mask is not None:
+        scores = mx.where(mask, scores, LOW)
+    highest = scores.max(axis=-1, keepdims=True)
+    scores = scores - highest
+    weights = _exponential(scores)
+    found = (weights.astype(values.dtype) @ values).astype(mx.float32)
+    return [found, weights.sum(axis=-1, keepdims=True), highest]
+
+
+def _exponential(x: mx.array) -> mx.array:
+    return exp(x) if x.size >= MANY and mx.default_device().type == mx.cpu else mx.exp(x)

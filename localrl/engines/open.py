@@ -1,0 +1,47 @@
+"""From a loaded model to a policy: precision, adapters, and MLX as its first engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from localrl.backend import mx
+from localrl.engines.mlx.activations import use_fast_swiglu
+from localrl.engines.mlx.engine import MLXEngine
+from localrl.engines.mlx.network import open_network
+from localrl.policy.lora import attach, fill
+from localrl.policy.model import LoadedModel, Policy
+from localrl.policy.precision import dequantise, to_float32
+
+
+def make_policy(
+    loaded: LoadedModel,
+    *,
+    rank: int,
+    scale: float,
+    seed: int,
+    for_cpu: bool,
+    dense: bool,
+    layers: int = 0,
+    keys: Collection[str] = (),
+    weights: Mapping[str, mx.array] | None = None,
+    source: object = None,
+) -> Policy:
+    """The policy: this very model, its base frozen, with adapters on it: see `lora.attach`.
+
+    MLX computes it; `choose_engine` looks for a faster way. Without `weights`, which come from an
+    adapter in the folder `source`, the adapters change nothing yet. `for_cpu` casts what floats
+    there are to float32 and takes a faster activation, `dense` unpacks the quantised layers; both
+    in place: there is one copy of the weights.
+    """
+    model = loaded.model
+    if dense:
+        dequantise(model, as_float32=for_cpu)
+    if for_cpu:
+        to_float32(model)
+        use_fast_swiglu(model)
+    network = open_network(model)
+    adapted = attach(model, rank=rank, scale=scale, seed=seed, layers=layers, keys=keys)
+    if weights is not None:
+        fill(model, weights, source)
+    mx.eval(model.parameters())
+    return Policy(model, loaded.tokenizer, adapted, MLXEngine(network))
