@@ -18,7 +18,7 @@ from statistics import median
 
 import click
 
-from localrl.packaged import PACKAGED_MODELS, packaged_file
+from localrl.utils.packaged import PACKAGED_MODELS, packaged_file
 
 HERE = Path(__file__).resolve()
 MODEL, ROWS, PROMPT, TOKENS = "smollm2-135m", (1, 8, 16, 32), 45, 48

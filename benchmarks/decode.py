@@ -25,8 +25,8 @@ import click
 import numpy as np
 
 from localrl.backend import mx
-from localrl.bench import Opened, Wanted, decode_once, open_bench
-from localrl.bench_fit import Fit, fit
+from localrl.diagnostics.bench import Opened, Wanted, decode_once, open_bench
+from localrl.diagnostics.bench_fit import Fit, fit
 from localrl.engines.mlx import decode
 from localrl.engines.mlx.network import open_network
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from localrl.bench import Wanted, decode_once, make_batch, open_bench, sample
+from localrl.diagnostics.bench import Wanted, decode_once, make_batch, open_bench, sample
 from localrl.engines.cpu.kernel_choice import NUMPY, current, using
-from localrl.packaged import PACKAGED_MODELS, find_packaged
+from localrl.utils.packaged import PACKAGED_MODELS, find_packaged
 
 HERE = Path(__file__).resolve().parent
 PROMPTS, ROWS, TOKENS, PAIRS = (20, 500), 8, 64, 12

@@ -85,9 +85,9 @@ def measure(name: str) -> list[dict[str, Any]]:
     from localrl.memory.machine import resident_bytes
     from localrl.memory.plan import Asked, wanted
     from localrl.memory.sizes import quantised, read_sizes
-    from localrl.planning import _job
     from localrl.policy.model import LoadedModel
-    from localrl.probing import measure as calibrate
+    from localrl.training.calibrate import measure as calibrate
+    from localrl.training.memory_plan import _job
 
     shape, bits = SHAPES[name]
     mx.random.seed(0)

@@ -13,7 +13,7 @@ from localrl.config import RunConfig
 from localrl.errors import MemoryBudgetError
 from localrl.memory.limit import show
 from localrl.memory.machine import mac
-from localrl.planning import outlook
+from localrl.training.memory_plan import outlook
 
 MACS = (8, 16, 24, 64, 128)
 MODELS = (

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from localrl.interval import wilson
 from localrl.runs.logs import read_jsonl
+from localrl.utils.intervals import wilson
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "smollm2.md"

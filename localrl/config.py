@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localrl.config_files import found_beside
 from localrl.errors import ConfigError
+from localrl.utils.config_files import found_beside
 
 ALIASES = {
     "model_name_or_path": "model.path",

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from localrl.interval import wilson
 from localrl.records import Example, Leaf, ScoredGroup, mean_or_none
 from localrl.rollouts.adaptive import Score
 from localrl.rollouts.decode import DecodeCounts, Decoder
 from localrl.rollouts.groups import ONE, sample_groups
 from localrl.rollouts.turns import Turns
+from localrl.utils.intervals import wilson
 
 EVALUATION_SEED = 0x5EED
 """Evaluations do not depend on the run's seed: they compare policies, not luck."""

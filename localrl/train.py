@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from localrl.config import RunConfig
+from localrl.distributed.collective import ALONE, Ranks
+from localrl.distributed.gather import gather
 from localrl.errors import LocalRLError, Stopped
 from localrl.evaluate import Evaluation
-from localrl.gathering import gather
-from localrl.keeping import Keeper
-from localrl.opening import open_session
-from localrl.pulse import Pulse
-from localrl.ranks.collective import ALONE, Ranks
+from localrl.processes.child import Restart
+from localrl.processes.heartbeat import Pulse
 from localrl.records import MemoryPlan
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
-from localrl.runs.supervised import Restart
-from localrl.session import Progress, Session, Silent
+from localrl.training.checkpointer import Keeper
+from localrl.training.session import Progress, Session, Silent
+from localrl.training.setup import open_session
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def train(
 
     resume: go on with the run in `config.run.out` as if nothing had happened.
     restart: what a supervisor says of the process before this one.
-    ranks: those that train together, see `ranks.collective.join`; only rank 0 has a run folder.
+    ranks: those that train together, see `distributed.collective.join`; only rank 0 has a run folder.
 
     Raises: ConfigError, before anything is computed, when the configuration cannot work;
     RewardError when rewards fail too often; LocalRLError when the adapter diverges; CheckpointError

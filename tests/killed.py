@@ -16,11 +16,11 @@ from typing import Any
 # A process that has imported everything and computed nothing, so that a run costs a fork.
 SERVER = """
 import json, os, sys
-import mlx_lm.utils, mlx_lm.models.qwen3, localrl.worker
+import mlx_lm.utils, mlx_lm.models.qwen3, localrl.processes.worker
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.errors import Stopped
-from localrl.pulse import Pulse
+from localrl.processes.heartbeat import Pulse
 from localrl.train import train
 for line in sys.stdin:
     settings = json.loads(line)

@@ -11,7 +11,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 
-from localrl.packaged import PackagedModel
+from localrl.utils.packaged import PackagedModel
 
 NAME, VERSION = "localrl_tiny_package", "0.3.1"
 

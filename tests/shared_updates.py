@@ -12,7 +12,7 @@ import pytest
 import together
 from waiting import DEADLINE_S
 
-CHILD = str(together.TESTS / "ranks" / "update_child.py")
+CHILD = str(together.TESTS / "distributed" / "update_child.py")
 EXACT = ("trained_tokens", "updated", "problem")
 OTHER = {*EXACT, "drift", "saved_positions"}
 """What is equal in every bit, and what depends on who has which prompts."""

@@ -11,10 +11,10 @@ from forests import flat_group, scored
 
 from localrl import RunConfig, train
 from localrl.records import Example
-from localrl.repetition import repeated_from
 from localrl.rollouts.replay import Replay
 from localrl.rollouts.reuse import Earlier
 from localrl.runs.logs import read_jsonl
+from localrl.utils.repetition import repeated_from
 
 BASE = {
     "task.eval_prompts": 0,

@@ -13,108 +13,20 @@ from waiting import DEADLINE_S
 
 PACKAGE = Path(__file__).parent.parent / "localrl"
 
-LEVELS = {
-    "__main__": 7,
-    "cli": 6,
-    "train": 5,
-    "session": 4,
-    "keeping": 4,
-    "resuming": 4,
-    "opening": 4,
-    "parts": 4,
-    "planning": 4,
-    "probing": 4,
-    "prompt_lengths": 4,
-    "comparing": 4,
-    "sampling": 4,
-    "gathering": 4,
-    "shares": 4,
-    "inspection": 4,
-    "bench": 4,
-    "bench_profile": 4,
-    "bench_fit": 0,
-    "bench_floor": 4,
-    "doctor": 4,
-    "doctor_machine": 4,
-    "checks": 4,
-    "evaluate": 4,
-    "rollouts": 3,
-    "learning": 3,
-    "tasks": 3,
-    "rewards": 3,
-    "report": 3,
-    "runs": 3,
-    "sharing": 3,
-    "engines": 2,
-    "policy": 1,
-    "gguf": 1,
-    "memory": 1,
-    "ranks": 1,
-    "worker": 1,
-    "worker_child": 1,
-    "pulse": 0,
-    "interval": 0,
-    "keys": 0,
-    "repetition": 0,
-    "records": 0,
-    "text": 0,
-    "cache": 0,
-    "config_files": 0,
-    "config": 0,
-    "errors": 0,
-    "backend": 0,
-    "embedded": 0,
-    "packaged": 0,
-}
-"""A module imports from lower levels, or from its own folder. `session` opens what `train` uses,
-`sampling` and `evaluate` put rollouts, tasks and what is known of prompts together."""
-
-SAME_LEVEL = {
-    ("bench", "parts"),
-    ("bench", "planning"),
-    ("bench", "bench_floor"),
-    ("bench_profile", "bench"),
-    ("doctor", "doctor_machine"),
-    ("opening", "session"),
-    ("opening", "gathering"),
-    ("session", "gathering"),
-    ("session", "shares"),
-    ("sampling", "gathering"),
-    ("opening", "parts"),
-    ("parts", "sampling"),
-    ("parts", "checks"),
-    ("parts", "planning"),
-    ("parts", "probing"),
-    ("parts", "prompt_lengths"),
-    ("prompt_lengths", "checks"),
-    ("session", "planning"),
-    ("comparing", "parts"),
-    ("comparing", "evaluate"),
-    ("opening", "resuming"),
-    ("keeping", "resuming"),
-    ("keeping", "session"),
-    ("resuming", "session"),
-    ("resuming", "evaluate"),
-    ("pulse", "errors"),
-    ("session", "parts"),
-    ("session", "evaluate"),
-    ("session", "sampling"),
-    ("session", "checks"),
-    ("sampling", "checks"),
-    ("config", "errors"),
-    ("config", "config_files"),
-    ("config", "embedded"),
-    ("embedded", "errors"),
-    ("packaged", "cache"),
-    ("packaged", "errors"),
-    ("policy", "worker"),
-    ("policy", "gguf"),
-    ("report", "runs"),
-    ("sharing", "rewards"),
-    ("sharing", "runs"),
-    ("sharing", "tasks"),
-    ("worker", "worker_child"),
-}
+FLOORS = (
+    {"records", "errors", "backend"},
+    {"embedded", "processes", "utils"},
+    {"config", "gguf", "rewards"},
+    {"distributed", "memory", "policy", "runs"},
+    {"engines", "learning", "report", "rollouts", "tasks"},
+    {"evaluate", "export"},
+    {"training"},
+    {"diagnostics", "train"},
+    {"cli"},
+    {"__main__"},
+)
+"""Rooms by floor, the lowest first. A module imports from lower floors, or from its own room."""
+LEVELS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def modules():
@@ -145,7 +57,7 @@ def test_imports_go_one_way(path):
         return
     for name in imported(path):
         there = room(name) if name.startswith("localrl.") else None
-        if there is None or there == here or (here, there) in SAME_LEVEL:
+        if there is None or there == here:
             continue
         assert LEVELS[there] < LEVELS[here], f"{here} imports {name}"
 

@@ -12,22 +12,22 @@ import pytest
 import tiny
 from steps import relative_difference
 
-from localrl import prompt_lengths
 from localrl.backend import mx
 from localrl.cli.console import memory
 from localrl.config import RunConfig
 from localrl.errors import ConfigError, MemoryBudgetError
-from localrl.keeping import MOST_REFUSALS
 from localrl.learning.update import Updater
 from localrl.memory.limit import Limit
 from localrl.memory.machine import Machine
 from localrl.memory.plan import cache_bytes, fit
-from localrl.planning import ask, sizes_of
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.rollouts.decode import Decoder
 from localrl.runs.logs import read_jsonl
-from localrl.session import Silent
 from localrl.train import train
+from localrl.training import prompt_lengths
+from localrl.training.checkpointer import MOST_REFUSALS
+from localrl.training.memory_plan import ask, sizes_of
+from localrl.training.session import Silent
 
 MODEL = {
     "hidden_size": 128,
@@ -247,7 +247,7 @@ def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, 
 
 
 def parts():
-    from localrl import parts
+    from localrl.training import components as parts
 
     return parts
 
@@ -438,7 +438,7 @@ NEED = {
 def test_in_need_the_run_goes_on_with_less(place, tiny_folder, tmp_path, monkeypatch, whole):
     """And a resumed run keeps to it."""
     readings = iter([machine for machine, _ in NEED.values()])
-    monkeypatch.setattr("localrl.session.read_machine", lambda: next(readings, CALM))
+    monkeypatch.setattr("localrl.training.session.read_machine", lambda: next(readings, CALM))
     heard, out = Heard(), tmp_path / "run"
     run(place, out, model=tiny_folder, progress=heard, **EVERYTHING | {"run.steps": 2})
     told = events(out, "plan")

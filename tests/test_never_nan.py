@@ -17,10 +17,10 @@ from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import NO_UPDATE, Updater
-from localrl.resuming import read
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
-from localrl.session import Silent
+from localrl.training.session import Silent
+from localrl.training.state import read
 
 SHORT = f"{Path(__file__).parent / 'worker_functions.py'}:short"
 BAD_STEP = 3

@@ -19,12 +19,12 @@ from waiting import DEADLINE_S, until
 
 from localrl.backend import mx
 from localrl.config import RunConfig
+from localrl.distributed.collective import Ranks
 from localrl.errors import ConfigError
-from localrl.opening import _agree
-from localrl.ranks.collective import Ranks
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
-from localrl.runs.state import from_bytes, to_bytes
+from localrl.training.setup import _agree
+from localrl.utils.codec import from_bytes, to_bytes
 
 
 @pytest.fixture(autouse=True, scope="module")

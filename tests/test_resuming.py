@@ -10,7 +10,7 @@ import pytest
 
 from localrl.config import RunConfig
 from localrl.errors import CheckpointError, ConfigError, Stopped
-from localrl.pulse import Pulse
+from localrl.processes.heartbeat import Pulse
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from localrl.bench import DecodeRate
-    from localrl.bench_profile import Profile
+    from localrl.diagnostics.bench import DecodeRate
+    from localrl.diagnostics.bench_profile import Profile
 
 
 def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def bench(
       localrl bench
       localrl bench --model path/to/model --rows 1,8 --tokens 128 --profile
     """
-    from localrl.bench import Wanted, measure, open_bench
+    from localrl.diagnostics.bench import Wanted, measure, open_bench
 
     opened = open_bench(model, quantize, Wanted(rows, prompt_tokens, tokens, repeats))
     if not as_json:
@@ -70,7 +70,7 @@ def bench(
     report = measure(opened, (lambda rate: None) if as_json else _show_rate)
     profiled = None
     if with_profile:
-        from localrl.bench_profile import profile
+        from localrl.diagnostics.bench_profile import profile
 
         profiled = profile(opened)
         report["profile"] = _as_json(profiled)

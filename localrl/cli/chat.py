@@ -12,7 +12,7 @@ import click
 
 from localrl.cli.eval import configure
 from localrl.errors import ConfigError, DataError, LocalRLError
-from localrl.text import printable, sampled_at
+from localrl.utils.text import printable, sampled_at
 
 if TYPE_CHECKING:
     from localrl.policy.model import Policy
@@ -51,8 +51,8 @@ def chat(
       echo "What is 2+2?" | localrl chat --model DIR --temperature 0
     """
     from localrl.backend import mx
-    from localrl.parts import ask_for, load, open_policy, settle
-    from localrl.planning import make_plan
+    from localrl.training.components import ask_for, load, open_policy, settle
+    from localrl.training.memory_plan import make_plan
 
     config = configure(run, settings, options)
     settled = settle(config)

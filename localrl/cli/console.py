@@ -12,13 +12,13 @@ import click
 from tqdm import tqdm
 
 from localrl.embedded import EMBEDDED_MODEL
-from localrl.text import printable, sampled_at
+from localrl.utils.text import printable, sampled_at
 
 if TYPE_CHECKING:
     from localrl.evaluate import Evaluation, Shown
     from localrl.rollouts.groups import Shape
-    from localrl.session import Session
     from localrl.train import RunResult
+    from localrl.training.session import Session
 
 PLAIN_EVERY_S = 10.0
 """Seconds between plain lines where there is no terminal."""

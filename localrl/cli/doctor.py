@@ -27,7 +27,7 @@ def doctor(model: str | None, quantize: int, as_json: bool) -> None:
     from itertools import chain
 
     from localrl.cli.console import printable
-    from localrl.doctor import look_at_machine, look_at_model
+    from localrl.diagnostics.doctor import look_at_machine, look_at_model
 
     rows = []
     for row in chain(look_at_machine(), look_at_model(model, quantize) if model else ()):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localrl.errors import ConfigError
-from localrl.text import sampled_at
+from localrl.utils.text import sampled_at
 
 if TYPE_CHECKING:
-    from localrl.comparing import Difference, Result, Side
     from localrl.config import RunConfig
+    from localrl.diagnostics.compare import Difference, Result, Side
 
 SETTINGS = {
     "model": "model.path",
@@ -71,7 +71,7 @@ def evaluate(
       localrl eval runs/steps-1 -k 8 --prompts 100   pass@1 to pass@8
       localrl eval --model DIR --adapter DIR --task data.jsonl --reward accuracy
     """
-    from localrl.comparing import evaluate_model
+    from localrl.diagnostics.compare import evaluate_model
     from localrl.evaluate import EVALUATION_SEED
 
     if out is not None and out.exists():

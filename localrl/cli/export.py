@@ -13,9 +13,9 @@ from localrl.errors import ConfigError, LocalRLError
 
 if TYPE_CHECKING:
     from localrl.config import RunConfig
-    from localrl.sharing.adapters import Adapter
-    from localrl.sharing.fused import Fused
-    from localrl.sharing.gguf import Written
+    from localrl.export.adapters import Adapter
+    from localrl.export.fused import Fused
+    from localrl.export.gguf import Written
 
 SHOWN_PROMPTS = 3
 MOST_TOKENS = 128
@@ -128,9 +128,9 @@ def _open(run: Path, model: str | None) -> _Source:
 
 def _read(source: _Source, base_id: str | None) -> Adapter:
     """The adapter, with what is known of its model."""
+    from localrl.export.adapters import read_adapter
+    from localrl.export.base import find_base_id
     from localrl.policy.folder import check_folder
-    from localrl.sharing.adapters import read_adapter
-    from localrl.sharing.base import find_base_id
 
     adapter = read_adapter(source.adapter)
     given = base_id or (source.config.model.base_id if source.config else None) or adapter.base_id
@@ -149,7 +149,7 @@ def _below(run: Path, source: _Source) -> Path:
 
 
 def _adapter(adapter: Adapter, source: _Source, out: Path | None) -> None:
-    from localrl.sharing.adapters import write_adapter
+    from localrl.export.adapters import write_adapter
 
     if out is None and source.config is None:
         raise ConfigError("Where to? Name a new folder with --out.")
@@ -170,7 +170,7 @@ def _adapter(adapter: Adapter, source: _Source, out: Path | None) -> None:
 def _fused(
     source: _Source, adapter: Adapter, out: Path, dtype: str | None, quantize: str | None
 ) -> None:
-    from localrl.sharing.fused import export_fused
+    from localrl.export.fused import export_fused
 
     made = export_fused(
         adapter,
@@ -187,7 +187,7 @@ def _fused(
 
 
 def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) -> None:
-    from localrl.sharing.gguf import export_gguf
+    from localrl.export.gguf import export_gguf
 
     if not file and source.config is None:
         raise ConfigError("Where to? Name a new file behind --gguf.")
@@ -207,7 +207,7 @@ def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) ->
 
 def _rounded(made: Written) -> list[str]:
     """How much of the update is in a GGUF file, and how large the rounding is beside it."""
-    from localrl.sharing.fused import median
+    from localrl.export.fused import median
 
     lines = [f"rounding {made.rounding:.2g} of the weights, as in any {NAMES[made.bits]} file"]
     if not made.layers:
@@ -226,7 +226,7 @@ def _rounded(made: Written) -> list[str]:
 
 def _kept(made: Fused) -> list[str]:
     """How much of the update is in the model, measured on its files."""
-    from localrl.sharing.fused import median
+    from localrl.export.fused import median
 
     if not made.layers:
         return [NOTHING]
@@ -247,7 +247,7 @@ def _kept(made: Fused) -> list[str]:
 def _compared(source: _Source, adapter: Adapter, out: Path) -> list[str]:
     """Greedy texts of both models for prompts of the run's task."""
     from localrl import backend
-    from localrl.sharing.compare import greedy_pairs
+    from localrl.export.compare import greedy_pairs
 
     try:
         prompts = _prompts(source)
@@ -290,9 +290,9 @@ def _told(pairs: Sequence[tuple[str, str]]) -> list[str]:
 def _prompts(source: _Source) -> list[tuple[int, ...]]:
     """Some held-out prompts of the run's task."""
     from localrl.policy.tokenizer import load_tokenizer
+    from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards
     from localrl.tasks.loading import open_task
-    from localrl.worker import Worker
 
     if source.config is None:
         return []

@@ -11,7 +11,7 @@ import click
 from localrl.cli.train import FLAGS, train
 
 if TYPE_CHECKING:
-    from localrl.planning import Outlook
+    from localrl.training.memory_plan import Outlook
 
 SHARED = (
     "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts",
@@ -39,8 +39,8 @@ def plan(
     """
     from localrl.config import RunConfig, parse_setting
     from localrl.memory import machine
-    from localrl.planning import outlook
-    from localrl.prompt_lengths import find
+    from localrl.training.memory_plan import outlook
+    from localrl.training.prompt_lengths import find
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}

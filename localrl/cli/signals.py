@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from localrl.pulse import Pulse
+    from localrl.processes.heartbeat import Pulse
 
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AT_ONCE = 130

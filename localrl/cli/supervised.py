@@ -10,10 +10,10 @@ from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.memory.failures import failure_of
-from localrl.pulse import Pulse
-from localrl.runs.supervised import OUT_OF_MEMORY, Supervisor
-from localrl.session import Session
+from localrl.processes.child import OUT_OF_MEMORY, Supervisor
+from localrl.processes.heartbeat import Pulse
 from localrl.train import train
+from localrl.training.session import Session
 
 
 class Told(Console):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 if TYPE_CHECKING:
-    from localrl.inspection import TaskReport
+    from localrl.diagnostics.inspect_task import TaskReport
     from localrl.policy.tokenizer import Tokenizer
     from localrl.rewards.scoring import Scorer
     from localrl.tasks.base import Task
@@ -67,7 +67,7 @@ def check(name: str, count: int, **options: Any) -> None:
       localrl tasks check problems.jsonl --reward my_rewards.py:score --model path/to/model
     """
     from localrl.config import RunConfig
-    from localrl.inspection import inspect_task
+    from localrl.diagnostics.inspect_task import inspect_task
     from localrl.tasks.loading import is_data
 
     rollout = RunConfig().rollout
@@ -112,10 +112,10 @@ def _opened(
     from localrl.config import TaskConfig
     from localrl.policy.loading import find_model
     from localrl.policy.tokenizer import load_tokenizer
+    from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards
     from localrl.rewards.scoring import Scorer
     from localrl.tasks.loading import is_data, open_task, with_environments
-    from localrl.worker import Worker
 
     config = TaskConfig(name=name, environment=environment, tools=tools)
     plain = is_data(name) and environment is None
@@ -170,7 +170,7 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
 
 def _examples(opened: _Opened, count: int) -> None:
     from localrl.cli.console import printable
-    from localrl.inspection import encode
+    from localrl.diagnostics.inspect_task import encode
 
     task, tokenizer = opened.task, opened.tokenizer
     examples = [task.train(index) for index in range(min(count, task.train_size or count))]

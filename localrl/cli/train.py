@@ -98,7 +98,7 @@ def train(
       localrl train my.toml --set rollout.group_size=16
     """
     from localrl.config import RunConfig, parse_setting
-    from localrl.ranks.place import find_place
+    from localrl.distributed.launch import find_place
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
@@ -120,7 +120,7 @@ def train(
         run_with_others(place, resolve, overwrite=overwrite, resume=resume)
         return
     resolved = resolve()
-    from localrl.runs.supervised import find_supervisor
+    from localrl.processes.child import find_supervisor
 
     supervisor = find_supervisor()
     if supervisor is None and not no_supervise:
@@ -134,7 +134,7 @@ def train(
 
 def _supervise(*, pause: bool) -> NoReturn:
     """Let a child process do it, and end as it ends."""
-    from localrl.runs.supervisor import command_of, supervise, this_python
+    from localrl.processes.supervisor import command_of, supervise, this_python
 
     context, python = click.get_current_context(), this_python()
     debug = bool(context.find_root().params.get("debug"))

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from localrl.cache import cache_folder
 from localrl.errors import ConfigError
 from localrl.gguf.families import Family, find_family
 from localrl.gguf.layout import fill, make_plan, write_json
 from localrl.gguf.reader import GGUF, read_gguf
+from localrl.utils.cache import cache_folder
 
 RECORD = "gguf.json"
 """In a converted folder: which file it was made of."""

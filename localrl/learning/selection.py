@@ -18,7 +18,7 @@ from localrl.learning.credit import Credit, token_coefficients
 from localrl.learning.objectives import Objective, token_shares
 from localrl.learning.staleness import importance
 from localrl.records import Batch, BatchNode, DropReason, Group, ScoredGroup
-from localrl.repetition import repeated_from
+from localrl.utils.repetition import repeated_from
 
 NEGLIGIBLE = 1e-8
 """A coefficient this small teaches nothing."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from localrl.keys import keyed_generator
 from localrl.learning.credit import Credit
 from localrl.records import Example, ScoredGroup, mean_or_none
+from localrl.utils.rng import keyed_generator
 
 HALF_LIFE = 0.06
 """Nats of drift after which half of what was known is forgotten."""

@@ -13,16 +13,16 @@ import numpy as np
 
 from localrl.backend import mx, nn, optim, tree_flatten, tree_map, tree_unflatten
 from localrl.config import LearningConfig
+from localrl.distributed.collective import ALONE, Ranks
+from localrl.distributed.shard import share_of
 from localrl.errors import LocalRLError
 from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
 from localrl.learning.objectives import make_objective
-from localrl.learning.sharing import share_of
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
-from localrl.ranks.collective import ALONE, Ranks
 from localrl.records import Batch, MemoryPlan, StepStats
 
 LOGGER = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from localrl.backend import mx
-from localrl.cache import cache_folder
 from localrl.memory.estimate import Coefficients, Estimate, Job
 from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
+from localrl.utils.cache import cache_folder
 
 TRUST = 0.05
 """Weight of the priors beside the measurements: two passes of like length say little on how their

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from localrl.packaged import PACKAGED_MODELS
+from localrl.utils.packaged import PACKAGED_MODELS
 
 CONVERTED = "mlx-community"
 """Who publishes models under their own names, converted and quantised by mlx-lm."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localrl.errors import ConfigError, DataError
-from localrl.worker import Reply, Worker
+from localrl.processes.worker import Reply, Worker
 
 TIME_LIMIT_S = 10.0
 """For one batch of conversations."""

@@ -11,8 +11,8 @@ from localrl.embedded import EMBEDDED_MODELS, embedded_model_path
 from localrl.errors import ConfigError
 from localrl.gguf.convert import WrongHash, as_folder
 from localrl.gguf.reader import is_gguf
-from localrl.packaged import PACKAGED_MODELS, PackagedModel, other_file, packaged_file
 from localrl.policy.files import MODEL_FILES
+from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel, other_file, packaged_file
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

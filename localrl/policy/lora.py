@@ -1,6 +1,6 @@
 """LoRA adapters: attach them to the linear layers of a model's blocks, fill them, switch them off.
 
-Paper: Hu et al. 2021, arXiv 2106.09685. Their files: `localrl.sharing.adapters`.
+Paper: Hu et al. 2021, arXiv 2106.09685. Their files: `localrl.export.adapters`.
 """
 
 from __future__ import annotations

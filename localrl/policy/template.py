@@ -1,6 +1,6 @@
 """Rendering chat templates, the child's side: Jinja in the way model makers expect it.
 
-Runs in a `localrl.worker` child, which has the limits. A template is a program out of a model's
+Runs in a `processes.worker` child, which has the limits. A template is a program out of a model's
 folder: it may loop for ever or grow without bound, so it never runs in the process that trains.
 The environment is that of transformers: the names, filters and tags below are what templates use.
 """

@@ -8,7 +8,7 @@ from localrl.report import facts
 from localrl.report.curves import column, mean, sparkline, tokens_so_far
 from localrl.report.reading import Run
 from localrl.runs.metrics import METRICS
-from localrl.text import one_line, sampled_at
+from localrl.utils.text import one_line, sampled_at
 
 LABEL, COLUMN = 36, 20
 PLACE = ("run.out",)

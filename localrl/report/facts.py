@@ -8,7 +8,7 @@ from typing import Any
 from localrl.report.curves import column, mean
 from localrl.report.reading import Run, Score
 from localrl.runs.metrics import METRICS
-from localrl.text import sampled_at
+from localrl.utils.text import sampled_at
 
 RECENT = 10
 """Last steps that warnings look at."""

@@ -25,7 +25,7 @@ from localrl.report.curves import Chart, charts
 from localrl.report.reading import Run, Score
 from localrl.report.samples import Sampled, best_middle_worst, markup_free, sample
 from localrl.runs.logs import to_json, write_atomic
-from localrl.text import one_line, printable
+from localrl.utils.text import one_line, printable
 
 GROUP_BYTES = 3_000_000
 """Of the groups in a report; with all the rest it stays below 5 MB."""

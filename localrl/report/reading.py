@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from localrl.errors import ConfigError
-from localrl.interval import wilson
 from localrl.runs.folder import LOCK, MARKER
+from localrl.utils.intervals import wilson
 
 
 @dataclass(frozen=True)

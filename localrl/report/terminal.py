@@ -8,7 +8,7 @@ from typing import Any
 from localrl.report import facts
 from localrl.report.curves import Chart, charts, sparkline
 from localrl.report.reading import Run, read_groups, read_groups_at
-from localrl.text import one_line, printable
+from localrl.utils.text import one_line, printable
 
 LABEL = 29
 KEYS = (

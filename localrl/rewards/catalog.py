@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from localrl.errors import ConfigError
+from localrl.processes.worker_child import NotFound, split_call
 from localrl.records import RewardSpec
-from localrl.worker_child import NotFound, split_call
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from localrl.worker import MEMORY_POLL_S, resident_bytes
+from localrl.processes.worker import MEMORY_POLL_S, resident_bytes
 
 Status = Literal["ok", "failed", "timeout", "memory", "output"]
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
+from localrl.processes.worker import Reply, Worker
 from localrl.records import INSTANCES, Group, Leaf, ScoredGroup
 from localrl.rewards.arguments import call_arguments
 from localrl.rewards.logs import LogCollector, Logs
-from localrl.worker import Reply, Worker
 
 HOOKS = ("trainer_state", "log_extra", "log_metric")
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer", "environments", *HOOKS)

@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 
 from localrl.errors import LocalRLError
-from localrl.keys import keyed_uniforms
 from localrl.policy.engine import DecodeState
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import FinishReason, Leaf, Node
 from localrl.rollouts.stops import Early, Tails
+from localrl.utils.rng import keyed_uniforms
 
 End = Literal["stop", "length", "fork"] | Early
 """Why a segment ended."""

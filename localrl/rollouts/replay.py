@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from localrl.keys import keyed_uniforms
 from localrl.records import Example, Group, ScoredGroup
+from localrl.utils.rng import keyed_uniforms
 
 CAPACITY = 512
 """The most groups kept; the oldest leave."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from localrl.keys import keyed_uniforms
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example, FinishReason, Group, Leaf, Node
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
+from localrl.utils.rng import keyed_uniforms
 
 MOST_TOKENS = 4_000_000
 """Tokens kept for later: about 70 MB. The groups longest unseen leave."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from localrl.errors import ConfigError
 from localrl.policy.tokenizer import Tokenizer
-from localrl.repetition import LONGEST_PERIOD, NEEDED
+from localrl.utils.repetition import LONGEST_PERIOD, NEEDED
 
 SPARE = 8
 """Tokens looked at beyond those that the stop text can fill: some decode to nothing."""

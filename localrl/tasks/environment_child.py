@@ -1,7 +1,7 @@
 """Environments, the child's side: their objects, and whatever of the user's code they run.
 
-Runs in the `localrl.worker` child that rewards run in, so that rewards can be given the objects. A
-conversation is a number; its object lives here from its first turn until `forget`.
+Runs in the `processes.worker` child that rewards run in, so that rewards can be given the objects.
+A conversation is a number; its object lives here from its first turn until `forget`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from localrl.worker_child import NotFound, find, load_place, wait_for
+from localrl.processes.worker_child import NotFound, find, load_place, wait_for
 
 RESERVED = ("reset", "get_reward")
 """Methods of an environment that are no tools."""

@@ -17,8 +17,8 @@ from typing import Any
 from localrl.errors import ConfigError, DataError, RewardError
 from localrl.policy.tokenizer import Tokenizer
 from localrl.policy.turns import ToolCall, answer_ids, check_template, check_tools, read_calls
+from localrl.processes.worker import Reply, Worker
 from localrl.records import Example, Heard, RewardSpec, Spoken
-from localrl.worker import Reply, Worker
 
 CHILD = "localrl.tasks.environment_child"
 SAID = ("stop", "closed")

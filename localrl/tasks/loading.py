@@ -9,11 +9,11 @@ from typing import Any
 
 from localrl.config import TaskConfig
 from localrl.errors import ConfigError, DataError
+from localrl.processes.worker import Worker
 from localrl.tasks.base import RewardSpec
 from localrl.tasks.builtin import BuiltinTask, load_task
 from localrl.tasks.environments import Environments, open_environments
 from localrl.tasks.files import HELD_OUT_OF, FileTask, load_file_task, make_file_task
-from localrl.worker import Worker
 
 GYM = "gym:"
 GYM_PROMPTS = 1000

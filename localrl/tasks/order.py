@@ -9,9 +9,9 @@ from math import ceil
 
 import numpy as np
 
-from localrl.keys import keyed_generator
 from localrl.records import Example
 from localrl.tasks.base import Task
+from localrl.utils.rng import keyed_generator
 
 POOL = 4096
 """The most examples of a finite set that are compared at once."""

@@ -203,8 +203,8 @@ def learned(monkeypatch, accuracies: list[float], error: Exception | None = None
         return nullcontext(FakeSession(accuracies))
 
     fakes = {
-        "localrl.opening": SimpleNamespace(open_session=open_session),
-        "localrl.session": SimpleNamespace(Silent=object),
+        "localrl.training.setup": SimpleNamespace(open_session=open_session),
+        "localrl.training.session": SimpleNamespace(Silent=object),
         "localrl.train": SimpleNamespace(train_step=train_step),
     }
     for name, fake in fakes.items():

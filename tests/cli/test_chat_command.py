@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from localrl.backend import mx, tree_flatten
 from localrl.cli.main import cli
 from localrl.engines.open import make_policy
+from localrl.export.adapters import adapter_of, write_adapter
 from localrl.policy.model import load_model
-from localrl.sharing.adapters import adapter_of, write_adapter
 
 
 def chat(*arguments, lines):

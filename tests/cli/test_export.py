@@ -15,9 +15,9 @@ from waiting import DEADLINE_S
 from localrl.cli.export import export
 from localrl.config import RunConfig
 from localrl.embedded import embedded_model_path
-from localrl.sharing.adapters import NOTE, read_adapter
-from localrl.sharing.compare import greedy_pairs
-from localrl.sharing.fused import export_fused
+from localrl.export.adapters import NOTE, read_adapter
+from localrl.export.compare import greedy_pairs
+from localrl.export.fused import export_fused
 from localrl.train import train
 
 PROMPT = "sum 80 55 75 77"

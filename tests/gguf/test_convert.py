@@ -20,10 +20,10 @@ from localrl.gguf.families import FAMILIES, family_of, tensor_names, to_halves, 
 from localrl.gguf.reader import read_gguf
 from localrl.gguf.settings import config_of, metadata_of, rope_factors
 from localrl.memory.sizes import read_sizes, weight_bytes
-from localrl.planning import sizes_of
 from localrl.policy.loading import find_model
 from localrl.policy.model import load_model
 from localrl.policy.precision import dequantise, to_float32
+from localrl.training.memory_plan import sizes_of
 
 IDS = mx.array([[7, 30, 2, 301, 99, 5, 5, 260, 17, 44, 3, 90, 12, 13, 14, 200, 201, 8, 77, 150]])
 

@@ -22,15 +22,15 @@ from localrl.backend import mx
 from localrl.cli.export import export
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
+from localrl.export.adapters import adapter_of, write_adapter
+from localrl.export.fused import median
+from localrl.export.gguf import export_gguf
 from localrl.gguf.convert import as_folder
 from localrl.gguf.reader import read_gguf
 from localrl.policy.lora import LoRALinear
 from localrl.policy.model import load_model
 from localrl.policy.precision import dequantise, to_float32
 from localrl.policy.tokenizer import load_tokenizer
-from localrl.sharing.adapters import adapter_of, write_adapter
-from localrl.sharing.fused import median
-from localrl.sharing.gguf import export_gguf
 
 IDS = mx.array([[7, 30, 2, 201, 99, 5, 5, 160, 17, 44, 3, 90, 12, 13, 14, 200, 201, 8, 77, 150]])
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")

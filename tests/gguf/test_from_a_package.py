@@ -11,9 +11,9 @@ from written import write_model
 
 from localrl.cli.pull import pull_packaged
 from localrl.errors import ConfigError
-from localrl.packaged import PackagedModel
 from localrl.policy.loading import packaged_folder
 from localrl.policy.model import load_model
+from localrl.utils.packaged import PackagedModel
 
 
 @pytest.fixture

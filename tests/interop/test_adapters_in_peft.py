@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from localrl.backend import mx, nn, tree_unflatten
 from localrl.embedded import embedded_model_path
 from localrl.engines.open import make_policy
+from localrl.export.adapters import adapter_of, read_adapter, write_adapter
 from localrl.policy.model import load_model
-from localrl.sharing.adapters import adapter_of, read_adapter, write_adapter
 
 TOKENS = [[1, 5, 9, 2, 7, 30, 11, 8], [3, 1, 40, 41, 12, 12, 6, 2]]
 FAMILIES = {

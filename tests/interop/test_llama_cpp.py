@@ -25,13 +25,13 @@ from written import write_model
 
 from localrl.backend import mx
 from localrl.engines.open import make_policy
+from localrl.export.adapters import adapter_of, read_adapter
+from localrl.export.gguf import export_gguf
 from localrl.gguf.convert import as_folder
 from localrl.gguf.families import to_halves
 from localrl.policy.model import load_model
 from localrl.policy.precision import dequantise, to_float32
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
-from localrl.sharing.adapters import adapter_of, read_adapter
-from localrl.sharing.gguf import export_gguf
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -13,10 +13,10 @@ import trl.rewards
 import trl_trainer
 from test_trl_functions import _group
 
+from localrl.processes.worker import Worker
 from localrl.records import Group
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.scoring import Scorer
-from localrl.worker import Worker
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ import trl_trainer
 from trl_trainer import Row, Scored, run_trl, tokens_of
 
 from localrl import RunConfig, train
+from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.logs import Logs
 from localrl.rewards.scoring import Scorer
 from localrl.runs.logs import read_jsonl
 from localrl.runs.metrics import rollout_metrics
-from localrl.worker import Worker
 
 STATISTICS = ("mean", "std")
 TEXT = [

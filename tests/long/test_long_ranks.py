@@ -73,7 +73,7 @@ def test_a_stopped_rank_that_says_nothing_ends_all(tiny_folder, tmp_path):
     script.write_text(
         "import sys\n"
         "from dataclasses import replace\n"
-        "from localrl.ranks import collective, line\n"
+        "from localrl.distributed import collective, liveness as line\n"
         "quick = line.Limits(silence=2.0, grace=2.0)\n"
         "old = collective.meet\n"
         "collective.meet = lambda place, limits=None: old(place, quick)\n"

@@ -25,8 +25,8 @@ from localrl.memory.limit import Limit
 from localrl.memory.machine import Machine
 from localrl.memory.plan import LEAST_CHUNK, PromptLength, changes, fit
 from localrl.memory.sizes import read_sizes
-from localrl.planning import ask
 from localrl.records import MemoryPlan
+from localrl.training.memory_plan import ask
 
 GB = 10**9
 PLAN = MemoryPlan(

@@ -23,9 +23,9 @@ from localrl.memory.limit import Limit
 from localrl.memory.machine import Machine
 from localrl.memory.plan import MEASURED_SHARE, fit
 from localrl.memory.sizes import quantised, read_sizes
-from localrl.planning import as_found, ask, make_plan, sizes_of, worth_measuring
-from localrl.probing import calibrated, measure, peak_of
 from localrl.records import Batch, BatchNode
+from localrl.training.calibrate import calibrated, measure, peak_of
+from localrl.training.memory_plan import as_found, ask, make_plan, sizes_of, worth_measuring
 
 MIB = 2**20
 MEASURED = Coefficients(linear=1.3, quadratic=0.8, measured=True)
@@ -280,7 +280,7 @@ def test_the_probes_are_short(learner):
 
 
 def test_what_no_constants_explain_is_said_and_priors_stay(learner, monkeypatch):
-    from localrl import probing
+    from localrl.training import calibrate as probing
 
     updater, sizes = learner
     made = wish(sizes, 10**9, **SHORT)

@@ -29,9 +29,9 @@ from localrl.memory.estimate import (
     told,
 )
 from localrl.memory.sizes import FULL, NONE, read_sizes
-from localrl.planning import sizes_of
 from localrl.policy.model import load_model
 from localrl.records import MemoryPlan
+from localrl.training.memory_plan import sizes_of
 
 CONFIG = {
     "model_type": "qwen3",

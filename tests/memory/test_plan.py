@@ -30,8 +30,8 @@ from localrl.memory.plan import (
     wanted,
 )
 from localrl.memory.sizes import read_sizes
-from localrl.planning import ask
 from localrl.records import MemoryPlan
+from localrl.training.memory_plan import ask
 
 MIB = 2**20
 CONFIG = {

@@ -11,10 +11,10 @@ import pytest
 from localrl.backend import mx
 from localrl.config import RunConfig
 from localrl.engines.open import make_policy
+from localrl.export.adapters import read_adapter
 from localrl.policy.model import load_model
 from localrl.policy.precision import dequantise, to_float32
 from localrl.runs.logs import read_jsonl
-from localrl.sharing.adapters import read_adapter
 from localrl.train import train
 
 VARIED = (

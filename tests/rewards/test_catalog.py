@@ -9,10 +9,10 @@ import pytest
 from waiting import DEADLINE_S
 
 from localrl.errors import ConfigError
+from localrl.processes.worker import Worker
 from localrl.records import RewardSpec
 from localrl.rewards.catalog import BUILTINS, parse_rewards
 from localrl.rewards.scoring import Scorer
-from localrl.worker import Worker
 
 SETTINGS = {
     "pattern": "'a'",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from localrl.errors import ConfigError
+from localrl.processes.worker import Worker
 from localrl.rewards import code, code_peer
 from localrl.rewards.code import (
     UNSAFE_VARIABLE,
@@ -24,7 +25,6 @@ from localrl.rewards.code import (
 )
 from localrl.rewards.sandbox import Sandbox, unsafe_sandbox
 from localrl.rewards.sandbox_process import SandboxError
-from localrl.worker import Worker
 
 GENEROUS = CodeLimits(program_s=20.0, total_s=300.0)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from localrl.errors import DataError
+from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node
 from localrl.rewards.logs import LogCollector
 from localrl.rewards.scoring import Counts, Scorer
-from localrl.worker import Worker
 
 FUNCTIONS = Path(__file__).with_name("trl_style.py")
 

@@ -11,9 +11,9 @@ import pytest
 from waiting import DEADLINE_S
 
 from localrl.errors import ConfigError, DataError, RewardError
+from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node
 from localrl.rewards.scoring import HOPELESS_CALLS, MIN_CALLS, Counts, Scorer
-from localrl.worker import Worker
 
 FUNCTIONS = Path(__file__).with_name("hostile.py")
 

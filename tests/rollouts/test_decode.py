@@ -8,11 +8,11 @@ from exact import assert_exact
 from localrl.backend import mx
 from localrl.engines.mlx.decode import draw
 from localrl.engines.mlx.engine import MLXEngine
-from localrl.keys import keyed_uniforms
 from localrl.records import Example
 from localrl.rollouts.batch import Ledger
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
+from localrl.utils.rng import keyed_uniforms
 
 TEXTS = ("12", "sum 1 2 3", "a", "zebra 99", "sort cab")
 

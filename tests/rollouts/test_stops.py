@@ -10,10 +10,10 @@ import pytest
 
 from localrl.errors import ConfigError
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
-from localrl.repetition import repeated_from
 from localrl.rollouts.batch import Segment, TreeRequest
 from localrl.rollouts.decode import Decoder, LiveView
 from localrl.rollouts.stops import LONGEST_TEXT, Stops, Tails, make_stops
+from localrl.utils.repetition import repeated_from
 
 NEVER = "@@@"
 """A text that the tiny model cannot write."""

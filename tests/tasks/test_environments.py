@@ -10,10 +10,10 @@ import tiny
 
 from localrl.errors import ConfigError, DataError, RewardError
 from localrl.policy.tokenizer import load_tokenizer
+from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node, Spoken
 from localrl.rewards.scoring import Scorer
 from localrl.tasks.environments import open_environments
-from localrl.worker import Worker
 
 HERE = Path(__file__).parent / "playground.py"
 HERMES = (

@@ -8,9 +8,9 @@ import pytest
 
 from localrl.config import TaskConfig
 from localrl.errors import ConfigError
+from localrl.processes.worker import Worker
 from localrl.rewards.catalog import parse_rewards
 from localrl.tasks.loading import open_task
-from localrl.worker import Worker
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from random import Random
 import pytest
 
 from localrl.errors import ConfigError
+from localrl.processes.worker import Worker
 from localrl.records import Example
 from localrl.tasks.base import RewardSpec
 from localrl.tasks.builtin import FAMILIES, held_out, list_tasks, load_task
 from localrl.tasks.family import held_out_as
-from localrl.worker import Worker
 
 HASHES = {
     "steps": "a66cd70f2c50ca11",

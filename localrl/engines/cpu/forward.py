@@ -1,6 +1,6 @@
 """A forward pass over many positions in NumPy, and the gradient of the adapters.
 
-The counterpart of `forest` and of MLX's gradient for models that `array_model` reads. Levels of a
+The counterpart of `mlx.forest` and of MLX's gradient for models that `model` reads. Levels of a
 forest go through the blocks together: a level's keys and values are those of its rows' parents,
 gathered, and its own behind them. What the gradient needs is kept in this module's own records, one
 for each block and level, and let go as the backward pass meets them.

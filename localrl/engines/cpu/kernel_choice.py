@@ -22,8 +22,8 @@ from types import ModuleType
 import numpy as np
 
 from localrl.backend import describe, kernels
-from localrl.cache import cache_folder
 from localrl.errors import ConfigError
+from localrl.utils.cache import cache_folder
 
 VARIABLE = "LOCALRL_KERNELS"
 COLUMNS = (1, 2, 4, 8, 16, 32, 64, 128)

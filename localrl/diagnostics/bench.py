@@ -1,0 +1,302 @@
+"""How fast this machine decodes and trains a model: what `localrl bench` measures.
+
+All goes through the decoder and the updater of a run, with prompts and rewards that mean nothing.
+Completions have no end token here, so that every row is decoded to the last token.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from localrl import backend
+from localrl.backend import mx
+from localrl.config import LearningConfig, RunConfig
+from localrl.diagnostics.bench_fit import fit
+from localrl.diagnostics.bench_floor import measure_rates, needed
+from localrl.engines.choose import choose_engine
+from localrl.errors import ConfigError
+from localrl.learning.credit import Credit, assign_credit
+from localrl.learning.selection import Selection, select
+from localrl.learning.update import Updater
+from localrl.policy.forest_packing import Layout
+from localrl.policy.model import Policy, read_shape
+from localrl.policy.packing import MicroBatch, forest_batches, row_batches
+from localrl.records import Batch, Example, Group, MemoryPlan, ScoredGroup
+from localrl.rollouts.batch import TreeRequest
+from localrl.rollouts.decode import Decoder
+from localrl.rollouts.groups import Shape, sample_groups
+from localrl.runs.folder import package_versions
+from localrl.training.components import ask_for, load, open_policy, settle
+from localrl.training.memory_plan import make_plan
+
+PACKAGES = ("localrl", "mlx", "mlx-lm", "numpy")
+LEAST_TOKENS = 4
+PRIOR = 0.5
+"""Between the rewards 0 and 1: every completion has something to teach, also one alone."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured."""
+
+    rows: tuple[int, ...]
+    """Completions decoded at once; the most of them are also the group of the update."""
+    prompt_tokens: int
+    tokens: int
+    """Of each completion."""
+    repeats: int
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model with new adapters, as a run would have it."""
+
+    config: RunConfig
+    policy: Policy
+    endless: Policy
+    """The same without an end token."""
+    plan: MemoryPlan
+    updater: Updater
+    wanted: Wanted
+    """With what of it the plan allows."""
+    left_out: tuple[str, ...]
+    """What it does not, in words."""
+    prompt: tuple[int, ...]
+    width: int
+    """Of the states between layers."""
+
+
+@dataclass(frozen=True)
+class DecodeRate:
+    """Decoding of so many rows at once."""
+
+    rows: int
+    tokens_per_s: float
+    """Of all rows together, the prefill left out."""
+    step_ms: float
+    """Mean time of one token for every row."""
+    first_ms: float
+    """Prefill and first token."""
+    peak_bytes: int
+    floor_ms: float | None = None
+    """The least that a token takes at this machine's rates; None where MLX computes the model."""
+
+
+@dataclass(frozen=True)
+class UpdateRate:
+    """One update on one group."""
+
+    completions: int
+    positions: int
+    """Computed in the pass with gradient, padding left out."""
+    trained_tokens: int
+    update_s: float
+    positions_per_s: float
+    peak_bytes: int
+
+
+def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
+    """The model, loaded within a plan for this machine's memory.
+
+    Raises: ConfigError when it cannot be read or a number is too small; MemoryBudgetError when
+    there is no memory for it.
+    """
+    if min(wanted.rows) < 1 or min(wanted.prompt_tokens, wanted.tokens) < LEAST_TOKENS:
+        raise ConfigError(
+            f"Rows must be at least 1, and prompt and completion {LEAST_TOKENS} tokens long, not "
+            f"{wanted}."
+        )
+    config = _config(model, quantize, wanted)
+    settled = settle(config)
+    plan = make_plan(config, ask_for(settled, trains=True))
+    policy = choose_engine(open_policy(settled, load(settled), plan))
+    endless = replace(policy, tokenizer=replace(policy.tokenizer, end_ids=frozenset()))
+    draws = np.random.default_rng(0)
+    shape = read_shape(settled.model_folder)
+    wanted, left_out = _allowed(wanted, plan)
+    return Opened(
+        config,
+        policy,
+        endless,
+        plan,
+        # The rate is so low that repeats meet the same model.
+        Updater(policy, LearningConfig(lr=1e-9), temperature=1.0),
+        wanted,
+        left_out,
+        tuple(int(token) for token in draws.integers(0, shape.vocabulary, wanted.prompt_tokens)),
+        shape.width,
+    )
+
+
+def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: None) -> dict:
+    """Everything but a profile, as `localrl bench --json` prints it. told: each rate in turn."""
+    load_average = os.getloadavg()
+    rates, steps = [], {}
+    least = needed(opened.policy)
+    speeds = measure_rates() if least else None
+    for rows in opened.wanted.rows:
+        rate, steps[rows] = measure_decode(opened, rows)
+        if least and speeds:
+            rate = replace(rate, floor_ms=1e3 * least.floor_s(speeds, rows))
+        rates.append(rate)
+        told(rate)
+    fitted = fit(steps, opened.wanted.prompt_tokens)
+    machine = backend.describe()
+    return {
+        "format": 1,
+        "machine": {**asdict(machine), "cores": os.cpu_count(), "load": load_average},
+        "rates": asdict(speeds) if speeds else None,
+        "kernels": str(kernels) if (kernels := opened.policy.engine.kernels) else None,
+        "versions": package_versions(PACKAGES),
+        "model": {
+            "path": opened.config.model.path,
+            "quantize": opened.config.model.quantize,
+            "parameters": parameters(opened.policy),
+            "dequantised": opened.plan.dequantise,
+        },
+        "wanted": asdict(opened.wanted),
+        "left_out": opened.left_out,
+        "decode": [asdict(rate) for rate in rates],
+        "fit": asdict(fitted) if fitted else None,
+        "update": asdict(measure_update(opened)),
+    }
+
+
+def measure_decode(opened: Opened, rows: int) -> tuple[DecodeRate, np.ndarray]:
+    """Rate of these rows, and the seconds of each token after the first, medians of repeats."""
+    decode_once(opened, rows)
+    mx.reset_peak_memory()
+    runs = np.array([decode_once(opened, rows) for _ in range(opened.wanted.repeats)])
+    seconds = np.median(runs, axis=0)
+    step_s = median(runs[:, 1:].mean(axis=1))
+    rate = DecodeRate(
+        rows, rows / step_s, 1e3 * step_s, 1e3 * float(seconds[0]), mx.get_peak_memory()
+    )
+    return rate, seconds[1:]
+
+
+def decode_once(opened: Opened, rows: int, policy: Policy | None = None) -> np.ndarray:
+    """(tokens,) seconds from one forward call to the next; the first holds the prefill."""
+    marks: list[float] = []
+    decoder = Decoder(
+        policy or opened.endless, 1.0, rows, beat=lambda: marks.append(time.perf_counter())
+    )
+    request = TreeRequest(0, ("bench",), rows, rows, opened.wanted.tokens)
+    decoder.decode([opened.prompt], [request])
+    spans = np.diff([*marks, time.perf_counter()])
+    later = opened.wanted.tokens - 1
+    return np.array([spans[:-later].sum(), *spans[-later:]])
+
+
+def measure_update(opened: Opened) -> UpdateRate:
+    """The update on one group of as many completions as the plan has in one."""
+    batch = make_batch(opened, sample(opened, opened.endless)).batch
+    opened.updater.update(batch, opened.plan)  # the first one also tries how the family is scored
+    mx.reset_peak_memory()
+    update_s = median(
+        seconds(lambda: opened.updater.update(batch, opened.plan))
+        for _ in range(opened.wanted.repeats)
+    )
+    positions = sum(_positions(micro) for micro in micro_batches(opened, batch))
+    return UpdateRate(
+        completions=opened.plan.group_size,
+        positions=positions,
+        trained_tokens=sum(int(node.trained.sum()) for node in batch.nodes),
+        update_s=update_s,
+        positions_per_s=positions / update_s,
+        peak_bytes=mx.get_peak_memory(),
+    )
+
+
+def sample(opened: Opened, policy: Policy) -> list[Group]:
+    """One group of the prompt."""
+    size = opened.plan.group_size
+    return sample_groups(
+        Decoder(policy, 1.0, opened.plan.decode_rows),
+        [Example("bench", ({"role": "user", "content": "bench"},))],
+        [opened.prompt],
+        Shape(size, size),
+        rule=None,
+        max_completion_tokens=opened.wanted.tokens,
+        seed=0,
+        step=1,
+        version=0,
+    )
+
+
+def make_batch(opened: Opened, groups: Sequence[Group]) -> Selection:
+    """The batch of these groups under the rewards 0 and 1 in turn: every token is trained."""
+    scored, credits = score_in_turn(groups)
+    return select(scored, credits, float(opened.wanted.tokens), opened.updater.objective)
+
+
+def score_in_turn(groups: Sequence[Group]) -> tuple[list[ScoredGroup], list[Credit]]:
+    """The groups with the rewards 0 and 1 in turn, and the credit that follows."""
+    scored = []
+    for group in groups:
+        rewards = tuple(float(n % 2) for n in range(len(group.leaves)))
+        scored.append(ScoredGroup(group, rewards, {"bench": rewards}))
+    return scored, [assign_credit(group, kappa=1.0, prior=PRIOR) for group in scored]
+
+
+def micro_batches(opened: Opened, batch: Batch) -> list[MicroBatch]:
+    """The batch as the updater takes it, once it has met a first one."""
+    pack = forest_batches if opened.updater.shared else row_batches
+    return list(pack(batch, opened.plan.micro_rows))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long the work takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def parameters(policy: Policy) -> int:
+    """Weights of the model, each one of a quantised matrix too, adapters left out."""
+    count = 0
+    for _, module in policy.model.named_modules():
+        for name, array in module.items():
+            if not isinstance(array, mx.array) or name in ("lora_a", "lora_b"):
+                continue
+            if not hasattr(module, "bits"):
+                count += array.size
+            elif name == "weight":
+                count += array.size * 32 // module.bits
+    return count
+
+
+def _positions(micro: MicroBatch) -> int:
+    return micro.tokens.positions if isinstance(micro.tokens, Layout) else micro.tokens.size
+
+
+def _config(model: str | None, quantize: int, wanted: Wanted) -> RunConfig:
+    return RunConfig.create(
+        {
+            "model.path": model,
+            "model.quantize": quantize,
+            "rollout.prompts_per_step": 1,
+            "rollout.group_size": max(wanted.rows),
+            "rollout.max_prompt_tokens": wanted.prompt_tokens,
+            "rollout.max_completion_tokens": wanted.tokens,
+        }
+    )
+
+
+def _allowed(wanted: Wanted, plan: MemoryPlan) -> tuple[Wanted, tuple[str, ...]]:
+    """What of the wish has room in memory, and what has not."""
+    rows = tuple(n for n in wanted.rows if n <= plan.decode_rows)
+    tokens = min(wanted.tokens, plan.max_completion_tokens)
+    most = max(wanted.rows)
+    left_out = [f"{n} rows" for n in wanted.rows if n not in rows]
+    left_out += [f"tokens {wanted.tokens} -> {tokens}"] * (tokens < wanted.tokens)
+    left_out += [f"group {most} -> {plan.group_size}"] * (plan.group_size < most)
+    # One row more than none: the plan never has less.
+    return replace(wanted, rows=rows or (plan.decode_rows,), tokens=tokens), tuple(left_out)

@@ -1,0 +1,219 @@
+"""A model on held-out prompts, and beside it the same model with an adapter; no run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from localrl.config import RunConfig
+from localrl.errors import ConfigError
+from localrl.evaluate import EVALUATION_SEED, at_temperature
+from localrl.policy.lora import adapters_off
+from localrl.processes.heartbeat import Pulse
+from localrl.records import Group, ScoredGroup, mean_or_none
+from localrl.rollouts.groups import Shape, sample_groups
+from localrl.training.components import Parts, check_sandbox, open_parts, settle
+from localrl.utils.intervals import (
+    mcnemar,
+    mean_interval,
+    paired_interval,
+    pass_at_k,
+    share_interval,
+    sign_flip,
+)
+
+RIGHT = 1 - 1e-9
+"""What the first reward gives a completion that passes, but for rounding."""
+
+
+@dataclass(frozen=True)
+class PassRate:
+    """pass@k: the chance that one of k completions of a prompt passes."""
+
+    k: int
+    rate: float
+    ci95: tuple[float, float]
+    prompts: int
+    """Those with at least k completions that were judged."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one policy made of the held-out prompts."""
+
+    pass_at: tuple[PassRate, ...]
+    completions: int
+    unjudged: int
+    """Of these, completions that the first reward gave nothing: left out of all rates."""
+    mean_reward: float | None
+    mean_completion_tokens: float
+    cut_off: float
+    """Share of completions that reached the longest length."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """pass@1 of the adapter minus that of the base, on prompts that both were judged on."""
+
+    value: float
+    ci95: tuple[float, float] | None
+    p: float
+    """That there is none, two-sided."""
+    test: str
+    prompts: int
+    base_better: int
+    adapter_better: int
+    """Prompts on which one passed more often than the other."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An evaluation, and under which conditions it was made."""
+
+    task: str
+    model: str
+    adapter: str | None
+    prompts: int
+    samples: int
+    """Completions of each prompt."""
+    temperature: float
+    """Of the sampling; 0 stands for greedy decoding."""
+    max_completion_tokens: int
+    seed: int
+    base: Side
+    with_adapter: Side | None
+    difference: Difference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; rates by name, as `pass@4`."""
+        fields = asdict(self)
+        for side in ("base", "with_adapter"):
+            if fields[side] is not None:
+                rates = fields[side].pop("pass_at")
+                fields[side] |= {f"pass@{rate.pop('k')}": rate for rate in rates}
+        return fields
+
+
+def evaluate_model(
+    config: RunConfig,
+    *,
+    samples: int = 1,
+    seed: int = EVALUATION_SEED,
+    warn: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Result:
+    """Sample held-out prompts from the base and, when `lora.adapter` names one, with the adapter.
+
+    The temperature is that of the run's evaluations, see `RunConfig.eval_temperature`.
+    Both draw with the same random numbers. warn, tell: get lines for people.
+
+    Raises: ConfigError or DataError, saying what cannot work; RewardError when rewards fail.
+    """
+    temperature = config.eval_temperature
+    if samples > 1 and not temperature:
+        raise ConfigError(
+            f"{samples} completions of each prompt would all be the same: the temperature is 0, "
+            "where the likeliest token is taken each time. Ask for one (-k 1), or sample, for "
+            "example with --temperature 0.7."
+        )
+    settled = settle(config)
+    with open_parts(settled, warn=warn, pulse=Pulse(), trains=False) as parts:
+        check_sandbox(parts.config, parts.task, warn)
+        if not parts.held_out:
+            raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Name a number.")
+        tell(f"{len(parts.held_out)} held-out prompts of {parts.task.name} x {samples}, base ...")
+        with adapters_off(parts.policy.model):
+            base = _judge(parts, samples, temperature, seed)
+        passing, adapted = parts.task.rewards[0].name, None
+        if settled.adapter is not None:
+            tell("with the adapter ...")
+            adapted = _judge(parts, samples, temperature, seed)
+        return Result(
+            task=parts.task.name,
+            model=str(parts.model_folder),
+            adapter=parts.config.lora.adapter,
+            prompts=len(parts.held_out),
+            samples=samples,
+            temperature=temperature,
+            max_completion_tokens=parts.plan.max_completion_tokens,
+            seed=seed,
+            base=_side(base, passing, samples),
+            with_adapter=_side(adapted, passing, samples) if adapted else None,
+            difference=_differ(passing, base, adapted, seed) if adapted else None,
+        )
+
+
+def _judge(parts: Parts, samples: int, temperature: float, seed: int) -> list[ScoredGroup]:
+    """Scored completions of all held-out prompts, by the policy as it is now."""
+    groups: list[Group] = sample_groups(
+        at_temperature(parts.decoder, temperature),
+        parts.held_out,
+        parts.sampler.encode(parts.held_out),
+        Shape(roots=samples, leaves=samples),
+        rule=None,
+        max_completion_tokens=parts.plan.max_completion_tokens,
+        seed=seed,
+        step=0,
+        version=0,
+        turns=parts.sampler.turns,
+    )
+    return parts.scorer.score(groups)
+
+
+def _verdicts(scored: ScoredGroup, passing: str) -> list[bool]:
+    """Of the completions that were judged, whether each passes."""
+    return [verdict >= RIGHT for verdict in scored.parts[passing] if verdict is not None]
+
+
+def _side(scored: Sequence[ScoredGroup], passing: str, samples: int) -> Side:
+    verdicts = [_verdicts(group, passing) for group in scored]
+    completions = [c for group in scored for c in group.group.completions()]
+    rates = []
+    for k in (2**i for i in range(samples.bit_length())):
+        shares = [pass_at_k(len(v), sum(v), k) for v in verdicts if len(v) >= k]
+        if shares:
+            interval = share_interval(shares, samples)
+            rates.append(PassRate(k, float(np.mean(shares)), interval, len(shares)))
+    return Side(
+        pass_at=tuple(rates),
+        completions=len(completions),
+        unjudged=len(completions) - sum(map(len, verdicts)),
+        mean_reward=mean_or_none([r for g in scored for r in g.rewards if r is not None]),
+        mean_completion_tokens=float(np.mean([c.sampled.sum() for c in completions])),
+        cut_off=float(np.mean([c.finish_reason == "length" for c in completions])),
+    )
+
+
+def _differ(
+    passing: str,
+    base: Sequence[ScoredGroup],
+    adapted: Sequence[ScoredGroup],
+    seed: int,
+) -> Difference | None:
+    """None when no prompt was judged on both sides."""
+    pairs = [
+        (one, other)
+        for a, b in zip(base, adapted, strict=True)
+        if (one := _verdicts(a, passing)) and (other := _verdicts(b, passing))
+    ]
+    return compare(pairs, seed) if pairs else None
+
+
+def compare(pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]], seed: int) -> Difference:
+    """The second side of each pair against the first: the verdicts of one prompt's completions."""
+    differences = [float(np.mean(other)) - float(np.mean(one)) for one, other in pairs]
+    fewer, more = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
+    single = all(len(one) == len(other) == 1 for one, other in pairs)
+    n = len(pairs)
+    return Difference(
+        value=float(np.mean(differences)),
+        ci95=paired_interval(fewer, more, n) if single else mean_interval(differences),
+        p=mcnemar(fewer, more) if single else sign_flip(differences, seed),
+        test="exact McNemar" if single else "sign flips over prompts",
+        prompts=n,
+        base_better=fewer,
+        adapter_better=more,
+    )

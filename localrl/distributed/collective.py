@@ -1,0 +1,175 @@
+"""What ranks do together: send bytes to all, take those of rank 0, add up numbers.
+
+Each is a collective of MLX on the CPU's stream, over arrays that are evaluated: on Metal's, mixed
+with other work, they have been seen to hang (MLX issue 4475).
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.distributed.launch import Place
+from localrl.distributed.liveness import Limits, Line, meet
+from localrl.errors import LocalRLError
+from localrl.processes.heartbeat import Pulse
+
+T = TypeVar("T")
+
+LOST_S = 3.0
+"""Until a lost connection has a name."""
+CHECK = 4
+"""Bytes that tell whether bytes have come as they were sent."""
+
+
+class Ranks:
+    """This process among those that train together; alone it sends nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, names: Sequence[str] = ("",)) -> None:
+        self.rank, self.size, self.names = rank, size, names
+        self.waited_s = 0.0
+        """Seconds in which this rank has waited for the others, or for the network."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one that writes, evaluates and logs."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of what all ranks know: every size-th."""
+        return list(items[self.rank :: self.size])
+
+    def in_order(self, shares: Sequence[Sequence[T]]) -> list[T]:
+        """The shares of all ranks put together again."""
+        longest = max(map(len, shares))
+        return [share[n] for n in range(longest) for share in shares if n < len(share)]
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, in the order of ranks."""
+        return [data]
+
+    def first(self, data: bytes) -> bytes:
+        """The bytes of rank 0."""
+        return data
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum over ranks, the same on each of them to the last bit."""
+        return array
+
+
+ALONE = Ranks()
+
+
+class Connected(Ranks):
+    """Ranks with others."""
+
+    def __init__(self, place: Place, line: Line, pulse: Pulse) -> None:
+        super().__init__(place.rank, place.size)
+        self._line, self._pulse = line, pulse
+        self._group: Any = mx.distributed.init(strict=True, backend=place.backend)
+        if (self._group.rank(), self._group.size()) != (place.rank, place.size):
+            raise LocalRLError(
+                f"MLX says that this is rank {self._group.rank()} of {self._group.size()}, the "
+                f"environment says {place.rank} of {place.size}."
+            )
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank: their lengths first, then all of them at the longest length."""
+        size = len(data) + CHECK
+        told = self._gathered(np.array([size, ~size], np.int32)).reshape(self.size, 2)
+        self._insist(bool((told[:, 0] == ~told[:, 1]).all()))
+        padded = np.zeros(int(told[:, 0].max()), np.uint8)
+        padded[:size] = np.frombuffer(data + _check(data), np.uint8)
+        rows = self._gathered(padded).reshape(self.size, -1)
+        found = [row[:length].tobytes() for row, length in zip(rows, told[:, 0], strict=True)]
+        self._insist(all(_check(row[:-CHECK]) == row[-CHECK:] for row in found))
+        return [row[:-CHECK] for row in found]
+
+    def first(self, data: bytes) -> bytes:
+        """The bytes of rank 0, to which the others add zeros."""
+        length = int(self.sum(np.array([len(data) if self.leads else 0], np.int32))[0])
+        array = np.frombuffer(data, np.uint8) if self.leads else np.zeros(length, np.uint8)
+        return self.sum(array).tobytes() if length else b""
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum over ranks. MLX adds each part on one rank and sends it round."""
+        with self._waiting():
+            summed = mx.distributed.all_sum(mx.array(array), group=self._group, stream=mx.cpu)
+            found = np.array(summed)
+        checks = self.gather(_check(found.tobytes()))
+        self._insist(checks == checks[:1] * self.size)
+        return found
+
+    def _gathered(self, array: np.ndarray) -> np.ndarray:
+        with self._waiting():
+            found = mx.distributed.all_gather(mx.array(array), group=self._group, stream=mx.cpu)
+            return np.array(found)
+
+    def _insist(self, whole: bool) -> None:
+        """A rank that dies in the middle of a collective can leave others with a wrong result, and
+        MLX (0.32) then not always tells.
+
+        Raises: Stopped when what came is not whole.
+        """
+        if not whole:
+            self._lost("what came from another rank was damaged")
+
+    def _lost(self, what: str) -> None:
+        for leftover in (mx.synchronize, lambda: mx.eval(mx.zeros(1) + 1)):
+            # The stream may hold on to an error, and give it to whatever comes next: the saving.
+            with suppress(RuntimeError):
+                leftover()
+        self._pulse.stop(
+            self._line.reason(LOST_S) or f"a lost connection between the ranks: {what}"
+        )
+        self._pulse.beat()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a collective.
+
+        Raises: Stopped when a rank is gone. No collective may follow, it would hang.
+        """
+        self._pulse.beat()
+        started = time.perf_counter()
+        self._line.waits(True)
+        try:
+            yield
+        except RuntimeError as error:
+            self._lost(str(error))
+        finally:
+            self._line.waits(False)
+            self.waited_s += time.perf_counter() - started
+        self._pulse.beat()
+
+
+@contextmanager
+def join(place: Place, limits: Limits | None = None) -> Iterator[tuple[Ranks, Pulse]]:
+    """Meet the other ranks, and watch them until the end of the context; with it comes the pulse
+    of this rank's run.
+
+    Raises: LocalRLError when they do not come.
+    """
+    line = meet(place, limits)
+    pulse, problem = Pulse(line.moved), None
+    try:
+        line.watch(pulse.stop, lambda: pulse.noticed)
+        ranks = Connected(place, line, pulse)
+        ranks.names = [name.decode() for name in ranks.gather(line.name.encode())]
+        yield ranks, pulse
+    except BaseException as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        problem = pulse.reason if pulse.noticed else lines[0]
+        raise
+    finally:
+        line.close(problem)
+
+
+def _check(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(CHECK, "little")

@@ -1,0 +1,73 @@
+"""What several ranks have made of their shares, put together on each of them.
+
+Records travel as a checkpoint holds them, see `runs.state`; examples, which every rank knows, stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from localrl.distributed.collective import Ranks
+from localrl.errors import LocalRLError
+from localrl.records import Example, Group, Leaf, Node, ScoredGroup
+from localrl.utils.codec import from_bytes, to_bytes
+
+T = TypeVar("T")
+
+TYPES: dict[str, type] = {kind.__name__: kind for kind in (Group, Leaf, Node, ScoredGroup)}
+
+
+def gather(ranks: Ranks, value: T) -> list[T]:
+    """A value of each rank: plain data, arrays, or records of `TYPES`."""
+    if ranks.size == 1:
+        return [value]
+    return [from_bytes(data, TYPES) for data in ranks.gather(to_bytes(value, TYPES))]
+
+
+def spread(
+    ranks: Ranks,
+    examples: Sequence[Example],
+    work: Callable[[Sequence[int]], Sequence[T]],
+) -> list[T]:
+    """Results for all examples, of which each rank makes those of its own share.
+
+    work: gets indices, and gives a result for each.
+
+    Raises: LocalRLError when another rank has not the same examples.
+    """
+    indices = ranks.mine(range(len(examples)))
+    found = list(work(indices)) if indices else []
+    if ranks.size == 1:
+        return found
+    ids = [example.id for example in examples]
+    told = gather(ranks, {"ids": ids, "found": found})
+    for rank, one in enumerate(told):
+        if one["ids"] != ids:
+            raise LocalRLError(
+                f"The ranks have come apart: rank {rank} works on {one['ids'][:3]}, rank "
+                f"{ranks.rank} on {ids[:3]}. Go on from the last checkpoint with --resume."
+            )
+    return ranks.in_order([one["found"] for one in told])
+
+
+def spread_groups(
+    ranks: Ranks,
+    examples: Sequence[Example],
+    work: Callable[[Sequence[int]], Sequence[ScoredGroup]],
+) -> list[ScoredGroup]:
+    """The same for groups, which travel without their examples."""
+    if ranks.size == 1:
+        return list(work(range(len(examples))))
+
+    def bare(indices: Sequence[int]) -> list[Any]:
+        return [_with(group, None) for group in work(indices)]
+
+    found = spread(ranks, examples, bare)
+    return [_with(group, example) for group, example in zip(found, examples, strict=True)]
+
+
+def _with(scored: ScoredGroup, example: Example | None) -> ScoredGroup:
+    group: Any = replace(scored.group, example=example)  # type: ignore[arg-type]
+    return replace(scored, group=group)

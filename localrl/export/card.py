@@ -1,0 +1,217 @@
+"""The model card of a pushed adapter, made from what `facts` lets out of the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from localrl.export.facts import Facts, Side
+from localrl.utils.text import sampled_at
+
+TAGS = ("lora", "grpo", "reinforcement-learning", "localrl")
+"""Not `mlx`: for that tag the Hub's page shows commands that fail on an adapter."""
+
+SETTINGS_NOTE = (
+    "`localrl train --print-config` says what each means; 0 often leaves the choice to localrl."
+)
+
+WIDTH, HEIGHT = 60, 8
+SAMPLE_LIMIT = 2000
+"""Characters of a prompt or a completion that are shown."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A rollout that its owner has chosen to show."""
+
+    prompt: str
+    completion: str
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an adapter goes and what it belongs to."""
+
+    repo_id: str
+    base_id: str
+    """The unquantised model, on the Hub."""
+    peft_left_out: str | None
+    """Why the weights are not there in PEFT's form; None when they are."""
+
+
+def make_card(facts: Facts, address: Address, samples: Sequence[Sample] = ()) -> str:
+    """README.md of the repository: the Hub's metadata, then Markdown."""
+    results = _results(facts)
+    data = ModelCardData(
+        base_model=address.base_id,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        model_name=_name(address) if results else None,
+        eval_results=results or None,
+    )
+    body = "\n\n".join(_sections(facts, address, samples))
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+
+
+def _name(address: Address) -> str:
+    return address.repo_id.partition("/")[2]
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    if facts.adapter is None or facts.adapter.pass_at_1 is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="localrl",
+            dataset_name=facts.task,
+            metric_type="pass@1",
+            metric_value=round(facts.adapter.pass_at_1, 4),
+        )
+    ]
+
+
+def _sections(facts: Facts, address: Address, samples: Sequence[Sample]) -> Iterator[str]:
+    base = address.base_id
+    yield f"# {_name(address)}"
+    yield (
+        f"A LoRA adapter for [{base}](https://huggingface.co/{base}), trained on that model or a "
+        "quantised copy of it, by reinforcement learning with localrl on one machine."
+    )
+    if facts.embedded:
+        yield (
+            "The model it was trained on is the small one that ships with localrl; that the base "
+            "named above is the same is the word of whoever pushed this."
+        )
+    if facts.unsafe_code:
+        yield (
+            "**Code from answers ran without a sandbox in this training run** "
+            "(`task.unsafe_code`): it could do anything its user may do."
+        )
+    yield _usage(address)
+    yield "## What it learned"
+    rewards = "; ".join(facts.rewards) or "the task's own"
+    about = f", built into localrl: {facts.about}" if facts.about else ""
+    yield f"- Task: {facts.task}{about}\n- Reward: {rewards}"
+    yield _evaluation(facts)
+    if facts.curve:
+        yield _curve(facts.curve)
+    if samples:
+        yield "## Samples\n\nFrom the last step of training.\n\n" + "\n\n".join(
+            map(_sample, samples)
+        )
+    yield f"## Settings\n\n{SETTINGS_NOTE}\n\n" + _table(("setting", "value"), facts.settings)
+    yield _memory(facts)
+    yield "## Versions\n\n" + _table(("package", "version"), facts.versions)
+    yield _limits(facts, address)
+
+
+def _usage(address: Address) -> str:
+    name, base = _name(address), address.base_id
+    text = (
+        "## Use\n\nWith mlx-lm, which takes an adapter from a local folder only:\n\n"
+        f"```bash\nhf download {address.repo_id} --local-dir {name}\n"
+        f'mlx_lm.generate --model {base} --adapter-path {name} --prompt "your prompt"\n```'
+    )
+    if address.peft_left_out is not None:
+        return f"{text}\n\nThere are no weights in PEFT's form: {address.peft_left_out}."
+    return (
+        f"{text}\n\nWith PEFT:\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{address.repo_id}")\n```'
+    )
+
+
+def _evaluation(facts: Facts) -> str:
+    known = facts.adapter or facts.base
+    if known is None:
+        return "## Evaluation\n\nThis run was not evaluated."
+    rows = [_side("base", facts.base), _side("with the adapter", facts.adapter)]
+    return (
+        "## Evaluation\n\nOn held-out prompts, the same before and after; one completion each, "
+        f"{sampled_at(known.temperature)}. pass@1 is the share that the first reward function gave "
+        "1 or more, with its 95 % Wilson interval.\n\n"
+        "| | prompts | pass@1 | 95 % interval | mean reward |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+    )
+
+
+def _side(name: str, side: Side | None) -> str:
+    if side is None:
+        return f"| {name} | unknown | unknown | unknown | unknown |"
+    low, high = side.ci95 or (None, None)
+    n = "unknown" if side.n is None else side.n
+    interval = f"{_number(low)} to {_number(high)}"
+    return (
+        f"| {name} | {n} | {_number(side.pass_at_1)} | {interval} | {_number(side.mean_reward)} |"
+    )
+
+
+def _curve(rewards: Sequence[float]) -> str:
+    each = -(-len(rewards) // WIDTH)
+    means = "" if each == 1 else f"; a column is the mean of {each} steps"
+    return (
+        f"## Training\n\nMean reward of {len(rewards)} steps{means}.\n\n"
+        f"```text\n{plot(rewards, each)}\n```"
+    )
+
+
+def plot(values: Sequence[float], each: int = 1) -> str:
+    """A column chart in text, from the lowest value to the highest; `each` values to a column."""
+    parts = [values[i : i + each] for i in range(0, len(values), each)]
+    columns = [sum(part) / len(part) for part in parts]
+    low, high = min(columns), max(columns)
+    step = (high - low) / HEIGHT or 1.0
+    levels = [round((column - low) / step) for column in columns]
+    lines = []
+    for row in range(HEIGHT, -1, -1):
+        label = f"{low + row * step:8.3f}" if row in (0, HEIGHT) else " " * 8
+        lines.append(f"{label} |" + "".join("#" if level >= row else " " for level in levels))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _sample(sample: Sample) -> str:
+    reward = "none" if sample.reward is None else f"{sample.reward:g}"
+    return f"Prompt:\n\n{fence(sample.prompt)}\n\nReward {reward}:\n\n{fence(sample.completion)}"
+
+
+def fence(text: str) -> str:
+    """The text as a block that nothing in it can end."""
+    text = text if len(text) <= SAMPLE_LIMIT else text[:SAMPLE_LIMIT] + " [...]"
+    marks = "```"
+    while marks in text:
+        marks += "`"
+    return f"{marks}text\n{text}\n{marks}"
+
+
+def _memory(facts: Facts) -> str:
+    peak = "unknown" if facts.peak_bytes is None else f"{facts.peak_bytes / 2**20:.0f} MiB"
+    return f"## Memory\n\nMost that MLX held at once: {peak}. The plan:\n\n" + _table(
+        ("planned", "value"), facts.plan
+    )
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"| `{key}` | {value} |" for key, value in rows.items()]
+    return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *lines])
+
+
+def _limits(facts: Facts, address: Address) -> str:
+    limits = [
+        "It was rewarded for one task; what it does elsewhere was not measured.",
+        "The held-out prompts come from the same source as those of training.",
+        "LM Studio, oMLX and Ollama take no adapter folder: they need a fused model, which "
+        "`localrl export --fused` writes.",
+        f"The licence of {address.base_id} holds for what is made with it.",
+    ]
+    if facts.adapter is None:
+        limits.insert(0, "It was not evaluated.")
+    return "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"

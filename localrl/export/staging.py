@@ -1,0 +1,144 @@
+"""What of a run may be pushed: five names, in a folder of their own, looked through first."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from localrl.errors import ConfigError, DataError
+from localrl.export.adapters import (
+    CONFIG,
+    NOTE,
+    PEFT_WEIGHTS,
+    WEIGHTS,
+    peft_note,
+    read_adapter,
+)
+from localrl.export.base import is_hub_id
+from localrl.export.card import Address, Sample, make_card
+from localrl.export.facts import read_facts
+from localrl.export.tensors import read_json
+from localrl.runs.logs import read_jsonl
+
+MARK = NOTE
+"""By it a repository is known as one that localrl has pushed."""
+
+ALLOWED = (WEIGHTS, PEFT_WEIGHTS, CONFIG, "README.md", MARK)
+
+CONFIG_KEYS = (
+    "fine_tune_type",
+    "num_layers",
+    "lora_parameters",
+    "peft_type",
+    "task_type",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "fan_in_fan_out",
+    "bias",
+    "target_modules",
+    "layers_to_transform",
+)
+NOTE_KEYS = ("format", "sha256", "rank", "scale", "model_type", "peft_left_out", "versions")
+
+SAMPLES = 3
+
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A file as it would be pushed."""
+
+    name: str
+    bytes: int
+
+
+def stage(
+    run: Path,
+    folder: Path,
+    repo_id: str,
+    *,
+    base_id: str | None = None,
+    task_name: str | None = None,
+    with_samples: bool = False,
+) -> list[Staged]:
+    """Fill an empty folder with what may be pushed of a run, which is only read.
+
+    base_id: of the base model on the Hub, where the adapter does not know it. task_name: what the
+    card calls the task. with_samples: whether the card shows some rollouts.
+
+    Raises: ConfigError when the run has no adapter, or its base is not known; CheckpointError when
+    the adapter is damaged; DataError when a file cannot be read, or holds a token or a place of
+    this machine.
+    """
+    facts = read_facts(run)
+    adapter = run / "adapter"
+    left_out = peft_note(adapter)
+    known = read_adapter(adapter).base_id  # read in any case: it checks that all is whole
+    base = _base(run, base_id or known)
+    if task_name:
+        facts = replace(facts, task=" ".join(task_name.split()), about=None)
+    card = make_card(
+        facts,
+        Address(repo_id, base, left_out),
+        list(_samples(run)) if with_samples else [],
+    )
+    (folder / "README.md").write_bytes(card.encode("utf-8", "replace"))
+    _copy_json(adapter / CONFIG, folder, CONFIG_KEYS, base_model_name_or_path=base)
+    _copy_json(adapter / NOTE, folder, NOTE_KEYS, base_model=base)
+    for name in (WEIGHTS, PEFT_WEIGHTS):
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, folder / name)
+    staged = [folder / name for name in ALLOWED if (folder / name).exists()]
+    for file in staged:
+        _check_private(file, run)
+    return [Staged(file.name, file.stat().st_size) for file in staged]
+
+
+def _base(run: Path, base_id: str | None) -> str:
+    """Raises: ConfigError when it is not a name on the Hub."""
+    if is_hub_id(base_id):
+        return base_id
+    raise ConfigError(
+        f"The base model of {run} has no known name on the Hub, and without it nobody can use the "
+        f"adapter{f' ({base_id!r} is none)' if base_id else ''}. Name the model, unquantised, with "
+        "--base-id user/name."
+    )
+
+
+def _copy_json(source: Path, folder: Path, keys: Sequence[str], **more: str) -> None:
+    """The entries with these keys, and more."""
+    content = read_json(source)
+    kept = {key: content[key] for key in keys if key in content} | more
+    (folder / source.name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _samples(run: Path) -> Iterator[Sample]:
+    """One completion of the first groups of the last step."""
+    lines = list(read_jsonl(run / "rollouts.jsonl"))
+    last = [line for line in lines if line["step"] == lines[-1]["step"] and not line["replayed"]]
+    for line in last[:SAMPLES]:
+        prompt = "\n\n".join(str(message.get("content")) for message in line["messages"])
+        leaf = line["leaves"][0]
+        yield Sample(prompt, leaf["text"], leaf["reward"])
+
+
+def _check_private(file: Path, run: Path) -> None:
+    """Raises: DataError when the bytes hold a token, the home folder, or the run's place."""
+    data = file.read_bytes()
+    places = {str(Path.home()), str(run.absolute()), str(run.resolve())}
+    found = [place for place in places if len(place) > 1 and place.encode() in data]
+    if TOKEN.search(data):
+        found.append("something like a token of the Hub")
+    if found:
+        raise DataError(
+            f"{file.name} would carry {found[0]}, so nothing was pushed. Take it out of the run's "
+            "adapter folder, or push without --with-samples."
+        )

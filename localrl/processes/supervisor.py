@@ -1,0 +1,285 @@
+"""The parent of a run: restarts it when it dies or stalls, and never loads MLX or NumPy.
+
+It does little, so that nothing a run can do takes it along. What it knows of the run is what comes
+through `localrl.runs.supervised`, the names of its checkpoints, and how it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from localrl.processes.battery import Awake, Power, read_power
+from localrl.processes.child import OUT_OF_MEMORY, VARIABLE, Restart
+from localrl.processes.signals import Asked
+from localrl.processes.stall_detector import Limits, Patience
+
+EXPLAINED = {0, 1, 2, 3, 4, 5, 6, 75, 130}
+"""Exit codes of a run that has said itself why it ended: see `localrl.errors`."""
+SAVED = 75
+INTERRUPTED = 130
+TICK_S = 1.0
+HINTS = {
+    "SIGABRT": "it aborted",
+    "SIGKILL": "killed from outside: the system does so when memory is short",
+    "SIGSEGV": "a fault in compiled code",
+    "SIGBUS": "a fault in compiled code",
+}
+
+Command = Sequence[str]
+
+
+def supervise(
+    command: Command,
+    resume: Callable[[str], Command],
+    *,
+    limits: Limits | None = None,
+    power: Callable[[], Power | None] = read_power,
+    pause: bool = True,
+    awake: Awake | None = None,
+) -> int:
+    """Run a command until its end is an explained one; the exit code to end with.
+
+    resume: the command that goes on with the run in a folder.
+    pause: wait while the battery is low.
+    """
+    keeper = awake or Awake()
+    with Asked() as asked:
+        supervision = _Supervision(resume, limits or Limits(), power, pause, keeper, asked)
+        try:
+            return supervision.run(command)
+        finally:
+            keeper.end()
+
+
+@dataclass(frozen=True)
+class _End:
+    code: int
+    """Negative: the signal that ended it."""
+    stalled_s: float | None
+    """How long there was no sign of life; None when that is not why it ended."""
+
+
+class _Supervision:
+    def __init__(
+        self,
+        resume: Callable[[str], Command],
+        limits: Limits,
+        power: Callable[[], Power | None],
+        pause: bool,
+        awake: Awake,
+        asked: Asked,
+    ) -> None:
+        self._resume, self._limits, self._asked = resume, limits, asked
+        self._power, self._pause, self._awake = power, pause, awake
+        self._run: str | None = None
+        self._reasons: list[str] = []
+        self._deaths, self._newest = 0, -1
+        self._paused: str | None = None
+
+    def run(self, command: Command) -> int:
+        restart: Restart | None = None
+        while self._enough_power():
+            life = _Life(command, restart)
+            self._asked.adopt(life.process)
+            try:
+                end = self._watch(life)
+            finally:
+                self._asked.adopt(None)
+                life.close()
+            after = self._after(end)
+            if isinstance(after, int):
+                return after
+            restart = after
+            command = self._resume(self._run) if self._run else command
+        return SAVED if self._run else INTERRUPTED
+
+    def _watch(self, life: _Life) -> _End:
+        """Until the process has ended, by itself or for its silence."""
+        patience, looked = Patience(self._limits, time.monotonic()), float("-inf")
+        tick_s = min(TICK_S, self._limits.floor_s)
+        while life.process.poll() is None:
+            if time.monotonic() - looked >= self._limits.power_every_s:
+                looked = time.monotonic()
+                self._mind_power(life)
+            self._hear(life.listen(tick_s), patience)
+            silence = patience.silence(time.monotonic())
+            if silence is not None:
+                _say(f"no sign of life for {silence:.0f} s: the run is ended")
+                return _End(life.end(self._limits.grace_s), silence)
+        self._hear(life.listen(0), patience)
+        return _End(life.process.returncode, None)
+
+    def _hear(self, messages: Sequence[dict[str, Any]], patience: Patience) -> None:
+        for message in messages:
+            patience.beat(time.monotonic())
+            if "run" in message:
+                self._run = message["run"]
+            if "step" in message:
+                patience.settled = True
+
+    def _after(self, end: _End) -> int | Restart | None:
+        """The exit code to end with, or what the next process is told."""
+        if self._asked.number is not None:
+            return self._ended(end.code)
+        if end.stalled_s is not None:
+            # One that could still save itself when asked did not lack memory.
+            return self._died(f"no sign of life for {end.stalled_s:.0f} s", end.code != SAVED)
+        if self._paused and end.code == SAVED:
+            return None
+        if end.code in EXPLAINED or -end.code in self._asked.NUMBERS:
+            return self._ended(end.code)
+        return self._died(describe(end.code), True)
+
+    def _ended(self, code: int) -> int:
+        if code not in EXPLAINED:
+            _say(f"the run was ended by {describe(code)}; what was saved is as it was")
+        return code if code >= 0 else 128 - code
+
+    def _died(self, reason: str, unclean: bool) -> int | Restart:
+        newest = newest_step(self._run)
+        if newest > self._newest:
+            self._newest, self._reasons = newest, []
+        self._reasons.append(reason)
+        self._deaths += 1
+        where = f"step {newest}" if newest >= 0 else "its beginning"
+        if len(self._reasons) >= self._limits.deaths:
+            _say(_given_up(self._reasons, where, self._run))
+            return 1
+        count = f"death {len(self._reasons)} of {self._limits.deaths} without progress"
+        _say(f"warning: the run died: {reason}. It goes on from {where} ({count})")
+        return Restart(reason, self._deaths, unclean)
+
+    def _mind_power(self, life: _Life) -> None:
+        power = self._power()
+        self._awake.update(power, life.process.pid)
+        if self._pause and self._paused is None and power is not None and power.low:
+            self._paused = f"the battery at {power.percent} %"
+            life.ask(self._paused)
+
+    def _enough_power(self) -> bool:
+        """Wait for it, if that is wanted; False when the user asked to stop."""
+        told = False
+        while self._asked.number is None:
+            power = self._power() if self._pause else None
+            if power is None or not power.low:
+                self._paused = None
+                return True
+            if not told:
+                _say(f"paused with the battery at {power.percent} %; --on-battery run goes on")
+                told = True
+            self._asked.wait(self._limits.power_every_s)
+        return False
+
+
+class _Life:
+    """One process, and our end of the socket."""
+
+    def __init__(self, command: Command, restart: Restart | None) -> None:
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            fd = theirs.fileno()
+            told = {"channel": fd, "restart": asdict(restart) if restart else None}
+            # A session of its own: Ctrl-C reaches it through us alone, and once.
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, VARIABLE: json.dumps(told)},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[fd],
+                start_new_session=True,
+            )
+        self._ours.setblocking(False)
+        self._rest, self._open = b"", True
+
+    def listen(self, timeout: float) -> list[dict[str, Any]]:
+        """The messages that have come; waits for one, or for the end."""
+        if not self._open:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout)
+            return []
+        if not select.select([self._ours], [], [], timeout)[0]:
+            return []
+        try:
+            data = self._ours.recv(1 << 16)
+        except OSError:
+            data = b""
+        self._open = bool(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def ask(self, reason: str) -> None:
+        """Ask it to save and stop."""
+        with contextlib.suppress(OSError):
+            self._ours.send(json.dumps({"stop": reason}).encode() + b"\n")
+
+    def end(self, grace_s: float) -> int:
+        """End it and all of its session, at once when it does not by itself; how it ended."""
+        self.process.terminate()
+        try:
+            return self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait()
+
+    def close(self) -> None:
+        """Let go of it: a process that still lives saves and ends."""
+        self._ours.close()
+
+
+def describe(code: int) -> str:
+    """How a process has ended, in words."""
+    if code == OUT_OF_MEMORY:
+        return "it ran out of memory"
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"status {code}, which says nothing"
+    return f"{name} ({HINTS[name]})" if name in HINTS else name
+
+
+def newest_step(run: str | None) -> int:
+    """The step of the newest checkpoint in a run folder; -1 when there is none."""
+    if run is None:
+        return -1
+    names = (path.name for path in (Path(run) / "checkpoints").glob("step-*"))
+    return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=-1)
+
+
+def command_of(python: Sequence[str], arguments: Sequence[str], *, debug: bool) -> list[str]:
+    """The command of the child: this interpreter, `localrl train`, these arguments."""
+    head = [*python, "-m", "localrl", *(["--debug"] if debug else [])]
+    return [*head, "train", "--no-supervise", *arguments]
+
+
+def this_python() -> list[str]:
+    """The interpreter, looking for modules where this one does."""
+    # Without -P, -m would look in the current folder, where anything may lie.
+    return [sys.executable] if sys.path[0] == os.getcwd() else [sys.executable, "-P"]
+
+
+def _given_up(reasons: Sequence[str], where: str, run: str | None) -> str:
+    told = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, start=1))
+    again = f"localrl train --resume --out {shlex.quote(run)}" if run else "the same command"
+    return (
+        f"error: the run died {len(reasons)} times without getting past {where}:{told}\n"
+        f"What was saved is as it was. Close other programs, then go on with: {again}"
+    )
+
+
+def _say(line: str) -> None:
+    # The terminal may be gone; the run is not.
+    with contextlib.suppress(OSError):
+        print(f"\nlocalrl: {line}", file=sys.stderr, flush=True)

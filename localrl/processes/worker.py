@@ -1,0 +1,338 @@
+"""A child process that calls Python functions under a time and a memory limit.
+
+Code that may hang, crash or eat the memory (reward functions, chat templates, environments) runs in
+a `Worker`, so that the worst it can do is to cost one call. The child is a fresh interpreter with
+one private socket; messages are JSON with a length in front, never pickle, because what the child
+says is not trusted. This guards against accidents; it is not a sandbox against malice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from localrl.errors import DataError
+from localrl.processes.worker_child import HEADER, plain
+
+FailureKind = Literal["raised", "timeout", "memory", "died", "bad reply"]
+
+REPLY_LIMIT = 1 << 28
+CHUNK = 1 << 20
+# Reading /proc takes microseconds; elsewhere `ps` has to be started, which takes milliseconds.
+MEMORY_POLL_S = 0.02 if Path("/proc/self/statm").exists() else 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one call: a value, or the kind of failure and why."""
+
+    value: Any = None
+    failure: FailureKind | None = None
+    message: str = ""
+    """One line about the failure."""
+    traceback: str | None = None
+    """Of the user's frames, when their code raised."""
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    """What the function logged, if anything: `metrics`, pairs of a name and a number, and `extra`,
+    pairs of a column's name and its values. Not checked."""
+
+    @property
+    def ok(self) -> bool:
+        """True when there is a value."""
+        return self.failure is None
+
+
+class _Failed(Exception):
+    """The child cannot be used any more."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.reply = Reply(failure=kind, message=message)
+
+
+class Worker:
+    """Calls functions in a child process that is started when needed and killed when it must be.
+
+    Use it as a context manager; leaving it kills the child. Not safe for several threads at once.
+
+    time_limit_s: for one call. Starting the child and importing the function's module are not
+        charged to it; each of them may take `start_limit_s`.
+    memory_limit_bytes: resident memory of the child itself, looked at every few milliseconds while
+        a call runs; None for no limit. Processes that the function starts are not counted.
+    """
+
+    def __init__(
+        self,
+        *,
+        time_limit_s: float,
+        memory_limit_bytes: int | None,
+        start_limit_s: float = 60.0,
+    ) -> None:
+        self.time_limit_s = time_limit_s
+        self.memory_limit_bytes = memory_limit_bytes
+        self.start_limit_s = start_limit_s
+        self._child: _Child | None = None
+        self._signatures: dict[str, Mapping[str, Any]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def call(
+        self,
+        target: str,
+        kwargs: Mapping[str, Any],
+        *,
+        state: Mapping[str, Any] | None = None,
+        through: Mapping[str, str] | None = None,
+        limit_s: float | None = None,
+    ) -> Reply:
+        """Call `module:function` or `path/to/file.py:function` in the child.
+
+        With brackets, `module:factory(key=value)`, it is the function that the factory returned
+        when it was called with these literals, once. The function gets those keyword arguments
+        that it names, or all if it takes **kwargs; no others are sent. An async function is
+        awaited, always in the same loop. Values travel as JSON: tuples become lists, keys become
+        text, arrays become lists; None, NaN and infinity arrive as they are. A failure of any kind
+        is told in the reply.
+
+        state: offers the function three more arguments: `trainer_state`, an object with these
+            attributes, and the functions `log_extra` and `log_metric`, see `Reply.logs`.
+        through: for an argument, by name, the function of the child that it goes through first: the
+            way to objects that live there.
+        limit_s: of this call, in place of `time_limit_s`.
+
+        Raises:
+            DataError: an argument that is wanted cannot be sent as JSON.
+        """
+        resolved = self.resolve(target)
+        if not resolved.ok:
+            return resolved
+        given = {name: kwargs[name] for name in kwargs if self._named(target, name)}
+        made = {name: by for name, by in (through or {}).items() if name in given}
+        return self._request(_encode_call(target, given, state, made), limit_s or self.time_limit_s)
+
+    def wants(self, target: str, name: str) -> bool:
+        """Whether the function would be given an argument of this name; True if it is not known."""
+        return not self.resolve(target).ok or self._named(target, name)
+
+    def _named(self, target: str, name: str) -> bool:
+        named = self._signatures[target]["named"]
+        return named is None or name in named
+
+    def resolve(self, target: str) -> Reply:
+        """Import the function; the value is the list of arguments it cannot do without.
+
+        A failure without a traceback means that there is no such module, file or function.
+        """
+        if self._child is not None and self._child.gone():
+            self.close()
+        if self._child is None:
+            started = self._start()
+            if not started.ok:
+                return started
+        if target not in self._signatures:
+            reply = self._request(_encode({"op": "resolve", "target": target}), self.start_limit_s)
+            if not reply.ok:
+                return reply
+            self._signatures[target] = reply.value
+        return Reply(value=self._signatures[target]["required"])
+
+    def close(self) -> None:
+        """Kill the child and all of its process group; the next call starts another one."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+        self._signatures.clear()
+
+    def _start(self) -> Reply:
+        try:
+            self._child = _Child(self.memory_limit_bytes)
+        except OSError as error:
+            return Reply(failure="died", message=f"its process could not be started: {error}")
+        return self._request(_encode({"op": "start", "sys_path": sys.path}), self.start_limit_s)
+
+    def _request(self, data: bytes, limit_s: float) -> Reply:
+        assert self._child is not None
+        try:
+            return _decode(self._child.exchange(data, limit_s))
+        except _Failed as failed:
+            self.close()
+            return failed.reply
+        except BaseException:
+            self.close()  # or the answer would later be taken for that of another call
+            raise
+
+
+class _Child:
+    """The process and our end of its socket."""
+
+    def __init__(self, memory_limit_bytes: int | None) -> None:
+        self._memory_limit = memory_limit_bytes
+        self._next_poll = 0.0
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        script = Path(__file__).with_name("worker_child.py")
+        try:
+            # By its path, so that neither the user's `__main__` nor a module that happens to lie
+            # in the current folder is imported. Its own session: Ctrl-C is for the parent.
+            self._process = subprocess.Popen(
+                [sys.executable, str(script), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+
+    def exchange(self, data: bytes, limit_s: float) -> bytes:
+        """Send one message and wait for the answer; raises `_Failed` when there is none."""
+        deadline = time.monotonic() + limit_s
+        try:
+            self._send(HEADER.pack(len(data)) + data, deadline, limit_s)
+            (size,) = HEADER.unpack(self._receive(HEADER.size, deadline, limit_s))
+            if size > REPLY_LIMIT:
+                raise _Failed("bad reply", f"answered with {size} bytes; {REPLY_LIMIT} are allowed")
+            return self._receive(size, deadline, limit_s)
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            raise _Failed("died", f"its process {self.kill()}") from None
+
+    def gone(self) -> bool:
+        """True when the child died, or spoke unasked, since the last answer."""
+        return bool(self._selector.select(0))
+
+    def kill(self) -> str:
+        """Kill the process group, release everything, and say how the process had ended."""
+        self._selector.close()
+        self._socket.close()
+        if self._process.returncode is None:  # once reaped, its number may be somebody else's
+            # Already gone is fine; macOS refuses a group of zombies.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        status = self._process.wait()
+        return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+
+    def _send(self, data: bytes, deadline: float, limit_s: float) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._socket.send(left) :]
+            except BlockingIOError:
+                self._wait(selectors.EVENT_WRITE, deadline, limit_s)
+
+    def _receive(self, size: int, deadline: float, limit_s: float) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._wait(selectors.EVENT_READ, deadline, limit_s)
+            try:
+                piece = self._socket.recv(min(size - len(data), CHUNK))
+            except BlockingIOError:
+                continue
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    def _wait(self, event: int, deadline: float, limit_s: float) -> None:
+        """Until the socket is ready; what has arrived counts even when it is looked at too late."""
+        self._selector.modify(self._socket, event)
+        while True:
+            self._check_memory()
+            left = deadline - time.monotonic()
+            if self._selector.select(min(max(left, 0.0), MEMORY_POLL_S)):
+                return
+            if left <= 0:
+                raise _Failed("timeout", f"gave no answer within the limit of {limit_s:g} s")
+
+    def _check_memory(self) -> None:
+        now = time.monotonic()
+        if self._memory_limit is None or now < self._next_poll:
+            return
+        self._next_poll = now + MEMORY_POLL_S
+        used = resident_bytes(self._process.pid)
+        if used is None:
+            self._memory_limit = None
+            logger.warning("this system does not tell a process's memory: no limit is enforced")
+        elif used > self._memory_limit:
+            used_mb, limit_mb = used / 1e6, self._memory_limit / 1e6
+            raise _Failed("memory", f"used {used_mb:.0f} MB; the limit is {limit_mb:.0f} MB")
+
+
+def resident_bytes(pid: int) -> int | None:
+    """Resident memory of a process, or None where the system does not tell."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return _resident_bytes_by_ps(pid)
+
+
+def _resident_bytes_by_ps(pid: int) -> int | None:
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+        return int(result.stdout) * 1024
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def _encode(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, default=plain).encode()
+
+
+def _encode_call(
+    target: str,
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, Any] | None,
+    through: Mapping[str, str],
+) -> bytes:
+    message: dict[str, Any] = {"op": "call", "target": target, "kwargs": dict(kwargs)}
+    if through:
+        message["through"] = dict(through)
+    if state is not None:
+        message["state"] = dict(state)
+    try:
+        return _encode(message)
+    except (TypeError, ValueError, RecursionError) as error:
+        culprit = next((name for name in kwargs if not _can_encode(kwargs[name])), "?")
+        raise DataError(
+            f"the argument {culprit!r} of {target} cannot be sent to its process: {error}. "
+            "Use text, numbers, lists and dictionaries with text keys."
+        ) from None
+
+
+def _can_encode(value: Any) -> bool:
+    try:
+        json.dumps(value, default=plain)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _decode(data: bytes) -> Reply:
+    try:
+        return Reply(**json.loads(data))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _Failed("bad reply", f"its answer cannot be read: {error}") from None

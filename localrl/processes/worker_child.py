@@ -1,0 +1,357 @@
+"""The child's side of `worker`: reads requests from one socket, runs them, writes replies.
+
+It is run by its path in a fresh interpreter and imports the standard library only: the program that
+started it is not imported again, and nothing heavy is loaded but what the called functions ask for.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import queue
+import re
+import socket
+import struct
+import sys
+import threading
+import traceback
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace, TracebackType
+from typing import Any
+
+HEADER = struct.Struct("!Q")
+OUTPUT_LIMIT = 16 * 1024
+TRACEBACK_LIMIT = 8000
+MESSAGE_LIMIT = 300
+SHOWN_LIMIT = 1000
+FACTORY_CALL = re.compile(r"(.+?:[A-Za-z_][\w.]*)\((.*)\)", re.DOTALL)
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class NotFound(Exception):
+    """The target names no function; its message says everything, so no traceback is sent."""
+
+
+class CappedOutput(io.RawIOBase):
+    """Lets the first bytes of a process's output through to a file descriptor, then drops them."""
+
+    def __init__(self, fd: int, limit: int) -> None:
+        self._fd = fd
+        self._left = limit
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, data: Any, /) -> int:
+        shown = bytes(data[: self._left])
+        if shown:
+            self._left -= len(shown)
+            note = b"" if self._left else b"\n[localrl: further output is dropped]\n"
+            try:
+                os.write(self._fd, shown + note)
+            except OSError:
+                self._left = 0  # a closed terminal must not fail the user's function
+        return len(data)
+
+
+def load_file(path: Path) -> ModuleType:
+    """The module in a Python file, which is run once and may import its neighbours."""
+    if not path.is_file():
+        raise NotFound(f"there is no file {path}")
+    name = f"{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"  # two folders may hold one file name
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise NotFound(f"{path} is not a Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def load_module(name: str) -> ModuleType:
+    """The module with a dotted name."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A module that the user's own module misses is an error in that module, with a traceback.
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            raise NotFound(f"there is no module {error.name!r}") from None
+        raise
+
+
+def split_call(target: str) -> tuple[str, dict[str, Any] | None]:
+    """`module:factory(key=value)` as its place and arguments, which are None without brackets.
+
+    Raises:
+        NotFound: the arguments are not keywords with literal values.
+    """
+    match = FACTORY_CALL.fullmatch(target)
+    if match is None:
+        return target, None
+    problem = f"in {target!r} the arguments are not of the form (key=value, other=value)"
+    try:
+        called = ast.parse(f"f({match[2]})", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise NotFound(problem) from None
+    if not isinstance(called, ast.Call) or not isinstance(called.func, ast.Name) or called.args:
+        raise NotFound(problem)
+    arguments: dict[str, Any] = {}
+    for keyword in called.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            raise NotFound(problem)
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise NotFound(f"in {target!r} the value of {keyword.arg!r} is no literal") from None
+    return match[1], arguments
+
+
+@functools.cache
+def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...] | None]:
+    """The function a target names or makes, and its parameters; None when Python cannot tell."""
+    place, arguments = split_call(target)
+    function = find(place) if arguments is None else make(find(place), target, arguments)
+    try:
+        return function, tuple(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return function, None
+
+
+def make(factory: Callable[..., Any], target: str, arguments: dict[str, Any]) -> Callable[..., Any]:
+    """The function that a factory returns for these arguments."""
+    try:
+        inspect.signature(factory).bind(**arguments)  # or a mistake in its body would look alike
+    except TypeError as error:
+        raise NotFound(f"{target!r} cannot be called: {error}") from None
+    try:
+        function = factory(**arguments)
+    except ValueError as error:
+        raise NotFound(f"{target!r} refuses its arguments: {error}") from None
+    if not callable(function):
+        raise NotFound(
+            f"{target!r} gives no function but a value of type {type(function).__name__}"
+        )
+    return function
+
+
+def find(target: str) -> Callable[..., Any]:
+    """The function that `module:function` or `path/to/file.py:function` names."""
+    found = load_place(target)
+    if not callable(found):
+        place, _, attributes = target.rpartition(":")
+        raise NotFound(
+            f"{attributes!r} in {place} is no function but of type {type(found).__name__}"
+        )
+    return found
+
+
+def load_place(target: str) -> Any:
+    """What `module:name` or `path/to/file.py:name` names."""
+    place, colon, attributes = target.rpartition(":")
+    if not (place and colon and attributes):
+        raise NotFound(f"{target!r} is neither module:function nor path/to/file.py:function")
+    is_file = place.endswith(".py")
+    found: Any = load_file(Path(place).expanduser().resolve()) if is_file else load_module(place)
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            raise NotFound(f"{place} has no {attributes!r}")
+        found = getattr(found, attribute)
+    return found
+
+
+def signature(target: str) -> dict[str, list[str] | None]:
+    """`required`: arguments the function cannot do without; `named`: all, None if it takes any."""
+    parameters = load(target)[1]
+    named = [p for p in parameters or () if p.kind in NAMED]
+    takes_any = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {
+        "required": [p.name for p in named if p.default is p.empty],
+        "named": None if takes_any else [p.name for p in named],
+    }
+
+
+class Logbook:
+    """What a function logs during one call."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, float]] = []
+        self.extra: list[tuple[str, list[Any]]] = []
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Note a number under a name."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")  # reported, and dropped, where it arrives
+        self.metrics.append((str(name), number))
+
+    def log_extra(self, column: str, values: Any) -> None:
+        """Note one value for each completion; what JSON cannot hold is noted as text."""
+        self.extra.append((str(column), [showable(value) for value in values]))
+
+    def entries(self) -> dict[str, Any]:
+        """What a reply says of it: nothing when nothing was logged."""
+        if not (self.metrics or self.extra):
+            return {}
+        return {"logs": {"metrics": self.metrics, "extra": self.extra}}
+
+
+def showable(value: Any) -> Any:
+    """The value if JSON can hold it, else its text."""
+    try:
+        json.dumps(value, default=plain)
+    except (TypeError, ValueError, RecursionError, OverflowError):
+        return str(value)[:SHOWN_LIMIT]
+    return value
+
+
+def call(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply to a call: the function's result for the arguments that the parent chose.
+
+    With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
+    names them or takes any argument. Arguments named in `through` are first replaced by what the
+    functions there make of them.
+    """
+    function, parameters = load(request["target"])
+    kwargs, book = request["kwargs"], Logbook()
+    for name, target in request.get("through", {}).items():
+        kwargs[name] = load(target)[0](kwargs[name])
+    if request.get("state") is not None and parameters is not None:
+        hooks = {
+            "trainer_state": SimpleNamespace(**request["state"]),
+            "log_extra": book.log_extra,
+            "log_metric": book.log_metric,
+        }
+        names = {p.name for p in parameters if p.kind in NAMED}
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        kwargs |= {name: hook for name, hook in hooks.items() if takes_any or name in names}
+    result = function(**kwargs)
+    value = wait_for(result) if inspect.isawaitable(result) else result
+    return {"value": value, **book.entries()}
+
+
+@functools.cache
+def event_loop() -> Any:
+    """The loop of all async functions: what they keep open between calls stays usable."""
+    import asyncio  # 30 ms that most calls do not need
+
+    return asyncio.Runner()
+
+
+def wait_for(awaitable: Any) -> Any:
+    """The result of an async function."""
+
+    async def main() -> Any:
+        return await awaitable
+
+    return event_loop().run(main())
+
+
+def handle(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Does what one request asks; the result is the reply."""
+    match request["op"]:
+        case "start":
+            # The folder of the user comes first, as for a script; then what the parent can import.
+            sys.path[:] = [os.getcwd(), *request["sys_path"]]
+            return {"value": os.getpid()}
+        case "resolve":
+            return {"value": signature(request["target"])}
+        case _:
+            return call(request)
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """The fields of a `Reply` for an exception: one line, and a traceback of the user's frames."""
+    if isinstance(error, NotFound):
+        return {"failure": "raised", "message": str(error)}
+    frames: TracebackType | None = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    details = traceback.TracebackException(type(error), error, frames)
+    line = " ".join(f"{type(error).__name__}: {details}".split())
+    return {
+        "failure": "raised",
+        "message": line[:MESSAGE_LIMIT].rstrip(": "),
+        "traceback": "".join(details.format())[-TRACEBACK_LIMIT:],
+    }
+
+
+def plain(value: Any) -> Any:
+    """JSON's view of arrays and number types of other libraries."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if hasattr(value, "__float__"):
+        return float(value)
+    raise TypeError(f"a value of type {type(value).__name__} cannot be sent as JSON")
+
+
+def answer(data: bytes) -> bytes:
+    """The encoded reply to an encoded request; never raises."""
+    try:
+        reply = handle(json.loads(data))
+    except BaseException as error:  # SystemExit and KeyboardInterrupt are failures of the call too
+        reply = describe(error)
+    try:
+        return json.dumps(reply, default=plain).encode()
+    except BaseException as error:
+        return json.dumps(describe(error) | {"failure": "bad reply"}).encode()
+
+
+def read_requests(connection: socket.socket, requests: queue.SimpleQueue[bytes]) -> None:
+    """Feeds the main thread, and ends the process once the parent is gone, even during a call."""
+    try:
+        with connection.makefile("rb") as stream:
+            while header := stream.read(HEADER.size):
+                requests.put(stream.read(*HEADER.unpack(header)))
+    finally:
+        os._exit(0)
+
+
+def forget(connection: socket.socket) -> None:
+    """Closes the descriptor, which `close` would not while the reader's file is open."""
+    if connection.fileno() >= 0:
+        os.close(connection.detach())
+
+
+def main() -> None:
+    """Serves requests until the parent closes its end of the socket."""
+    # What is imported here by that name is this very module, or there would be two of each class.
+    sys.modules["localrl.processes.worker_child"] = sys.modules["__main__"]
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    # A process forked by user code must neither answer for us nor hide our death from the parent.
+    os.register_at_fork(after_in_child=lambda: forget(connection))
+    capped = io.BufferedWriter(CappedOutput(2, OUTPUT_LIMIT))
+    output = io.TextIOWrapper(capped, encoding="utf-8", errors="replace", line_buffering=True)
+    sys.stdout = sys.stderr = output
+
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=read_requests, args=(connection, requests), daemon=True).start()
+    while True:
+        reply = answer(requests.get())
+        try:
+            connection.sendall(HEADER.pack(len(reply)) + reply)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)  # the parent is gone
+
+
+if __name__ == "__main__":
+    main()

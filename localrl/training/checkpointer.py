@@ -1,0 +1,129 @@
+"""When checkpoints are written, and which of them stay."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Self
+
+from localrl.backend import mx
+from localrl.errors import CheckpointError
+from localrl.memory.failures import failure_of
+from localrl.training.session import Session
+from localrl.training.state import State, put, take, write
+
+LEAST_S, COST = 2.0, 0.01
+"""Seconds between checkpoints at least, and the share of the time that writing them may take."""
+MOST_FAILURES = 3
+"""Checkpoints in a row that may fail to be written before the run stops."""
+MOST_REFUSALS = 5
+"""Times that a step is tried again with smaller batches."""
+
+
+class Keeper:
+    """Keeps the state of a running session safe; use it as a context manager.
+
+    What is stopped within it, by a request or an error, is saved as it was after its last step;
+    but not after an error that puts in doubt what the GPU has computed.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._saved = not session.ranks.leads or session.checkpoints.steps()[-1:] == [session.step]
+        begun = session.ranks.leads and self._saved
+        self._state: State | None = take(session, session.step) if begun else None
+        self._marked = (session.step, len(session.evaluations)) if begun else None
+        self._cost_s = 0.0
+        self._last = time.monotonic()
+        self._failures = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        doubtful = error is not None and failure_of(error) == "poisoned"
+        if not self._saved and not doubtful and not isinstance(error, CheckpointError):
+            self._save()
+
+    def attempt(self, work: Callable[[Session, int], object], step: int) -> None:
+        """Do the work of a step; again, with the same draws in smaller batches, when an allocation
+        is refused.
+
+        Raises: what the work raises, also a refusal when nothing is left to give up.
+        """
+        # Ranks that have come to different points of a step cannot go on together.
+        for _ in range(MOST_REFUSALS if self._session.ranks.size == 1 else 0):
+            try:
+                work(self._session, step)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if failure_of(error) != "refused" or not self._session.give_way(step, str(error)):
+                    raise
+            # Outside of the handler, whose error holds on to the arrays of the failed try.
+            self._go_back()
+        work(self._session, step)
+
+    def _go_back(self) -> None:
+        """Put the session back to what it was before the step, but for its plan."""
+        assert self._state is not None
+        put(self._state, self._session)
+        self._session.drop_logs()
+        self._session.watch.calm = 0
+        self._state = take(self._session, self._state.step)
+        gc.collect()
+        mx.clear_cache()
+
+    def mark(self, step: int) -> None:
+        """This step is done. Its state is kept, and written when that is due.
+
+        Raises: CheckpointError when it could not be written several times in a row.
+        """
+        now = (step, len(self._session.evaluations))
+        if now == self._marked or not self._session.ranks.leads:
+            return
+        self._state, self._saved, self._marked = take(self._session, step), False, now
+        if self._due(step):
+            self._save()
+
+    def _due(self, step: int) -> bool:
+        run = self._session.config.run
+        if step in self._session.evaluations or step >= run.steps:
+            return True
+        if step == 0:  # what there is to lose is the evaluation that comes now
+            return not self._session.held_out
+        if run.keep_every and step % run.keep_every == 0:
+            return True
+        if run.checkpoint_every:
+            return step % run.checkpoint_every == 0
+        waited = time.monotonic() - self._last
+        return waited >= max(LEAST_S, self._cost_s / COST)
+
+    def _save(self) -> None:
+        if self._state is None:
+            return
+        session, started = self._session, time.monotonic()
+        try:
+            session.run.sync()
+            write(self._state, session.checkpoints)
+            session.checkpoints.prune(self._kept())
+            self._saved, self._failures = True, 0
+        except CheckpointError as error:
+            self._failures += 1
+            session.run.event("checkpoint_failed", step=self._state.step, reason=str(error))
+            if self._failures >= MOST_FAILURES:
+                raise
+            session.progress.warn(f"{error} The run goes on.")
+        self._last = time.monotonic()
+        self._cost_s = self._last - started
+
+    def _kept(self) -> set[int]:
+        """The steps whose checkpoints stay: the last two, the best, and every Nth."""
+        every, steps = self._session.config.run.keep_every, self._session.checkpoints.steps()
+        kept = {*steps[-2:], *(step for step in steps if every and step % every == 0)}
+        shares = {
+            step: evaluation.pass_at_1
+            for step, evaluation in self._session.evaluations.items()
+            if step in steps and evaluation.pass_at_1 is not None
+        }
+        return kept | ({max(shares, key=lambda step: shares[step])} if shares else set())

@@ -1,0 +1,319 @@
+"""What works on a task together: its rewards, the model, what samples and what learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from localrl import backend
+from localrl.backend import mx
+from localrl.config import RunConfig
+from localrl.distributed.collective import ALONE, Ranks
+from localrl.engines.choose import choose_engine
+from localrl.engines.open import make_policy
+from localrl.errors import ConfigError
+from localrl.export.adapters import Adapter
+from localrl.export.base import find_base_id
+from localrl.export.starting import starting_adapter
+from localrl.learning.tracker import Tracker
+from localrl.learning.update import Updater
+from localrl.memory.machine import read_machine
+from localrl.memory.plan import Asked, PromptLength, cache_bytes
+from localrl.memory.sizes import Sizes
+from localrl.policy.loading import find_model
+from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
+from localrl.policy.scoring import group_logprobs
+from localrl.policy.tokenizer import Tokenizer, load_tokenizer
+from localrl.processes.heartbeat import Pulse
+from localrl.processes.worker import Worker
+from localrl.records import Example, Group, MemoryPlan, RewardSpec
+from localrl.rewards.catalog import parse_rewards
+from localrl.rewards.code import allow_unsafe_code, check_code_rewards
+from localrl.rewards.scoring import Scorer
+from localrl.rollouts.decode import Decoder
+from localrl.rollouts.groups import Shape, make_shape
+from localrl.rollouts.stops import make_stops
+from localrl.tasks.base import Task
+from localrl.tasks.loading import open_task, with_environments
+from localrl.training.calibrate import calibrated
+from localrl.training.memory_plan import (
+    as_found,
+    ask,
+    make_plan,
+    shape_of,
+    sizes_of,
+    worth_measuring,
+)
+from localrl.training.prompt_lengths import measure
+from localrl.training.sampler import Rescore, Sampler
+from localrl.training.validate import check
+
+SOME = 8
+"""Examples that are looked at before a run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """Settings that were read and found to go together, before anything is loaded."""
+
+    config: RunConfig
+    """With rank, scale and places of the adapter that it starts from, and all that is settled by
+    other settings."""
+    rewards: Sequence[RewardSpec]
+    shape: Shape
+    model_folder: Path
+    sizes: Sizes
+    adapter: Adapter | None
+    """The one to start from."""
+
+
+def settle(config: RunConfig) -> Settled:
+    """Read what the settings name, but for the model's weights and the task.
+
+    Raises: ConfigError, saying what cannot work; CheckpointError for a damaged adapter.
+    """
+    backend.compute_on_cpu(config.model.engine == "cpu")
+    rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
+    shape = make_shape(config.rollout)
+    model_folder = find_model(config.model.path)
+    config, adapter = starting_adapter(config, read_shape(model_folder).layers)
+    # Said in config.toml, so that what an older run left unsaid is not taken for it.
+    config = config.replace("task.eval_temperature", config.eval_temperature)
+    find_base_id(config.model.base_id, model_folder, config.model.path)
+    allow_unsafe_code(config.task.unsafe_code)
+    sizes = sizes_of(model_folder, config.model.quantize)
+    return Settled(config, rewards, shape, model_folder, sizes, adapter)
+
+
+@dataclass(eq=False)
+class Parts:
+    """What works on a task together; a `Session` has a run folder besides."""
+
+    config: RunConfig
+    model_folder: Path
+    task: Task
+    policy: Policy
+    plan: MemoryPlan
+    asked: Asked
+    """What the plan was made from."""
+    may_checkpoint: bool
+    scorer: Scorer
+    decoder: Decoder
+    sampler: Sampler
+    updater: Updater
+    tracker: Tracker
+    held_out: list[Example]
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that must be decoded at once: those of one tree."""
+        shape = self.sampler.shape
+        return shape.leaves if shape.leaves > shape.roots else 1
+
+    def use(self, plan: MemoryPlan) -> None:
+        """Go on with another plan."""
+        self.plan = self.sampler.plan = plan
+        self.sampler.shape = shape_of(self.config, plan)
+        self.decoder.rows, self.decoder.prefill_rows = plan.decode_rows, plan.prefill_rows
+
+
+@contextmanager
+def open_parts(
+    settled: Settled,
+    *,
+    warn: Callable[[str], None],
+    pulse: Pulse,
+    plan: MemoryPlan | None = None,
+    trains: bool = True,
+    ranks: Ranks = ALONE,
+) -> Iterator[Parts]:
+    """Open the task, its rewards and the model. plan: that of the run that goes on.
+
+    Raises: ConfigError or DataError, saying what cannot work; MemoryBudgetError, before weights are
+    loaded, when there is no memory for it.
+    """
+    config = settled.config
+    with Worker(
+        time_limit_s=config.task.reward_timeout_s,
+        memory_limit_bytes=config.task.reward_memory_mb * 2**20,
+    ) as worker:
+        task = open_task(config.task, settled.rewards, worker)
+        check(config, settled.shape, task)
+        task, environments = with_environments(config.task, task, worker, warn)
+        scorer = Scorer(
+            task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=pulse.beat
+        )
+        scorer.check(task.train(0).columns)
+        held_out = task.evaluation(config.task.eval_prompts)
+        tokenizer = load_tokenizer(settled.model_folder, thinking=config.model.thinking)
+        _check_vocabulary(tokenizer, task, held_out, settled.model_folder)
+        prompts = measure(config, task, held_out, tokenizer, trains=trains)
+        turns = environments is not None
+        asked = ask_for(settled, prompts=prompts, trains=trains, turns=turns)
+        planned, plan = plan, plan or make_plan(config, asked)
+        loaded = load(settled, tokenizer)
+        policy = open_policy(settled, loaded, plan)
+        policy = choose_engine(policy, config.model.engine, warn)
+        fixed = planned is not None or bool(config.memory.pin)
+        asked, plan = as_found(asked, plan, engine=policy.engine.name, fixed=fixed)
+        if environments is not None:
+            environments.connect(policy.tokenizer)
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
+        may_checkpoint = trains and policy.engine.can_recompute()
+        asked = replace(asked, may_checkpoint=may_checkpoint)
+        if trains and planned is None and worth_measuring(config, plan):
+            plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)
+        updater.ranks = ranks  # not before: each machine measures its own memory
+        decoder = _decoder(config, policy, plan, pulse)
+        tracker = Tracker()
+        yield Parts(
+            config=config,
+            model_folder=settled.model_folder,
+            task=task,
+            policy=policy,
+            plan=plan,
+            asked=asked,
+            may_checkpoint=may_checkpoint,
+            scorer=scorer,
+            decoder=decoder,
+            sampler=Sampler(
+                config,
+                task,
+                plan,
+                decoder,
+                tracker,
+                shape_of(config, plan),
+                scorer.score,
+                _rescore(updater),
+                environments,
+                ranks,
+            ),
+            updater=updater,
+            tracker=tracker,
+            held_out=held_out,
+        )
+
+
+def load(settled: Settled, tokenizer: Tokenizer | None = None) -> LoadedModel:
+    """The model, before adapters. tokenizer: its own, where that has been read.
+
+    Raises: ConfigError when it cannot be read.
+    """
+    wish = settled.config.model
+    mx.reset_peak_memory()  # what an earlier run of this process took is not this one's
+    return load_model(
+        settled.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
+    )
+
+
+def ask_for(
+    settled: Settled, *, prompts: PromptLength | None = None, trains: bool, turns: bool = False
+) -> Asked:
+    """What the settings ask of this machine's memory.
+
+    Raises: ConfigError when `memory.limit` cannot be what it is.
+    """
+    if threads := settled.config.memory.threads:
+        backend.set_threads(threads)
+    held = mx.get_active_memory() + mx.get_cache_memory()
+    machine = read_machine()
+    return ask(
+        settled.config,
+        settled.sizes,
+        machine,
+        prompts=prompts,
+        trains=trains,
+        turns=turns,
+        held=held,
+    )
+
+
+def open_policy(settled: Settled, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
+    """The model with its adapters, within a plan."""
+    if plan.threads:
+        backend.set_threads(plan.threads)
+    if plan.limit_bytes is not None:
+        on_cpu = backend.describe().device == "cpu"
+        mx.set_cache_limit(cache_bytes(plan.limit_bytes, on_cpu=on_cpu))
+        # Beyond it MLX waits for what is running before it allocates more, and frees its buffers.
+        mx.set_memory_limit(plan.limit_bytes)
+    return _policy(settled.config, loaded, plan, settled.adapter)
+
+
+def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
+    """What code in answers will run in; None when no reward of ours runs any.
+
+    A user's reward may run some too, so that the unsafe flag is never passed over in silence.
+
+    Raises: ConfigError when nothing holds it.
+    """
+    ours = any(spec.target.startswith("localrl.rewards.code:") for spec in task.rewards)
+    if not ours and not config.task.unsafe_code:
+        return None
+    found = check_code_rewards()
+    if found.startswith("UNSAFE"):
+        warn(found)
+    return found
+
+
+def _check_vocabulary(
+    tokenizer: Tokenizer, task: Task, held_out: Sequence[Example], folder: Path
+) -> None:
+    """Raises: ConfigError when the model cannot read the task's first prompts."""
+    size = min(SOME, task.train_size or SOME)
+    examples = [*map(task.train, range(size)), *held_out[:SOME]]
+    unknown = dict.fromkeys(c for e in examples for c in tokenizer.unknown(e.messages))
+    if unknown:
+        raise ConfigError(
+            f"The model in {folder} has no token for {''.join(unknown)!r}, which prompts of "
+            f"{task.name!r} contain. Name another model with --model; the embedded one reads the "
+            "tasks steps, sums and sorting."
+        )
+
+
+def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, pulse: Pulse) -> Decoder:
+    rollout = config.rollout
+    stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, text=rollout.stop_text)
+    return Decoder(
+        policy,
+        rollout.temperature,
+        plan.decode_rows,
+        stops=stops,
+        beat=pulse.beat,
+        prefill_rows=plan.prefill_rows,
+    )
+
+
+def _rescore(updater: Updater) -> Rescore:
+    def rescore(groups: Sequence[Group], plan: MemoryPlan) -> list[list[np.ndarray]]:
+        return group_logprobs(
+            updater.policy,
+            groups,
+            shared=bool(updater.shared),
+            micro_rows=plan.micro_rows,
+            head_chunk=plan.head_chunk,
+            temperature=updater.temperature,
+        )
+
+    return rescore
+
+
+def _policy(
+    config: RunConfig, loaded: LoadedModel, plan: MemoryPlan, start: Adapter | None
+) -> Policy:
+    return make_policy(
+        loaded,
+        rank=config.lora.rank,
+        scale=config.lora.scale,
+        seed=config.run.seed,
+        for_cpu=backend.describe().device == "cpu",
+        dense=plan.dequantise,
+        layers=config.lora.layers,
+        keys=config.lora.keys,
+        weights=start.weights if start else None,
+        source=config.lora.adapter,
+    )

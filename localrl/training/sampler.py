@@ -1,0 +1,200 @@
+"""Where a step's groups come from: which prompts, in how many rounds, with which rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from localrl.config import RunConfig
+from localrl.distributed.collective import ALONE, Ranks
+from localrl.distributed.gather import spread, spread_groups
+from localrl.learning.staleness import too_far, with_old_logprobs
+from localrl.learning.tracker import Tracker
+from localrl.records import Example, Group, MemoryPlan, ScoredGroup
+from localrl.rollouts.adaptive import Score, collect
+from localrl.rollouts.decode import Decoder
+from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
+from localrl.rollouts.groups import Shape, sample_groups
+from localrl.rollouts.replay import Replay
+from localrl.rollouts.reuse import Earlier, Prefix, verify
+from localrl.rollouts.turns import Turns
+from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
+from localrl.tasks.order import choose, take
+from localrl.training.validate import check_prompt, reused_roots
+
+Rescore = Callable[[Sequence[Group], MemoryPlan], list[list[np.ndarray]]]
+"""Log-probabilities (n,) of every node of each group, under the policy as it is now."""
+
+
+@dataclass(eq=False)
+class Sampler:
+    """The rollout side of a run: what is sampled, and what is learned from it for the next time."""
+
+    config: RunConfig
+    task: Task
+    plan: MemoryPlan
+    decoder: Decoder
+    tracker: Tracker
+    shape: Shape
+    score: Score
+    rescore: Rescore
+    environments: Environments | None = None
+    """What completions talk to; None when they are one turn."""
+    ranks: Ranks = ALONE
+    """Those that share the work."""
+    replays: Replay = field(default_factory=Replay)
+    earlier: Earlier = field(default_factory=Earlier)
+    rescored_tokens: int = 0
+    """Tokens of earlier policies that have been scored under a later one."""
+    rule: EntropyRule | PeriodicRule | None = field(init=False)
+    """Where paths fork; None where they do not."""
+
+    def __post_init__(self) -> None:
+        self.start_rule()
+
+    def start_rule(self) -> None:
+        """Begin with the rule that the configured shape asks for."""
+        self.rule = make_rule(self.config.rollout, self.shape)
+
+    @property
+    def turns(self) -> Turns | None:
+        """How completions go on; None when they are one turn."""
+        if self.environments is None:
+            return None
+        return Turns(self.environments.answer, self.config.rollout.max_turns)
+
+    def choose(self, step: int) -> list[Example]:
+        """The prompts of a step."""
+        rollout, seed = self.config.rollout, self.config.run.seed
+        count = rollout.prompts_per_step
+        if rollout.prompt_order == "shuffled":
+            return take(self.task, (step - 1) * count, count, seed)
+        return choose(
+            self.task,
+            step,
+            count,
+            seed,
+            uniform_share=rollout.uniform_share,
+            worth=lambda examples: self.tracker.worth(examples, seed, step, "prompts"),
+        )
+
+    def collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
+        """Scored groups of these examples, of which other ranks make their share."""
+
+        def work(which: Sequence[int]) -> list[ScoredGroup]:
+            return self._collect(step, [examples[i] for i in which], version)
+
+        return spread_groups(self.ranks, examples, work)
+
+    def _collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
+        """Scored groups of these examples, in as many rounds as the strategy wants."""
+        prompts = self.encode(examples)
+        keys = [example.tracker_key for example in examples]
+        expected = [self.tracker.expected_tokens(key) for key in keys]
+        begun = self.begin(step, examples, prompts)
+
+        def sample(which: Sequence[int], round: int) -> list[Group]:
+            return sample_groups(
+                self.decoder,
+                [examples[i] for i in which],
+                [prompts[i] for i in which],
+                self.shape,
+                rule=self.rule,
+                max_completion_tokens=self.plan.max_completion_tokens,
+                seed=self.config.run.seed,
+                step=step,
+                version=version,
+                round=round,
+                expected_tokens=[expected[i] for i in which],
+                begun=[begun[i] if round == 0 else () for i in which],
+                turns=self.turns,
+            )
+
+        return collect(
+            len(examples),
+            self.shape,
+            sample,
+            self.score,
+            belief=lambda i: self.tracker.posterior(keys[i]),
+            place=self.tracker.place,
+            give_up=self.config.rollout.give_up,
+        )
+
+    def replay(self, step: int, fresh: Sequence[ScoredGroup], version: int) -> list[ScoredGroup]:
+        """Groups of earlier steps to learn from again, with their log-probabilities as of now."""
+        rollout = self.config.rollout
+        if not rollout.replay_groups:
+            return []
+        drawn = self.replays.draw(
+            min(rollout.replay_groups, len(fresh)),
+            updates=version,
+            max_age=rollout.replay_age,
+            difficulty=lambda example: self.tracker.difficulty(example.tracker_key),
+            encode=lambda example: self.encode([example])[0],
+            address=(self.config.run.seed, step, "replay"),
+            exclude={group.group.example.id for group in fresh},
+        )
+        groups = [scored.group for scored in drawn]
+        known = spread(
+            self.ranks,
+            [group.example for group in groups],
+            lambda which: self._now([groups[i] for i in which]),
+        )
+        found = []
+        for scored, now in zip(drawn, known, strict=True):
+            group = with_old_logprobs(scored.group, now)
+            if too_far(group, rollout.replay_drift):
+                self.replays.reject(scored)
+            else:
+                found.append(replace(scored, group=group))
+        return found
+
+    def begin(
+        self, step: int, examples: Sequence[Example], prompts: Sequence[tuple[int, ...]]
+    ) -> list[Sequence[Prefix]]:
+        """What each example's first completions may begin with: earlier ones, verified."""
+        seed = self.config.run.seed
+        count = reused_roots(self.config, self.shape)
+        begun: list[Sequence[Prefix]] = [()] * len(examples)
+        drafts: dict[int, Group] = {}
+        for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+            address = (seed, step, example.id)
+            draft = self.earlier.drafts(example.id, prompt, count, address=address)
+            if draft is not None:
+                drafts[i] = draft
+        most = self.plan.max_completion_tokens
+        for (i, draft), now in zip(drafts.items(), self._now([*drafts.values()]), strict=True):
+            begun[i] = verify(draft, now, max_completion_tokens=most, seed=seed, step=step)
+        return begun
+
+    def _now(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
+        """Log-probabilities of earlier groups under the policy as it is now."""
+        self.rescored_tokens += sum(len(node.token_ids) for g in groups for node in g.nodes)
+        return self.rescore(groups, self.plan) if groups else []
+
+    def learn(self, scored: Sequence[ScoredGroup], version: int) -> None:
+        """Take in a step's fresh groups, which the policy of this version wrote."""
+        groups = [group.group for group in scored]
+        if self.rule:
+            self.rule.learn(groups)
+        if self.config.rollout.replay_groups:
+            self.replays.add(scored, version)
+        if self.config.rollout.reuse:
+            self.earlier.add(groups)
+
+    def encode(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """Token ids of the examples' prompts.
+
+        Raises: DataError for one that is longer than rollout.max_prompt_tokens.
+        """
+        tokenizer, most = self.decoder.policy.tokenizer, self.config.rollout.max_prompt_tokens
+        if self.environments is not None:
+            prompts = self.environments.prompts(examples)
+        else:
+            prompts = tokenizer.encode_all([example.messages for example in examples])
+        for example, prompt in zip(examples, prompts, strict=True):
+            check_prompt(example, len(prompt), most)
+        return prompts

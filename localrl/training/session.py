@@ -1,0 +1,339 @@
+"""What a run works with, and the few things that are done with several parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from localrl.backend import mx
+from localrl.distributed import step_stats as shares
+from localrl.distributed.collective import ALONE, Ranks
+from localrl.distributed.gather import gather
+from localrl.evaluate import Evaluation, at_temperature, evaluate
+from localrl.export.adapters import adapter_of, write_adapter
+from localrl.export.base import find_base_id
+from localrl.learning.credit import Credit, assign_credit
+from localrl.learning.downsample import max_variance
+from localrl.learning.objectives import denominator, weigh_prompt
+from localrl.learning.selection import Selection, round_small, select
+from localrl.memory.adapting import Reading, Watch, give_way
+from localrl.memory.machine import read_machine, resident_bytes
+from localrl.memory.plan import changes
+from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
+from localrl.runs.checkpoints import Checkpoints
+from localrl.runs.dashboards import Dashboard, log
+from localrl.runs.folder import RunFolder
+from localrl.runs.health import Health
+from localrl.runs.logs import GroupRecord, to_json, write_atomic
+from localrl.runs.metrics import sampled_tokens
+from localrl.runs.nowhere import Nowhere
+from localrl.training.components import Parts
+from localrl.training.memory_plan import for_longer_prompts
+from localrl.training.validate import tracker_weight
+from localrl.utils.rng import keyed_uniforms
+
+WAITED = "waited_s"
+"""Counted for every step; a metric of each rank, where there are several."""
+
+
+class Progress(Protocol):
+    """Who watches a run."""
+
+    def begin(self, session: Session) -> None: ...
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+    def stepped(self, metrics: Mapping[str, Any]) -> None: ...
+    def warn(self, line: str) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def begin(self, session: Session) -> None: ...
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+    def stepped(self, metrics: Mapping[str, Any]) -> None: ...
+    def warn(self, line: str) -> None: ...
+
+
+@dataclass(eq=False)
+class Session(Parts):
+    """Everything open for one run, and the few things that are done with several of them."""
+
+    run: RunFolder | Nowhere
+    progress: Progress
+    checkpoints: Checkpoints
+    sources: Mapping[str, str]
+    """What the run is made from, see `state.sources_of`."""
+    health: Health
+    watch: Watch
+    """What memory was like lately."""
+    ranks: Ranks = ALONE
+    """Those that train together."""
+    dashboards: Sequence[Dashboard] = ()
+    step: int = 0
+    """Steps done when it was opened: 0, or more when it goes on with an earlier run."""
+    tokens: int = 0
+    """Completion tokens sampled so far."""
+    trained_s: float = 0.0
+    """Seconds of all steps so far."""
+    peak_bytes: int = 0
+    """The most that MLX held in a step so far."""
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    """By the step after which they were made."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.run.path
+
+    def credit(self, step: int, scored: ScoredGroup) -> Credit:
+        """The group's credit, from what the tracker knew before and weighted by the objective."""
+        learning, example = self.config.learning, scored.group.example
+        value = self.tracker.value(example.tracker_key)
+        if value is None:
+            credit = assign_credit(scored)
+        else:
+            credit = assign_credit(scored, kappa=tracker_weight(self.config), prior=value)
+        credit = weigh_prompt(self.updater.objective, scored, credit)
+        if not learning.min_advantage:
+            return credit
+        uniforms = keyed_uniforms(
+            len(credit.advantages), self.config.run.seed, step, example.id, "small"
+        )
+        return round_small(credit, learning.min_advantage, uniforms)
+
+    def select(
+        self, step: int, scored: Sequence[ScoredGroup], credits: Sequence[Credit]
+    ) -> Selection:
+        """The batch of a step: what teaches something, divided by what was planned."""
+        objective, config = self.updater.objective, self.config
+        z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
+        keep = config.learning.keep_completions
+        weights = [self._leaf_weights(step, group, keep) for group in scored] if keep else None
+        return select(scored, credits, z, objective, weights)
+
+    def _leaf_weights(self, step: int, scored: ScoredGroup, keep: int) -> np.ndarray:
+        address = (self.config.run.seed, step, scored.group.example.id, "keep")
+        return max_variance(scored.rewards, keep, keyed_uniforms(len(scored.rewards), *address))
+
+    def learn(
+        self,
+        fresh: Sequence[ScoredGroup],
+        credits: Sequence[Credit],
+        stats: StepStats,
+        version: int,
+    ) -> None:
+        """Let the tracker and the sampler take in a step, sampled by the policy of this version."""
+        self.tracker.update(fresh, credits[: len(fresh)])
+        # After what was sampled before it, so that it counts until the prompt's next visit.
+        if stats.drift is not None:
+            self.tracker.drifted(stats.drift)
+        self.sampler.learn(fresh, version)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """pass@1 after a step, logged; None when none is wanted, or it is another rank's work.
+
+        Made from the adapters as they are, unless it was made before.
+        """
+        if step in self.evaluations or not self.held_out or not self.ranks.leads:
+            return self.evaluations.get(step)
+        self.tell_rewards(step + 1)
+        evaluation = evaluate(
+            at_temperature(self.decoder, self.config.eval_temperature),
+            self.held_out,
+            self.sampler.encode(self.held_out),
+            self.scorer.score,
+            passing=self.task.rewards[0].name,
+            max_completion_tokens=self.plan.max_completion_tokens,
+            turns=self.sampler.turns,
+        )
+        self.drop_logs()  # those of held-out completions say nothing about a step
+        numbers = evaluation.summary()
+        del numbers["ci95"]
+        self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
+        self.progress.evaluated(step, evaluation)
+        self.evaluations[step] = evaluation
+        return evaluation
+
+    def drop_logs(self) -> None:
+        """Forget what rewards and tools have told since the last time."""
+        self.scorer.take_logs()
+        if self.sampler.environments is not None:
+            self.sampler.environments.take_counts()
+
+    def log_step(
+        self,
+        step: int,
+        scored: Sequence[ScoredGroup],
+        credits: Sequence[Credit],
+        selection: Selection,
+        metrics: Mapping[str, Any],
+    ) -> None:
+        """Write one step's metrics and rollouts, replayed ones included, and show them.
+
+        Rank 0 does, after all have told it of their shares.
+        """
+        self.tokens += metrics["rollout/tokens"]
+        self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
+        own = dict(metrics)
+        waited_s = own.pop(WAITED)
+        fresh = scored[: own["rollout/groups"]]
+        told = gather(self.ranks, self._share(fresh, own, waited_s))
+        if not self.ranks.leads:
+            return
+        logs, tokenizer = shares.logs(told), self.policy.tokenizer
+        record = {
+            **logs.means(),
+            **shares.tools(told, metrics["rollout/completions"]),
+            "step": step,
+            "num_tokens": self.tokens,
+            "rewards/failures": sum(share["failures"] for share in told),
+            "rollout/informative_groups": sum(selection.informative),
+            "memory/peak_bytes": mx.get_peak_memory(),
+            "memory/cache_bytes": mx.get_cache_memory(),
+            "memory/resident_bytes": resident_bytes(),
+            **own,
+            **shares.counts(told),
+            **shares.rates(told),
+        }
+        self._write(record)
+        self.run.rollouts(
+            step,
+            [
+                GroupRecord(
+                    group,
+                    credit.advantages,
+                    selection.dropped[i],
+                    replayed=i >= record["rollout/groups"],
+                    extra=logs.of(group.group),
+                    pieces=[
+                        tokenizer.pieces(node.token_ids.tolist()) for node in group.group.nodes
+                    ],
+                )
+                for i, (group, credit) in enumerate(zip(scored, credits, strict=True))
+            ],
+        )
+        self.progress.stepped(record)
+        for warning in self.health.see(record):
+            self.run.event("warning", step=step, name=warning.name, text=warning.text)
+            self.progress.warn(warning.text)
+
+    def revise_plan(self, step: int) -> None:
+        """Compare what the step took with the plan; another one, when there is reason, is said."""
+        reading = Reading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
+        mx.reset_peak_memory()
+        if self.config.memory.pin:
+            return
+        found = self.watch.see(
+            self.plan, reading, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint
+        )
+        if found is not None:
+            self.replan(step, *found)
+
+    def make_room(self, step: int, examples: Sequence[Example]) -> None:
+        """Plan anew when a prompt of the step is longer than the plan counts with.
+
+        Every rank looks at all of them: it may come to learn from any.
+        """
+        # An environment may begin anew with every look; then the longest allowed was planned for.
+        if self.sampler.environments is not None or self.config.memory.pin:
+            return
+        tokens = max(map(len, self.sampler.encode(examples)))
+        if tokens <= self.plan.max_prompt_tokens:
+            return
+        self.asked, plan = for_longer_prompts(self.config, self.asked, self.plan, tokens)
+        self.watch.most = plan
+        self.replan(step, plan, f"a prompt has {tokens} tokens, more than was planned for")
+
+    def give_way(self, step: int, reason: str) -> bool:
+        """Go on with smaller batches after an allocation was refused; False when there are none."""
+        plan = give_way(self.plan, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint)
+        if plan is not None:
+            self.replan(step, plan, reason)
+        return plan is not None
+
+    def replan(self, step: int, plan: MemoryPlan, reason: str) -> None:
+        """Use another plan from now on, and tell everyone."""
+        told = {name: list(pair) for name, pair in changes(self.plan, plan).items()}
+        self.use(plan)
+        self.run.write_plan(plan)
+        self.run.event("plan", step=step, reason=reason, changed=told)
+        sizes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in told.items())
+        self.progress.warn(f"{reason}; from now on {sizes}")
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics down, and let the dashboards have their numbers."""
+        self.run.metrics(metrics)
+        log(self.dashboards, metrics, self.progress.warn)
+
+    def _share(
+        self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any], waited_s: float
+    ) -> shares.Share:
+        """What this rank has done of a step."""
+        environments, logs = self.sampler.environments, self.scorer.take_logs()
+        has_tools = environments is not None and environments.has_tools
+        return {
+            "counts": {n: metrics[n] for n in self.counters() if n.startswith("rollout/")},
+            "failures": sum(count.failures for count in self.scorer.counts.values()),
+            "tools": environments.take_counts() if environments and has_tools else None,
+            "metrics": logs.metrics,
+            "rows": logs.rows,
+            "tokens": sum(map(sampled_tokens, self.ranks.mine(fresh))),
+            "waited_s": waited_s,
+            "busy_s": metrics["step_time"] - waited_s,
+        }
+
+    def counters(self) -> dict[str, float]:
+        """What has been spent so far, under the names of the metrics of a step's share of it."""
+        return {
+            **{f"rollout/{name}": count for name, count in vars(self.decoder.counts).items()},
+            "rollout/rescored_tokens": self.sampler.rescored_tokens,
+            "time/reward_s": self.scorer.busy_s,
+            WAITED: self.ranks.waited_s,
+        }
+
+    def tell_rewards(self, step: int) -> None:
+        """Let reward functions know that this step comes next (TRL's `trainer_state`)."""
+        self.scorer.state = {
+            "global_step": step - 1,  # steps done, as TRL counts
+            "max_steps": self.config.run.steps,
+            "epoch": self.epoch(step),
+        }
+
+    def epoch(self, step: int) -> float | None:
+        """Prompts drawn before this step, in passes over the training set; None if endless."""
+        size = self.task.train_size
+        return (step - 1) * self.config.rollout.prompts_per_step / size if size else None
+
+    def save_adapter(self) -> None:
+        """Write the adapters as mlx-lm and PEFT read them; rank 0 does."""
+        if not self.ranks.leads:
+            return
+        folder = self.folder / "adapter"
+        wanted = self.config.model
+        base_id = find_base_id(wanted.base_id, self.model_folder, wanted.path)
+        write_adapter(adapter_of(self.policy.model, base_id=base_id), folder)
+
+    def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:
+        """Write what memory the run took, and eval.json, when there were evaluations."""
+        if not self.ranks.leads:
+            return
+        self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
+        self.run.event(
+            "memory",
+            predicted_bytes=self.plan.predicted_bytes,
+            peak_bytes=self.peak_bytes,
+            limit_bytes=self.plan.limit_bytes,
+        )
+        if base is None or adapter is None:
+            return
+        result = {
+            "task": self.task.name,
+            "n": len(self.held_out),
+            "base": base.summary(),
+            "adapter": adapter.summary(),
+        }
+        write_atomic(self.folder / "eval.json", to_json(result, indent=2) + b"\n")

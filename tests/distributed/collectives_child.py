@@ -1,0 +1,50 @@
+"""What each rank of `test_collective.py` does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+from waiting import DEADLINE_S
+
+from localrl.distributed.collective import join
+from localrl.distributed.launch import find_place
+from localrl.distributed.liveness import Limits
+from localrl.errors import Stopped
+
+place = find_place()
+assert place is not None
+how = sys.argv[1]
+# Of a rank that dies or fails the others are told; only one that sleeps is found silent.
+silence = 5.0 if how == "sleep" else DEADLINE_S
+try:
+    with join(place, Limits(silence=silence, grace=2.0)) as (ranks, pulse):
+        rank = ranks.rank
+        told = ranks.gather(bytes([rank]) * (rank * 1000))
+        assert told == [bytes([r]) * (r * 1000) for r in range(ranks.size)]
+        assert ranks.gather(b"") == [b""] * ranks.size
+        assert ranks.first(f"from {rank}".encode()) == b"from 0"
+        assert ranks.first(b"") == b""
+        numbers = np.arange(5, dtype=np.float32) * (rank + 1)
+        factor = sum(range(1, ranks.size + 1))
+        assert (ranks.sum(numbers) == np.arange(5) * factor).all()
+        items = list(range(7))
+        assert ranks.in_order([items[r :: ranks.size] for r in range(ranks.size)]) == items
+        assert ranks.mine(items) == items[rank :: ranks.size]
+        assert ranks.waited_s > 0
+        assert len(ranks.names) == ranks.size
+        if rank == ranks.size - 1 and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == ranks.size - 1 and how == "sleep":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if rank == ranks.size - 1 and how == "raise":
+            raise ValueError("something of this rank's own")
+        if rank == 0 and how == "busy":  # elsewhere than in a collective
+            time.sleep(0.5)
+        ranks.sum(numbers)
+        print("all is well")
+except Stopped as stopped:
+    print("STOPPED", stopped)

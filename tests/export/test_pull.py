@@ -1,0 +1,196 @@
+"""`localrl pull` from a Hub of our own: sizes first, data and never code, and then offline."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from fake_hub import FakeHub, attach, environment, terminal
+from waiting import DEADLINE_S
+
+from localrl.cli.main import main
+from localrl.export import pull as pulling
+from localrl.policy.loading import find_model
+from localrl.policy.model import load_model
+
+OTHER = {
+    "modeling_tiny.py": b"raise SystemExit",
+    "pytorch_model.bin": b"\x80\x04.",
+    "training_args.pt": b"x",
+    "README.md": b"# a card",
+}
+ROWS = b'{"prompt": "1+1", "answer": "2"}\n'
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> dict[str, bytes]:
+    """The files of a tiny model, with code and pickles beside them."""
+    folder = tiny.make_folder(tmp_path_factory.mktemp("models") / "pulled")
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | OTHER
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, model):
+    with FakeHub() as hub:
+        attach(hub, tmp_path / "home", monkeypatch)
+        monkeypatch.delenv("HF_TOKEN")
+        hub.put("acme/tiny", model)
+        hub.put("datasets/acme/rows", {"train.jsonl": ROWS, "data.parquet": b"x"})
+        yield hub
+
+
+@pytest.fixture
+def pull(monkeypatch, capsys):
+    """The command in this process: its exit code and what it printed."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        words = ["pull", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["localrl", *words])
+        with pytest.raises(SystemExit) as done:
+            main(words)
+        printed = capsys.readouterr()
+        return int(done.value.code or 0), printed.out + printed.err
+
+    return call
+
+
+def downloads(hub: FakeHub) -> list[str]:
+    """Names of the files whose bytes were sent."""
+    return [
+        path.rpartition("/")[2] for verb, path, _ in hub.calls if verb == "GET" if "/res" in path
+    ]
+
+
+def test_a_model_is_pulled_whole_and_then_loads_offline(tmp_path, model, monkeypatch):
+    with FakeHub() as hub:
+        hub.put("acme/tiny", model)
+        done = subprocess.run(
+            [sys.executable, "-m", "localrl", "pull", "acme/tiny"],
+            env=environment(hub, tmp_path), capture_output=True, text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        attach(hub, tmp_path, monkeypatch)
+    wanted = {name for name in model if name not in OTHER} | {"README.md"}
+    assert set(downloads(hub)) == wanted
+    folder = find_model("acme/tiny")  # the Hub is gone by now
+    assert {path.name for path in folder.iterdir()} == wanted
+    load_model(folder)
+    assert "left out  modeling_tiny.py, pytorch_model.bin, training_args.pt" in done.stdout
+    weights = len(model["model.safetensors"]) / 1e3
+    assert f"weights of {weights:.1f} kB" in done.stdout
+    assert "next: localrl train --model acme/tiny" in done.stdout
+
+
+def test_a_second_pull_fetches_nothing(hub, pull):
+    assert pull("acme/tiny")[0] == 0
+    before = len(downloads(hub))
+    status, printed = pull("acme/tiny")
+    assert status == 0
+    assert "of it in the cache already" in printed
+    assert len(downloads(hub)) == before
+
+
+def test_a_cut_download_goes_on_where_it_was(hub, pull, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)
+    hub.cut("GET", "model.safetensors")
+    status, printed = pull("acme/tiny")
+    assert status == 0, printed
+    sent = [status for verb, path, status in hub.calls if verb == "GET" if "model.safetens" in path]
+    assert sent == [200, 206]
+    load_model(find_model("acme/tiny"))
+
+
+def test_what_is_half_there_is_not_taken_for_a_model(hub, pull):
+    hub.fail("GET", "resolve/.*/model.safetensors", 404, times=9)
+    status, printed = pull("acme/tiny")
+    assert status == 6
+    assert "go on with: localrl pull acme/tiny" in printed
+    with pytest.raises(Exception, match="localrl pull acme/tiny"):
+        find_model("acme/tiny")
+
+
+def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, pull, monkeypatch):
+    monkeypatch.setattr(pulling, "SPARE_BYTES", 2**60)
+    status, printed = pull("acme/tiny", "--yes")
+    assert status == 6
+    assert "to come. Make room" in printed
+    assert not downloads(hub)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [("config.json", "no config.json"), ("model.safetensors", "no weights in model*.safetensors")],
+)
+def test_what_is_no_model_is_not_fetched(hub, pull, model, left_out, words):
+    hub.put("acme/other", {name: data for name, data in model.items() if name != left_out})
+    status, printed = pull("acme/other")
+    assert status == 6
+    assert words in printed
+    assert not downloads(hub)
+
+
+@pytest.mark.parametrize(("answer", "fetched"), [("n", False), ("y", True)])
+def test_on_a_terminal_it_asks(hub, pull, monkeypatch, answer, fetched):
+    with terminal(answer) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, printed = pull("acme/tiny")
+    assert "Download?" in printed
+    assert bool(downloads(hub)) == fetched
+    assert (status == 0) == fetched
+
+
+def test_one_file_of_a_data_set_is_fetched_and_copied(hub, pull, tmp_path):
+    out = tmp_path / "my rows.jsonl"
+    status, printed = pull("--data", "acme/rows:train.jsonl", "--out", out)
+    assert status == 0, printed
+    assert out.read_bytes() == ROWS
+    assert f"localrl train --task '{out}'" in printed
+    assert downloads(hub) == ["train.jsonl"]
+
+    out.write_bytes(b"changed")
+    status, printed = pull("--data", "acme/rows:train.jsonl", "--out", out)
+    assert status == 2
+    assert "exists and is left alone" in printed
+    assert out.read_bytes() == b"changed"
+    nowhere, link = tmp_path / "nowhere", tmp_path / "link"
+    link.symlink_to(nowhere)
+    assert pull("--data", "acme/rows:train.jsonl", "--out", link)[0] == 2
+    assert not nowhere.exists()
+
+
+def test_a_file_in_the_cache_is_named(hub, pull):
+    _, printed = pull("--data", "acme/rows:train.jsonl")
+    path = next(line for line in printed.splitlines() if line.startswith("in the cache: "))[14:]
+    assert json.loads(Path(path).read_text()) == {"prompt": "1+1", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ((), 2, "Name one thing to pull"),
+        (("acme/tiny", "--data", "acme/rows:train.jsonl"), 2, "Name one thing to pull"),
+        (("acme/tiny", "--out", "there"), 2, "a model stays in the cache"),
+        (("--data", "acme/rows"), 2, "names no JSONL file"),
+        (("--data", "acme/rows:data.parquet"), 2, "names no JSONL file"),
+        (("--data", "acme/rows:test.jsonl"), 6, "JSONL files there: train.jsonl"),
+        (("acme/nothing",), 6, "no such repository, or your token may not see it"),
+        (("../etc",), 6, "'../etc'. Nothing was fetched."),
+    ],
+)
+def test_what_cannot_be_pulled_is_one_sentence(hub, pull, arguments, status, words):
+    got, printed = pull(*arguments)
+    assert got == status
+    assert words in printed
+    assert not downloads(hub)
+
+
+def test_a_name_that_leads_out_of_the_cache_is_refused(hub, pull, model, tmp_path):
+    hub.put("acme/evil", {**model, "../../evil.json": b"{}"})
+    status, printed = pull("acme/evil")
+    assert status == 6
+    assert "evil.json" in printed
+    assert not list(tmp_path.rglob("evil.json"))
