@@ -57,7 +57,7 @@ def train(
 
     resume: go on with the run in `config.run.out` as if nothing had happened.
     restart: what a supervisor says of the process before this one.
-    ranks: those that train together, see `distributed.collective.join`; only rank 0 has a run folder.
+    ranks: those that train together, see `collective.join`; only rank 0 has a run folder.
 
     Raises: ConfigError, before anything is computed, when the configuration cannot work;
     RewardError when rewards fail too often; LocalRLError when the adapter diverges; CheckpointError
