@@ -81,6 +81,7 @@ def _page(found: Outlook, mac: int | None) -> str:
     lines += ["", f"{'':34}{'bytes at most':>14}"]
     lines += [f"{name:34}{show(size):>14}" for name, size in told(found.estimate) if size]
     basis = "measured on this machine" if plan.measured else "priors, not measured here"
+    basis = "counted" if found.asked.counted(plan) else basis
     lines += [f"{'peak':34}{show(found.estimate.peak):>14}   ({basis})", ""]
     lines += [f"{'':34}{'wanted':>14}{'planned':>14}"]
     for name in SIZES:

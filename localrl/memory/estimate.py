@@ -35,6 +35,11 @@ class EngineMemory(Protocol):
         ...
 
     @property
+    def counted(self) -> bool:
+        """Whether it is counted array by array, so that measuring would tell nothing new."""
+        ...
+
+    @property
     def cache_step(self) -> int:
         """Tokens by which caches grow."""
         ...

@@ -26,7 +26,7 @@ CACHED, CACHED_ON_CPU = 0.05, 32 * 2**20
 are MLX's own choice there."""
 MEASURED_SHARE, PRIOR_SHARE = 0.85, 0.75
 """Of the limit, what the predicted peak may take. The rest is for freed buffers and for what the
-prediction is wrong by: 10 % once it is measured, more while it rests on priors."""
+prediction is wrong by: 10 % where it is counted or measured, more while it rests on priors."""
 TIGHT_SHARE = 0.95
 """The same for the fewest rows, which priors have promised to fit: freed buffers have the rest."""
 
@@ -61,9 +61,20 @@ class Asked:
         """Bytes with this plan."""
         return estimate(self.sizes, self.jobs[plan.group_size], plan, coefficients)
 
-    def needed(self, peak: int, *, measured: bool = False) -> int:
-        """The limit under which a predicted peak is let through."""
-        return -int(-peak // (MEASURED_SHARE if measured else PRIOR_SHARE)) + 1
+    def needed(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> int:
+        """The least limit that lets this plan through."""
+        peak = self.estimate(plan, coefficients).peak
+        return -int(-peak // self.share(plan, coefficients)) + 1
+
+    def counted(self, plan: MemoryPlan) -> bool:
+        """Whether the engine that computes within this plan counts what it takes."""
+        engine = self.jobs[plan.group_size].engine(self.sizes, dense=plan.dequantise)
+        return engine.counted
+
+    def share(self, plan: MemoryPlan, coefficients: Coefficients) -> float:
+        """Of the limit, what this plan's predicted peak may take."""
+        sure = coefficients.measured or self.counted(plan)
+        return MEASURED_SHARE if sure else PRIOR_SHARE
 
 
 def wanted(
@@ -120,8 +131,7 @@ def fit(asked: Asked, coefficients: Coefficients = PRIORS) -> MemoryPlan:
     """
     if asked.limit.bytes is None:
         return _unlimited(asked, coefficients)
-    share = MEASURED_SHARE if coefficients.measured else PRIOR_SHARE
-    room = _Room(asked, coefficients, share * asked.limit.bytes)
+    room = _Room(asked, coefficients, asked.limit.bytes)
     plan = asked.plan
     for give_way in (_update, _rollout, _dense, _group, _length):
         if room.fits(plan):
@@ -178,21 +188,24 @@ class _Room:
 
     asked: Asked
     coefficients: Coefficients
-    bytes: float
+    limit: int
 
     def of(self, plan: MemoryPlan) -> Estimate:
         return self.asked.estimate(plan, self.coefficients)
 
+    def bytes(self, plan: MemoryPlan) -> float:
+        return self.asked.share(plan, self.coefficients) * self.limit
+
     def fits(self, plan: MemoryPlan) -> bool:
-        return self.of(plan).peak <= self.bytes
+        return self.of(plan).peak <= self.bytes(plan)
 
     def updates(self, plan: MemoryPlan) -> bool:
         found = self.of(plan)
-        return found.stays + found.update <= self.bytes
+        return found.stays + found.update <= self.bytes(plan)
 
     def decodes(self, plan: MemoryPlan) -> bool:
         found = self.of(plan)
-        return found.stays + found.rollout <= self.bytes
+        return found.stays + found.rollout <= self.bytes(plan)
 
 
 Fits = Callable[[MemoryPlan], bool]
@@ -310,11 +323,12 @@ def _reason(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> str:
     """One line: what is predicted from what, under which limit, and what was given up."""
     peak = show(asked.estimate(plan, coefficients).peak)
     basis = "measured constants" if coefficients.measured else "priors"
+    basis = "counted" if asked.counted(plan) else f"from {basis}"
     limit = asked.limit
     bound = f"limit {show(limit.bytes)} ({limit.reason})" if limit.bytes else limit.reason
     given = ", ".join(_given(asked.plan, plan))
     counted = f" for {asked.prompts}" if asked.prompts else ""
-    told = f"predicted peak {peak} from {basis}{counted}; {bound}"
+    told = f"predicted peak {peak} {basis}{counted}; {bound}"
     return told + (f"; gave up: {given}" if given else "")
 
 
@@ -328,7 +342,7 @@ def _given(wish: MemoryPlan, plan: MemoryPlan) -> Iterator[str]:
 
 def _refusal(asked: Asked, least: MemoryPlan, coefficients: Coefficients) -> MemoryBudgetError:
     found = asked.estimate(least, coefficients)
-    enough = write_limit(asked.needed(found.peak, measured=coefficients.measured))
+    enough = write_limit(asked.needed(least, coefficients))
     limit = asked.limit
     return MemoryBudgetError(
         f"This does not fit: with the smallest batches it takes {show(found.peak)}, of them "

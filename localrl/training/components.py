@@ -165,7 +165,9 @@ def open_parts(
         updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
         may_checkpoint = trains and policy.engine.can_recompute()
         asked = replace(asked, may_checkpoint=may_checkpoint)
-        if trains and planned is None and worth_measuring(config, plan):
+        if config.memory.recalibrate and asked.counted(plan):
+            warn("memory.recalibrate changes nothing here: what this engine takes is counted")
+        if trains and planned is None and worth_measuring(config, asked, plan):
             plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)
         updater.ranks = ranks  # not before: each machine measures its own memory
         decoder = _decoder(config, policy, plan, pulse)

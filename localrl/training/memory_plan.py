@@ -120,7 +120,7 @@ class Outlook:
     @property
     def enough(self) -> int:
         """The limit, in bytes, under which nothing is given up."""
-        return self.asked.needed(self.asked.estimate(self.asked.plan).peak)
+        return self.asked.needed(self.asked.plan)
 
 
 def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
@@ -155,9 +155,11 @@ def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
     return quantised(read_sizes(config), quantize), str(name)
 
 
-def worth_measuring(config: RunConfig, plan: MemoryPlan) -> bool:
+def worth_measuring(config: RunConfig, asked: Asked, plan: MemoryPlan) -> bool:
     """Whether the plan is near enough to its limit for its constants to matter."""
     if config.memory.pin or plan.limit_bytes is None or plan.predicted_bytes is None:
+        return False
+    if asked.counted(plan):
         return False
     near = plan.predicted_bytes > NEAR * plan.limit_bytes
     return config.memory.recalibrate or (near and not plan.measured)
@@ -191,7 +193,7 @@ def for_longer_prompts(
 
 def _known_for(config: RunConfig, asked: Asked, plan: MemoryPlan) -> Coefficients | None:
     """What was measured in earlier runs, unless it is to be measured again."""
-    if config.memory.recalibrate:
+    if config.memory.recalibrate or asked.counted(plan):
         return None
     return recall(key_of(asked.sizes, asked.jobs[plan.group_size], plan))
 

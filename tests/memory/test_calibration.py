@@ -124,7 +124,8 @@ def test_the_place_is_the_users_cache(tmp_path, monkeypatch):
 def wish(sizes, limit=None, **settings):
     """What a run asks of a host of 1,000 GB, or under a limit of so many bytes."""
     machine = Machine("Linux", "cpu", total_bytes=10**12, available_bytes=10**12)
-    made = ask(RunConfig.create({"model.path": "m", **settings}), sizes, machine)
+    given = {"model.path": "m", "model.engine": "mlx", **settings}  # others are counted
+    made = ask(RunConfig.create(given), sizes, machine)
     return replace(made, limit=Limit(limit, "a test", from_machine=False)) if limit else made
 
 
@@ -157,34 +158,36 @@ def test_stored_constants_are_used_next_time_but_for_group_and_length(tmp_path, 
     config = RunConfig.create({"model.path": "m", **large})
     sizes = read_sizes(tiny.CONFIG)
     whole = wish(sizes, 10**12, **large)
-    made = wish(sizes, int(0.6 * whole.needed(whole.estimate(whole.plan).peak)), **large)
+    made = wish(sizes, int(0.6 * whole.needed(whole.plan)), **large)
     first = make_plan(config, made)
     assert not first.measured
-    assert worth_measuring(config, first)
+    assert worth_measuring(config, made, first)
     remember(
         key_of(sizes, made.jobs[8], made.plan),
         Coefficients(linear=0.5, quadratic=0.5, measured=True),
     )
     second = make_plan(config, made)
     assert second.measured
-    assert not worth_measuring(config, second)
+    assert not worth_measuring(config, made, second)
     assert second.micro_rows > first.micro_rows
     assert (second.group_size, second.max_completion_tokens) == (8, 256)
     again = config.replace("memory.recalibrate", True)
     assert make_plan(again, made) == first
-    assert worth_measuring(again, second)
+    assert worth_measuring(again, made, second)
 
 
 def test_only_what_is_near_its_limit_is_measured():
     config = RunConfig.create({"model.path": "m"})
     made = wish(read_sizes(tiny.CONFIG))
     plan = make_plan(config, made)
-    assert not worth_measuring(config, plan)
-    assert worth_measuring(config, replace(plan, predicted_bytes=60, limit_bytes=100))
-    assert not worth_measuring(config, replace(plan, predicted_bytes=40, limit_bytes=100))
-    assert not worth_measuring(config, replace(plan, predicted_bytes=60, limit_bytes=None))
+    assert not worth_measuring(config, made, plan)
+    assert worth_measuring(config, made, replace(plan, predicted_bytes=60, limit_bytes=100))
+    assert not worth_measuring(config, made, replace(plan, predicted_bytes=40, limit_bytes=100))
+    assert not worth_measuring(config, made, replace(plan, predicted_bytes=60, limit_bytes=None))
+    counted = wish(read_sizes(tiny.CONFIG), **{"model.engine": "auto"})
+    assert not worth_measuring(config, counted, replace(plan, predicted_bytes=60, limit_bytes=100))
     pinned = config.replace("memory.pin", "plan.json")
-    assert not worth_measuring(pinned, replace(plan, predicted_bytes=60, limit_bytes=100))
+    assert not worth_measuring(pinned, made, replace(plan, predicted_bytes=60, limit_bytes=100))
 
 
 SHAPE = {
@@ -327,8 +330,10 @@ def test_constants_of_another_formula_are_not_taken(monkeypatch):
 
 
 def test_a_model_that_mlx_has_to_compute_gets_another_plan():
-    made = wish(read_sizes(tiny.CONFIG), 10**12, **{"memory.micro_rows": 32})
-    limit = made.needed(made.estimate(made.plan).peak)
+    made = wish(
+        read_sizes(tiny.CONFIG), 10**12, **{"memory.micro_rows": 32, "model.engine": "auto"}
+    )
+    limit = made.needed(made.plan)
     made = replace(made, limit=replace(made.limit, bytes=limit))
     plan = fit(made)
     assert as_found(made, plan, engine="cpu", fixed=False)[1] == plan

@@ -46,6 +46,11 @@ class MLXMemory:
         return "mlx"
 
     @property
+    def counted(self) -> bool:
+        """Its constants are fits."""
+        return False
+
+    @property
     def cache_step(self) -> int:
         """Tokens by which caches grow."""
         return CACHE_STEP
