@@ -83,7 +83,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     from localrl.learning.update import Updater
     from localrl.memory.limit import Limit
     from localrl.memory.machine import resident_bytes
-    from localrl.memory.plan import Asked, wanted
+    from localrl.memory.plan import PlanRequest, initial_plan
     from localrl.memory.sizes import quantised, read_sizes
     from localrl.policy.model import LoadedModel
     from localrl.training.calibrate import measure as calibrate
@@ -120,13 +120,15 @@ def measure(name: str) -> list[dict[str, Any]]:
                 "task.eval_prompts": 0,
             }
         )
-        plan = wanted(config, vocabulary=sizes.vocabulary, on_cpu=True, threads=None)
+        plan = initial_plan(config, vocabulary=sizes.vocabulary, on_cpu=True, threads=None)
         plan = replace(plan, grad_checkpoint=run.get("checkpoint", False))
-        job = _job(config, sizes, run["group"], True, True, False)
-        assert job is not None
-        asked = Asked(plan, sizes, {run["group"]: job}, Limit(None, "", from_machine=False))
+        workload = _job(config, sizes, run["group"], True, True, False)
+        assert workload is not None
+        request = PlanRequest(
+            plan, sizes, {run["group"]: workload}, Limit(None, "", from_machine=False)
+        )
         updater = Updater(policy, config.learning, 1.0)
-        coefficients = calibrate(updater, asked, plan)
+        coefficients = calibrate(updater, request, plan)
         assert coefficients is not None
         peak = _step(policy, updater, plan)
         rows.append(
@@ -134,9 +136,9 @@ def measure(name: str) -> list[dict[str, Any]]:
                 "shape": name,
                 **run,
                 "peak": peak,
-                "prior": asked.estimate(plan).peak,
-                "calibrated": asked.estimate(plan, coefficients).peak,
-                "parts": vars(asked.estimate(plan)),
+                "prior": request.estimate(plan).peak,
+                "calibrate_plan": request.estimate(plan, coefficients).peak,
+                "parts": vars(request.estimate(plan)),
                 "b": coefficients.linear,
                 "c": coefficients.quadratic,
                 "weights": mx.get_active_memory(),
@@ -194,7 +196,7 @@ def _cells(row: dict[str, Any]) -> list[object]:
     cells: list[object] = [row["shape"], row["group"], row["prompt"], row["length"]]
     cells += [row.get("micro") or PROMPTS * row["group"], "yes" if row.get("checkpoint") else ""]
     cells += [f"{row['peak'][phase] / MIB:.0f}" for phase in ("rollout", "update")]
-    for kind in ("prior", "calibrated"):
+    for kind in ("prior", "calibrate_plan"):
         cells += [f"{row[kind] / MIB:.0f}", f"{100 * (row[kind] / peak - 1):+.0f} %"]
     return [*cells, f"{row['b']:.2f}", f"{row['c']:.2f}", f"{row['resident'] / MIB:.0f}"]
 
@@ -203,12 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--table", action="store_true", help="only write the page again")
-    asked = parser.parse_args()
-    if asked.shape:
-        measure(asked.shape)
+    request = parser.parse_args()
+    if request.shape:
+        measure(request.shape)
         return
     log = HERE / "memory.jsonl"
-    if not asked.table:
+    if not request.table:
         lines = log.read_bytes().splitlines() if log.exists() else []
         done = {json.loads(line)["shape"] for line in lines}
         for shape in [name for name in SHAPES if name not in done]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from localrl.memory.known import find_known
+from localrl.memory.known_models import find_known
 from localrl.memory.sizes import lora_parameters, read_sizes
 from localrl.runs.logs import read_jsonl
 

@@ -25,7 +25,7 @@ class RewardSpec:
     weight: float = 1.0
 
 
-INSTANCES = "localrl.tasks.environment_child:instances"
+ENVIRONMENT_LOOKUP = "localrl.tasks.environment_child:instances"
 """What gives a worker's child the environments that completions talk to, by `Leaf.conversation`."""
 
 FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
@@ -158,7 +158,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ModelTurn:
     """A completion whose turn has come to an end, on its way to its environment."""
 
     example: Example
@@ -172,7 +172,7 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Heard:
+class EnvironmentReply:
     """What an environment made of a turn."""
 
     conversation: int

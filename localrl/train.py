@@ -19,11 +19,11 @@ from localrl.distributed.gather import gather
 from localrl.errors import LocalRLError, Stopped
 from localrl.evaluate import Evaluation
 from localrl.processes.child import Restart
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.records import MemoryPlan
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
-from localrl.training.checkpointer import Keeper
-from localrl.training.session import Progress, Session, Silent
+from localrl.training.checkpointer import Checkpointer
+from localrl.training.session import NullProgress, Progress, Session
 from localrl.training.setup import open_session
 
 
@@ -49,7 +49,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
-    pulse: Pulse | None = None,
+    heartbeat: Heartbeat | None = None,
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
 ) -> RunResult:
@@ -61,33 +61,33 @@ def train(
 
     Raises: ConfigError, before anything is computed, when the configuration cannot work;
     RewardError when rewards fail too often; LocalRLError when the adapter diverges; CheckpointError
-    when there is nothing whole to go on from; Stopped when `pulse` was asked to stop.
+    when there is nothing whole to go on from; Stopped when `heartbeat` was asked to stop.
     """
     opened = open_session(
         config,
         overwrite=overwrite,
         resume=resume,
-        progress=progress or Silent(),
-        pulse=pulse or Pulse(),
+        progress=progress or NullProgress(),
+        heartbeat=heartbeat or Heartbeat(),
         restart=restart,
         ranks=ranks,
     )
-    with opened as session, _told(session), Keeper(session) as keeper:
+    with opened as session, _explain_exit(session), Checkpointer(session) as checkpointer:
         step = session.step
         while True:
-            keeper.mark(step)
+            checkpointer.commit(step)
             if _evaluation_due(session.config, step):
-                keeper.attempt(Session.evaluate, step)
-                keeper.mark(step)
+                checkpointer.run_with_retry(Session.evaluate, step)
+                checkpointer.commit(step)
             if step >= config.run.steps or _time_is_up(session):
                 break
             step += 1
-            keeper.attempt(train_step, step)
+            checkpointer.run_with_retry(train_step, step)
             session.revise_plan(step)
         session.save_adapter()
-        keeper.attempt(Session.evaluate, step)
+        checkpointer.run_with_retry(Session.evaluate, step)
         base, adapter = session.evaluate(0), session.evaluate(step)
-        keeper.mark(step)
+        checkpointer.commit(step)
         session.finish(base, adapter)
     return RunResult(
         session.folder, step, session.trained_s, base, adapter, session.plan, session.peak_bytes
@@ -136,12 +136,12 @@ def train_step(session: Session, step: int) -> None:
 
 
 @contextmanager
-def _told(session: Session) -> Iterator[None]:
+def _explain_exit(session: Session) -> Iterator[None]:
     """Say how to go on, once what was stopped is saved."""
     try:
         yield
     except Stopped as stopped:
-        if not session.ranks.leads:
+        if not session.ranks.is_main:
             raise Stopped(f"Rank {session.ranks.rank} is stopped by {stopped}.") from None
         steps = session.checkpoints.steps()
         done = f"after step {steps[-1]}" if steps else ""

@@ -20,17 +20,18 @@ import mlx_lm.utils, mlx_lm.models.qwen3, localrl.processes.worker
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.errors import Stopped
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.train import train
 for line in sys.stdin:
     settings = json.loads(line)
     pid = os.fork()
     if pid == 0:
-        resume, pulse = os.path.exists(settings["run.out"] + "/config.toml"), Pulse()
+        resume, heartbeat = os.path.exists(settings["run.out"] + "/config.toml"), Heartbeat()
         try:
-            with stop_on_signals(pulse):
+            with stop_on_signals(heartbeat):
                 # A run that was killed before it had settings is moved aside.
-                train(RunConfig.create(settings), resume=resume, overwrite=not resume, pulse=pulse)
+                config = RunConfig.create(settings)
+                train(config, resume=resume, overwrite=not resume, heartbeat=heartbeat)
             os._exit(0)
         except Stopped:
             os._exit(75)

@@ -12,7 +12,7 @@ from forests import flat_group, scored
 from localrl import RunConfig, train
 from localrl.records import Example
 from localrl.rollouts.replay import Replay
-from localrl.rollouts.reuse import Earlier
+from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.logs import read_jsonl
 from localrl.utils.repetition import repeated_from
 
@@ -252,7 +252,7 @@ def test_whole_completions_are_reused_and_one_stays_fresh(start):
 def test_another_prompt_template_makes_earlier_rollouts_useless():
     group = scored(flat_group(2), [1.0, 0.0])
     example, prompt = group.group.example, group.group.prompt_ids
-    replays, earlier = Replay(), Earlier()
+    replays, earlier = Replay(), CompletionCache()
     replays.add([group], 0)
     earlier.add([group.group])
 

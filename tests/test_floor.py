@@ -23,7 +23,7 @@ from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.credit import assign_credit
 from localrl.learning.selection import select
 from localrl.learning.update import DRIFT_TOKENS, Updater
-from localrl.memory.plan import wanted
+from localrl.memory.plan import initial_plan
 from localrl.records import Example, ScoredGroup
 from localrl.rollouts import decode
 from localrl.rollouts.decode import Decoder
@@ -101,7 +101,7 @@ def make_updater(policy):
 def make_plan(**changes):
     from localrl.config import RunConfig
 
-    plan = wanted(RunConfig(), vocabulary=64, on_cpu=True, threads=1)
+    plan = initial_plan(RunConfig(), vocabulary=64, on_cpu=True, threads=1)
     return replace(plan, micro_rows=1000, head_chunk=1000, **changes)
 
 

@@ -19,7 +19,7 @@ from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import NO_UPDATE, Updater
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
-from localrl.training.session import Silent
+from localrl.training.session import NullProgress
 from localrl.training.state import read
 
 SHORT = f"{Path(__file__).parent / 'worker_functions.py'}:short"
@@ -129,7 +129,7 @@ def test_a_bad_update_is_taken_back_whole(tmp_path, lr, problem, updates):
 
 
 def test_warnings_are_events_and_a_run_that_goes_on_does_not_repeat_them(tiny_folder, tmp_path):
-    class Listener(Silent):
+    class Listener(NullProgress):
         def __init__(self):
             self.lines = []
 

@@ -23,7 +23,7 @@ from localrl.distributed.collective import Ranks
 from localrl.errors import ConfigError
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
-from localrl.training.setup import _agree
+from localrl.training.setup import _agree_on_plan
 from localrl.utils.codec import from_bytes, to_bytes
 
 
@@ -182,7 +182,7 @@ def test_the_smallest_machine_decides(tiny_folder):
         use=used.append,
         sampler=SimpleNamespace(start_rule=lambda: used.append("rule")),
     )
-    plans = _agree(parts, Beside(other))
+    plans = _agree_on_plan(parts, Beside(other))
     assert used == [replace(mine, group_size=2, max_completion_tokens=7), "rule"]
     assert plans == [vars(mine), vars(other)]
     assert from_bytes(to_bytes(plans, {}), {}) == plans
@@ -191,4 +191,4 @@ def test_the_smallest_machine_decides(tiny_folder):
 def test_more_ranks_than_prompts_are_refused(tiny_folder):
     config = RunConfig.create({"model.path": str(tiny_folder), "rollout.prompts_per_step": 1})
     with pytest.raises(ConfigError, match="Set it to 2 or a multiple"):
-        _agree(SimpleNamespace(config=config), Beside(plan()))
+        _agree_on_plan(SimpleNamespace(config=config), Beside(plan()))

@@ -10,7 +10,7 @@ import pytest
 
 from localrl.config import RunConfig
 from localrl.errors import CheckpointError, ConfigError, Stopped
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
 
@@ -50,8 +50,8 @@ def config(folder, out, **changes):
     return RunConfig.create({"model.path": str(folder), "run.out": str(out), **SMALL, **changes})
 
 
-class StopAt(Pulse):
-    """A pulse that stops at one of its beats."""
+class StopAt(Heartbeat):
+    """A heartbeat that stops at one of its beats."""
 
     def __init__(self, beat):
         super().__init__()
@@ -84,7 +84,7 @@ def whole(request, tiny_folder, tmp_path_factory, engine):
     out, settings = tmp_path_factory.mktemp("whole") / "run", PARTS[request.param]
     settings = settings | {"model.engine": engine}
     counter = StopAt(0)
-    train(config(tiny_folder, out, **settings), pulse=counter)
+    train(config(tiny_folder, out, **settings), heartbeat=counter)
     return settings, outcome(out), -counter.left
 
 
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_folder, tmp_path, whol
     settings, expected, beats = whole
     out = tmp_path / "run"
     with pytest.raises(Stopped):
-        train(config(tiny_folder, out, **settings), pulse=StopAt(max(1, int(beats * share))))
+        train(config(tiny_folder, out, **settings), heartbeat=StopAt(max(1, int(beats * share))))
     result = train(config(tiny_folder, out, **settings), resume=True)
     assert result.steps == 6
     assert outcome(out) == expected
@@ -108,7 +108,7 @@ def test_stopping_again_and_again(tiny_folder, tmp_path, whole):
             train(
                 config(tiny_folder, out, **settings),
                 resume=resume,
-                pulse=StopAt(beats // 3),
+                heartbeat=StopAt(beats // 3),
             )
             break
         except Stopped:
@@ -121,7 +121,7 @@ def test_stopping_again_and_again(tiny_folder, tmp_path, whole):
 def stopped(folder, out, **changes):
     """A run that was stopped in its last step."""
     with pytest.raises(Stopped, match=f"localrl train --resume --out {out}"):
-        train(config(folder, out, **{"run.eval_every": 0, **changes}), pulse=StopAt(60))
+        train(config(folder, out, **{"run.eval_every": 0, **changes}), heartbeat=StopAt(60))
     return config(folder, out, **{"run.eval_every": 0, **changes})
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, 
         pytest.skip("one strategy is enough")
     out = tmp_path / "run"
     with pytest.raises(Stopped):
-        train(config(tiny_folder, out, **settings), pulse=StopAt(70))
+        train(config(tiny_folder, out, **settings), heartbeat=StopAt(70))
     newest = max((out / "checkpoints").glob("step-*"))
     data = bytearray((newest / "weights.safetensors").read_bytes())
     data[-1] ^= 1
@@ -175,7 +175,7 @@ def test_the_best_and_the_last_two_and_every_nth_stay(tiny_folder, tmp_path):
 def test_a_run_that_never_got_to_a_checkpoint_begins_again(tiny_folder, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Stopped, match="Stopped by the test says so"):
-        train(config(tiny_folder, out), pulse=StopAt(1))
+        train(config(tiny_folder, out), heartbeat=StopAt(1))
     shutil.rmtree(out / "checkpoints")
     assert train(config(tiny_folder, out), resume=True).steps == 6
 

@@ -51,13 +51,13 @@ def chat(
       echo "What is 2+2?" | localrl chat --model DIR --temperature 0
     """
     from localrl.backend import mx
-    from localrl.training.components import ask_for, load, open_policy, settle
+    from localrl.training.components import ask_for, load, open_policy, resolve
     from localrl.training.memory_plan import make_plan
 
     config = configure(run, settings, options)
-    settled = settle(config)
-    plan = make_plan(config, ask_for(settled, trains=False))
-    policy = open_policy(settled, load(settled), plan)
+    resolved = resolve(config)
+    plan = make_plan(config, ask_for(resolved, trains=False))
+    policy = open_policy(resolved, load(resolved), plan)
     if seed is not None:
         mx.random.seed(seed)
     talk = Talk(
@@ -65,9 +65,9 @@ def chat(
         temperature=config.eval_temperature,
         max_tokens=max_tokens or config.rollout.max_completion_tokens,
         system=config.task.system if system is None else system,
-        has_adapter=settled.adapter is not None,
+        has_adapter=resolved.adapter is not None,
     )
-    name = f"{settled.model_folder.name}{', with its adapter' if talk.adapter else ''}"
+    name = f"{resolved.model_folder.name}{', with its adapter' if talk.adapter else ''}"
     click.echo(f"{printable(name)}, {sampled_at(talk.temperature)}. {HELP}", err=True)
     for line in _lines():
         if not talk.hear(line):

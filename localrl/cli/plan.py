@@ -53,12 +53,12 @@ def plan(
 def _fields(found: Outlook) -> dict[str, Any]:
     return {
         "plan": asdict(found.plan),
-        "wanted": asdict(found.asked.plan),
-        "prompts": asdict(found.asked.prompts) if found.asked.prompts else None,
+        "wanted": asdict(found.request.plan),
+        "prompts": asdict(found.request.prompts) if found.request.prompts else None,
         "bytes": {**vars(found.estimate), "peak": found.estimate.peak},
         "limit_for_everything_bytes": found.enough,
         "machine": asdict(found.machine),
-        "limit": asdict(found.asked.limit),
+        "limit": asdict(found.request.limit),
     }
 
 
@@ -66,13 +66,13 @@ def _page(found: Outlook, mac: int | None) -> str:
     from localrl.memory.estimate import told
     from localrl.memory.limit import show
 
-    plan, limit = found.plan, found.asked.limit
+    plan, limit = found.plan, found.request.limit
     lines = [
         f"model    {found.model}: {found.weights / 1e6:,.0f} million weights",
         f"limit    {show(limit.bytes)}: {limit.reason}" if limit.bytes else limit.reason,
     ]
-    if found.asked.prompts:
-        lines.append(f"task     {found.asked.prompts}")
+    if found.request.prompts:
+        lines.append(f"task     {found.request.prompts}")
     if mac is not None:
         lines.append(f"         predicted for a Mac with {mac} GB, and never run on one")
     if found.machine.resident_bytes:
@@ -81,11 +81,11 @@ def _page(found: Outlook, mac: int | None) -> str:
     lines += ["", f"{'':34}{'bytes at most':>14}"]
     lines += [f"{name:34}{show(size):>14}" for name, size in told(found.estimate) if size]
     basis = "measured on this machine" if plan.measured else "priors, not measured here"
-    basis = "counted" if found.asked.counted(plan) else basis
+    basis = "counted" if found.request.counted(plan) else basis
     lines += [f"{'peak':34}{show(found.estimate.peak):>14}   ({basis})", ""]
-    lines += [f"{'':34}{'wanted':>14}{'planned':>14}"]
+    lines += [f"{'':34}{'initial_plan':>14}{'planned':>14}"]
     for name in SIZES:
-        wish, now = getattr(found.asked.plan, name), getattr(plan, name)
+        wish, now = getattr(found.request.plan, name), getattr(plan, name)
         mark = "" if wish == now else "   gave way"
         lines.append(f"{name:34}{_value(wish):>14}{_value(now):>14}{mark}")
     return "\n".join([*lines, "", _verdict(found)])
@@ -104,7 +104,7 @@ def _value(value: object) -> str:
 def _verdict(found: Outlook) -> str:
     from localrl.memory.limit import show, write_limit
 
-    if found.asked.limit.bytes is None:
+    if found.request.limit.bytes is None:
         return "Nothing is known of this machine's memory, so that nothing is limited."
     if not found.gave_way:
         return "It fits, and nothing is given up."

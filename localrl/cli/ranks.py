@@ -11,7 +11,7 @@ from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig, keys
 from localrl.distributed.collective import Ranks, join
-from localrl.distributed.launch import Place
+from localrl.distributed.launch import LaunchInfo
 from localrl.evaluate import Evaluation
 from localrl.train import train
 from localrl.training.session import Session
@@ -45,18 +45,18 @@ class Leader(Console):
 
 
 def run_with_others(
-    place: Place, resolve: Callable[[], RunConfig], *, overwrite: bool, resume: bool
+    place: LaunchInfo, resolve: Callable[[], RunConfig], *, overwrite: bool, resume: bool
 ) -> None:
     """Train together with the other ranks; the settings are those of rank 0."""
-    with join(place) as (ranks, pulse), stop_on_signals(pulse, patience_s=PATIENCE_S):
+    with join(place) as (ranks, heartbeat), stop_on_signals(heartbeat, patience_s=PATIENCE_S):
         config = _of_first(ranks, resolve)
-        console = Leader() if ranks.leads else Follower(ranks.rank)
+        console = Leader() if ranks.is_main else Follower(ranks.rank)
         result = train(
             config,
             overwrite=overwrite,
             resume=resume,
             progress=console,
-            pulse=pulse,
+            heartbeat=heartbeat,
             ranks=ranks,
         )
     if isinstance(console, Leader):
@@ -66,7 +66,7 @@ def run_with_others(
 def _of_first(ranks: Ranks, resolve: Callable[[], RunConfig]) -> RunConfig:
     """Rank 0's settings: the files that they come from may be on its machine alone."""
     settings = {}
-    if ranks.leads:
+    if ranks.is_main:
         config = resolve()
         settings = {key: config.value(key) for key in keys() if config.value(key) is not None}
-    return RunConfig.create(json.loads(ranks.first(json.dumps(settings).encode())))
+    return RunConfig.create(json.loads(ranks.broadcast(json.dumps(settings).encode())))

@@ -13,14 +13,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from localrl.processes.heartbeat import Pulse
+    from localrl.processes.heartbeat import Heartbeat
 
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AT_ONCE = 130
 
 
 @contextmanager
-def stop_on_signals(pulse: Pulse, *, patience_s: float = 0.0) -> Iterator[None]:
+def stop_on_signals(heartbeat: Heartbeat, *, patience_s: float = 0.0) -> Iterator[None]:
     """Within this context the first Ctrl-C, SIGTERM or SIGHUP stops the run at its next beat.
 
     The second one ends the process at once, with status 130 and what is on the disk. But for Ctrl-C
@@ -37,7 +37,7 @@ def stop_on_signals(pulse: Pulse, *, patience_s: float = 0.0) -> Iterator[None]:
             return
         asked = now
         name = signal.Signals(number).name
-        pulse.stop(name)
+        heartbeat.stop(name)
         with contextlib.suppress(OSError):  # the terminal may be gone
             # Not print: a signal may come in the middle of one.
             os.write(sys.stderr.fileno(), f"\n{name}: saving; once more ends it at once\n".encode())

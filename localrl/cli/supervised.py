@@ -11,7 +11,7 @@ from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.memory.failures import failure_of
 from localrl.processes.child import OUT_OF_MEMORY, Supervisor
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.train import train
 from localrl.training.session import Session
 
@@ -38,19 +38,19 @@ def run_here(
     config: RunConfig, supervisor: Supervisor | None, *, overwrite: bool, resume: bool
 ) -> None:
     """Train, and show it; ends the process with `OUT_OF_MEMORY` when a supervisor can mend that."""
-    console, pulse = Console(), Pulse()
+    console, heartbeat = Console(), Heartbeat()
     if supervisor is not None:
-        console, pulse = Told(supervisor), Pulse(supervisor.beat)
-        supervisor.watch(pulse.stop)
+        console, heartbeat = Told(supervisor), Heartbeat(supervisor.beat)
+        supervisor.watch(heartbeat.stop)
     restart = supervisor.restart if supervisor else None
     try:
-        with stop_on_signals(pulse):
+        with stop_on_signals(heartbeat):
             result = train(
                 config,
                 overwrite=overwrite,
                 resume=resume,
                 progress=console,
-                pulse=pulse,
+                heartbeat=heartbeat,
                 restart=restart,
             )
     except (MemoryError, RuntimeError) as error:

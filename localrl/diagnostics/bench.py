@@ -33,7 +33,7 @@ from localrl.rollouts.batch import TreeRequest
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.runs.folder import package_versions
-from localrl.training.components import ask_for, load, open_policy, settle
+from localrl.training.components import ask_for, load, open_policy, resolve
 from localrl.training.memory_plan import make_plan
 
 PACKAGES = ("localrl", "mlx", "mlx-lm", "numpy")
@@ -114,12 +114,12 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
             f"{wanted}."
         )
     config = _config(model, quantize, wanted)
-    settled = settle(config)
-    plan = make_plan(config, ask_for(settled, trains=True))
-    policy = choose_engine(open_policy(settled, load(settled), plan))
+    resolved = resolve(config)
+    plan = make_plan(config, ask_for(resolved, trains=True))
+    policy = choose_engine(open_policy(resolved, load(resolved), plan))
     endless = replace(policy, tokenizer=replace(policy.tokenizer, end_ids=frozenset()))
     draws = np.random.default_rng(0)
-    shape = read_shape(settled.model_folder)
+    shape = read_shape(resolved.model_folder)
     wanted, left_out = _allowed(wanted, plan)
     return Opened(
         config,

@@ -12,10 +12,10 @@ from localrl.config import RunConfig
 from localrl.errors import ConfigError
 from localrl.evaluate import EVALUATION_SEED, at_temperature
 from localrl.policy.lora import adapters_off
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.records import Group, ScoredGroup, mean_or_none
 from localrl.rollouts.groups import Shape, sample_groups
-from localrl.training.components import Parts, check_sandbox, open_parts, settle
+from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.utils.intervals import (
     mcnemar,
     mean_interval,
@@ -119,26 +119,29 @@ def evaluate_model(
             "where the likeliest token is taken each time. Ask for one (-k 1), or sample, for "
             "example with --temperature 0.7."
         )
-    settled = settle(config)
-    with open_parts(settled, warn=warn, pulse=Pulse(), trains=False) as parts:
-        check_sandbox(parts.config, parts.task, warn)
-        if not parts.held_out:
+    resolved = resolve(config)
+    with open_components(resolved, warn=warn, heartbeat=Heartbeat(), trains=False) as components:
+        check_sandbox(components.config, components.task, warn)
+        if not components.held_out:
             raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Name a number.")
-        tell(f"{len(parts.held_out)} held-out prompts of {parts.task.name} x {samples}, base ...")
-        with adapters_off(parts.policy.model):
-            base = _judge(parts, samples, temperature, seed)
-        passing, adapted = parts.task.rewards[0].name, None
-        if settled.adapter is not None:
+        tell(
+            f"{len(components.held_out)} held-out prompts of {components.task.name} x {samples}, "
+            "base ..."
+        )
+        with adapters_off(components.policy.model):
+            base = _judge(components, samples, temperature, seed)
+        passing, adapted = components.task.rewards[0].name, None
+        if resolved.adapter is not None:
             tell("with the adapter ...")
-            adapted = _judge(parts, samples, temperature, seed)
+            adapted = _judge(components, samples, temperature, seed)
         return Result(
-            task=parts.task.name,
-            model=str(parts.model_folder),
-            adapter=parts.config.lora.adapter,
-            prompts=len(parts.held_out),
+            task=components.task.name,
+            model=str(components.model_folder),
+            adapter=components.config.lora.adapter,
+            prompts=len(components.held_out),
             samples=samples,
             temperature=temperature,
-            max_completion_tokens=parts.plan.max_completion_tokens,
+            max_completion_tokens=components.plan.max_completion_tokens,
             seed=seed,
             base=_side(base, passing, samples),
             with_adapter=_side(adapted, passing, samples) if adapted else None,
@@ -146,21 +149,23 @@ def evaluate_model(
         )
 
 
-def _judge(parts: Parts, samples: int, temperature: float, seed: int) -> list[ScoredGroup]:
+def _judge(
+    components: Components, samples: int, temperature: float, seed: int
+) -> list[ScoredGroup]:
     """Scored completions of all held-out prompts, by the policy as it is now."""
     groups: list[Group] = sample_groups(
-        at_temperature(parts.decoder, temperature),
-        parts.held_out,
-        parts.sampler.encode(parts.held_out),
+        at_temperature(components.decoder, temperature),
+        components.held_out,
+        components.sampler.encode(components.held_out),
         Shape(roots=samples, leaves=samples),
         rule=None,
-        max_completion_tokens=parts.plan.max_completion_tokens,
+        max_completion_tokens=components.plan.max_completion_tokens,
         seed=seed,
         step=0,
         version=0,
-        turns=parts.sampler.turns,
+        turns=components.sampler.turns,
     )
-    return parts.scorer.score(groups)
+    return components.scorer.score(groups)
 
 
 def _verdicts(scored: ScoredGroup, passing: str) -> list[bool]:

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from localrl.backend import mx
-from localrl.distributed.launch import Place
-from localrl.distributed.liveness import Limits, Line, meet
+from localrl.distributed.launch import LaunchInfo
+from localrl.distributed.liveness import LivenessChannel, LivenessTimeouts, meet
 from localrl.errors import LocalRLError
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
@@ -37,15 +37,15 @@ class Ranks:
         """Seconds in which this rank has waited for the others, or for the network."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it is the one that writes, evaluates and logs."""
         return self.rank == 0
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """This rank's share of what all ranks know: every size-th."""
         return list(items[self.rank :: self.size])
 
-    def in_order(self, shares: Sequence[Sequence[T]]) -> list[T]:
+    def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
         """The shares of all ranks put together again."""
         longest = max(map(len, shares))
         return [share[n] for n in range(longest) for share in shares if n < len(share)]
@@ -54,7 +54,7 @@ class Ranks:
         """The bytes of every rank, in the order of ranks."""
         return [data]
 
-    def first(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         """The bytes of rank 0."""
         return data
 
@@ -69,9 +69,9 @@ ALONE = Ranks()
 class Connected(Ranks):
     """Ranks with others."""
 
-    def __init__(self, place: Place, line: Line, pulse: Pulse) -> None:
+    def __init__(self, place: LaunchInfo, line: LivenessChannel, heartbeat: Heartbeat) -> None:
         super().__init__(place.rank, place.size)
-        self._line, self._pulse = line, pulse
+        self._line, self._pulse = line, heartbeat
         self._group: Any = mx.distributed.init(strict=True, backend=place.backend)
         if (self._group.rank(), self._group.size()) != (place.rank, place.size):
             raise LocalRLError(
@@ -91,10 +91,10 @@ class Connected(Ranks):
         self._insist(all(_check(row[:-CHECK]) == row[-CHECK:] for row in found))
         return [row[:-CHECK] for row in found]
 
-    def first(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         """The bytes of rank 0, to which the others add zeros."""
-        length = int(self.sum(np.array([len(data) if self.leads else 0], np.int32))[0])
-        array = np.frombuffer(data, np.uint8) if self.leads else np.zeros(length, np.uint8)
+        length = int(self.sum(np.array([len(data) if self.is_main else 0], np.int32))[0])
+        array = np.frombuffer(data, np.uint8) if self.is_main else np.zeros(length, np.uint8)
         return self.sum(array).tobytes() if length else b""
 
     def sum(self, array: np.ndarray) -> np.ndarray:
@@ -150,22 +150,24 @@ class Connected(Ranks):
 
 
 @contextmanager
-def join(place: Place, limits: Limits | None = None) -> Iterator[tuple[Ranks, Pulse]]:
+def join(
+    place: LaunchInfo, limits: LivenessTimeouts | None = None
+) -> Iterator[tuple[Ranks, Heartbeat]]:
     """Meet the other ranks, and watch them until the end of the context; with it comes the pulse
     of this rank's run.
 
     Raises: LocalRLError when they do not come.
     """
     line = meet(place, limits)
-    pulse, problem = Pulse(line.moved), None
+    heartbeat, problem = Heartbeat(line.moved), None
     try:
-        line.watch(pulse.stop, lambda: pulse.noticed)
-        ranks = Connected(place, line, pulse)
+        line.watch(heartbeat.stop, lambda: heartbeat.noticed)
+        ranks = Connected(place, line, heartbeat)
         ranks.names = [name.decode() for name in ranks.gather(line.name.encode())]
-        yield ranks, pulse
+        yield ranks, heartbeat
     except BaseException as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        problem = pulse.reason if pulse.noticed else lines[0]
+        problem = heartbeat.reason if heartbeat.noticed else lines[0]
         raise
     finally:
         line.close(problem)

@@ -26,7 +26,7 @@ def gather(ranks: Ranks, value: T) -> list[T]:
     return [from_bytes(data, TYPES) for data in ranks.gather(to_bytes(value, TYPES))]
 
 
-def spread(
+def map_sharded(
     ranks: Ranks,
     examples: Sequence[Example],
     work: Callable[[Sequence[int]], Sequence[T]],
@@ -37,7 +37,7 @@ def spread(
 
     Raises: LocalRLError when another rank has not the same examples.
     """
-    indices = ranks.mine(range(len(examples)))
+    indices = ranks.shard(range(len(examples)))
     found = list(work(indices)) if indices else []
     if ranks.size == 1:
         return found
@@ -49,10 +49,10 @@ def spread(
                 f"The ranks have come apart: rank {rank} works on {one['ids'][:3]}, rank "
                 f"{ranks.rank} on {ids[:3]}. Go on from the last checkpoint with --resume."
             )
-    return ranks.in_order([one["found"] for one in told])
+    return ranks.unshard([one["found"] for one in told])
 
 
-def spread_groups(
+def map_sharded_groups(
     ranks: Ranks,
     examples: Sequence[Example],
     work: Callable[[Sequence[int]], Sequence[ScoredGroup]],
@@ -64,7 +64,7 @@ def spread_groups(
     def bare(indices: Sequence[int]) -> list[Any]:
         return [_with(group, None) for group in work(indices)]
 
-    found = spread(ranks, examples, bare)
+    found = map_sharded(ranks, examples, bare)
     return [_with(group, example) for group, example in zip(found, examples, strict=True)]
 
 

@@ -19,7 +19,7 @@ RANK, RING, JACCL, JACCL_DEVICES = (
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchInfo:
     """A process among several."""
 
     rank: int
@@ -32,7 +32,7 @@ class Place:
     """Of the line between them: the one before the first that MLX uses itself."""
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+def find_place(environment: Mapping[str, str] = os.environ) -> LaunchInfo | None:
     """This process's place; None when it is alone.
 
     Raises: ConfigError for a launch that is neither over a ring nor over JACCL.
@@ -57,6 +57,6 @@ def _read(file: str) -> list[list[str]]:
     return json.loads(text) if text.strip() else []
 
 
-def _place(rank: int, size: int, backend: str, address: str) -> Place | None:
+def _place(rank: int, size: int, backend: str, address: str) -> LaunchInfo | None:
     host, _, port = address.rpartition(":")
-    return Place(rank, size, backend, host.strip("[]"), int(port) - 1) if size > 1 else None
+    return LaunchInfo(rank, size, backend, host.strip("[]"), int(port) - 1) if size > 1 else None

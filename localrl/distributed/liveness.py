@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from localrl.distributed.launch import Place
+from localrl.distributed.launch import LaunchInfo
 from localrl.errors import LocalRLError, Stopped
 
 HELLO_S = 5.0
@@ -33,7 +33,7 @@ LONGEST = 1 << 16
 
 
 @dataclass(frozen=True)
-class Limits:
+class LivenessTimeouts:
     """Seconds."""
 
     meet: float = 60.0
@@ -63,10 +63,12 @@ class _Peer:
     rest: bytes = b""
 
 
-class Line:
+class LivenessChannel:
     """This rank's end of the line; `meet` opens it, `watch` makes it speak, `close` ends it."""
 
-    def __init__(self, place: Place, peers: dict[int, _Peer], limits: Limits) -> None:
+    def __init__(
+        self, place: LaunchInfo, peers: dict[int, _Peer], limits: LivenessTimeouts
+    ) -> None:
         self.place, self._peers, self._limits = place, peers, limits
         self._moved = time.monotonic()
         self._waiting: float | None = None
@@ -238,17 +240,17 @@ class Line:
                     peer.channel.send(data)
 
 
-def meet(place: Place, limits: Limits | None = None) -> Line:
+def meet(place: LaunchInfo, limits: LivenessTimeouts | None = None) -> LivenessChannel:
     """Connect all ranks with rank 0.
 
     Raises: LocalRLError when one of them does not come in time, or the port cannot be had.
     """
-    limits = limits or Limits()
+    limits = limits or LivenessTimeouts()
     gather = _wait_for_others if place.rank == 0 else _call_first
-    return Line(place, gather(place, limits), limits)
+    return LivenessChannel(place, gather(place, limits), limits)
 
 
-def _wait_for_others(place: Place, limits: Limits) -> dict[int, _Peer]:
+def _wait_for_others(place: LaunchInfo, limits: LivenessTimeouts) -> dict[int, _Peer]:
     address = f"{place.host}:{place.port}"
     try:
         family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
@@ -283,7 +285,7 @@ def _wait_for_others(place: Place, limits: Limits) -> dict[int, _Peer]:
     return peers
 
 
-def _call_first(place: Place, limits: Limits) -> dict[int, _Peer]:
+def _call_first(place: LaunchInfo, limits: LivenessTimeouts) -> dict[int, _Peer]:
     deadline = time.monotonic() + limits.meet
     hello = {"rank": place.rank, "size": place.size, "name": socket.gethostname()}
     while True:

@@ -9,7 +9,7 @@ import numpy as np
 from localrl.records import Batch
 
 
-def share_of(batch: Batch, rank: int, size: int) -> Batch:
+def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
     """The part of a batch that one of `size` ranks updates on; all parts together are the batch.
 
     Prompts go to whoever has the fewest tokens so far, the longest first. The denominator is that

@@ -7,7 +7,7 @@ from typing import Any
 
 from localrl.rewards.logs import Logs
 
-Share = Mapping[str, Any]
+RankStats = Mapping[str, Any]
 """Plain data, to be sent to rank 0.
 
     counts      what has been spent, by metric
@@ -19,23 +19,23 @@ Share = Mapping[str, Any]
 """
 
 
-def counts(shares: Sequence[Share]) -> dict[str, float]:
+def counts(stats: Sequence[RankStats]) -> dict[str, float]:
     """What all have spent together."""
-    return {name: sum(s["counts"][name] for s in shares) for name in shares[0]["counts"]}
+    return {name: sum(s["counts"][name] for s in stats) for name in stats[0]["counts"]}
 
 
-def logs(shares: Sequence[Share]) -> Logs:
+def logs(stats: Sequence[RankStats]) -> Logs:
     """What the rewards of all have logged."""
     metrics: dict[str, list[float]] = {}
-    for share in shares:
-        for name, values in share["metrics"].items():
+    for stat in stats:
+        for name, values in stat["metrics"].items():
             metrics.setdefault(name, []).extend(values)
-    return Logs(metrics, {row: found for share in shares for row, found in share["rows"].items()})
+    return Logs(metrics, {row: found for stat in stats for row, found in stat["rows"].items()})
 
 
-def tools(shares: Sequence[Share], completions: int) -> dict[str, float | None]:
+def tools(stats: Sequence[RankStats], completions: int) -> dict[str, float | None]:
     """How often tools were called, and failed; nothing where there are none."""
-    told = [share["tools"] for share in shares if share["tools"] is not None]
+    told = [stat["tools"] for stat in stats if stat["tools"] is not None]
     if not told:
         return {}
     calls, failures = (sum(numbers) for numbers in zip(*told, strict=True))
@@ -45,13 +45,13 @@ def tools(shares: Sequence[Share], completions: int) -> dict[str, float | None]:
     }
 
 
-def rates(shares: Sequence[Share]) -> dict[str, float]:
+def rates(stats: Sequence[RankStats]) -> dict[str, float]:
     """What each of several ranks did, and how fast it was when it did not wait."""
-    if len(shares) == 1:
+    if len(stats) == 1:
         return {}
     found: dict[str, float] = {}
-    for rank, share in enumerate(shares):
-        found[f"ranks/{rank}/tokens"] = share["tokens"]
-        found[f"ranks/{rank}/tokens_per_s"] = share["tokens"] / share["busy_s"]
-        found[f"ranks/{rank}/waited_s"] = share["waited_s"]
+    for rank, stat in enumerate(stats):
+        found[f"ranks/{rank}/tokens"] = stat["tokens"]
+        found[f"ranks/{rank}/tokens_per_s"] = stat["tokens"] / stat["busy_s"]
+        found[f"ranks/{rank}/waited_s"] = stat["waited_s"]
     return found

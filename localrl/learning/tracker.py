@@ -24,7 +24,7 @@ FLOOR = 0.05
 
 
 @dataclass
-class Known:
+class PromptStats:
     total: float
     """Sum of rewards, forgotten little by little."""
     count: float
@@ -51,8 +51,8 @@ class Tracker:
     that share tokens are correlated: a group counts as its roots and half of its further leaves.
     """
 
-    _known: dict[str, Known] = field(default_factory=dict)
-    _all: Known = field(default_factory=lambda: Known(0.0, 0.0, 0.0, 0.0))
+    _known: dict[str, PromptStats] = field(default_factory=dict)
+    _all: PromptStats = field(default_factory=lambda: PromptStats(0.0, 0.0, 0.0, 0.0))
     _range: tuple[float, float] = (0.0, 1.0)
 
     def value(self, key: str) -> float | None:
@@ -107,7 +107,7 @@ class Tracker:
     def _learn(self, key: str, mean: float, length: float, samples: float) -> None:
         old, prior, overall = self._of(key), self._prior(), self._all
         kept = float(np.clip(2 ** (-(overall.clock - old.clock) / HALF_LIFE), *KEPT))
-        self._known[key] = Known(
+        self._known[key] = PromptStats(
             kept * old.total + (1 - kept) * prior.total + samples * mean,
             kept * old.count + (1 - kept) * prior.count + samples,
             kept * old.tokens + (1 - kept) * prior.tokens + samples * length,
@@ -117,16 +117,18 @@ class Tracker:
         overall.count = KEPT_OF_ALL * overall.count + samples
         overall.tokens = KEPT_OF_ALL * overall.tokens + samples * length
 
-    def _of(self, key: str) -> Known:
+    def _of(self, key: str) -> PromptStats:
         return self._known.get(key) or self._prior()
 
-    def _prior(self) -> Known:
+    def _prior(self) -> PromptStats:
         """What is thought of a prompt never seen: the mean of all, as a few completions."""
         overall = self._all
         if not overall.count:
-            return Known(0.0, 0.0, 0.0, overall.clock)
+            return PromptStats(0.0, 0.0, 0.0, overall.clock)
         weight = PRIOR_SAMPLES / overall.count
-        return Known(weight * overall.total, PRIOR_SAMPLES, weight * overall.tokens, overall.clock)
+        return PromptStats(
+            weight * overall.total, PRIOR_SAMPLES, weight * overall.tokens, overall.clock
+        )
 
     def _see(self, rewards: Sequence[float]) -> None:
         low, high = self._range

@@ -14,7 +14,7 @@ import numpy as np
 from localrl.backend import mx, nn, optim, tree_flatten, tree_map, tree_unflatten
 from localrl.config import LearningConfig
 from localrl.distributed.collective import ALONE, Ranks
-from localrl.distributed.shard import share_of
+from localrl.distributed.shard import shard_batch
 from localrl.errors import LocalRLError
 from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
 from localrl.learning.objectives import make_objective
@@ -85,7 +85,7 @@ class Updater:
         """
         if not any(node.trained.any() for node in batch.nodes):
             return NO_UPDATE
-        batch, before = share_of(batch, self.ranks.rank, self.ranks.size), self._state()
+        batch, before = shard_batch(batch, self.ranks.rank, self.ranks.size), self._state()
         first = stats = self._apply(batch, plan)
         for _ in range(self.config.updates_per_step - 1):
             # Once more would be the same again.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from localrl.memory.estimate import Coefficients
 from localrl.memory.limit import show
 from localrl.memory.machine import Machine
-from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH, Asked, PromptLength, refit
+from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH, PlanRequest, PromptLength, refit
 from localrl.records import MemoryPlan
 
 NEAR = 0.95
@@ -25,7 +25,7 @@ SPARE = 0.04
 
 
 @dataclass(frozen=True)
-class Reading:
+class MemoryReading:
     """What a step took, and how the machine is after it."""
 
     peak_bytes: int
@@ -34,7 +34,7 @@ class Reading:
 
 
 @dataclass
-class Watch:
+class MemoryMonitor:
     """What is remembered from step to step."""
 
     most: MemoryPlan
@@ -43,7 +43,7 @@ class Watch:
     """Steps in a row with room."""
 
     def see(
-        self, plan: MemoryPlan, reading: Reading, *, least_rows: int, may_checkpoint: bool
+        self, plan: MemoryPlan, reading: MemoryReading, *, least_rows: int, may_checkpoint: bool
     ) -> tuple[MemoryPlan, str] | None:
         """The next plan and why, or None when it stays.
 
@@ -72,20 +72,20 @@ class Watch:
 
 
 def for_longer(
-    asked: Asked, plan: MemoryPlan, tokens: int, coefficients: Coefficients
-) -> tuple[Asked, MemoryPlan]:
+    request: PlanRequest, plan: MemoryPlan, tokens: int, coefficients: Coefficients
+) -> tuple[PlanRequest, MemoryPlan]:
     """Both for prompts of more tokens than the plan counts with.
 
     Group size and length stay; there are as many rows as fit, but no more than now.
     """
     prompts = PromptLength(tokens, "as met in training")
-    wish = replace(asked.plan, max_prompt_tokens=tokens)
-    asked = replace(asked, plan=wish, prompts=prompts)
+    wish = replace(request.plan, max_prompt_tokens=tokens)
+    request = replace(request, plan=wish, prompts=prompts)
     longer = replace(plan, max_prompt_tokens=tokens)
-    found = refit(asked, longer, coefficients, must_fit=False)
+    found = refit(request, longer, coefficients, must_fit=False)
     rows = {name: min(now, getattr(found, name)) for name, now in _rows(plan).items()}
     recompute = found.grad_checkpoint or plan.grad_checkpoint
-    return asked, replace(found, **rows, grad_checkpoint=recompute)
+    return request, replace(found, **rows, grad_checkpoint=recompute)
 
 
 def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:
@@ -103,7 +103,7 @@ def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:
     )
 
 
-def give_way(plan: MemoryPlan, *, least_rows: int, may_checkpoint: bool) -> MemoryPlan | None:
+def shrink_plan(plan: MemoryPlan, *, least_rows: int, may_checkpoint: bool) -> MemoryPlan | None:
     """A plan that takes less and computes the same, or None when there is none."""
     floor = {
         "decode_rows": max(1, least_rows),
@@ -124,7 +124,7 @@ def give_way(plan: MemoryPlan, *, least_rows: int, may_checkpoint: bool) -> Memo
 def _less(
     plan: MemoryPlan, why: str, least_rows: int, may_checkpoint: bool, *, over: bool
 ) -> tuple[MemoryPlan, str] | None:
-    less = give_way(plan, least_rows=least_rows, may_checkpoint=may_checkpoint)
+    less = shrink_plan(plan, least_rows=least_rows, may_checkpoint=may_checkpoint)
     if less is not None:
         return less, why
     length = int(SMALLER * plan.max_completion_tokens)
@@ -134,7 +134,7 @@ def _less(
     return replace(plan, max_completion_tokens=length), note
 
 
-def _tight(plan: MemoryPlan, reading: Reading) -> str | None:
+def _tight(plan: MemoryPlan, reading: MemoryReading) -> str | None:
     """What is short, in words."""
     limit, machine = plan.limit_bytes, reading.machine
     if limit is not None and reading.peak_bytes + reading.cached_bytes > NEAR * limit:

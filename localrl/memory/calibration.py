@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from localrl.backend import mx
-from localrl.memory.estimate import Coefficients, Estimate, Job
+from localrl.memory.estimate import Coefficients, Estimate, Workload
 from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
 from localrl.utils.cache import cache_folder
@@ -62,12 +62,17 @@ def solve(probes: Sequence[Probe]) -> Coefficients | None:
     return _checked(*map(float, factors))
 
 
-def key_of(sizes: Sizes, job: Job, plan: MemoryPlan) -> str:
+def key_of(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> str:
     """What coefficients hold for: shapes, adapters, MLX version, device, the formula they scale."""
     shape = asdict(replace(sizes, stored_bytes=None))
-    adapters = [job.rank, job.lora_layers, sorted(job.lora_keys), job.float_bytes]
+    adapters = [
+        workload.rank,
+        workload.lora_layers,
+        sorted(workload.lora_keys),
+        workload.float_bytes,
+    ]
     device = mx.device_info().get("architecture", "")
-    formula = [FORMULA, *job.engine(sizes, dense=plan.dequantise).key(sizes)]
+    formula = [FORMULA, *workload.engine(sizes, dense=plan.dequantise).key(sizes)]
     text = json.dumps([shape, adapters, version("mlx"), str(mx.default_device()), device, formula])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

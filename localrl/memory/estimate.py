@@ -60,17 +60,19 @@ class EngineMemory(Protocol):
         """Bytes of a copy of weights for decoding."""
         ...
 
-    def prefill(self, sizes: Sizes, job: Job, *, prompts: int, length: int) -> float:
+    def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes above the keys and values, while so many prompts are prefilled."""
         ...
 
-    def update(self, sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[float, float, float]:
+    def update(
+        self, sizes: Sizes, workload: Workload, plan: MemoryPlan
+    ) -> tuple[float, float, float]:
         """Bytes that grow with positions, with their square, and of the head's chunks."""
         ...
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What a run asks of the memory, beside the sizes in its plan."""
 
     prompts: int
@@ -161,15 +163,15 @@ class Estimate:
 
 
 def estimate(
-    sizes: Sizes, job: Job, plan: MemoryPlan, coefficients: Coefficients = PRIORS
+    sizes: Sizes, workload: Workload, plan: MemoryPlan, coefficients: Coefficients = PRIORS
 ) -> Estimate:
     """Bytes of a run with this plan, for prompts and completions as long as it allows."""
-    on_cpu = job.float_bytes == 4
+    on_cpu = workload.float_bytes == 4
     weights = weight_bytes(sizes, float32=on_cpu, dense=plan.dequantise)
-    adapter = 4 * lora_parameters(sizes, job.rank, job.lora_layers, job.lora_keys)
-    prompts, caches, drawing = _rollout(sizes, job, plan)
-    engine = job.engine(sizes, dense=plan.dequantise)
-    parts = engine.update(sizes, job, plan) if job.trains else (0, 0, 0)
+    adapter = 4 * lora_parameters(sizes, workload.rank, workload.lora_layers, workload.lora_keys)
+    prompts, caches, drawing = _rollout(sizes, workload, plan)
+    engine = workload.engine(sizes, dense=plan.dequantise)
+    parts = engine.update(sizes, workload, plan) if workload.trains else (0, 0, 0)
     factors = coefficients.linear, coefficients.quadratic, coefficients.head
     linear, quadratic, head = (round(f * part) for f, part in zip(factors, parts, strict=True))
     return Estimate(
@@ -184,30 +186,30 @@ def estimate(
         quadratic=quadratic,
         head=head,
         gradients=2 * adapter,
-        optimizer=5 * adapter if job.trains else 0,
+        optimizer=5 * adapter if workload.trains else 0,
     )
 
 
-def paths_at_once(job: Job, plan: MemoryPlan) -> int:
+def paths_at_once(workload: Workload, plan: MemoryPlan) -> int:
     """Completions in one backward pass: a tree is not cut."""
-    least = job.leaves if job.forks else 1
-    return max(least, min(plan.micro_rows, job.prompts * plan.group_size))
+    least = workload.leaves if workload.forks else 1
+    return max(least, min(plan.micro_rows, workload.prompts * plan.group_size))
 
 
-def _rollout(sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[int, int, int]:
+def _rollout(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> tuple[int, int, int]:
     """Prompts' caches, completions' caches, and drawing or prefilling."""
     length = plan.max_prompt_tokens + plan.max_completion_tokens
-    read = length if job.turns else plan.max_prompt_tokens
-    rows = min(plan.decode_rows, max(job.prompts * plan.group_size, job.evaluated))
-    prefilled = min(plan.prefill_rows, rows, max(job.prompts, job.evaluated))
-    engine = job.engine(sizes, dense=plan.dequantise)
+    read = length if workload.turns else plan.max_prompt_tokens
+    rows = min(plan.decode_rows, max(workload.prompts * plan.group_size, workload.evaluated))
+    prefilled = min(plan.prefill_rows, rows, max(workload.prompts, workload.evaluated))
+    engine = workload.engine(sizes, dense=plan.dequantise)
     prompt = kv_bytes(
-        sizes, read, bytes_per_number=job.float_bytes, step=engine.cache_step, prompt=read
+        sizes, read, bytes_per_number=workload.float_bytes, step=engine.cache_step, prompt=read
     )
-    row = kv_bytes(sizes, length, bytes_per_number=job.float_bytes, step=engine.cache_step)
+    row = kv_bytes(sizes, length, bytes_per_number=workload.float_bytes, step=engine.cache_step)
     growth = 1 + 1 / sizes.layers  # a block's cache exists twice while it grows
     logits = LOGIT_COPIES * 4 * rows * sizes.vocabulary
-    prefill = engine.prefill(sizes, job, prompts=prefilled, length=read)
+    prefill = engine.prefill(sizes, workload, prompts=prefilled, length=read)
     return prefilled * prompt, round(rows * row * growth), round(max(logits, prefill))
 
 

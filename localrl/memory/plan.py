@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from localrl.config import RunConfig
 from localrl.errors import MemoryBudgetError
-from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Job, estimate
+from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Workload, estimate
 from localrl.memory.limit import Limit, show, write_limit
 from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
@@ -44,13 +44,13 @@ class PromptLength:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """What a run wants, and what it may have."""
 
     plan: MemoryPlan
     """Its sizes where memory is no matter."""
     sizes: Sizes
-    jobs: Mapping[int, Job]
+    workloads: Mapping[int, Workload]
     """By group size, the wanted one first, then smaller ones that the strategy can have too."""
     limit: Limit
     may_checkpoint: bool = True
@@ -59,7 +59,7 @@ class Asked:
 
     def estimate(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> Estimate:
         """Bytes with this plan."""
-        return estimate(self.sizes, self.jobs[plan.group_size], plan, coefficients)
+        return estimate(self.sizes, self.workloads[plan.group_size], plan, coefficients)
 
     def needed(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> int:
         """The least limit that lets this plan through."""
@@ -68,7 +68,7 @@ class Asked:
 
     def counted(self, plan: MemoryPlan) -> bool:
         """Whether the engine that computes within this plan counts what it takes."""
-        engine = self.jobs[plan.group_size].engine(self.sizes, dense=plan.dequantise)
+        engine = self.workloads[plan.group_size].engine(self.sizes, dense=plan.dequantise)
         return engine.counted
 
     def share(self, plan: MemoryPlan, coefficients: Coefficients) -> float:
@@ -77,7 +77,7 @@ class Asked:
         return MEASURED_SHARE if sure else PRIOR_SHARE
 
 
-def wanted(
+def initial_plan(
     config: RunConfig,
     *,
     vocabulary: int,
@@ -120,7 +120,7 @@ def wanted(
     )
 
 
-def fit(asked: Asked, coefficients: Coefficients = PRIORS) -> MemoryPlan:
+def fit(request: PlanRequest, coefficients: Coefficients = PRIORS) -> MemoryPlan:
     """The wanted plan, or what of it fits under the limit.
 
     It gives way in this order, and only where that helps: rows of a backward pass, the head's
@@ -129,21 +129,21 @@ def fit(asked: Asked, coefficients: Coefficients = PRIORS) -> MemoryPlan:
 
     Raises: MemoryBudgetError when nothing fits, naming the limit that would do.
     """
-    if asked.limit.bytes is None:
-        return _unlimited(asked, coefficients)
-    room = _Room(asked, coefficients, asked.limit.bytes)
-    plan = asked.plan
-    for give_way in (_update, _rollout, _dense, _group, _length):
+    if request.limit.bytes is None:
+        return _unlimited(request, coefficients)
+    room = _Room(request, coefficients, request.limit.bytes)
+    plan = request.plan
+    for shrink_plan in (_update, _rollout, _dense, _group, _length):
         if room.fits(plan):
             break
-        plan = give_way(plan, room)
+        plan = shrink_plan(plan, room)
     if not room.fits(plan):
-        raise _refusal(asked, plan, coefficients)
-    return _finished(_take_back(plan, room), asked, coefficients)
+        raise _refusal(request, plan, coefficients)
+    return _finished(_take_back(plan, room), request, coefficients)
 
 
 def refit(
-    asked: Asked, plan: MemoryPlan, coefficients: Coefficients, *, must_fit: bool = True
+    request: PlanRequest, plan: MemoryPlan, coefficients: Coefficients, *, must_fit: bool = True
 ) -> MemoryPlan:
     """The plan after a measurement: other rows, the same group size and length.
 
@@ -156,17 +156,17 @@ def refit(
         "max_completion_tokens": plan.max_completion_tokens,
         "dequantise": plan.dequantise,
     }
-    job = {plan.group_size: asked.jobs[plan.group_size]}
-    same = replace(asked, plan=replace(asked.plan, **kept), jobs=job)
+    workload = {plan.group_size: request.workloads[plan.group_size]}
+    same = replace(request, plan=replace(request.plan, **kept), workloads=workload)
     found = None
     with suppress(MemoryBudgetError):
         found = fit(same, coefficients)
     if found is None or kept.keys() & changes(found, same.plan).keys():
-        found, limit = _finished(_smallest(same), same, coefficients), asked.limit.bytes or 0
+        found, limit = _finished(_smallest(same), same, coefficients), request.limit.bytes or 0
         if must_fit and (found.predicted_bytes or 0) > TIGHT_SHARE * limit:
             # Under the limit that it names nothing need be given up but rows.
-            raise _refusal(asked, _smallest(asked), coefficients)
-    return replace(found, reason=_reason(asked, found, coefficients))
+            raise _refusal(request, _smallest(request), coefficients)
+    return replace(found, reason=_reason(request, found, coefficients))
 
 
 def cache_bytes(limit: int, *, on_cpu: bool) -> int:
@@ -186,15 +186,15 @@ def changes(before: MemoryPlan, after: MemoryPlan) -> dict[str, tuple[object, ob
 class _Room:
     """What there is for a plan."""
 
-    asked: Asked
+    request: PlanRequest
     coefficients: Coefficients
     limit: int
 
     def of(self, plan: MemoryPlan) -> Estimate:
-        return self.asked.estimate(plan, self.coefficients)
+        return self.request.estimate(plan, self.coefficients)
 
     def bytes(self, plan: MemoryPlan) -> float:
-        return self.asked.share(plan, self.coefficients) * self.limit
+        return self.request.share(plan, self.coefficients) * self.limit
 
     def fits(self, plan: MemoryPlan) -> bool:
         return self.of(plan).peak <= self.bytes(plan)
@@ -218,7 +218,7 @@ def _update(plan: MemoryPlan, room: _Room) -> MemoryPlan:
     plan = _most(plan, "micro_rows", 1, room.updates)
     if not room.updates(plan):
         plan = _most(plan, "head_chunk", LEAST_CHUNK, room.updates)
-    if not room.updates(plan) and room.asked.may_checkpoint:
+    if not room.updates(plan) and room.request.may_checkpoint:
         plan = replace(plan, grad_checkpoint=True)
     return plan
 
@@ -230,7 +230,7 @@ def _rollout(plan: MemoryPlan, room: _Room) -> MemoryPlan:
     plan = _most(plan, "prefill_rows", 1, room.decodes)
     if room.decodes(plan):
         return plan
-    return _most(plan, "decode_rows", _least_rows(plan, room.asked), room.decodes)
+    return _most(plan, "decode_rows", _least_rows(plan, room.request), room.decodes)
 
 
 def _dense(plan: MemoryPlan, room: _Room) -> MemoryPlan:
@@ -241,10 +241,10 @@ def _dense(plan: MemoryPlan, room: _Room) -> MemoryPlan:
 def _group(plan: MemoryPlan, room: _Room) -> MemoryPlan:
     """A smaller group, where its completions are decoded or scored together."""
     best = plan
-    for size in room.asked.jobs:
+    for size in room.request.workloads:
         if size < best.group_size and not room.fits(best):
             found = replace(plan, group_size=size)
-            rows = max(1, min(plan.decode_rows, _least_rows(found, room.asked)))
+            rows = max(1, min(plan.decode_rows, _least_rows(found, room.request)))
             found = replace(found, decode_rows=rows)
             if room.of(found).peak < room.of(best).peak:
                 best = found
@@ -257,12 +257,12 @@ def _length(plan: MemoryPlan, room: _Room) -> MemoryPlan:
 
 def _take_back(plan: MemoryPlan, room: _Room) -> MemoryPlan:
     """The plan with as much of what it gave up as fits after all."""
-    for field, value in (("grad_checkpoint", False), ("dequantise", room.asked.plan.dequantise)):
+    for field, value in (("grad_checkpoint", False), ("dequantise", room.request.plan.dequantise)):
         back = replace(plan, **{field: value})
         if room.fits(back):
             plan = back
     for field in ("decode_rows", "prefill_rows", "micro_rows", "head_chunk"):
-        wish = replace(plan, **{field: getattr(room.asked.plan, field)})
+        wish = replace(plan, **{field: getattr(room.request.plan, field)})
         plan = _most(wish, field, getattr(plan, field), room.fits)
     return plan
 
@@ -284,50 +284,50 @@ def _most(plan: MemoryPlan, field: str, least: int, fits: Fits, *, step: int = 1
     return replace(plan, **{field: max(least, low * step)})
 
 
-def _smallest(asked: Asked) -> MemoryPlan:
+def _smallest(request: PlanRequest) -> MemoryPlan:
     """The wanted group and length with the smallest batches."""
     return replace(
-        asked.plan,
-        decode_rows=min(asked.plan.decode_rows, _least_rows(asked.plan, asked)),
+        request.plan,
+        decode_rows=min(request.plan.decode_rows, _least_rows(request.plan, request)),
         prefill_rows=1,
         micro_rows=1,
-        head_chunk=min(asked.plan.head_chunk, LEAST_CHUNK),
-        grad_checkpoint=asked.may_checkpoint,
+        head_chunk=min(request.plan.head_chunk, LEAST_CHUNK),
+        grad_checkpoint=request.may_checkpoint,
     )
 
 
-def _least_rows(plan: MemoryPlan, asked: Asked) -> int:
-    job = asked.jobs[plan.group_size]
-    return job.leaves if job.forks else 1
+def _least_rows(plan: MemoryPlan, request: PlanRequest) -> int:
+    workload = request.workloads[plan.group_size]
+    return workload.leaves if workload.forks else 1
 
 
-def _unlimited(asked: Asked, coefficients: Coefficients) -> MemoryPlan:
+def _unlimited(request: PlanRequest, coefficients: Coefficients) -> MemoryPlan:
     """No limit is known: the wanted plan, but nothing is unpacked."""
-    plan = asked.plan
-    if asked.limit.from_machine and asked.sizes.bits:
+    plan = request.plan
+    if request.limit.from_machine and request.sizes.bits:
         plan = replace(plan, dequantise=False)
-    return _finished(plan, asked, coefficients)
+    return _finished(plan, request, coefficients)
 
 
-def _finished(plan: MemoryPlan, asked: Asked, coefficients: Coefficients) -> MemoryPlan:
+def _finished(plan: MemoryPlan, request: PlanRequest, coefficients: Coefficients) -> MemoryPlan:
     return replace(
         plan,
-        predicted_bytes=asked.estimate(plan, coefficients).peak,
-        limit_bytes=asked.limit.bytes,
+        predicted_bytes=request.estimate(plan, coefficients).peak,
+        limit_bytes=request.limit.bytes,
         measured=coefficients.measured,
-        reason=_reason(asked, plan, coefficients),
+        reason=_reason(request, plan, coefficients),
     )
 
 
-def _reason(asked: Asked, plan: MemoryPlan, coefficients: Coefficients) -> str:
+def _reason(request: PlanRequest, plan: MemoryPlan, coefficients: Coefficients) -> str:
     """One line: what is predicted from what, under which limit, and what was given up."""
-    peak = show(asked.estimate(plan, coefficients).peak)
+    peak = show(request.estimate(plan, coefficients).peak)
     basis = "measured constants" if coefficients.measured else "priors"
-    basis = "counted" if asked.counted(plan) else f"from {basis}"
-    limit = asked.limit
+    basis = "counted" if request.counted(plan) else f"from {basis}"
+    limit = request.limit
     bound = f"limit {show(limit.bytes)} ({limit.reason})" if limit.bytes else limit.reason
-    given = ", ".join(_given(asked.plan, plan))
-    counted = f" for {asked.prompts}" if asked.prompts else ""
+    given = ", ".join(_given(request.plan, plan))
+    counted = f" for {request.prompts}" if request.prompts else ""
     told = f"predicted peak {peak} {basis}{counted}; {bound}"
     return told + (f"; gave up: {given}" if given else "")
 
@@ -340,10 +340,12 @@ def _given(wish: MemoryPlan, plan: MemoryPlan) -> Iterator[str]:
             yield f"{name} {was} -> {now}"
 
 
-def _refusal(asked: Asked, least: MemoryPlan, coefficients: Coefficients) -> MemoryBudgetError:
-    found = asked.estimate(least, coefficients)
-    enough = write_limit(asked.needed(least, coefficients))
-    limit = asked.limit
+def _refusal(
+    request: PlanRequest, least: MemoryPlan, coefficients: Coefficients
+) -> MemoryBudgetError:
+    found = request.estimate(least, coefficients)
+    enough = write_limit(request.needed(least, coefficients))
+    limit = request.limit
     return MemoryBudgetError(
         f"This does not fit: with the smallest batches it takes {show(found.peak)}, of them "
         f"{show(found.weights)} the weights, and it may take a part of {show(limit.bytes or 0)} "

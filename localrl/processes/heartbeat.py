@@ -19,7 +19,7 @@ def _seconds_asleep_too() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-class Pulse:
+class Heartbeat:
     """Beats with every decode call, micro-batch and reward call.
 
     tell: gets a sign of life about once a second, while there are beats.
@@ -28,14 +28,14 @@ class Pulse:
 
     def __init__(
         self,
-        tell: Callable[[], None] | None = None,
+        on_beat: Callable[[], None] | None = None,
         *,
         awake: Callable[[], float] = time.monotonic,
         always: Callable[[], float] = _seconds_asleep_too,
     ) -> None:
-        self._tell = tell
+        self._on_beat = on_beat
         self._awake, self._always = awake, always
-        self._told = float("-inf")
+        self._last = float("-inf")
         self._apart = always() - awake()
         self.reason: str | None = None
         """Why the run is to stop."""
@@ -61,9 +61,9 @@ class Pulse:
             self.noticed = True
             raise Stopped(self.reason)
         now = self._awake()
-        if self._tell is not None and now - self._told >= EVERY_S:
-            self._told = now
-            self._tell()
+        if self._on_beat is not None and now - self._last >= EVERY_S:
+            self._last = now
+            self._on_beat()
         apart = self._always() - now
         slept, self._apart = apart - self._apart, apart
         if slept > SLEPT_S and self.on_sleep is not None:

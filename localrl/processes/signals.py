@@ -12,7 +12,7 @@ from typing import Self
 AT_ONCE = 130
 
 
-class Asked:
+class StopRequest:
     """Within this context the first Ctrl-C, SIGTERM or SIGHUP is passed on, once.
 
     The second kills the child and ends this process with status 130. Ctrl-Z stops and continues

@@ -9,7 +9,7 @@ NOT_LOOKED_S = 10.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class StallLimits:
     """When a supervisor acts; seconds, where they are not numbers of times."""
 
     times: float = 6.0
@@ -29,7 +29,7 @@ class Limits:
 class Patience:
     """Tells a stall from slow work. All times are of one clock, which its user reads."""
 
-    def __init__(self, limits: Limits, now: float) -> None:
+    def __init__(self, limits: StallLimits, now: float) -> None:
         self._limits = limits
         self._last = self._looked = now
         self._slowest: float | None = None

@@ -23,8 +23,8 @@ from typing import Any
 
 from localrl.processes.battery import Awake, Power, read_power
 from localrl.processes.child import OUT_OF_MEMORY, VARIABLE, Restart
-from localrl.processes.signals import Asked
-from localrl.processes.stall_detector import Limits, Patience
+from localrl.processes.signals import StopRequest
+from localrl.processes.stall_detector import Patience, StallLimits
 
 EXPLAINED = {0, 1, 2, 3, 4, 5, 6, 75, 130}
 """Exit codes of a run that has said itself why it ended: see `localrl.errors`."""
@@ -45,7 +45,7 @@ def supervise(
     command: Command,
     resume: Callable[[str], Command],
     *,
-    limits: Limits | None = None,
+    limits: StallLimits | None = None,
     power: Callable[[], Power | None] = read_power,
     pause: bool = True,
     awake: Awake | None = None,
@@ -56,8 +56,8 @@ def supervise(
     pause: wait while the battery is low.
     """
     keeper = awake or Awake()
-    with Asked() as asked:
-        supervision = _Supervision(resume, limits or Limits(), power, pause, keeper, asked)
+    with StopRequest() as asked:
+        supervision = _Supervision(resume, limits or StallLimits(), power, pause, keeper, asked)
         try:
             return supervision.run(command)
         finally:
@@ -76,11 +76,11 @@ class _Supervision:
     def __init__(
         self,
         resume: Callable[[str], Command],
-        limits: Limits,
+        limits: StallLimits,
         power: Callable[[], Power | None],
         pause: bool,
         awake: Awake,
-        asked: Asked,
+        asked: StopRequest,
     ) -> None:
         self._resume, self._limits, self._asked = resume, limits, asked
         self._power, self._pause, self._awake = power, pause, awake

@@ -26,7 +26,7 @@ from typing import Any
 from localrl.errors import ConfigError
 from localrl.rewards.answers import Completion, text_of
 from localrl.rewards.sandbox import Sandbox, find_sandbox, unsafe_sandbox
-from localrl.rewards.sandbox_process import Limits, Process
+from localrl.rewards.sandbox_process import Process, SandboxLimits
 
 UNSAFE_VARIABLE = "LOCALRL_UNSAFE_CODE"
 PEER = Path(__file__).with_name("code_peer.py")
@@ -290,8 +290,8 @@ def _split(text: str) -> list[tuple[str, bool]]:
     return [(ast.unparse(node), not isinstance(node, NOT_COUNTED)) for node in body]
 
 
-def _bounds(limits: CodeLimits, time_s: float) -> Limits:
-    return Limits(time_s, limits.memory_bytes, limits.output_bytes)
+def _bounds(limits: CodeLimits, time_s: float) -> SandboxLimits:
+    return SandboxLimits(time_s, limits.memory_bytes, limits.output_bytes)
 
 
 def _lines(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localrl.errors import ConfigError
-from localrl.rewards.sandbox_process import PYTHON, Limits, Outcome, Process
+from localrl.rewards.sandbox_process import PYTHON, Outcome, Process, SandboxLimits
 
 __all__ = ["Outcome", "Sandbox", "candidates", "find_sandbox", "unsafe_sandbox"]
 
@@ -54,12 +54,12 @@ class Sandbox:
 
         Nothing that it has started is left when this returns, and its folder is deleted.
         """
-        limits = Limits(time_limit_s, memory_limit_bytes, output_limit_bytes)
+        limits = SandboxLimits(time_limit_s, memory_limit_bytes, output_limit_bytes)
         with self.start(program, limits, stdin=stdin) as process:
             return process.wait()
 
     def start(
-        self, program: str, limits: Limits, *, stdin: str = "", pass_fds: Sequence[int] = ()
+        self, program: str, limits: SandboxLimits, *, stdin: str = "", pass_fds: Sequence[int] = ()
     ) -> Process:
         """Start a program; wait for it or leave its context to end it."""
         return Process(

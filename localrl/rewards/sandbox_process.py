@@ -58,7 +58,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What one program may use."""
 
     time_s: float
@@ -94,7 +94,7 @@ class Process:
         self,
         wrap: Callable[[Path, Sequence[str]], list[str]],
         program: str,
-        limits: Limits,
+        limits: SandboxLimits,
         *,
         stdin: str = "",
         own_processes: bool,

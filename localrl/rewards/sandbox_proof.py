@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from localrl.rewards.sandbox import Sandbox
-from localrl.rewards.sandbox_process import Limits, Outcome, SandboxError
+from localrl.rewards.sandbox_process import Outcome, SandboxError, SandboxLimits
 
 OUTSIDE = ("1.1.1.1", 443)
-LIMITS = Limits(time_s=20.0, memory_bytes=512 << 20, output_bytes=1 << 16)
+LIMITS = SandboxLimits(time_s=20.0, memory_bytes=512 << 20, output_bytes=1 << 16)
 ESCAPED_CHILD_S = 8.0
 GONE_WITHIN_S = 2.0
 

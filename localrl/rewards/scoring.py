@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
 from localrl.processes.worker import Reply, Worker
-from localrl.records import INSTANCES, Group, Leaf, ScoredGroup
+from localrl.records import ENVIRONMENT_LOOKUP, Group, Leaf, ScoredGroup
 from localrl.rewards.arguments import call_arguments
 from localrl.rewards.logs import LogCollector, Logs
 
@@ -243,7 +243,7 @@ class Scorer:
         self._beat()
         if not rows:
             return ()
-        through = {"environments": INSTANCES} if "environments" in arguments else None
+        through = {"environments": ENVIRONMENT_LOOKUP} if "environments" in arguments else None
         reply = self._worker.call(spec.target, arguments, state=state, through=through)
         count = len(rows)
         outcome = _read(reply, count)

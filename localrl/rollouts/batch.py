@@ -13,10 +13,10 @@ from localrl.errors import LocalRLError
 from localrl.policy.engine import DecodeState
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import FinishReason, Leaf, Node
-from localrl.rollouts.stops import Early, Tails
+from localrl.rollouts.stops import Early, RecentTokens
 from localrl.utils.rng import keyed_uniforms
 
-End = Literal["stop", "length", "fork"] | Early
+EndReason = Literal["stop", "length", "fork"] | Early
 """Why a segment ended."""
 
 
@@ -54,7 +54,7 @@ class Segment:
     token_ids: np.ndarray
     logprobs: np.ndarray
     entropies: np.ndarray
-    end: End
+    end: EndReason
 
     def node(self, parent: int, version: int, round: int = 0) -> Node:
         """Its record in a group, behind the node with that index there."""
@@ -83,7 +83,7 @@ class Rows:
     segments: np.ndarray  # (B,) index of the segment being written
     lengths: np.ndarray  # (B,) tokens on the path so far
     alive: np.ndarray  # (B,) bool; a finished row may ride along for a while
-    tails: Tails | None = None  # None: no rule asks for it
+    tails: RecentTokens | None = None  # None: no rule asks for it
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -107,7 +107,7 @@ class Rows:
 
 
 @dataclass(eq=False)
-class _Open:
+class _OpenSegment:
     """A segment while it is written."""
 
     tree: int
@@ -121,7 +121,7 @@ class _Open:
     """Tokens that the path may still have."""
     forks: int
     """Forks on the path to it."""
-    end: End = "fork"
+    end: EndReason = "fork"
 
     @cached_property
     def uniforms(self) -> np.ndarray:
@@ -135,11 +135,11 @@ class _Open:
 
 
 @dataclass(eq=False)
-class Ledger:
+class DecodeLog:
     """Every segment begun so far, and every token drawn, in the order of drawing."""
 
     requests: Sequence[TreeRequest]
-    open: list[_Open] = field(default_factory=list)
+    open: list[_OpenSegment] = field(default_factory=list)
     leaves: np.ndarray = field(init=False)
     """(trees,) leaves begun, finished ones included."""
     finished: np.ndarray = field(init=False)
@@ -182,7 +182,7 @@ class Ledger:
         request = self.requests[tree]
         address = (*request.address, name)
         room = request.max_tokens - start
-        self.open.append(_Open(tree, parent, siblings, address, start, room, forks))
+        self.open.append(_OpenSegment(tree, parent, siblings, address, start, room, forks))
         self.leaves[tree] += 1
         return len(self.open) - 1
 
@@ -218,7 +218,7 @@ class Ledger:
         self._drawn.append((rows.segments[alive], tokens[alive], logprobs[alive], entropies[alive]))
         rows.lengths[alive] += 1
 
-    def finish(self, rows: Rows, ended: Mapping[End, np.ndarray]) -> None:
+    def finish(self, rows: Rows, ended: Mapping[EndReason, np.ndarray]) -> None:
         """End the segments of living rows that a reason ends, or that have reached their limit.
 
         `ended` holds (B,) bool for each reason; of several, the first counts, and length is last.

@@ -17,7 +17,7 @@ import numpy as np
 from localrl.errors import ConfigError
 from localrl.policy.engine import Prefilled
 from localrl.policy.model import Policy
-from localrl.rollouts.batch import End, Ledger, Rows, Segment, TreeRequest
+from localrl.rollouts.batch import DecodeLog, EndReason, Rows, Segment, TreeRequest
 from localrl.rollouts.stops import Stops
 
 CHILDREN = 2
@@ -98,22 +98,22 @@ class Decoder:
         the model's logits are not finite.
         """
         self._check(requests)
-        ledger = Ledger(requests)
-        waiting = _Waiting(self, prompts, ledger)
+        log = DecodeLog(requests)
+        waiting = _Waiting(self, prompts, log)
         ends = np.array(sorted(self.policy.tokenizer.end_ids))
         live: Rows | None = None
         while waiting or live is not None:
             self.beat()
             live = self._refill(live, waiting)
             if rule is not None:
-                self._fork(live, ledger, rule)
-            tokens = self._draw(live, ledger)
-            ended: dict[End, np.ndarray] = {"stop": np.isin(tokens, ends)}
+                self._fork(live, log, rule)
+            tokens = self._draw(live, log)
+            ended: dict[EndReason, np.ndarray] = {"stop": np.isin(tokens, ends)}
             if self.stops is not None and live.tails is not None:
                 ended |= self.stops.ended(live.tails, tokens, live.alive)
-            ledger.finish(live, ended)
+            log.finish(live, ended)
             live = self._forward(live, tokens)
-        return ledger.close()
+        return log.close()
 
     def _check(self, requests: Sequence[TreeRequest]) -> None:
         most = max((r.leaves for r in requests if r.leaves > r.roots), default=0)
@@ -135,10 +135,10 @@ class Decoder:
         assert live is not None
         return live
 
-    def _fork(self, live: Rows, ledger: Ledger, rule: ForkRule) -> None:
+    def _fork(self, live: Rows, log: DecodeLog, rule: ForkRule) -> None:
         """Let the rule's choice of rows become two each; finished rows leave on the way."""
         entropies = live.state.entropies(self.temperature)
-        chosen = rule.choose(_view(live, ledger, entropies)) & live.alive
+        chosen = rule.choose(_view(live, log, entropies)) & live.alive
         if not chosen.any():
             return
         keep = np.flatnonzero(live.alive)
@@ -148,15 +148,15 @@ class Decoder:
             parent = int(live.segments[row])
             forks = chosen[row]
             length = int(live.lengths[row])
-            segments += ledger.fork(parent, length, CHILDREN) if forks else [parent]
+            segments += log.fork(parent, length, CHILDREN) if forks else [parent]
         live.take(index)
         live.segments = np.array(segments)
 
-    def _draw(self, live: Rows, ledger: Ledger) -> np.ndarray:
+    def _draw(self, live: Rows, log: DecodeLog) -> np.ndarray:
         """Draw the next token of every row, and write down those of living rows."""
-        uniforms = ledger.uniforms(live) if self.temperature else None
+        uniforms = log.uniforms(live) if self.temperature else None
         drawn = live.state.sample(uniforms, self.temperature)
-        ledger.write(live, *drawn)
+        log.write(live, *drawn)
         return drawn.tokens
 
     def _forward(self, live: Rows, tokens: np.ndarray) -> Rows | None:
@@ -193,16 +193,16 @@ class Decoder:
 class _Waiting:
     """Roots not yet begun, and the prefilled prompts that some of them still need."""
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], ledger: Ledger) -> None:
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], log: DecodeLog) -> None:
         self._decoder = decoder
         self._prompts = prompts
-        self._ledger = ledger
+        self._ledger = log
         self._shares = decoder.policy.engine.shares_prompts and sharing_pays_off(
-            [len(prompts[r.prompt]) * (r.leaves - 1) for r in ledger.requests],
-            decoder.rows / max(sum(r.leaves for r in ledger.requests), 1),
+            [len(prompts[r.prompt]) * (r.leaves - 1) for r in log.requests],
+            decoder.rows / max(sum(r.leaves for r in log.requests), 1),
         )
         self._queue = deque(
-            (tree, n) for tree, request in enumerate(ledger.requests) for n in range(request.roots)
+            (tree, n) for tree, request in enumerate(log.requests) for n in range(request.roots)
         )
         self._places: dict[int, int] = {}  # prompt -> its place among those prefilled last
         self._prefilled: Prefilled | None = None
@@ -269,18 +269,18 @@ def sharing_pays_off(copies: Sequence[int], share: float) -> bool:
     return sum(copies) * min(share, 1) >= SHARED_POSITIONS
 
 
-def _view(live: Rows, ledger: Ledger, entropies: np.ndarray) -> LiveView:
-    trees = ledger.trees(live)
-    most = np.array([request.leaves for request in ledger.requests])
-    segments = [ledger.open[s] for s in live.segments]
+def _view(live: Rows, log: DecodeLog, entropies: np.ndarray) -> LiveView:
+    trees = log.trees(live)
+    most = np.array([request.leaves for request in log.requests])
+    segments = [log.open[s] for s in live.segments]
     return LiveView(
         trees=trees,
         entropies=entropies,
         lengths=live.lengths,
         since_fork=live.lengths - np.array([segment.start for segment in segments]),
         forks=np.array([segment.forks for segment in segments]),
-        leaves_left=(most - ledger.leaves)[trees],
-        coins=ledger.coins(live),
+        leaves_left=(most - log.leaves)[trees],
+        coins=log.coins(live),
         alive=live.alive,
-        expected=np.array([r.expected_tokens for r in ledger.requests], np.float64)[trees],
+        expected=np.array([r.expected_tokens for r in log.requests], np.float64)[trees],
     )

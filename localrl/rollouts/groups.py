@@ -15,7 +15,7 @@ from localrl.records import Example, Group, ScoredGroup
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
-from localrl.rollouts.turns import Turns, play
+from localrl.rollouts.turns import Turns, run_turns
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def sample_groups(
     tree) and the policy, not on what else is in the batch; roots are counted over rounds.
     `expected_tokens` says for each example how long completions are thought to be. Prefixes in
     `begun` take the places of as many roots of their example, at most all of them. With `turns`
-    completions go on after their environment has answered, see `play`.
+    completions go on after their environment has answered, see `run_turns`.
     """
     begun = begun or [()] * len(examples)
     expected = expected_tokens or [None] * len(examples)
@@ -138,7 +138,7 @@ def sample_groups(
     ]
     if turns is None:
         return groups
-    return play(
+    return run_turns(
         decoder,
         groups,
         turns,

@@ -55,7 +55,7 @@ class Prefix:
 
 
 @dataclass(eq=False)
-class Earlier:
+class CompletionCache:
     """The newest group of each example, whatever its rewards."""
 
     most_tokens: int = MOST_TOKENS
@@ -66,7 +66,7 @@ class Earlier:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def copy(self) -> Earlier:
+    def copy(self) -> CompletionCache:
         """One that may go its own way; groups themselves never change."""
         return replace(self, _groups=dict(self._groups))
 

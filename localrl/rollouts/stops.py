@@ -28,7 +28,7 @@ Early = Literal["closed", "loop"]
 
 
 @dataclass(eq=False)
-class Tails:
+class RecentTokens:
     """What each row has drawn last, and how long it has been repeating; forks copy it."""
 
     recent: np.ndarray
@@ -41,7 +41,7 @@ class Tails:
         """Keep these rows only; an index that repeats forks its row."""
         self.recent, self.runs = self.recent[keep], self.runs[keep]
 
-    def extend(self, other: Tails) -> None:
+    def extend(self, other: RecentTokens) -> None:
         """Add the rows of another batch."""
         self.recent = np.concatenate([self.recent, other.recent])
         self.runs = np.concatenate([self.runs, other.runs])
@@ -74,10 +74,10 @@ class Stops:
     """(V + 1,) bool by token id: tokens that may complete the stop text. The last entry, false,
     serves ids that the model has and the tokenizer has not."""
 
-    def begin(self, before: Sequence[Sequence[int]]) -> Tails:
+    def begin(self, before: Sequence[Sequence[int]]) -> RecentTokens:
         """The state of rows whose completions begin with these tokens, none or more for each."""
         shape = (len(before), LONGEST_PERIOD)
-        tails = Tails(np.full(shape, NO_TOKEN, np.int32), np.zeros(shape, np.int32))
+        tails = RecentTokens(np.full(shape, NO_TOKEN, np.int32), np.zeros(shape, np.int32))
         longest = max(len(tokens) for tokens in before)
         for t in range(longest):
             # The rows end together, so that shorter ones begin later.
@@ -86,14 +86,18 @@ class Stops:
             tails.push(np.array([tokens[i] if i >= 0 else NO_TOKEN for tokens, i in pairs]))
         return tails
 
-    def ended(self, tails: Tails, tokens: np.ndarray, alive: np.ndarray) -> dict[Early, np.ndarray]:
+    def ended(
+        self, tails: RecentTokens, tokens: np.ndarray, alive: np.ndarray
+    ) -> dict[Early, np.ndarray]:
         """Go on by the tokens just drawn; per reason, (B,) bool, in order of precedence."""
         tails.push(tokens)
         nowhere = np.zeros(len(tokens), bool)
         closed = nowhere if self.text is None else self._closed(self.text, tails, tokens, alive)
         return {"closed": closed, "loop": tails.loops() if self.loops else nowhere}
 
-    def _closed(self, text: str, tails: Tails, tokens: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    def _closed(
+        self, text: str, tails: RecentTokens, tokens: np.ndarray, alive: np.ndarray
+    ) -> np.ndarray:
         """(B,) bool: living rows whose text has just come to contain the stop text."""
         candidates = self.completing[np.minimum(tokens, len(self.completing) - 1)] & alive
         # A token of the stop text holds at least one of its bytes.

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from localrl.policy.tokenizer import Tokenizer
-from localrl.records import FinishReason, Group, Heard, Leaf, Node, Spoken
+from localrl.records import EnvironmentReply, FinishReason, Group, Leaf, ModelTurn, Node
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 
-Answer = Callable[[Sequence[Spoken]], list[Heard]]
+Answer = Callable[[Sequence[ModelTurn]], list[EnvironmentReply]]
 """Takes turns to their environments and brings back what these say."""
 
 
@@ -36,7 +36,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class _Talk:
+class _Conversation:
     """A completion whose turn has just ended."""
 
     group: int
@@ -49,7 +49,7 @@ class _Talk:
     """Those of the turn."""
 
 
-def play(
+def run_turns(
     decoder: Decoder,
     groups: Sequence[Group],
     turns: Turns,
@@ -73,7 +73,7 @@ def play(
     for number in range(1, turns.most + 1):
         heard = turns.answer([_spoken(groups[talk.group], talk) for talk in going])
         settled = [
-            _settle(talk, said, last=number == turns.most, most=max_completion_tokens)
+            _apply_reply(talk, said, last=number == turns.most, most=max_completion_tokens)
             for talk, said in zip(going, heard, strict=True)
         ]
         done += [talk for talk, more in settled if not more]
@@ -96,7 +96,7 @@ def play(
         going = [
             after
             for (talk, more), tree in zip(waiting, trees, strict=True)
-            for after in _grow(
+            for after in _append_turn(
                 nodes[talk.group], talk, more, tree, version, decoder.policy.tokenizer
             )
         ]
@@ -107,21 +107,23 @@ def play(
     ]
 
 
-def _first_turns(groups: Sequence[Group]) -> list[_Talk]:
+def _first_turns(groups: Sequence[Group]) -> list[_Conversation]:
     talks = []
     for g, group in enumerate(groups):
         for i, leaf in enumerate(group.leaves):
             ids = tuple(group.completion(i).token_ids.tolist())
-            talks.append(_Talk(g, (i,), leaf, ids, ids))
+            talks.append(_Conversation(g, (i,), leaf, ids, ids))
     return talks
 
 
-def _spoken(group: Group, talk: _Talk) -> Spoken:
+def _spoken(group: Group, talk: _Conversation) -> ModelTurn:
     leaf = talk.leaf
-    return Spoken(group.example, leaf.conversation, talk.turn, leaf.text, leaf.finish_reason)
+    return ModelTurn(group.example, leaf.conversation, talk.turn, leaf.text, leaf.finish_reason)
 
 
-def _settle(talk: _Talk, heard: Heard, *, last: bool, most: int) -> tuple[_Talk, tuple[int, ...]]:
+def _apply_reply(
+    talk: _Conversation, heard: EnvironmentReply, *, last: bool, most: int
+) -> tuple[_Conversation, tuple[int, ...]]:
     """The completion with what it heard, and what its next turn goes on from, if there is one."""
     reason: FinishReason = talk.leaf.finish_reason
     more = heard.token_ids
@@ -139,7 +141,9 @@ def _settle(talk: _Talk, heard: Heard, *, last: bool, most: int) -> tuple[_Talk,
 
 
 def _shares(
-    done: Sequence[_Talk], waiting: Sequence[tuple[_Talk, tuple[int, ...]]], leaves: int
+    done: Sequence[_Conversation],
+    waiting: Sequence[tuple[_Conversation, tuple[int, ...]]],
+    leaves: int,
 ) -> list[int]:
     """How many completions forks may add to each that goes on, evenly within its group."""
     there = Counter(talk.group for talk in done)
@@ -161,14 +165,14 @@ def _by_tree(segments: Sequence[Segment], count: int) -> list[list[tuple[int, Se
     return trees
 
 
-def _grow(
+def _append_turn(
     nodes: list[Node],
-    talk: _Talk,
+    talk: _Conversation,
     more: tuple[int, ...],
     tree: Sequence[tuple[int, Segment]],
     version: int,
     tokenizer: Tokenizer,
-) -> list[_Talk]:
+) -> list[_Conversation]:
     """Add the answer and the next turn behind a completion; where that forked there are several."""
     nodes.append(_unsampled(talk.leaf.node, more, version))
     root, places, turns, after = len(nodes) - 1, {}, {-1: ()}, []
@@ -180,7 +184,7 @@ def _grow(
             end = end_leaf(places[index], turn, segment.end, tokenizer)
             leaf = replace(talk.leaf, node=end.node, finish_reason=segment.end, text=end.text)
             place = (*talk.place, len(after))
-            after.append(_Talk(talk.group, place, leaf, (*talk.ids, *more, *turn), turn))
+            after.append(_Conversation(talk.group, place, leaf, (*talk.ids, *more, *turn), turn))
     return after
 
 

@@ -18,7 +18,7 @@ from localrl.errors import ConfigError, DataError, RewardError
 from localrl.policy.tokenizer import Tokenizer
 from localrl.policy.turns import ToolCall, answer_ids, check_template, check_tools, read_calls
 from localrl.processes.worker import Reply, Worker
-from localrl.records import Example, Heard, RewardSpec, Spoken
+from localrl.records import EnvironmentReply, Example, ModelTurn, RewardSpec
 
 CHILD = "localrl.tasks.environment_child"
 SAID = ("stop", "closed")
@@ -109,7 +109,7 @@ class Environments:
             for example, schemas in zip(examples, tools, strict=True)
         ]
 
-    def answer(self, spoken: Sequence[Spoken]) -> list[Heard]:
+    def answer(self, spoken: Sequence[ModelTurn]) -> list[EnvironmentReply]:
         """Take turns to their environments; those whose environment broke come back as failed.
 
         Raises: RewardError when environments break too often.
@@ -154,13 +154,13 @@ class Environments:
             limit_s=self.worker.time_limit_s + self.limit_s * (1 + parts),
         )
 
-    def _calls(self, said: Spoken) -> list[ToolCall]:
+    def _calls(self, said: ModelTurn) -> list[ToolCall]:
         kind = self._kind(said.example)
         if kind.plays_in_text or said.finish_reason not in SAID:
             return []
         return read_calls(self._tokenizer, said.token_ids, kind.schemas)
 
-    def _turn(self, said: Spoken, calls: Sequence[ToolCall], taken: set[int]) -> dict[str, Any]:
+    def _turn(self, said: ModelTurn, calls: Sequence[ToolCall], taken: set[int]) -> dict[str, Any]:
         """What the child is told; of several that go on from one conversation all but one copy."""
         number = said.conversation
         turn: dict[str, Any] = {"example": said.example.id, "first": number is None}
@@ -177,16 +177,16 @@ class Environments:
         return {**turn, "calls": [asdict(call) for call in calls]} if calls else turn
 
     def _heard(
-        self, said: Spoken, number: int, calls: Sequence[ToolCall], outcome: Mapping[str, Any]
-    ) -> Heard:
+        self, said: ModelTurn, number: int, calls: Sequence[ToolCall], outcome: Mapping[str, Any]
+    ) -> EnvironmentReply:
         turn: dict[str, Any] = {"role": "assistant", "content": said.text}
         if calls:
             turn["tool_calls"] = [call.as_message() for call in calls]
         if "error" in outcome:
-            return Heard(number, (turn,), failed=True)
+            return EnvironmentReply(number, (turn,), failed=True)
         answers = _answers(calls, outcome)
         if not answers:
-            return Heard(number, (turn,))
+            return EnvironmentReply(number, (turn,))
         ids = answer_ids(
             self._tokenizer,
             answers,
@@ -194,7 +194,7 @@ class Environments:
             calls=calls,
             tools=self._kind(said.example).schemas or None,
         )
-        return Heard(number, (turn, *answers), ids)
+        return EnvironmentReply(number, (turn, *answers), ids)
 
     def _judge(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Count what failed; a first broken environment is told, too many end the run."""

@@ -12,7 +12,7 @@ from localrl.backend import mx
 from localrl.learning.update import Updater
 from localrl.memory.calibration import Probe, key_of, remember, solve
 from localrl.memory.estimate import Coefficients, paths_at_once
-from localrl.memory.plan import Asked, fit, refit
+from localrl.memory.plan import PlanRequest, fit, refit
 from localrl.records import Batch, BatchNode, MemoryPlan
 
 PARTS = (4, 2)
@@ -20,8 +20,13 @@ PARTS = (4, 2)
 LEAST_LENGTH, MOST_LENGTH = 8, 1024
 
 
-def calibrated(
-    updater: Updater, asked: Asked, plan: MemoryPlan, warn: Callable[[str], None], *, anew: bool
+def calibrate_plan(
+    updater: Updater,
+    request: PlanRequest,
+    plan: MemoryPlan,
+    warn: Callable[[str], None],
+    *,
+    anew: bool,
 ) -> MemoryPlan:
     """The plan with the constants of this machine and model, which are stored for next time.
 
@@ -29,23 +34,25 @@ def calibrated(
 
     Raises: MemoryBudgetError when not even the smallest batches fit.
     """
-    coefficients = measure(updater, asked, plan)
+    coefficients = measure(updater, request, plan)
     if coefficients is None:
         warn("two short passes took memory that no constants explain; the plan rests on priors")
         return plan
-    problem = remember(key_of(asked.sizes, asked.jobs[plan.group_size], plan), coefficients)
+    problem = remember(
+        key_of(request.sizes, request.workloads[plan.group_size], plan), coefficients
+    )
     if problem:
         warn(f"the measured memory constants are not stored: {problem}")
     if not anew:
-        return refit(asked, plan, coefficients)
-    found = fit(asked, coefficients)
+        return refit(request, plan, coefficients)
+    found = fit(request, coefficients)
     # The base is loaded in the form that it has.
     return replace(found, dequantise=plan.dequantise)
 
 
-def measure(updater: Updater, asked: Asked, plan: MemoryPlan) -> Coefficients | None:
+def measure(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
     """Coefficients from the gradients of as many rows as planned, at two lengths."""
-    return solve([_probe(updater, asked, _shorter(plan, part)) for part in PARTS])
+    return solve([_probe(updater, request, _shorter(plan, part)) for part in PARTS])
 
 
 def _shorter(plan: MemoryPlan, part: int) -> MemoryPlan:
@@ -57,13 +64,15 @@ def _shorter(plan: MemoryPlan, part: int) -> MemoryPlan:
     return replace(plan, **lengths, head_chunk=max(1, plan.head_chunk // part))
 
 
-def _probe(updater: Updater, asked: Asked, plan: MemoryPlan) -> Probe:
-    batch = _batch(paths_at_once(asked.jobs[plan.group_size], plan), plan, asked.sizes.vocabulary)
+def _probe(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Probe:
+    batch = _batch(
+        paths_at_once(request.workloads[plan.group_size], plan), plan, request.sizes.vocabulary
+    )
     updater.gradient(batch, plan)  # finds out how the family is scored, and warms up
     shared, updater.shared = updater.shared, bool(updater.shared)
     try:
         peak = peak_of(lambda: updater.gradient(batch, plan))
-        return Probe(asked.estimate(plan), peak)
+        return Probe(request.estimate(plan), peak)
     finally:
         updater.shared = None if shared else shared
 

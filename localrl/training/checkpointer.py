@@ -11,7 +11,7 @@ from localrl.backend import mx
 from localrl.errors import CheckpointError
 from localrl.memory.failures import failure_of
 from localrl.training.session import Session
-from localrl.training.state import State, put, take, write
+from localrl.training.state import State, capture, restore, write
 
 LEAST_S, COST = 2.0, 0.01
 """Seconds between checkpoints at least, and the share of the time that writing them may take."""
@@ -21,7 +21,7 @@ MOST_REFUSALS = 5
 """Times that a step is tried again with smaller batches."""
 
 
-class Keeper:
+class Checkpointer:
     """Keeps the state of a running session safe; use it as a context manager.
 
     What is stopped within it, by a request or an error, is saved as it was after its last step;
@@ -30,10 +30,12 @@ class Keeper:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._saved = not session.ranks.leads or session.checkpoints.steps()[-1:] == [session.step]
-        begun = session.ranks.leads and self._saved
-        self._state: State | None = take(session, session.step) if begun else None
-        self._marked = (session.step, len(session.evaluations)) if begun else None
+        self._saved = not session.ranks.is_main or session.checkpoints.steps()[-1:] == [
+            session.step
+        ]
+        begun = session.ranks.is_main and self._saved
+        self._state: State | None = capture(session, session.step) if begun else None
+        self._committed = (session.step, len(session.evaluations)) if begun else None
         self._cost_s = 0.0
         self._last = time.monotonic()
         self._failures = 0
@@ -46,7 +48,7 @@ class Keeper:
         if not self._saved and not doubtful and not isinstance(error, CheckpointError):
             self._save()
 
-    def attempt(self, work: Callable[[Session, int], object], step: int) -> None:
+    def run_with_retry(self, work: Callable[[Session, int], object], step: int) -> None:
         """Do the work of a step; again, with the same draws in smaller batches, when an allocation
         is refused.
 
@@ -58,31 +60,33 @@ class Keeper:
                 work(self._session, step)
                 return
             except (MemoryError, RuntimeError) as error:
-                if failure_of(error) != "refused" or not self._session.give_way(step, str(error)):
+                if failure_of(error) != "refused" or not self._session.shrink_plan(
+                    step, str(error)
+                ):
                     raise
             # Outside of the handler, whose error holds on to the arrays of the failed try.
-            self._go_back()
+            self._rollback()
         work(self._session, step)
 
-    def _go_back(self) -> None:
+    def _rollback(self) -> None:
         """Put the session back to what it was before the step, but for its plan."""
         assert self._state is not None
-        put(self._state, self._session)
+        restore(self._state, self._session)
         self._session.drop_logs()
         self._session.watch.calm = 0
-        self._state = take(self._session, self._state.step)
+        self._state = capture(self._session, self._state.step)
         gc.collect()
         mx.clear_cache()
 
-    def mark(self, step: int) -> None:
+    def commit(self, step: int) -> None:
         """This step is done. Its state is kept, and written when that is due.
 
         Raises: CheckpointError when it could not be written several times in a row.
         """
         now = (step, len(self._session.evaluations))
-        if now == self._marked or not self._session.ranks.leads:
+        if now == self._committed or not self._session.ranks.is_main:
             return
-        self._state, self._saved, self._marked = take(self._session, step), False, now
+        self._state, self._saved, self._committed = capture(self._session, step), False, now
         if self._due(step):
             self._save()
 

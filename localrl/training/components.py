@@ -22,13 +22,13 @@ from localrl.export.starting import starting_adapter
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
 from localrl.memory.machine import read_machine
-from localrl.memory.plan import Asked, PromptLength, cache_bytes
+from localrl.memory.plan import PlanRequest, PromptLength, cache_bytes
 from localrl.memory.sizes import Sizes
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
 from localrl.policy.scoring import group_logprobs
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.processes.worker import Worker
 from localrl.records import Example, Group, MemoryPlan, RewardSpec
 from localrl.rewards.catalog import parse_rewards
@@ -39,13 +39,13 @@ from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
 from localrl.tasks.loading import open_task, with_environments
-from localrl.training.calibrate import calibrated
+from localrl.training.calibrate import calibrate_plan
 from localrl.training.memory_plan import (
-    as_found,
-    ask,
     make_plan,
+    plan_request,
     shape_of,
     sizes_of,
+    with_engine,
     worth_measuring,
 )
 from localrl.training.prompt_lengths import measure
@@ -57,7 +57,7 @@ SOME = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Settled:
+class ResolvedConfig:
     """Settings that were read and found to go together, before anything is loaded."""
 
     config: RunConfig
@@ -71,7 +71,7 @@ class Settled:
     """The one to start from."""
 
 
-def settle(config: RunConfig) -> Settled:
+def resolve(config: RunConfig) -> ResolvedConfig:
     """Read what the settings name, but for the model's weights and the task.
 
     Raises: ConfigError, saying what cannot work; CheckpointError for a damaged adapter.
@@ -86,11 +86,11 @@ def settle(config: RunConfig) -> Settled:
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
     sizes = sizes_of(model_folder, config.model.quantize)
-    return Settled(config, rewards, shape, model_folder, sizes, adapter)
+    return ResolvedConfig(config, rewards, shape, model_folder, sizes, adapter)
 
 
 @dataclass(eq=False)
-class Parts:
+class Components:
     """What works on a task together; a `Session` has a run folder besides."""
 
     config: RunConfig
@@ -98,7 +98,7 @@ class Parts:
     task: Task
     policy: Policy
     plan: MemoryPlan
-    asked: Asked
+    request: PlanRequest
     """What the plan was made from."""
     may_checkpoint: bool
     scorer: Scorer
@@ -122,63 +122,63 @@ class Parts:
 
 
 @contextmanager
-def open_parts(
-    settled: Settled,
+def open_components(
+    resolved: ResolvedConfig,
     *,
     warn: Callable[[str], None],
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     plan: MemoryPlan | None = None,
     trains: bool = True,
     ranks: Ranks = ALONE,
-) -> Iterator[Parts]:
+) -> Iterator[Components]:
     """Open the task, its rewards and the model. plan: that of the run that goes on.
 
     Raises: ConfigError or DataError, saying what cannot work; MemoryBudgetError, before weights are
     loaded, when there is no memory for it.
     """
-    config = settled.config
+    config = resolved.config
     with Worker(
         time_limit_s=config.task.reward_timeout_s,
         memory_limit_bytes=config.task.reward_memory_mb * 2**20,
     ) as worker:
-        task = open_task(config.task, settled.rewards, worker)
-        check(config, settled.shape, task)
+        task = open_task(config.task, resolved.rewards, worker)
+        check(config, resolved.shape, task)
         task, environments = with_environments(config.task, task, worker, warn)
         scorer = Scorer(
-            task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=pulse.beat
+            task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=heartbeat.beat
         )
         scorer.check(task.train(0).columns)
         held_out = task.evaluation(config.task.eval_prompts)
-        tokenizer = load_tokenizer(settled.model_folder, thinking=config.model.thinking)
-        _check_vocabulary(tokenizer, task, held_out, settled.model_folder)
+        tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
+        _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         prompts = measure(config, task, held_out, tokenizer, trains=trains)
         turns = environments is not None
-        asked = ask_for(settled, prompts=prompts, trains=trains, turns=turns)
-        planned, plan = plan, plan or make_plan(config, asked)
-        loaded = load(settled, tokenizer)
-        policy = open_policy(settled, loaded, plan)
+        request = ask_for(resolved, prompts=prompts, trains=trains, turns=turns)
+        planned, plan = plan, plan or make_plan(config, request)
+        loaded = load(resolved, tokenizer)
+        policy = open_policy(resolved, loaded, plan)
         policy = choose_engine(policy, config.model.engine, warn)
         fixed = planned is not None or bool(config.memory.pin)
-        asked, plan = as_found(asked, plan, engine=policy.engine.name, fixed=fixed)
+        request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, pulse.beat)
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, heartbeat.beat)
         may_checkpoint = trains and policy.engine.can_recompute()
-        asked = replace(asked, may_checkpoint=may_checkpoint)
-        if config.memory.recalibrate and asked.counted(plan):
+        request = replace(request, may_checkpoint=may_checkpoint)
+        if config.memory.recalibrate and request.counted(plan):
             warn("memory.recalibrate changes nothing here: what this engine takes is counted")
-        if trains and planned is None and worth_measuring(config, asked, plan):
-            plan = calibrated(updater, asked, plan, warn, anew=config.memory.recalibrate)
+        if trains and planned is None and worth_measuring(config, request, plan):
+            plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
         updater.ranks = ranks  # not before: each machine measures its own memory
-        decoder = _decoder(config, policy, plan, pulse)
+        decoder = _decoder(config, policy, plan, heartbeat)
         tracker = Tracker()
-        yield Parts(
+        yield Components(
             config=config,
-            model_folder=settled.model_folder,
+            model_folder=resolved.model_folder,
             task=task,
             policy=policy,
             plan=plan,
-            asked=asked,
+            request=request,
             may_checkpoint=may_checkpoint,
             scorer=scorer,
             decoder=decoder,
@@ -200,32 +200,36 @@ def open_parts(
         )
 
 
-def load(settled: Settled, tokenizer: Tokenizer | None = None) -> LoadedModel:
+def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> LoadedModel:
     """The model, before adapters. tokenizer: its own, where that has been read.
 
     Raises: ConfigError when it cannot be read.
     """
-    wish = settled.config.model
+    wish = resolved.config.model
     mx.reset_peak_memory()  # what an earlier run of this process took is not this one's
     return load_model(
-        settled.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
+        resolved.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
     )
 
 
 def ask_for(
-    settled: Settled, *, prompts: PromptLength | None = None, trains: bool, turns: bool = False
-) -> Asked:
+    resolved: ResolvedConfig,
+    *,
+    prompts: PromptLength | None = None,
+    trains: bool,
+    turns: bool = False,
+) -> PlanRequest:
     """What the settings ask of this machine's memory.
 
     Raises: ConfigError when `memory.limit` cannot be what it is.
     """
-    if threads := settled.config.memory.threads:
+    if threads := resolved.config.memory.threads:
         backend.set_threads(threads)
     held = mx.get_active_memory() + mx.get_cache_memory()
     machine = read_machine()
-    return ask(
-        settled.config,
-        settled.sizes,
+    return plan_request(
+        resolved.config,
+        resolved.sizes,
         machine,
         prompts=prompts,
         trains=trains,
@@ -234,7 +238,7 @@ def ask_for(
     )
 
 
-def open_policy(settled: Settled, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
+def open_policy(resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
     """The model with its adapters, within a plan."""
     if plan.threads:
         backend.set_threads(plan.threads)
@@ -243,7 +247,7 @@ def open_policy(settled: Settled, loaded: LoadedModel, plan: MemoryPlan) -> Poli
         mx.set_cache_limit(cache_bytes(plan.limit_bytes, on_cpu=on_cpu))
         # Beyond it MLX waits for what is running before it allocates more, and frees its buffers.
         mx.set_memory_limit(plan.limit_bytes)
-    return _policy(settled.config, loaded, plan, settled.adapter)
+    return _policy(resolved.config, loaded, plan, resolved.adapter)
 
 
 def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
@@ -277,7 +281,7 @@ def _check_vocabulary(
         )
 
 
-def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, pulse: Pulse) -> Decoder:
+def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Heartbeat) -> Decoder:
     rollout = config.rollout
     stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, text=rollout.stop_text)
     return Decoder(
@@ -285,7 +289,7 @@ def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, pulse: Pulse) 
         rollout.temperature,
         plan.decode_rows,
         stops=stops,
-        beat=pulse.beat,
+        beat=heartbeat.beat,
         prefill_rows=plan.prefill_rows,
     )
 

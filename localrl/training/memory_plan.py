@@ -17,11 +17,11 @@ from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf
 from localrl.memory.adapting import for_longer
 from localrl.memory.calibration import key_of, recall
-from localrl.memory.estimate import PRIORS, Coefficients, EngineMemory, Estimate, Job
-from localrl.memory.known import find_known
+from localrl.memory.estimate import PRIORS, Coefficients, EngineMemory, Estimate, Workload
+from localrl.memory.known_models import find_known
 from localrl.memory.limit import memory_limit
 from localrl.memory.machine import Machine
-from localrl.memory.plan import Asked, PromptLength, changes, fit, refit, wanted
+from localrl.memory.plan import PlanRequest, PromptLength, changes, fit, initial_plan, refit
 from localrl.memory.sizes import Sizes, parameters, quantised, read_sizes
 from localrl.policy.folder import WEIGHTS, check_folder, read_object
 from localrl.policy.loading import find_model
@@ -42,7 +42,7 @@ def sizes_of(folder: Path, quantize: int) -> Sizes:
     return quantised(read_sizes(config, weight_bytes=stored), quantize)
 
 
-def ask(
+def plan_request(
     config: RunConfig,
     sizes: Sizes,
     machine: Machine,
@@ -51,7 +51,7 @@ def ask(
     trains: bool = True,
     turns: bool = False,
     held: int = 0,
-) -> Asked:
+) -> PlanRequest:
     """What the configuration asks of this machine's memory.
 
     prompts: None counts with the longest that are allowed. turns: completions have several turns,
@@ -64,7 +64,7 @@ def ask(
     float_bytes = 4 if on_cpu else sizes.float_bytes
     engines = engines_for(config.model.engine)
     engine = next(e for e in engines if e.computes(sizes, float_bytes, dense=True))
-    plan = wanted(
+    plan = initial_plan(
         config,
         vocabulary=sizes.vocabulary,
         on_cpu=on_cpu,
@@ -75,9 +75,9 @@ def ask(
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
     found = ((n, _job(config, sizes, n, on_cpu, trains, turns)) for n in groups)
-    jobs = {n: job for n, job in found if job}
+    workloads = {n: workload for n, workload in found if workload}
     limit = memory_limit(config.memory.limit, machine, held)
-    return Asked(plan, sizes, jobs, limit, prompts=prompts)
+    return PlanRequest(plan, sizes, workloads, limit, prompts=prompts)
 
 
 def shape_of(config: RunConfig, plan: MemoryPlan) -> Shape:
@@ -85,7 +85,7 @@ def shape_of(config: RunConfig, plan: MemoryPlan) -> Shape:
     return make_shape(replace(config.rollout, group_size=plan.group_size))
 
 
-def make_plan(config: RunConfig, asked: Asked) -> MemoryPlan:
+def make_plan(config: RunConfig, request: PlanRequest) -> MemoryPlan:
     """The plan before anything is loaded: pinned, from priors, with stored measurements in rows.
 
     Measurements of earlier runs may raise row counts, never the group size or the length: priors
@@ -95,9 +95,9 @@ def make_plan(config: RunConfig, asked: Asked) -> MemoryPlan:
     """
     if config.memory.pin:
         return pinned(Path(config.memory.pin), config)
-    plan = fit(asked)
-    known = _known_for(config, asked, plan)
-    return refit(asked, plan, known) if known else plan
+    plan = fit(request)
+    known = _known_for(config, request, plan)
+    return refit(request, plan, known) if known else plan
 
 
 @dataclass(frozen=True)
@@ -108,19 +108,19 @@ class Outlook:
     weights: int
     """Numbers of them."""
     machine: Machine
-    asked: Asked
+    request: PlanRequest
     plan: MemoryPlan
     estimate: Estimate
 
     @property
     def gave_way(self) -> bool:
         """Whether the plan is less than was wanted."""
-        return bool(changes(self.asked.plan, self.plan))
+        return bool(changes(self.request.plan, self.plan))
 
     @property
     def enough(self) -> int:
         """The limit, in bytes, under which nothing is given up."""
-        return self.asked.needed(self.asked.plan)
+        return self.request.needed(self.request.plan)
 
 
 def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
@@ -131,11 +131,11 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
     Raises: ConfigError when the model is not known; MemoryBudgetError when nothing fits.
     """
     sizes, name = _find_sizes(config.model.path, config.model.quantize)
-    asked = ask(config, sizes, machine, prompts=prompts)
-    plan = make_plan(config, asked)
-    known = _known_for(config, asked, plan) if plan.measured else None
-    found = asked.estimate(plan, known or PRIORS)
-    return Outlook(name, parameters(sizes).total, machine, asked, plan, found)
+    request = plan_request(config, sizes, machine, prompts=prompts)
+    plan = make_plan(config, request)
+    known = _known_for(config, request, plan) if plan.measured else None
+    found = request.estimate(plan, known or PRIORS)
+    return Outlook(name, parameters(sizes).total, machine, request, plan, found)
 
 
 def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
@@ -155,47 +155,49 @@ def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
     return quantised(read_sizes(config), quantize), str(name)
 
 
-def worth_measuring(config: RunConfig, asked: Asked, plan: MemoryPlan) -> bool:
+def worth_measuring(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> bool:
     """Whether the plan is near enough to its limit for its constants to matter."""
     if config.memory.pin or plan.limit_bytes is None or plan.predicted_bytes is None:
         return False
-    if asked.counted(plan):
+    if request.counted(plan):
         return False
     near = plan.predicted_bytes > NEAR * plan.limit_bytes
     return config.memory.recalibrate or (near and not plan.measured)
 
 
-def as_found(
-    asked: Asked, plan: MemoryPlan, *, engine: str, fixed: bool
-) -> tuple[Asked, MemoryPlan]:
+def with_engine(
+    request: PlanRequest, plan: MemoryPlan, *, engine: str, fixed: bool
+) -> tuple[PlanRequest, MemoryPlan]:
     """Both, now that the model's engine is known. fixed: the plan stays.
 
     Raises: MemoryBudgetError when MLX has to, and not even the fewest rows fit so.
     """
     known: tuple[EngineMemory, ...] = (BY_NAME[engine],)
-    jobs = {size: replace(job, engines=known) for size, job in asked.jobs.items()}
-    found = replace(asked, jobs=jobs)
-    if fixed or asked.limit.bytes is None:
+    workloads = {
+        size: replace(workload, engines=known) for size, workload in request.workloads.items()
+    }
+    found = replace(request, workloads=workloads)
+    if fixed or request.limit.bytes is None:
         return found, plan
-    expected = asked.jobs[plan.group_size].engine(asked.sizes, dense=plan.dequantise)
+    expected = request.workloads[plan.group_size].engine(request.sizes, dense=plan.dequantise)
     if expected.name == engine:
         return found, plan
     return found, refit(found, plan, PRIORS)
 
 
 def for_longer_prompts(
-    config: RunConfig, asked: Asked, plan: MemoryPlan, tokens: int
-) -> tuple[Asked, MemoryPlan]:
+    config: RunConfig, request: PlanRequest, plan: MemoryPlan, tokens: int
+) -> tuple[PlanRequest, MemoryPlan]:
     """Both, now that a prompt has come that is longer than the plan counts with."""
-    known = _known_for(config, asked, plan) if plan.measured else None
-    return for_longer(asked, plan, tokens, known or PRIORS)
+    known = _known_for(config, request, plan) if plan.measured else None
+    return for_longer(request, plan, tokens, known or PRIORS)
 
 
-def _known_for(config: RunConfig, asked: Asked, plan: MemoryPlan) -> Coefficients | None:
+def _known_for(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
     """What was measured in earlier runs, unless it is to be measured again."""
-    if config.memory.recalibrate or asked.counted(plan):
+    if config.memory.recalibrate or request.counted(plan):
         return None
-    return recall(key_of(asked.sizes, asked.jobs[plan.group_size], plan))
+    return recall(key_of(request.sizes, request.workloads[plan.group_size], plan))
 
 
 def pinned(path: Path, config: RunConfig) -> MemoryPlan:
@@ -222,7 +224,7 @@ def pinned(path: Path, config: RunConfig) -> MemoryPlan:
 
 def _job(
     config: RunConfig, sizes: Sizes, group_size: int, on_cpu: bool, trains: bool, turns: bool
-) -> Job | None:
+) -> Workload | None:
     """What a group of this size asks; None for one that the strategy cannot have."""
     rollout, task, lora = config.rollout, config.task, config.lora
     least = 2 if rollout.strategy == "flat" else 1
@@ -234,7 +236,7 @@ def _job(
         if group_size == rollout.completions:
             raise
         return None
-    return Job(
+    return Workload(
         prompts=rollout.prompts_per_step,
         evaluated=task.eval_prompts,
         leaves=shape.leaves,

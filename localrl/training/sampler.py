@@ -9,7 +9,7 @@ import numpy as np
 
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
-from localrl.distributed.gather import spread, spread_groups
+from localrl.distributed.gather import map_sharded, map_sharded_groups
 from localrl.learning.staleness import too_far, with_old_logprobs
 from localrl.learning.tracker import Tracker
 from localrl.records import Example, Group, MemoryPlan, ScoredGroup
@@ -18,7 +18,7 @@ from localrl.rollouts.decode import Decoder
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.rollouts.replay import Replay
-from localrl.rollouts.reuse import Earlier, Prefix, verify
+from localrl.rollouts.reuse import CompletionCache, Prefix, verify
 from localrl.rollouts.turns import Turns
 from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
@@ -46,7 +46,7 @@ class Sampler:
     ranks: Ranks = ALONE
     """Those that share the work."""
     replays: Replay = field(default_factory=Replay)
-    earlier: Earlier = field(default_factory=Earlier)
+    earlier: CompletionCache = field(default_factory=CompletionCache)
     rescored_tokens: int = 0
     """Tokens of earlier policies that have been scored under a later one."""
     rule: EntropyRule | PeriodicRule | None = field(init=False)
@@ -87,7 +87,7 @@ class Sampler:
         def work(which: Sequence[int]) -> list[ScoredGroup]:
             return self._collect(step, [examples[i] for i in which], version)
 
-        return spread_groups(self.ranks, examples, work)
+        return map_sharded_groups(self.ranks, examples, work)
 
     def _collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
         """Scored groups of these examples, in as many rounds as the strategy wants."""
@@ -138,7 +138,7 @@ class Sampler:
             exclude={group.group.example.id for group in fresh},
         )
         groups = [scored.group for scored in drawn]
-        known = spread(
+        known = map_sharded(
             self.ranks,
             [group.example for group in groups],
             lambda which: self._now([groups[i] for i in which]),

@@ -20,7 +20,7 @@ from localrl.learning.credit import Credit, assign_credit
 from localrl.learning.downsample import max_variance
 from localrl.learning.objectives import denominator, weigh_prompt
 from localrl.learning.selection import Selection, round_small, select
-from localrl.memory.adapting import Reading, Watch, give_way
+from localrl.memory.adapting import MemoryMonitor, MemoryReading, shrink_plan
 from localrl.memory.machine import read_machine, resident_bytes
 from localrl.memory.plan import changes
 from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
@@ -30,8 +30,8 @@ from localrl.runs.folder import RunFolder
 from localrl.runs.health import Health
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.runs.metrics import sampled_tokens
-from localrl.runs.nowhere import Nowhere
-from localrl.training.components import Parts
+from localrl.runs.null_folder import NullRunFolder
+from localrl.training.components import Components
 from localrl.training.memory_plan import for_longer_prompts
 from localrl.training.validate import tracker_weight
 from localrl.utils.rng import keyed_uniforms
@@ -49,7 +49,7 @@ class Progress(Protocol):
     def warn(self, line: str) -> None: ...
 
 
-class Silent:
+class NullProgress:
     """Nobody watches."""
 
     def begin(self, session: Session) -> None: ...
@@ -59,16 +59,16 @@ class Silent:
 
 
 @dataclass(eq=False)
-class Session(Parts):
+class Session(Components):
     """Everything open for one run, and the few things that are done with several of them."""
 
-    run: RunFolder | Nowhere
+    run: RunFolder | NullRunFolder
     progress: Progress
     checkpoints: Checkpoints
     sources: Mapping[str, str]
     """What the run is made from, see `state.sources_of`."""
     health: Health
-    watch: Watch
+    watch: MemoryMonitor
     """What memory was like lately."""
     ranks: Ranks = ALONE
     """Those that train together."""
@@ -138,7 +138,7 @@ class Session(Parts):
 
         Made from the adapters as they are, unless it was made before.
         """
-        if step in self.evaluations or not self.held_out or not self.ranks.leads:
+        if step in self.evaluations or not self.held_out or not self.ranks.is_main:
             return self.evaluations.get(step)
         self.tell_rewards(step + 1)
         evaluation = evaluate(
@@ -182,7 +182,7 @@ class Session(Parts):
         waited_s = own.pop(WAITED)
         fresh = scored[: own["rollout/groups"]]
         told = gather(self.ranks, self._share(fresh, own, waited_s))
-        if not self.ranks.leads:
+        if not self.ranks.is_main:
             return
         logs, tokenizer = shares.logs(told), self.policy.tokenizer
         record = {
@@ -223,7 +223,7 @@ class Session(Parts):
 
     def revise_plan(self, step: int) -> None:
         """Compare what the step took with the plan; another one, when there is reason, is said."""
-        reading = Reading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
+        reading = MemoryReading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
         mx.reset_peak_memory()
         if self.config.memory.pin:
             return
@@ -244,13 +244,15 @@ class Session(Parts):
         tokens = max(map(len, self.sampler.encode(examples)))
         if tokens <= self.plan.max_prompt_tokens:
             return
-        self.asked, plan = for_longer_prompts(self.config, self.asked, self.plan, tokens)
+        self.request, plan = for_longer_prompts(self.config, self.request, self.plan, tokens)
         self.watch.most = plan
         self.replan(step, plan, f"a prompt has {tokens} tokens, more than was planned for")
 
-    def give_way(self, step: int, reason: str) -> bool:
+    def shrink_plan(self, step: int, reason: str) -> bool:
         """Go on with smaller batches after an allocation was refused; False when there are none."""
-        plan = give_way(self.plan, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint)
+        plan = shrink_plan(
+            self.plan, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint
+        )
         if plan is not None:
             self.replan(step, plan, reason)
         return plan is not None
@@ -271,7 +273,7 @@ class Session(Parts):
 
     def _share(
         self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any], waited_s: float
-    ) -> shares.Share:
+    ) -> shares.RankStats:
         """What this rank has done of a step."""
         environments, logs = self.sampler.environments, self.scorer.take_logs()
         has_tools = environments is not None and environments.has_tools
@@ -281,7 +283,7 @@ class Session(Parts):
             "tools": environments.take_counts() if environments and has_tools else None,
             "metrics": logs.metrics,
             "rows": logs.rows,
-            "tokens": sum(map(sampled_tokens, self.ranks.mine(fresh))),
+            "tokens": sum(map(sampled_tokens, self.ranks.shard(fresh))),
             "waited_s": waited_s,
             "busy_s": metrics["step_time"] - waited_s,
         }
@@ -310,16 +312,16 @@ class Session(Parts):
 
     def save_adapter(self) -> None:
         """Write the adapters as mlx-lm and PEFT read them; rank 0 does."""
-        if not self.ranks.leads:
+        if not self.ranks.is_main:
             return
         folder = self.folder / "adapter"
-        wanted = self.config.model
-        base_id = find_base_id(wanted.base_id, self.model_folder, wanted.path)
+        initial_plan = self.config.model
+        base_id = find_base_id(initial_plan.base_id, self.model_folder, initial_plan.path)
         write_adapter(adapter_of(self.policy.model, base_id=base_id), folder)
 
     def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:
         """Write what memory the run took, and eval.json, when there were evaluations."""
-        if not self.ranks.leads:
+        if not self.ranks.is_main:
             return
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
         self.run.event(

@@ -14,19 +14,19 @@ from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import gather
 from localrl.errors import ConfigError
 from localrl.learning.objectives import describe
-from localrl.memory.adapting import Watch
+from localrl.memory.adapting import MemoryMonitor
 from localrl.memory.plan import changes
 from localrl.processes.child import Restart
-from localrl.processes.heartbeat import Pulse
+from localrl.processes.heartbeat import Heartbeat
 from localrl.runs import dashboards
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import RunFolder, default_run_path, open_run, package_versions
 from localrl.runs.health import Health
 from localrl.runs.logs import read_jsonl
-from localrl.runs.nowhere import Nowhere
-from localrl.training.components import Parts, check_sandbox, open_parts, settle
+from localrl.runs.null_folder import NullRunFolder
+from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.training.session import Progress, Session
-from localrl.training.state import Before, reopen, share, sources_of
+from localrl.training.state import PreviousRun, broadcast, reopen, sources_of
 
 AGREED = ("group_size", "max_completion_tokens")
 """What the machine with the least memory decides for all."""
@@ -40,7 +40,7 @@ def open_session(
     overwrite: bool,
     resume: bool,
     progress: Progress,
-    pulse: Pulse,
+    heartbeat: Heartbeat,
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[Session]:
@@ -52,88 +52,90 @@ def open_session(
     resumed.
     """
     dashboards.check(config.run.report_to)
-    settled = settle(config)
-    config, warn = settled.config, progress.warn
+    resolved = resolve(config)
+    config, warn = resolved.config, progress.warn
     with ExitStack() as stack:
-        resumes = resume and ranks.leads
+        resumes = resume and ranks.is_main
         before = stack.enter_context(reopen(config, warn)) if resumes else None
-        plan = before.plan_after(restart, settled.shape) if before else None
-        parts = stack.enter_context(
-            open_parts(settled, warn=warn, pulse=pulse, plan=plan, ranks=ranks)
+        plan = before.plan_after(restart, resolved.shape) if before else None
+        components = stack.enter_context(
+            open_components(resolved, warn=warn, heartbeat=heartbeat, plan=plan, ranks=ranks)
         )
-        plans = _agree(parts, ranks)
-        sandbox = check_sandbox(config, parts.task, warn)
-        run = before.run if before else Nowhere()
-        if ranks.leads and not before:
+        plans = _agree_on_plan(components, ranks)
+        sandbox = check_sandbox(config, components.task, warn)
+        run = before.run if before else NullRunFolder()
+        if ranks.is_main and not before:
             run = stack.enter_context(_open_folder(config, overwrite))
         run.write_config(config.to_toml())
-        run.write_plan(parts.plan)
+        run.write_plan(components.plan)
         if not before:
-            _tell_less(parts, run, warn)
+            _warn_reduced_plan(components, run, warn)
         if sandbox:
             run.event("code_rewards", sandbox=sandbox)
-        engine = parts.policy.engine
+        engine = components.policy.engine
         kernels = None if engine.kernels is None else str(engine.kernels)
         run.event("engine", name=engine.name, kernels=kernels)
         run.event("objective", **describe(config.learning, config.rollout.completions))
         session = Session(
-            **vars(parts),
+            **vars(components),
             run=run,
             progress=progress,
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
-            sources=sources_of(parts.model_folder, parts.task, parts.held_out),
-            health=Health(config, {spec.name: spec.weight for spec in parts.task.rewards}),
-            watch=Watch(parts.plan),
+            sources=sources_of(components.model_folder, components.task, components.held_out),
+            health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
+            watch=MemoryMonitor(components.plan),
             ranks=ranks,
         )
         if before:
-            _go_on(before, session, restart)
+            _restore(before, session, restart)
         if ranks.size > 1:
-            share(session)
+            broadcast(session)
             run.event("ranks", names=list(ranks.names), plans=plans)
-        if ranks.leads:
+        if ranks.is_main:
             session.dashboards = stack.enter_context(_dashboards(session))
         if restart:
-            run.event("restarted", **vars(restart), plan=vars(parts.plan))
-        pulse.on_sleep = lambda seconds: run.event("slept", seconds=round(seconds))
+            run.event("restarted", **vars(restart), plan=vars(components.plan))
+        heartbeat.on_sleep = lambda seconds: run.event("slept", seconds=round(seconds))
         if note := backend.describe().note:
             warn(note)
         progress.begin(session)
         yield session
 
 
-def _go_on(before: Before, session: Session, restart: Restart | None) -> None:
+def _restore(before: PreviousRun, session: Session, restart: Restart | None) -> None:
     """Put the session where the run stood."""
     before.continue_in(session)
     if restart and restart.smaller:
-        session.watch = Watch(session.plan)  # never back to the plan that has died
+        session.watch = MemoryMonitor(session.plan)  # never back to the plan that has died
     for record in read_jsonl(session.folder / "metrics.jsonl"):
         session.health.see(record)  # it was warned of these
 
 
-def _agree(parts: Parts, ranks: Ranks) -> list[dict[str, Any]]:
+def _agree_on_plan(components: Components, ranks: Ranks) -> list[dict[str, Any]]:
     """Let all ranks use the group size and the length of the smallest; the plan of each.
 
     Raises: ConfigError when there is not a prompt for each.
     """
-    prompts = parts.config.rollout.prompts_per_step
+    prompts = components.config.rollout.prompts_per_step
     if prompts < ranks.size:
         raise ConfigError(
             f"rollout.prompts_per_step is {prompts}: that is not one for each of {ranks.size} "
             f"ranks, which sample whole groups. Set it to {ranks.size} or a multiple."
         )
-    plans = gather(ranks, vars(parts.plan))
+    plans = gather(ranks, vars(components.plan))
     least: dict[str, int] = {name: min(plan[name] for plan in plans) for name in AGREED}
-    agreed = replace(parts.plan, **least)
-    if agreed != parts.plan:
-        parts.use(agreed)
-        parts.sampler.start_rule()
+    agreed = replace(components.plan, **least)
+    if agreed != components.plan:
+        components.use(agreed)
+        components.sampler.start_rule()
     return plans
 
 
-def _tell_less(parts: Parts, run: RunFolder | Nowhere, warn: Callable[[str], None]) -> None:
+def _warn_reduced_plan(
+    components: Components, run: RunFolder | NullRunFolder, warn: Callable[[str], None]
+) -> None:
     """Say aloud where memory leaves less to each prompt than the configuration asks for."""
-    given = changes(parts.asked.plan, parts.plan)
+    given = changes(components.request.plan, components.plan)
     if "dequantise" in given:
         warn(
             "to fit into memory the weights stay packed, with which a CPU takes many times as "
@@ -142,7 +144,7 @@ def _tell_less(parts: Parts, run: RunFolder | Nowhere, warn: Callable[[str], Non
     less = {name: list(given[name]) for name in ("group_size", "max_completion_tokens")
             if name in given}  # fmt: skip
     if less:
-        run.event("plan", step=0, reason=parts.plan.reason, changed=less)
+        run.event("plan", step=0, reason=components.plan.reason, changed=less)
         sizes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in less.items())
         warn(f"to fit into memory this run has {sizes}")
 

@@ -23,15 +23,15 @@ from localrl.config import RunConfig, keys
 from localrl.engines.cpu.kernel_choice import Choice
 from localrl.errors import CheckpointError, ConfigError
 from localrl.evaluate import Evaluation, Shown
-from localrl.learning.tracker import Known, Tracker
-from localrl.memory.adapting import Watch, smaller
+from localrl.learning.tracker import PromptStats, Tracker
+from localrl.memory.adapting import MemoryMonitor, smaller
 from localrl.processes.child import Restart
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
 from localrl.rollouts.groups import Shape
 from localrl.rollouts.replay import Replay, ReplayCounts, Stored
-from localrl.rollouts.reuse import Earlier
+from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
 from localrl.tasks.base import Task
@@ -44,12 +44,12 @@ TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Choice,
-        Earlier,
+        CompletionCache,
         EntropyRule,
         Evaluation,
         Example,
         Group,
-        Known,
+        PromptStats,
         Leaf,
         MemoryPlan,
         Node,
@@ -62,10 +62,12 @@ TYPES: dict[str, type] = {
         Stored,
         Tally,
         Tracker,
-        Watch,
+        MemoryMonitor,
     )
 }
 """Every record that a state may hold."""
+RENAMED = {"Earlier": CompletionCache, "Known": PromptStats, "Watch": MemoryMonitor}
+"""Records by the names that older checkpoints have for them."""
 
 MAY_CHANGE = (
     "run.steps",
@@ -97,7 +99,7 @@ class State:
     """Adapters and optimizer, by `adapter/<name>` and `optimizer/<name>`."""
 
 
-def take(session: Session, step: int) -> State:
+def capture(session: Session, step: int) -> State:
     """The state after a step. Cheap: nothing is copied that will not change in place."""
     sampler, updater = session.sampler, session.updater
     values = {
@@ -157,11 +159,13 @@ def read(folder: Path) -> State:
     tree = json.loads((folder / VALUES).read_bytes())
     records = folder / RECORDS
     arrays = _load(records) if records.exists() else {}
-    values = decode(tree["values"], {name: np.array(a) for name, a in arrays.items()}, TYPES)
+    values = decode(
+        tree["values"], {name: np.array(a) for name, a in arrays.items()}, TYPES | RENAMED
+    )
     return State(tree["step"], values, _load(folder / WEIGHTS))
 
 
-def put(state: State, session: Session) -> None:
+def restore(state: State, session: Session) -> None:
     """Make a session that was just opened go on from a state.
 
     Raises: CheckpointError when its model or its data are not those of the session.
@@ -206,28 +210,28 @@ def _compute_as(kernels: Choice | None, session: Session) -> None:
         )
 
 
-def share(session: Session) -> None:
+def broadcast(session: Session) -> None:
     """Give every rank what rank 0 begins with, after making sure that model and data are the same.
 
     Raises: CheckpointError when they are not; ConfigError for adapters to start from that differ.
     """
     ranks, own = session.ranks, session.watch
     lora = vars(session.config.lora)
-    first = json.loads(ranks.first(json.dumps(lora).encode()))
+    first = json.loads(ranks.broadcast(json.dumps(lora).encode()))
     if json.loads(json.dumps(lora)) != first:
         raise ConfigError(
             f"The adapter that rank {ranks.rank} starts from has {lora}, that of rank 0 {first}. "
             "Put the same one on every machine."
         )
-    state = take(session, session.step)
+    state = capture(session, session.step)
     arrays = {name: np.array(array) for name, array in state.weights.items()}
-    told = ranks.first(to_bytes([state.step, dict(state.values), arrays], TYPES))
-    if ranks.leads:
+    told = ranks.broadcast(to_bytes([state.step, dict(state.values), arrays], TYPES))
+    if ranks.is_main:
         return
     step, values, arrays = from_bytes(told, TYPES)
     weights = {name: mx.array(array) for name, array in arrays.items()}
     # What rewards did is added up over ranks; memory and processor are each machine's own.
-    put(State(step, values | {"rewards": {}, "watch": own, "kernels": None}, weights), session)
+    restore(State(step, values | {"rewards": {}, "watch": own, "kernels": None}, weights), session)
     session.step = step
 
 
@@ -251,7 +255,7 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Before:
+class PreviousRun:
     """An earlier process's run, locked."""
 
     run: RunFolder
@@ -280,7 +284,7 @@ class Before:
         """
         step = 0
         if self.state is not None:
-            put(self.state, session)
+            restore(self.state, session)
             step = self.state.step
         self.run.cut(self.state.values["offsets"] if self.state else dict.fromkeys(STEP_LOGS, 0))
         session.step = step
@@ -299,7 +303,7 @@ def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> d
 
 
 @contextmanager
-def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[Before]:
+def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousRun]:
     """The run in `config.run.out`, locked, with the newest state that is whole.
 
     Raises: ConfigError when there is none, another process uses it, or settings have changed that
@@ -311,7 +315,7 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[Before]:
         checkpoints = Checkpoints(folder / "checkpoints", warn)
         checkpoints.sweep()
         newest = checkpoints.newest()
-        yield Before(run, read(newest) if newest else None, changed)
+        yield PreviousRun(run, read(newest) if newest else None, changed)
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

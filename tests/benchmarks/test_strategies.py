@@ -204,7 +204,7 @@ def learned(monkeypatch, accuracies: list[float], error: Exception | None = None
 
     fakes = {
         "localrl.training.setup": SimpleNamespace(open_session=open_session),
-        "localrl.training.session": SimpleNamespace(Silent=object),
+        "localrl.training.session": SimpleNamespace(NullProgress=object),
         "localrl.train": SimpleNamespace(train_step=train_step),
     }
     for name, fake in fakes.items():

@@ -12,7 +12,7 @@ from waiting import DEADLINE_S
 
 from localrl.distributed.collective import join
 from localrl.distributed.launch import find_place
-from localrl.distributed.liveness import Limits
+from localrl.distributed.liveness import LivenessTimeouts
 from localrl.errors import Stopped
 
 place = find_place()
@@ -21,19 +21,19 @@ how = sys.argv[1]
 # Of a rank that dies or fails the others are told; only one that sleeps is found silent.
 silence = 5.0 if how == "sleep" else DEADLINE_S
 try:
-    with join(place, Limits(silence=silence, grace=2.0)) as (ranks, pulse):
+    with join(place, LivenessTimeouts(silence=silence, grace=2.0)) as (ranks, heartbeat):
         rank = ranks.rank
         told = ranks.gather(bytes([rank]) * (rank * 1000))
         assert told == [bytes([r]) * (r * 1000) for r in range(ranks.size)]
         assert ranks.gather(b"") == [b""] * ranks.size
-        assert ranks.first(f"from {rank}".encode()) == b"from 0"
-        assert ranks.first(b"") == b""
+        assert ranks.broadcast(f"from {rank}".encode()) == b"from 0"
+        assert ranks.broadcast(b"") == b""
         numbers = np.arange(5, dtype=np.float32) * (rank + 1)
         factor = sum(range(1, ranks.size + 1))
         assert (ranks.sum(numbers) == np.arange(5) * factor).all()
         items = list(range(7))
-        assert ranks.in_order([items[r :: ranks.size] for r in range(ranks.size)]) == items
-        assert ranks.mine(items) == items[rank :: ranks.size]
+        assert ranks.unshard([items[r :: ranks.size] for r in range(ranks.size)]) == items
+        assert ranks.shard(items) == items[rank :: ranks.size]
         assert ranks.waited_s > 0
         assert len(ranks.names) == ranks.size
         if rank == ranks.size - 1 and how == "kill":

@@ -12,11 +12,11 @@ import pytest
 from together import free_ports
 from waiting import DEADLINE_S, FOREVER_S, until
 
-from localrl.distributed.launch import Place
-from localrl.distributed.liveness import Limits, Line, meet
+from localrl.distributed.launch import LaunchInfo
+from localrl.distributed.liveness import LivenessChannel, LivenessTimeouts, meet
 from localrl.errors import LocalRLError
 
-QUICK = Limits(
+QUICK = LivenessTimeouts(
     meet=DEADLINE_S,
     beat=0.05,
     silence=DEADLINE_S,
@@ -30,7 +30,7 @@ QUICK = Limits(
 class Rank:
     """A line, and what it was told."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: LivenessChannel) -> None:
         self.line = line
         self.reasons: list[str] = []
 
@@ -55,9 +55,9 @@ def three():
             rank.line.close(None)
 
 
-def connect(limits: Limits, size: int = 3) -> list[Rank]:
+def connect(limits: LivenessTimeouts, size: int = 3) -> list[Rank]:
     port = free_ports(1)
-    places = [Place(rank, size, "ring", "127.0.0.1", port) for rank in range(size)]
+    places = [LaunchInfo(rank, size, "ring", "127.0.0.1", port) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
         return [Rank(line) for line in pool.map(lambda place: meet(place, limits), places)]
 
@@ -155,26 +155,26 @@ def test_all_waiting_for_each_other_is_a_deadlock():
 
 
 def test_one_that_does_not_come_is_named():
-    place = Place(0, 3, "ring", "127.0.0.1", free_ports(1))
+    place = LaunchInfo(0, 3, "ring", "127.0.0.1", free_ports(1))
     with pytest.raises(LocalRLError, match=r"within 0 s: \[1, 2\]"):
         meet(place, replace(QUICK, meet=0.2))
 
 
 def test_rank_0_that_does_not_answer():
-    place = Place(1, 2, "ring", "127.0.0.1", free_ports(1))
+    place = LaunchInfo(1, 2, "ring", "127.0.0.1", free_ports(1))
     with pytest.raises(LocalRLError, match="Rank 0 does not answer"):
         meet(place, replace(QUICK, meet=0.3))
 
 
 def test_an_address_of_another_machine():
     with pytest.raises(LocalRLError, match="must be one of this machine's"):
-        meet(Place(0, 2, "ring", "192.0.2.1", free_ports(1)), QUICK)
+        meet(LaunchInfo(0, 2, "ring", "192.0.2.1", free_ports(1)), QUICK)
 
 
 def test_strangers_are_sent_away():
     port = free_ports(1)
-    found: list[Line] = []
-    first = Place(0, 2, "ring", "127.0.0.1", port)
+    found: list[LivenessChannel] = []
+    first = LaunchInfo(0, 2, "ring", "127.0.0.1", port)
     server = threading.Thread(target=lambda: found.append(meet(first, QUICK)))
     server.start()
     for words in (b"GET / HTTP/1.1\n", b'{"rank": 1, "size": 9}\n', b'{"rank": 0, "size": 2}\n'):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from localrl.distributed.launch import Place, find_place
+from localrl.distributed.launch import LaunchInfo, find_place
 from localrl.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_a_ring(tmp_path, rank):
     hosts = [["10.0.0.1:32323", "10.1.0.1:32324"], ["10.0.0.2:32325"], ["10.0.0.3:32326"]]
     (tmp_path / "hosts").write_text(json.dumps(hosts))
     environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts")}
-    assert find_place(environment) == Place(rank, 3, "ring", "10.0.0.1", 32322)
+    assert find_place(environment) == LaunchInfo(rank, 3, "ring", "10.0.0.1", 32322)
 
 
 def test_jaccl(tmp_path):
@@ -35,7 +35,7 @@ def test_jaccl(tmp_path):
         "MLX_JACCL_COORDINATOR": "[fe80::1]:32323",
         "MLX_IBV_DEVICES": str(tmp_path / "devices"),
     }
-    assert find_place(environment) == Place(1, 2, "jaccl", "fe80::1", 32322)
+    assert find_place(environment) == LaunchInfo(1, 2, "jaccl", "fe80::1", 32322)
 
 
 def test_another_backend_is_refused():

@@ -7,7 +7,7 @@ from shared_updates import compare_with_one
 from steps import ragged_group, selection
 
 from localrl.config import LearningConfig
-from localrl.distributed.shard import share_of
+from localrl.distributed.shard import shard_batch
 from localrl.learning.objectives import make_objective
 from localrl.records import ScoredGroup
 
@@ -27,7 +27,7 @@ def batch_of(*lengths):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_whole_prompts_and_together_the_batch(size):
     batch = batch_of([5, 9, 3, 12], [2, 2, 17], [8, 1], [4, 4, 4, 4], [11, 6])
-    shares = [share_of(batch, rank, size) for rank in range(size)]
+    shares = [shard_batch(batch, rank, size) for rank in range(size)]
     assert sum(len(share.prompts) for share in shares) == len(batch.prompts)
     found = [
         (share.prompts[node.prompt], node.token_ids.tolist(), node.coefficients.tolist())
@@ -49,6 +49,6 @@ def test_shares_are_whole_prompts_and_together_the_batch(size):
 def test_shares_weigh_alike():
     batch = batch_of(*([n, n + 1] for n in range(1, 21)))
     loads = [
-        sum(len(node.token_ids) for node in share_of(batch, rank, 2).nodes) for rank in range(2)
+        sum(len(node.token_ids) for node in shard_batch(batch, rank, 2).nodes) for rank in range(2)
     ]
     assert abs(loads[0] - loads[1]) <= 2

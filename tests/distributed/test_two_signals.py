@@ -13,17 +13,17 @@ WAITING = """
 import select, sys, time
 from localrl.cli.signals import stop_on_signals
 from localrl.errors import Stopped
-from localrl.processes.heartbeat import Pulse
-pulse = Pulse()
-with stop_on_signals(pulse, patience_s=float(sys.argv[1])):
+from localrl.processes.heartbeat import Heartbeat
+heartbeat = Heartbeat()
+with stop_on_signals(heartbeat, patience_s=float(sys.argv[1])):
     print("ready", flush=True)
-    while not pulse.reason:
+    while not heartbeat.reason:
         time.sleep(0.01)
     print("asked", flush=True)
     # Not a read that waits: a signal just before it would be handled only after it.
     while not select.select([sys.stdin], [], [], 0.05)[0]:
         pass
-    print("saved", pulse.reason, flush=True)
+    print("saved", heartbeat.reason, flush=True)
 """
 
 

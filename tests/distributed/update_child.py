@@ -16,7 +16,7 @@ from localrl.backend import tree_flatten
 from localrl.config import LearningConfig
 from localrl.distributed.collective import join
 from localrl.distributed.launch import find_place
-from localrl.distributed.shard import share_of
+from localrl.distributed.shard import shard_batch
 from localrl.learning.objectives import make_objective
 from localrl.learning.update import Updater
 from localrl.records import ScoredGroup
@@ -37,7 +37,7 @@ with contextlib.ExitStack() as stack:
     mine = batch
     if place is not None:
         updater.ranks, _ = stack.enter_context(join(place))
-        mine = share_of(batch, updater.ranks.rank, updater.ranks.size)
+        mine = shard_batch(batch, updater.ranks.rank, updater.ranks.size)
     gradient, _ = updater.gradient(mine, plan())
     stats = [asdict(updater.update(batch, plan())) for _ in range(3)]
 arrays = {f"gradient/{name}": np.array(a) for name, a in tree_flatten(gradient)}

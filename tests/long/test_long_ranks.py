@@ -35,8 +35,8 @@ def test_a_rank_is_killed_and_the_run_goes_on(tiny_folder, tmp_path, killed, aga
 def test_killed_at_random_until_it_is_done(tiny_folder, tmp_path):
     """At any moment, also while it starts or ends; each time both are gone within the limit."""
     random, kills = Random(0), 0
-    words = command(tiny_folder, "run", **{"run.steps": 12, "run.eval_every": 4})
-    for _ in range(40):
+    words = command(tiny_folder, "run", **{"run.steps": 100, "run.eval_every": 40})
+    for _ in range(60):
         processes = together.start(tmp_path, 2, words)
         try:
             codes = [process.wait(random.uniform(2.5, 6.0)) for process in processes]
@@ -74,7 +74,7 @@ def test_a_stopped_rank_that_says_nothing_ends_all(tiny_folder, tmp_path):
         "import sys\n"
         "from dataclasses import replace\n"
         "from localrl.distributed import collective, liveness as line\n"
-        "quick = line.Limits(silence=2.0, grace=2.0)\n"
+        "quick = line.LivenessTimeouts(silence=2.0, grace=2.0)\n"
         "old = collective.meet\n"
         "collective.meet = lambda place, limits=None: old(place, quick)\n"
         "from localrl.cli.main import main\n"

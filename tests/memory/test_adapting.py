@@ -14,10 +14,10 @@ from localrl.memory.adapting import (
     NEAR,
     ROOM,
     SPARE,
-    Reading,
-    Watch,
+    MemoryMonitor,
+    MemoryReading,
     for_longer,
-    give_way,
+    shrink_plan,
     smaller,
 )
 from localrl.memory.estimate import PRIORS
@@ -26,7 +26,7 @@ from localrl.memory.machine import Machine
 from localrl.memory.plan import LEAST_CHUNK, PromptLength, changes, fit
 from localrl.memory.sizes import read_sizes
 from localrl.records import MemoryPlan
-from localrl.training.memory_plan import ask
+from localrl.training.memory_plan import plan_request
 
 GB = 10**9
 PLAN = MemoryPlan(
@@ -49,13 +49,13 @@ ROWS = ("decode_rows", "prefill_rows", "micro_rows", "head_chunk")
 LEAST = replace(PLAN, decode_rows=1, prefill_rows=1, micro_rows=1, head_chunk=LEAST_CHUNK)
 
 
-def reading(share=0.9, *, cached=0, **machine) -> Reading:
+def reading(share=0.9, *, cached=0, **machine) -> MemoryReading:
     """After a step that took this share of the limit."""
-    return Reading(int(share * 10 * GB), cached, replace(HOST, **machine))
+    return MemoryReading(int(share * 10 * GB), cached, replace(HOST, **machine))
 
 
 def see(plan, found, watch=None, *, least_rows=1, may_checkpoint=True):
-    watch = watch or Watch(plan)
+    watch = watch or MemoryMonitor(plan)
     return watch.see(plan, found, least_rows=least_rows, may_checkpoint=may_checkpoint)
 
 
@@ -115,7 +115,7 @@ def test_nothing_falls_below_its_least():
     assert changes(LEAST, plan) == {}
     # Asked for smaller chunks, they stay as they are.
     few = replace(LEAST, head_chunk=3)
-    assert give_way(few, least_rows=1, may_checkpoint=False) is None
+    assert shrink_plan(few, least_rows=1, may_checkpoint=False) is None
 
 
 def test_blocks_are_recomputed_once_the_update_has_one_row():
@@ -124,7 +124,7 @@ def test_blocks_are_recomputed_once_the_update_has_one_row():
     assert (plan.micro_rows, plan.grad_checkpoint) == (1, False)
     plan, _ = see(plan, reading(1.0))
     assert plan.grad_checkpoint
-    assert give_way(LEAST, least_rows=1, may_checkpoint=True) == replace(
+    assert shrink_plan(LEAST, least_rows=1, may_checkpoint=True) == replace(
         LEAST, grad_checkpoint=True
     )
 
@@ -142,7 +142,7 @@ def test_the_length_falls_last_and_only_above_the_limit():
 
 
 def test_after_calm_steps_it_grows_up_to_what_it_was():
-    watch, plan = Watch(PLAN), smaller(smaller(PLAN, least_rows=1), least_rows=1)
+    watch, plan = MemoryMonitor(PLAN), smaller(smaller(PLAN, least_rows=1), least_rows=1)
     sizes = [plan.decode_rows]
     for step in range(1, 4 * CALM_STEPS + 1):
         found = see(plan, reading(ROOM - 0.01), watch)
@@ -161,7 +161,7 @@ def test_after_calm_steps_it_grows_up_to_what_it_was():
 
 
 def test_it_does_not_grow_without_room_nor_after_a_tight_step():
-    watch, plan = Watch(PLAN), smaller(PLAN, least_rows=1)
+    watch, plan = MemoryMonitor(PLAN), smaller(PLAN, least_rows=1)
     for _ in range(3 * CALM_STEPS):
         assert see(plan, reading(ROOM + 0.01), watch) is None
     for _ in range(CALM_STEPS - 1):
@@ -173,7 +173,7 @@ def test_it_does_not_grow_without_room_nor_after_a_tight_step():
 
 
 def test_what_was_never_given_up_is_no_reason_to_grow():
-    watch = Watch(PLAN)
+    watch = MemoryMonitor(PLAN)
     for _ in range(3 * CALM_STEPS):
         assert see(PLAN, reading(0.1), watch) is None
 
@@ -188,15 +188,15 @@ def test_smaller_batches_are_a_fifth_smaller():
 SHORT = PromptLength(32, "a test")
 
 
-def asked(limit):
+def request(limit):
     """What a run with short prompts wants under a limit of so many bytes."""
     wish = {"model.path": "m", "rollout.max_completion_tokens": 64, "rollout.group_size": 8}
-    made = ask(RunConfig.create(wish), read_sizes(tiny.CONFIG), HOST, prompts=SHORT)
+    made = plan_request(RunConfig.create(wish), read_sizes(tiny.CONFIG), HOST, prompts=SHORT)
     return replace(made, limit=Limit(limit, "a test", from_machine=False))
 
 
 def test_longer_prompts_take_rows_and_neither_group_nor_length():
-    found = asked(30 * 10**6)
+    found = request(30 * 10**6)
     plan = fit(found)
     assert plan.max_prompt_tokens == 32
     later, longer = for_longer(found, plan, 400, PRIORS)
@@ -214,14 +214,14 @@ def test_longer_prompts_take_rows_and_neither_group_nor_length():
 
 
 def test_longer_prompts_never_bring_back_what_was_given_up():
-    found = asked(10**12)
+    found = request(10**12)
     less = replace(fit(found), decode_rows=3, micro_rows=2, grad_checkpoint=True)
     longer = for_longer(found, less, 400, PRIORS)[1]
     assert (longer.decode_rows, longer.micro_rows, longer.grad_checkpoint) == (3, 2, True)
 
 
 def test_longer_prompts_that_cannot_fit_take_the_fewest_rows():
-    found = asked(30 * 10**6)
+    found = request(30 * 10**6)
     longer = for_longer(found, fit(found), 100_000, PRIORS)[1]
     assert (longer.decode_rows, longer.prefill_rows, longer.micro_rows) == (1, 1, 1)
     assert longer.predicted_bytes > longer.limit_bytes

@@ -24,8 +24,14 @@ from localrl.memory.machine import Machine
 from localrl.memory.plan import MEASURED_SHARE, fit
 from localrl.memory.sizes import quantised, read_sizes
 from localrl.records import Batch, BatchNode
-from localrl.training.calibrate import calibrated, measure, peak_of
-from localrl.training.memory_plan import as_found, ask, make_plan, sizes_of, worth_measuring
+from localrl.training.calibrate import calibrate_plan, measure, peak_of
+from localrl.training.memory_plan import (
+    make_plan,
+    plan_request,
+    sizes_of,
+    with_engine,
+    worth_measuring,
+)
 
 MIB = 2**20
 MEASURED = Coefficients(linear=1.3, quadratic=0.8, measured=True)
@@ -125,7 +131,7 @@ def wish(sizes, limit=None, **settings):
     """What a run asks of a host of 1,000 GB, or under a limit of so many bytes."""
     machine = Machine("Linux", "cpu", total_bytes=10**12, available_bytes=10**12)
     given = {"model.path": "m", "model.engine": "mlx", **settings}  # others are counted
-    made = ask(RunConfig.create(given), sizes, machine)
+    made = plan_request(RunConfig.create(given), sizes, machine)
     return replace(made, limit=Limit(limit, "a test", from_machine=False)) if limit else made
 
 
@@ -134,7 +140,7 @@ def test_constants_hold_for_one_shape_one_adapter_and_one_mlx(monkeypatch):
 
     def key(sizes=sizes, **settings):
         made = wish(sizes, **settings)
-        return key_of(made.sizes, made.jobs[made.plan.group_size], made.plan)
+        return key_of(made.sizes, made.workloads[made.plan.group_size], made.plan)
 
     # Where the files are, and what is asked of the model, does not matter.
     assert key() == key(read_sizes(tiny.CONFIG)) == key(**{"rollout.group_size": 8})
@@ -163,7 +169,7 @@ def test_stored_constants_are_used_next_time_but_for_group_and_length(tmp_path, 
     assert not first.measured
     assert worth_measuring(config, made, first)
     remember(
-        key_of(sizes, made.jobs[8], made.plan),
+        key_of(sizes, made.workloads[8], made.plan),
         Coefficients(linear=0.5, quadratic=0.5, measured=True),
     )
     second = make_plan(config, made)
@@ -245,18 +251,18 @@ def test_after_two_short_passes_the_prediction_holds(learner, tmp_path, monkeypa
     updater, sizes = learner
     made = wish(sizes, 10**9, **WANTED)
     before, warned = weights(updater), []
-    plan = calibrated(updater, made, made.plan, warned.append, anew=False)
+    plan = calibrate_plan(updater, made, made.plan, warned.append, anew=False)
     assert warned == []
     assert plan.measured
-    job = made.jobs[4]
-    coefficients = recall(key_of(sizes, job, plan))
+    workload = made.workloads[4]
+    coefficients = recall(key_of(sizes, workload, plan))
     assert coefficients is not None
     for micro_rows in (4, 1):
         now = replace(plan, micro_rows=micro_rows)
         batch = long_batch(1, 4, 64, 192, sizes.vocabulary)
         gc.collect()
         measured = peak_of(lambda batch=batch, now=now: updater.gradient(batch, now))
-        predicted = estimate(sizes, job, now, coefficients).update
+        predicted = estimate(sizes, workload, now, coefficients).update
         assert abs(predicted - measured) < max(0.1 * measured, 16 * MIB), (predicted, measured)
     after = weights(updater)
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -289,7 +295,7 @@ def test_what_no_constants_explain_is_said_and_priors_stay(learner, monkeypatch)
     made = wish(sizes, 10**9, **SHORT)
     monkeypatch.setattr(probing, "peak_of", lambda work: 10**12)
     warned = []
-    assert calibrated(updater, made, made.plan, warned.append, anew=False) == made.plan
+    assert calibrate_plan(updater, made, made.plan, warned.append, anew=False) == made.plan
     assert "the plan rests on priors" in warned[0]
 
 
@@ -299,7 +305,7 @@ def test_what_cannot_be_stored_is_said_and_used(learner, tmp_path, monkeypatch):
     updater, sizes = learner
     made = wish(sizes, 10**9, **SHORT)
     warned = []
-    assert calibrated(updater, made, made.plan, warned.append, anew=False).measured
+    assert calibrate_plan(updater, made, made.plan, warned.append, anew=False).measured
     assert "are not stored" in warned[0]
 
 
@@ -309,23 +315,23 @@ def test_calibrating_anew_may_change_group_and_length(learner, tmp_path, monkeyp
     updater, sizes = learner
     made = wish(sizes, 10**9, **SHORT)
     short = replace(made.plan, max_completion_tokens=24)
-    kept = calibrated(updater, made, short, print, anew=False)
+    kept = calibrate_plan(updater, made, short, print, anew=False)
     assert kept.max_completion_tokens == 24
-    anew = calibrated(updater, made, short, print, anew=True)
+    anew = calibrate_plan(updater, made, short, print, anew=True)
     assert anew.max_completion_tokens == 32
     assert anew.predicted_bytes <= MEASURED_SHARE * 10**9
 
 
 def test_constants_of_another_formula_are_not_taken(monkeypatch):
     made = wish(read_sizes(tiny.CONFIG))
-    job = made.jobs[made.plan.group_size]
+    workload = made.workloads[made.plan.group_size]
     keys = {
-        key_of(made.sizes, replace(job, engines=(engine,)), made.plan)
+        key_of(made.sizes, replace(workload, engines=(engine,)), made.plan)
         for engine in BY_NAME.values()
     }
-    assert key_of(made.sizes, job, made.plan) in keys  # as its sizes let expect
+    assert key_of(made.sizes, workload, made.plan) in keys  # as its sizes let expect
     monkeypatch.setattr(calibration, "FORMULA", -1)
-    assert key_of(made.sizes, job, made.plan) not in keys
+    assert key_of(made.sizes, workload, made.plan) not in keys
     assert len(keys) == 2
 
 
@@ -336,8 +342,8 @@ def test_a_model_that_mlx_has_to_compute_gets_another_plan():
     limit = made.needed(made.plan)
     made = replace(made, limit=replace(made.limit, bytes=limit))
     plan = fit(made)
-    assert as_found(made, plan, engine="cpu", fixed=False)[1] == plan
-    assert as_found(made, plan, engine="mlx", fixed=True)[1] == plan
-    asked, found = as_found(made, plan, engine="mlx", fixed=False)
+    assert with_engine(made, plan, engine="cpu", fixed=False)[1] == plan
+    assert with_engine(made, plan, engine="mlx", fixed=True)[1] == plan
+    request, found = with_engine(made, plan, engine="mlx", fixed=False)
     assert found.micro_rows < plan.micro_rows
-    assert asked.estimate(found).peak <= limit < asked.estimate(plan).peak
+    assert request.estimate(found).peak <= limit < request.estimate(plan).peak

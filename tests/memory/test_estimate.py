@@ -23,7 +23,7 @@ from localrl.learning.update import Updater
 from localrl.memory.estimate import (
     OTHER,
     Coefficients,
-    Job,
+    Workload,
     estimate,
     paths_at_once,
     told,
@@ -45,7 +45,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 SIZES = read_sizes(CONFIG)
-JOB = Job(
+JOB = Workload(
     prompts=4,
     evaluated=0,
     leaves=8,
@@ -128,10 +128,10 @@ def test_what_stays_is_what_mlx_holds_after_loading(tmp_path, bits, dense):
     assert found.stays - OTHER == pytest.approx(held, rel=0.05)
 
 
-def lengths(field, job=JOB, **changes):
+def lengths(field, workload=JOB, **changes):
     """A part's bytes at completions of 64, 128, 192, ... tokens."""
     plans = [replace(PLAN, max_completion_tokens=64 * n, **changes) for n in range(1, 7)]
-    return [getattr(estimate(SIZES, job, plan), field) for plan in plans]
+    return [getattr(estimate(SIZES, workload, plan), field) for plan in plans]
 
 
 def differences(values):
@@ -139,18 +139,18 @@ def differences(values):
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-@pytest.mark.parametrize("job", [JOB, TREE], ids=["flat", "tree"])
-def test_the_update_is_a_polynomial_of_the_second_degree(job, grad_checkpoint):
-    job = replace(job, float_bytes=2)  # MLX computes it, on Metal
-    once = {"job": job, "grad_checkpoint": grad_checkpoint, "head_chunk": 1}
+@pytest.mark.parametrize("workload", [JOB, TREE], ids=["flat", "tree"])
+def test_the_update_is_a_polynomial_of_the_second_degree(workload, grad_checkpoint):
+    workload = replace(workload, float_bytes=2)  # MLX computes it, on Metal
+    once = {"workload": workload, "grad_checkpoint": grad_checkpoint, "head_chunk": 1}
     linear, quadratic = lengths("linear", **once), lengths("quadratic", **once)
     assert all(abs(d) <= 4 for d in differences(differences(linear)))  # rounded to bytes
     second = differences(differences(quadratic))
     assert min(second) > 0
     assert max(second) - min(second) <= 4
     assert lengths("head", **once) == [0] * 6
-    gradients = estimate(SIZES, job, PLAN).gradients
-    stays = estimate(SIZES, job, PLAN).stays
+    gradients = estimate(SIZES, workload, PLAN).gradients
+    stays = estimate(SIZES, workload, PLAN).stays
     parts = [stays + sum(two) + gradients for two in zip(linear, quadratic, strict=True)]
     assert all(peak >= part for peak, part in zip(lengths("peak", **once), parts, strict=True))
 
@@ -181,11 +181,13 @@ def test_shared_prompts_count_once():
     assert shared.linear < 4 * estimate(SIZES, JOB, replace(long, micro_rows=1)).linear
 
 
-@pytest.mark.parametrize("job", [JOB, TREE], ids=["flat", "tree"])
-def test_recomputing_blocks_takes_less(job):
+@pytest.mark.parametrize("workload", [JOB, TREE], ids=["flat", "tree"])
+def test_recomputing_blocks_takes_less(workload):
     for size in (2, 4):
         plans = (replace(PLAN, grad_checkpoint=on) for on in (False, True))
-        plain, again = (estimate(SIZES, replace(job, float_bytes=size), plan) for plan in plans)
+        plain, again = (
+            estimate(SIZES, replace(workload, float_bytes=size), plan) for plan in plans
+        )
         assert again.linear < plain.linear
         assert again.quadratic < plain.quadratic or size == 4
         assert again.rollout == plain.rollout
@@ -242,21 +244,21 @@ def test_nothing_is_learned_where_nothing_trains():
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-@pytest.mark.parametrize("job", [JOB, TREE], ids=["flat", "tree"])
-def test_more_never_takes_less(job, grad_checkpoint):
+@pytest.mark.parametrize("workload", [JOB, TREE], ids=["flat", "tree"])
+def test_more_never_takes_less(workload, grad_checkpoint):
     plan = replace(PLAN, grad_checkpoint=grad_checkpoint)
-    was = estimate(SIZES, job, plan).peak
+    was = estimate(SIZES, workload, plan).peak
     for name in ("decode_rows", "prefill_rows", "micro_rows", "max_prompt_tokens",
                  "max_completion_tokens", "head_chunk"):  # fmt: skip
         for times in (2, 3, 8):
             more = replace(plan, **{name: times * getattr(plan, name)})
-            assert estimate(SIZES, job, more).peak >= was, name
+            assert estimate(SIZES, workload, more).peak >= was, name
     for name in ("prompts", "evaluated", "rank", "leaves"):
-        more = replace(job, **{name: 3 * getattr(job, name) + 30})
+        more = replace(workload, **{name: 3 * getattr(workload, name) + 30})
         assert estimate(SIZES, more, plan).peak >= was, name
     for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
         more = read_sizes({**CONFIG, name: 3 * CONFIG[name]})
-        assert estimate(more, job, plan).peak > was, name
+        assert estimate(more, workload, plan).peak > was, name
 
 
 def test_a_chunk_bounds_the_logits():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from localrl.memory.known import find_known, known_names
+from localrl.memory.known_models import find_known, known_names
 from localrl.memory.sizes import FULL, kv_bytes, parameters, read_sizes, weight_bytes
 
 PUBLISHED = {

@@ -12,8 +12,8 @@ from localrl.config import RunConfig
 from localrl.engines.memory import engines_for
 from localrl.engines.mlx.memory import HEAD_MOST
 from localrl.errors import MemoryBudgetError
-from localrl.memory.estimate import OTHER, PRIORS, Coefficients, Estimate, Job
-from localrl.memory.known import find_known
+from localrl.memory.estimate import OTHER, PRIORS, Coefficients, Estimate, Workload
+from localrl.memory.known_models import find_known
 from localrl.memory.limit import Limit, parse_limit
 from localrl.memory.machine import Machine, mac
 from localrl.memory.plan import (
@@ -22,16 +22,16 @@ from localrl.memory.plan import (
     LEAST_LENGTH,
     LOGIT_BYTES,
     PRIOR_SHARE,
-    Asked,
+    PlanRequest,
     cache_bytes,
     changes,
     fit,
+    initial_plan,
     refit,
-    wanted,
 )
 from localrl.memory.sizes import read_sizes
 from localrl.records import MemoryPlan
-from localrl.training.memory_plan import ask
+from localrl.training.memory_plan import plan_request
 
 MIB = 2**20
 CONFIG = {
@@ -52,16 +52,16 @@ IN_MLX = {"model.engine": "mlx"}
 TREE = {"rollout.strategy": "tree", "rollout.group_size": 8, "rollout.roots": 1}
 
 
-def asked(limit=None, model=None, machine=HOST, **settings) -> Asked:
+def request(limit=None, model=None, machine=HOST, **settings) -> PlanRequest:
     """What a run on that model asks, under a limit of so many bytes; None: the machine's own."""
     config = RunConfig.create({"model.path": "m", **settings})
-    made = ask(config, read_sizes(model or CONFIG), machine)
+    made = plan_request(config, read_sizes(model or CONFIG), machine)
     return replace(made, limit=Limit(limit, "a test", from_machine=False)) if limit else made
 
 
 def want(**settings) -> MemoryPlan:
     config = RunConfig.create({"model.path": "m", **settings})
-    return wanted(config, vocabulary=1000, on_cpu=True, threads=2)
+    return initial_plan(config, vocabulary=1000, on_cpu=True, threads=2)
 
 
 def test_sizes_that_were_asked_for_are_kept():
@@ -90,21 +90,21 @@ def test_they_are_not_more_than_there_is():
 )
 def test_the_base_is_dequantised_on_the_cpu_or_where_it_is_wished(wish, on_cpu, dense):
     config = RunConfig.create({"model.path": "m", "memory.dequantise": wish})
-    assert wanted(config, vocabulary=9, on_cpu=on_cpu, threads=None).dequantise is dense
+    assert initial_plan(config, vocabulary=9, on_cpu=on_cpu, threads=None).dequantise is dense
 
 
 def test_logits_stay_below_a_constant_as_the_vocabulary_grows():
     for vocabulary in (100, 1000, 32_000, 151_936, 262_144, 1_000_000, 4_000_000):
-        made = asked(model=CONFIG | {"vocab_size": vocabulary})
+        made = request(model=CONFIG | {"vocab_size": vocabulary})
         targets = made.plan.micro_rows * 256
         assert made.plan.head_chunk == max(1, min(targets, LOGIT_BYTES // (4 * vocabulary)))
         assert made.estimate(made.plan).head <= HEAD_MOST * LOGIT_BYTES
     # One row is the least there is.
-    assert asked(model=CONFIG | {"vocab_size": 10_000_000}).plan.head_chunk == 1
+    assert request(model=CONFIG | {"vocab_size": 10_000_000}).plan.head_chunk == 1
 
 
 @dataclass(frozen=True)
-class ByHand(Asked):
+class ByHand(PlanRequest):
     """Costs that can be worked by hand, in MiB: `a` always, and by what the plan has."""
 
     micro: int = 0
@@ -137,11 +137,12 @@ def by_hand(room: float, *, dense=False, may_checkpoint=True, tree=False, **cost
         max_completion_tokens=64, dequantise=dense,
     )  # fmt: skip
     engines = engines_for("mlx")  # whose costs are not counted
-    jobs = {
-        n: Job(2, 0, n, tree, False, 4, 0, (), 4, engines) for n in ((8, 4, 2) if tree else (8,))
+    workloads = {
+        n: Workload(2, 0, n, tree, False, 4, 0, (), 4, engines)
+        for n in ((8, 4, 2) if tree else (8,))
     }
     limit = Limit(round(room * MIB / PRIOR_SHARE) + 1, "a test", from_machine=False)
-    return ByHand(plan, read_sizes(CONFIG), jobs, limit, may_checkpoint, **costs)
+    return ByHand(plan, read_sizes(CONFIG), workloads, limit, may_checkpoint, **costs)
 
 
 # 10 + 8 for a row (2 where blocks are recomputed) + 1 for a position of a chunk.
@@ -233,7 +234,7 @@ def test_the_reason_says_what_was_given_up():
     assert "gave up" not in fit(by_hand(114, decode=4, dense=True, tree=True)).reason
 
 
-def draw_case(draws: random.Random) -> Asked:
+def draw_case(draws: random.Random) -> PlanRequest:
     """A run on a model, both drawn at random."""
     heads = draws.choice([2, 4, 8])
     model = CONFIG | {
@@ -259,10 +260,10 @@ def draw_case(draws: random.Random) -> Asked:
         "task.eval_prompts": draws.choice([0, 10, 256]),
     }
     machine = replace(HOST, device=draws.choice(["cpu", "cuda"]))
-    return asked(model=model, machine=machine, **settings)
+    return request(model=model, machine=machine, **settings)
 
 
-def under(found: Asked, limit: float) -> Asked:
+def under(found: PlanRequest, limit: float) -> PlanRequest:
     return replace(found, limit=Limit(int(limit), "a test", from_machine=False))
 
 
@@ -285,7 +286,7 @@ def test_whatever_is_asked_a_plan_keeps_to_its_allowance(seed):
             found = fit(under(wish, limit))
         assert found.predicted_bytes == wish.estimate(found).peak
         assert found.predicted_bytes <= wish.share(found, PRIORS) * limit
-        assert found.group_size in wish.jobs
+        assert found.group_size in wish.workloads
         assert all(1 <= getattr(found, row) <= getattr(wish.plan, row) for row in ROWS)
         assert found.max_completion_tokens >= min(LEAST_LENGTH, wish.plan.max_completion_tokens)
         if share > 1:
@@ -298,7 +299,7 @@ def test_whatever_is_asked_a_plan_keeps_to_its_allowance(seed):
 
 def test_flat_groups_are_never_made_smaller_for_the_update():
     """Their completions are scored a few at a time anyhow."""
-    wish = asked(**{"rollout.group_size": 8})
+    wish = request(**{"rollout.group_size": 8})
     whole = wish.estimate(wish.plan).peak
     for share in (1.2, 0.8, 0.5, 0.3):
         found = fit(under(wish, share * whole))
@@ -307,12 +308,12 @@ def test_flat_groups_are_never_made_smaller_for_the_update():
 
 def test_where_no_limit_is_known_nothing_is_unpacked_unasked():
     blind = replace(HOST, total_bytes=None, available_bytes=None)
-    found = fit(asked(machine=blind))
+    found = fit(request(machine=blind))
     assert found.limit_bytes is None
     assert "available memory cannot be read" in found.reason
     assert not found.dequantise
-    assert found.predicted_bytes == asked().estimate(found).peak
-    dense = asked(machine=blind, model={k: v for k, v in CONFIG.items() if k != "quantization"})
+    assert found.predicted_bytes == request().estimate(found).peak
+    dense = request(machine=blind, model={k: v for k, v in CONFIG.items() if k != "quantization"})
     assert changes(dense.plan, fit(dense)) == {}
 
 
@@ -320,7 +321,7 @@ def test_where_no_limit_is_known_nothing_is_unpacked_unasked():
 def test_measurements_change_rows_alone(factor):
     coefficients = Coefficients(factor, factor, measured=True)
     for settings in (TREE, {}):
-        wish = asked(**settings, **IN_MLX)
+        wish = request(**settings, **IN_MLX)
         whole = wish.needed(wish.plan)
         for share in (1.0, 0.7, 0.5):
             before = fit(under(wish, share * whole))
@@ -337,7 +338,7 @@ def test_measurements_change_rows_alone(factor):
 @pytest.mark.parametrize("settings", [{}, TREE], ids=["flat", "tree"])
 @pytest.mark.parametrize("share", [0.0, 0.02])
 def test_measurements_that_leave_too_little_are_said_with_a_limit_that_does(settings, share):
-    wish = asked(**settings, **IN_MLX)
+    wish = request(**settings, **IN_MLX)
     limit = named_limit(refusal(lambda: fit(under(wish, MIB))))
     limit += int(share * wish.needed(wish.plan))
     coefficients = Coefficients(4.0, 4.0, 4.0, measured=True)
@@ -350,7 +351,7 @@ def test_measurements_that_leave_too_little_are_said_with_a_limit_that_does(sett
 def test_what_priors_promised_is_not_refused_for_a_little_more():
     """The limit that a refusal names does, also where the constants turn out a quarter larger."""
     for settings in ({}, TREE):
-        wish = asked(**settings, **IN_MLX)
+        wish = request(**settings, **IN_MLX)
         least = named_limit(refusal(lambda wish=wish: fit(under(wish, MIB))))
         room = under(wish, least)
         found = refit(room, fit(room), Coefficients(1.25, 1.25, 1.25, measured=True))
@@ -360,12 +361,12 @@ def test_what_priors_promised_is_not_refused_for_a_little_more():
 def test_what_is_counted_may_take_more_of_the_limit():
     """Under its own peak and a fifth nothing but rows is given up: packed weights are slow."""
     dense = {key: value for key, value in CONFIG.items() if key != "quantization"}
-    wish, other = asked(model=dense), asked(model=dense, **IN_MLX)
+    wish, other = request(model=dense), request(model=dense, **IN_MLX)
     assert wish.counted(wish.plan)
     assert not other.counted(other.plan)
     assert (wish.share(wish.plan, PRIORS), other.share(other.plan, PRIORS)) == (0.85, PRIOR_SHARE)
     assert "MB counted; limit" in fit(under(wish, 10**12)).reason
-    packed = asked(**{"memory.micro_rows": 64})
+    packed = request(**{"memory.micro_rows": 64})
     found = fit(under(packed, 1.2 * packed.estimate(packed.plan).peak))
     assert changes(packed.plan, found) == {}
     found = fit(under(packed, packed.estimate(packed.plan).peak))
@@ -391,8 +392,8 @@ def test_freed_buffers_have_a_share_of_the_limit():
     assert cache_bytes(10**8, on_cpu=True) == 5 * 10**6
 
 
-def on_mac(gigabytes: int, name: str, **settings) -> Asked:
-    return asked(model=find_known(f"mlx-community/{name}"), machine=mac(gigabytes), **settings)
+def on_mac(gigabytes: int, name: str, **settings) -> PlanRequest:
+    return request(model=find_known(f"mlx-community/{name}"), machine=mac(gigabytes), **settings)
 
 
 def test_the_smallest_mac_trains_the_smallest_qwen():
@@ -425,7 +426,7 @@ def test_larger_macs_have_larger_plans(name):
 
 
 def test_the_least_chunk_is_no_floor_for_who_asks_for_less():
-    wish = asked(**{"memory.head_chunk": LEAST_CHUNK // 2})
+    wish = request(**{"memory.head_chunk": LEAST_CHUNK // 2})
     whole = wish.estimate(wish.plan).peak
     assert fit(under(wish, whole)).head_chunk == LEAST_CHUNK // 2
 

@@ -18,8 +18,8 @@ from localrl.errors import Stopped
 from localrl.memory.adapting import smaller
 from localrl.processes.battery import Awake, Power, parse_pmset, read_supplies
 from localrl.processes.child import Restart
-from localrl.processes.heartbeat import Pulse
-from localrl.processes.stall_detector import Limits, Patience
+from localrl.processes.heartbeat import Heartbeat
+from localrl.processes.stall_detector import Patience, StallLimits
 from localrl.processes.supervisor import describe, supervise
 from localrl.records import MemoryPlan
 from localrl.runs.logs import read_jsonl
@@ -107,7 +107,7 @@ def test_explained_ends_are_passed_on(tmp_path, capsys, code):
     assert capsys.readouterr().err == ""
 
 
-QUICK = Limits(times=1.0, floor_s=0.1, cap_s=60.0, grace_s=0.2)
+QUICK = StallLimits(times=1.0, floor_s=0.1, cap_s=60.0, grace_s=0.2)
 """Ends a run soon once a step is done, and none before that, however busy the machine is."""
 STALL = """
 if life == 1:
@@ -160,7 +160,7 @@ def test_a_command_that_never_got_to_a_run_is_tried_again_as_it_was(tmp_path):
 
 
 def test_patience_by_hand():
-    patience = Patience(Limits(), now=0.0)
+    patience = Patience(StallLimits(), now=0.0)
     patience.beat(5.0)
     patience.beat(8.0)
     assert patience.limit_s == 900.0, "a step may hold slower work than what was seen"
@@ -177,7 +177,7 @@ def test_patience_by_hand():
 
 
 def test_who_slept_himself_blames_nobody():
-    patience = Patience(Limits(), now=0.0)
+    patience = Patience(StallLimits(), now=0.0)
     patience.beat(1.0)
     patience.beat(2.0)
     patience.settled = True
@@ -372,13 +372,13 @@ def test_on_battery_needs_a_supervisor(tmp_path):
 LISTENING = """
 if life == 1:
     from localrl.errors import Stopped
-    from localrl.processes.heartbeat import Pulse
+    from localrl.processes.heartbeat import Heartbeat
     from localrl.processes.child import Supervisor
-    pulse = Pulse()
-    Supervisor(channel, None).watch(pulse.stop)
+    heartbeat = Heartbeat()
+    Supervisor(channel, None).watch(heartbeat.stop)
     try:
         while True:
-            pulse.beat()
+            heartbeat.beat()
             time.sleep(0.01)
     except Stopped as stopped:
         (run / "reason").write_text(str(stopped))
@@ -395,7 +395,7 @@ def test_a_run_pauses_while_the_battery_is_low(tmp_path, capsys):
             return next(while_paused, PLUGGED)
         return low if (tmp_path / "lives").exists() else Power(True, 30)
 
-    limits = Limits(power_every_s=0.05)
+    limits = StallLimits(power_every_s=0.05)
     status, lives = supervised(LISTENING, tmp_path, power=power, limits=limits)
     assert next(while_paused, None) is None
     assert status == 0
@@ -467,23 +467,23 @@ def test_the_machine_is_kept_awake_on_mains_power_only(tmp_path):
 
 def test_a_sleep_of_the_machine_is_noticed_once():
     now, asleep, told, slept = [100.0], [7.0], [], []
-    pulse = Pulse(
+    heartbeat = Heartbeat(
         lambda: told.append(now[0]), awake=lambda: now[0], always=lambda: now[0] + asleep[0]
     )
-    pulse.on_sleep = slept.append
-    pulse.beat()
+    heartbeat.on_sleep = slept.append
+    heartbeat.beat()
     asleep[0] += 9.0  # too short
     now[0] += 0.5
-    pulse.beat()
+    heartbeat.beat()
     asleep[0] += 3600.0
     now[0] += 1.0
-    pulse.beat()
-    pulse.beat()
+    heartbeat.beat()
+    heartbeat.beat()
     assert slept == [3600.0]
     assert told == [100.0, 101.5]
-    pulse.stop("enough")
+    heartbeat.stop("enough")
     with pytest.raises(Stopped, match="enough"):
-        pulse.beat()
+        heartbeat.beat()
 
 
 def test_a_smaller_plan_changes_sizes_of_batches_alone():

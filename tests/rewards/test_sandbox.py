@@ -27,7 +27,7 @@ from localrl.rewards.sandbox import (
     profile,
     unsafe_sandbox,
 )
-from localrl.rewards.sandbox_process import PYTHON, Limits, Outcome, SandboxError
+from localrl.rewards.sandbox_process import PYTHON, Outcome, SandboxError, SandboxLimits
 from localrl.rewards.sandbox_proof import prove
 
 MB = 1 << 20
@@ -237,7 +237,9 @@ def test_nothing_is_left(sandbox: Sandbox, name: str) -> None:
         "except PermissionError: pass"
     )
     try:
-        with sandbox.start(program, Limits(2.0, 256 * MB, MB), pass_fds=[writing]) as process:
+        with sandbox.start(
+            program, SandboxLimits(2.0, 256 * MB, MB), pass_fds=[writing]
+        ) as process:
             os.close(writing)
             process.wait()
             # Root has no limit on processes but what is seen from outside, every 20 ms: on a busy
@@ -253,10 +255,10 @@ def test_it_ends_with_a_parent_that_is_killed(sandbox: Sandbox, tmp_path: Path) 
     reading, writing = os.pipe()
     script = (
         "from localrl.rewards.sandbox import *\n"
-        "from localrl.rewards.sandbox_process import Limits\n"
+        "from localrl.rewards.sandbox_process import SandboxLimits\n"
         f"s = next(s for s in candidates() if getattr(s, 'name', '') == {sandbox.name!r})\n"
         f"program = 'import os, time; os.write({writing}, bytes(1)); time.sleep({FOREVER_S})'\n"
-        f"limits = Limits({FOREVER_S}, 1 << 28, 100)\n"
+        f"limits = SandboxLimits({FOREVER_S}, 1 << 28, 100)\n"
         f"with s.start(program, limits, pass_fds=[{writing}]) as p: p.wait()\n"
     )
     environment = os.environ | {

@@ -9,7 +9,7 @@ from localrl.backend import mx
 from localrl.engines.mlx.decode import draw
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.records import Example
-from localrl.rollouts.batch import Ledger
+from localrl.rollouts.batch import DecodeLog
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.utils.rng import keyed_uniforms
@@ -67,7 +67,7 @@ def test_temperature_0_takes_the_likeliest_token_and_draws_nothing(either, examp
     def drawn(*_):
         raise AssertionError("a number was drawn")
 
-    monkeypatch.setattr(Ledger, "uniforms", drawn)
+    monkeypatch.setattr(DecodeLog, "uniforms", drawn)
     groups, _ = sample(either, examples, rows=4, temperature=0.0, group_size=1)
     assert_exact(either, groups)  # log-probabilities and entropies are those of temperature 1
     for group, completion in zip(groups, completions(groups), strict=True):

@@ -15,7 +15,7 @@ from localrl.records import Completion, Example, Group, Node
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.forking import PeriodicRule, Spacing, forks_per_path
 from localrl.rollouts.groups import Shape, sample_groups
-from localrl.rollouts.reuse import Earlier, Prefix, accepted, verified_prefix, verify
+from localrl.rollouts.reuse import CompletionCache, Prefix, accepted, verified_prefix, verify
 from localrl.rollouts.stops import make_stops
 
 TEXTS = ("12", "sum 1 2 3 and more of it", "a")
@@ -67,7 +67,7 @@ def first_visit(policy, step=1) -> list[Group]:
 
 def second_visit(policy, groups, *, lmax=LMAX, step=2):
     """(prefixes, groups, counts) of the next step under this policy."""
-    earlier = Earlier()
+    earlier = CompletionCache()
     earlier.add(groups)
     drafts = [
         earlier.drafts(example.id, prompt, COUNT, address=(0, step, example.id))
@@ -330,7 +330,7 @@ def test_tails_of_one_beginning_share_a_prefill(policy):
 
 
 def drafts(group: Group, count=9, key=0, prompt=None) -> Group | None:
-    earlier = Earlier()
+    earlier = CompletionCache()
     earlier.add([group])
     prompt = group.prompt_ids if prompt is None else prompt
     return earlier.drafts(group.example.id, prompt, count, address=(0, key))
@@ -374,7 +374,7 @@ def test_what_cannot_be_reused():
     failed = tuple(replace(leaf, finish_reason="error") for leaf in group.leaves)
     assert drafts(replace(group, leaves=failed)) is None
     assert drafts(replace(group, leaves=())) is None
-    assert Earlier().drafts("nothing", (1,), 3, address=(0,)) is None
+    assert CompletionCache().drafts("nothing", (1,), 3, address=(0,)) is None
 
 
 def named(name: str, size: int) -> Group:
@@ -382,7 +382,7 @@ def named(name: str, size: int) -> Group:
 
 
 def test_the_newest_groups_are_kept_as_far_as_there_is_room():
-    earlier = Earlier(most_tokens=18)  # groups of 3 tokens for each completion
+    earlier = CompletionCache(most_tokens=18)  # groups of 3 tokens for each completion
     earlier.add([named("a", 2), named("b", 2), named("c", 2)])
     assert len(earlier) == 3
     earlier.add([named("a", 1)])  # seen again: now b is the one longest unseen

@@ -12,7 +12,7 @@ from localrl.errors import ConfigError
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.rollouts.batch import Segment, TreeRequest
 from localrl.rollouts.decode import Decoder, LiveView
-from localrl.rollouts.stops import LONGEST_TEXT, Stops, Tails, make_stops
+from localrl.rollouts.stops import LONGEST_TEXT, RecentTokens, Stops, make_stops
 from localrl.utils.repetition import repeated_from
 
 NEVER = "@@@"
@@ -40,7 +40,7 @@ def loops_now(tokens: Sequence[int]) -> bool:
     return False
 
 
-def push(tails: Tails, *tokens: int) -> list[bool]:
+def push(tails: RecentTokens, *tokens: int) -> list[bool]:
     tails.push(np.array(tokens, np.uint32))
     return tails.loops().tolist()
 

@@ -11,7 +11,7 @@ from steps import gradient, plain_logprobs, pulled_back, relative_difference
 
 from localrl.learning.credit import assign_credit, token_coefficients
 from localrl.policy.scoring import group_logprobs
-from localrl.records import Example, Heard, ScoredGroup
+from localrl.records import EnvironmentReply, Example, ScoredGroup
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.rollouts.turns import Turns
@@ -40,9 +40,9 @@ class Echo:
         self.turns[number] += 1
         messages = ({"role": "assistant", "content": said.text},)
         if number in self.broken:
-            return Heard(number, messages, failed=True)
+            return EnvironmentReply(number, messages, failed=True)
         over = said.finish_reason != "stop" or self.turns[number] >= self.patience
-        return Heard(number, messages, () if over else self.says)
+        return EnvironmentReply(number, messages, () if over else self.says)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def policy(tmp_path_factory):
 FOUR = Shape(4, 4)
 
 
-def play(policy, answer, shape=FOUR, rows=64, rule=None, most=4, **settings):
+def run_turns(policy, answer, shape=FOUR, rows=64, rule=None, most=4, **settings):
     decoder = Decoder(policy, temperature=1.0, rows=rows)
     prompts = [policy.tokenizer.encode(example.messages) for example in EXAMPLES]
     return sample_groups(
@@ -86,7 +86,7 @@ def written(group, index):
 
 
 def test_turns_and_answers_take_turns(policy):
-    groups = play(policy, Echo())
+    groups = run_turns(policy, Echo())
     several = 0
     for group in groups:
         assert len(group.leaves) == 4
@@ -105,7 +105,7 @@ def test_turns_and_answers_take_turns(policy):
 
 
 def test_what_is_sampled_is_what_is_scored(policy):
-    for group in play(policy, Echo()):
+    for group in run_turns(policy, Echo()):
         now = group_logprobs(
             policy, [group], shared=True, micro_rows=64, head_chunk=64, temperature=1.0
         )[0]
@@ -122,20 +122,20 @@ def test_each_way_to_end(policy):
     reasons = {
         most: {
             leaf.finish_reason
-            for group in play(policy, Echo(2), most=most)
+            for group in run_turns(policy, Echo(2), most=most)
             for leaf in group.leaves
         }
         for most in (1, 2)
     }
     assert "turns" in reasons[1]
     assert reasons[2] <= {"stop", "length"}
-    short = play(policy, Echo(), longest=12)
+    short = run_turns(policy, Echo(), longest=12)
     assert {leaf.finish_reason for group in short for leaf in group.leaves} <= {"length", "turns"}
     assert max(len(c) for group in short for c in group.completions()) <= 12
 
 
 def test_an_answer_that_leaves_no_room_is_not_taken(policy):
-    groups = play(policy, Echo(says=SAYS * 20))
+    groups = run_turns(policy, Echo(says=SAYS * 20))
     for group in groups:
         for i, leaf in enumerate(group.leaves):
             assert len(written(group, i)) == 1
@@ -143,7 +143,7 @@ def test_an_answer_that_leaves_no_room_is_not_taken(policy):
 
 
 def test_a_broken_environment_ends_its_completion_alone(policy):
-    whole, broken = play(policy, Echo()), play(policy, Echo(broken=(1,)))
+    whole, broken = run_turns(policy, Echo()), run_turns(policy, Echo(broken=(1,)))
     assert broken[0].leaves[1].finish_reason == "error"
     for i in (0, 2, 3):
         assert written(whole[0], i) == written(broken[0], i)
@@ -151,7 +151,7 @@ def test_a_broken_environment_ends_its_completion_alone(policy):
 
 def test_a_turn_cut_off_is_told_but_not_answered(policy):
     echo = Echo()
-    groups = play(policy, echo, longest=3)
+    groups = run_turns(policy, echo, longest=3)
     cut = [said for said in echo.spoken if said.finish_reason == "length"]
     assert cut
     assert all(said.conversation is None for said in cut)
@@ -160,13 +160,13 @@ def test_a_turn_cut_off_is_told_but_not_answered(policy):
 
 @pytest.mark.parametrize("rows", [3])
 def test_the_rows_decoded_at_once_change_nothing(policy, rows):
-    whole, parts = play(policy, Echo()), play(policy, Echo(), rows=rows)
+    whole, parts = run_turns(policy, Echo()), run_turns(policy, Echo(), rows=rows)
     for one, other in zip(whole, parts, strict=True):
         assert [written(one, i) for i in range(4)] == [written(other, i) for i in range(4)]
 
 
 def test_other_prompts_and_rounds_have_other_draws(policy):
-    first, second = play(policy, Echo()), play(policy, Echo(), round=1)
+    first, second = run_turns(policy, Echo()), run_turns(policy, Echo(), round=1)
     pieces = [str(written(group, i)) for group in (*first, *second) for i in range(4)]
     assert len(set(pieces)) == len(pieces)
 
@@ -184,7 +184,7 @@ class EveryThird:
 
 
 def test_trees_fork_in_later_turns_too(policy):
-    groups = play(policy, Echo(), Shape(2, 6), rule=EveryThird())
+    groups = run_turns(policy, Echo(), Shape(2, 6), rule=EveryThird())
     forks = 0
     for group in groups:
         assert 2 <= len(group.leaves) <= 6
@@ -219,7 +219,7 @@ def scored(groups):
 def test_no_token_that_the_model_did_not_write_gets_gradient(policy, shape):
     """The update's gradient is that of a loss which does not contain these tokens."""
     rule = EveryThird() if shape.leaves > shape.roots else None
-    groups = scored(play(policy, Echo(), shape, rule=rule))
+    groups = scored(run_turns(policy, Echo(), shape, rule=rule))
     found, _ = gradient(policy, groups, clip_low=1.0, clip_high=1e6)
     plain = np.exp(np.array(plain_logprobs(policy.model, groups)))
     derivative, place = np.zeros(len(plain)), 0
@@ -253,7 +253,7 @@ def test_one_turn_is_a_plain_group(policy):
     prompts = [policy.tokenizer.encode(example.messages) for example in EXAMPLES]
     settings = {"rule": None, "max_completion_tokens": LONGEST, "seed": 1, "step": 2, "version": 5}
     plain = sample_groups(decoder, EXAMPLES, prompts, Shape(4, 4), **settings)
-    played = play(policy, Echo(patience=1))
+    played = run_turns(policy, Echo(patience=1))
     for one, other in zip(plain, played, strict=True):
         assert [written(one, i) for i in range(4)] == [written(other, i) for i in range(4)]
         assert [replace(leaf, messages=(), conversation=None) for leaf in other.leaves] == list(

@@ -11,7 +11,7 @@ import tiny
 from localrl.errors import ConfigError, DataError, RewardError
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.processes.worker import Worker
-from localrl.records import Example, Group, Leaf, Node, Spoken
+from localrl.records import Example, Group, Leaf, ModelTurn, Node
 from localrl.rewards.scoring import Scorer
 from localrl.tasks.environments import open_environments
 
@@ -66,7 +66,7 @@ class Talk:
         spoken = []
         for example, conversation, text in lines:
             ids = (*self.tokenizer.encode_text(text), 3)
-            spoken.append(Spoken(example, conversation, ids, text, reason))
+            spoken.append(ModelTurn(example, conversation, ids, text, reason))
         return self.environments.answer(spoken)
 
 
@@ -94,7 +94,7 @@ def test_an_environment_that_plays_in_text(worker, tokenizer):
 def test_an_answer_begins_with_the_end_token_where_the_model_wrote_none(worker, tokenizer):
     talk = Talk(worker, tokenizer, "Countdown")
     talk.environments.prompts([example(2)])
-    spoken = Spoken(example(2), None, tokenizer.encode_text("go"), "go", "closed")
+    spoken = ModelTurn(example(2), None, tokenizer.encode_text("go"), "go", "closed")
     (heard,) = talk.environments.answer([spoken])
     assert tokenizer.inner.decode(heard.token_ids) == "<end><user>1<assistant>"
 

@@ -15,7 +15,7 @@ from localrl.engines.cpu.buffers import SPARE
 from localrl.engines.cpu.decode import STEP
 from localrl.engines.cpu.merged import MOST_BYTES
 from localrl.engines.cpu.model import FAMILIES
-from localrl.memory.estimate import Job, paths_at_once
+from localrl.memory.estimate import Workload, paths_at_once
 from localrl.memory.sizes import FULL, Sizes
 from localrl.records import MemoryPlan
 
@@ -79,14 +79,16 @@ class CPUMemory:
         """The copy with adapters added in."""
         return merged_bytes(sizes)
 
-    def prefill(self, sizes: Sizes, job: Job, *, prompts: int, length: int) -> float:
+    def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes above the keys and values."""
         positions = prompts * length
         return prefill_bytes(sizes, Extent(positions, positions, 0, prompts, length, length))
 
-    def update(self, sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[float, float, float]:
+    def update(
+        self, sizes: Sizes, workload: Workload, plan: MemoryPlan
+    ) -> tuple[float, float, float]:
         """Bytes that grow with positions, of scores, and of the head's chunks."""
-        paths = paths_at_once(job, plan)
+        paths = paths_at_once(workload, plan)
         prompt, own = plan.max_prompt_tokens, plan.max_completion_tokens
         prompts, paths_own = math.ceil(paths / max(1, plan.group_size)) * prompt, paths * own
         extent = Extent(

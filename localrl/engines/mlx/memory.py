@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from localrl.engines.mlx.decode import CACHE_STEP
-from localrl.memory.estimate import Job, paths_at_once
+from localrl.memory.estimate import Workload, paths_at_once
 from localrl.memory.sizes import NONE, Sizes
 from localrl.records import MemoryPlan
 
@@ -71,15 +71,17 @@ class MLXMemory:
         """No copy."""
         return 0
 
-    def prefill(self, sizes: Sizes, job: Job, *, prompts: int, length: int) -> float:
+    def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Scores and states of one block at work."""
         scores = PREFILL_SCORES * sizes.heads * length * length
         states = PREFILL_STATES * length * sizes.width
-        return job.float_bytes * prompts * (scores + states)
+        return workload.float_bytes * prompts * (scores + states)
 
-    def update(self, sizes: Sizes, job: Job, plan: MemoryPlan) -> tuple[float, float, float]:
+    def update(
+        self, sizes: Sizes, workload: Workload, plan: MemoryPlan
+    ) -> tuple[float, float, float]:
         """Bytes that grow with positions, with their square, and of the head's chunks."""
-        paths, rows = paths_at_once(job, plan), NONE in sizes.windows
+        paths, rows = paths_at_once(workload, plan), NONE in sizes.windows
         length = plan.max_prompt_tokens + plan.max_completion_tokens
         if rows:  # families that do not share prompts
             positions, pairs = paths * length, paths * length**2
@@ -90,7 +92,7 @@ class MLXMemory:
             positions = trees * prompt + paths * plan.max_completion_tokens
             pairs = trees * prompt**2 + paths * plan.max_completion_tokens * length
             copied = paths * prompt * 2 * sizes.kv_heads * sizes.head_dim
-        one = _kept(sizes, job.rank) * positions + ANCESTORS * copied
+        one = _kept(sizes, workload.rank) * positions + ANCESTORS * copied
         states = positions * sizes.width
         attending = sum(window != NONE for window in sizes.windows)
         scores = pairs * sizes.heads
@@ -105,8 +107,8 @@ class MLXMemory:
         work = ONE_BLOCK * states + ONE_BLOCK_SCORES * scores
         if plan.grad_checkpoint:
             work += one + SCORES * scores
-        head = head_bytes(plan.head_chunk, targets, sizes.vocabulary) - job.float_bytes * work
-        size = job.float_bytes
+        head = head_bytes(plan.head_chunk, targets, sizes.vocabulary) - workload.float_bytes * work
+        size = workload.float_bytes
         return size * linear, size * quadratic, max(0.0, head)
 
 

@@ -46,14 +46,14 @@ class Prompts:
         padding = mx.array(length - self.lengths)
         return (mx.arange(length) >= padding[:, None])[:, None, None]
 
-    def take(self, wanted: np.ndarray) -> Prompts:
+    def take(self, initial_plan: np.ndarray) -> Prompts:
         """These prompts only, without a copy where they are all."""
-        if np.array_equal(wanted, np.arange(len(self.names))):
+        if np.array_equal(initial_plan, np.arange(len(self.names))):
             return self
-        lengths = self.lengths[wanted]
-        start, index = self.keys.shape[2] - int(lengths.max()), mx.array(wanted)
+        lengths = self.lengths[initial_plan]
+        start, index = self.keys.shape[2] - int(lengths.max()), mx.array(initial_plan)
         keys, values = (array[index][:, :, start:] for array in (self.keys, self.values))
-        return Prompts(tuple(self.names[i] for i in wanted), keys, values, lengths)
+        return Prompts(tuple(self.names[i] for i in initial_plan), keys, values, lengths)
 
     def join(self, other: Prompts) -> tuple[Prompts, np.ndarray]:
         """Both without repeats, and the place there of each of the other's."""

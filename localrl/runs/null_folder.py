@@ -10,7 +10,7 @@ from localrl.records import MemoryPlan
 from localrl.runs.logs import GroupRecord
 
 
-class Nowhere:
+class NullRunFolder:
     """Has the methods of a `RunFolder` that a run calls, and keeps nothing."""
 
     path = Path()
