@@ -53,7 +53,7 @@ def test_killed_at_random_until_it_is_done(tiny_folder, tmp_path):
     else:
         pytest.fail("it never came to an end")
     assert kills
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 101))
 
 
 def test_twenty_steps_end_within_noise(tiny_folder, tmp_path):
