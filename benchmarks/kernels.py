@@ -27,7 +27,7 @@ from localrl import backend
 from localrl.backend import kernels
 from localrl.engines.cpu.attention import Attention
 from localrl.engines.cpu.kernel_choice import NUMPY, Choice, Sizes, choose, using
-from localrl.engines.cpu.math import Linears, Norm, swiglu, swiglu_back, times
+from localrl.engines.cpu.math import FusedLinear, Norm, matmul, swiglu, swiglu_back
 from localrl.engines.cpu.sampling import draw
 
 MODELS = {
@@ -69,9 +69,9 @@ def of_rows(
     yield "gate back", lambda: swiglu_back(up, up, up.copy())
     for name, shape in {"gate and up": (2 * ffn, width), "down": (width, ffn)}.items():
         weight, columns = numbers(*shape), numbers(shape[1], n)
-        yield name, lambda a=weight, b=columns: times(a, b)
+        yield name, lambda a=weight, b=columns: matmul(a, b)
     weight, down, lora = numbers(2 * ffn, width), numbers(RANK, width), numbers(2 * ffn, RANK)
-    layers = Linears(weight, (slice(0, len(weight)),), None, down, lora)
+    layers = FusedLinear(weight, (slice(0, len(weight)),), None, down, lora)
     yield "adapted", lambda: layers(x)
 
 
@@ -84,10 +84,10 @@ def of_prompts(
         keys = numbers(rows, kv_heads, past + length, head_dim)
         valid = np.ones((rows, past), bool)
         attention = Attention(numbers(*shape), keys, keys, valid, head_dim**-0.5)
-        found, slope = attention.forward().copy(), numbers(*shape)
+        found, grad = attention.forward().copy(), numbers(*shape)
         name = f"{rows} x {length} behind {past}"
         yield f"attention {name}", attention.forward
-        yield f"attention back {name}", lambda a=attention, b=found, c=slope: a.back(b, c)
+        yield f"attention back {name}", lambda a=attention, b=found, c=grad: a.back(b, c)
 
 
 def least(work: Work, tries: int) -> float:

@@ -55,4 +55,4 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> None:
 
     modules = (attention, levels, buffers)
     for module in modules:
-        monkeypatch.setattr(module, "room", spoilt)
+        monkeypatch.setattr(module, "empty", spoilt)

@@ -17,7 +17,7 @@ from localrl.backend import mx
 from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import merged
-from localrl.engines.cpu.math import Linears
+from localrl.engines.cpu.math import FusedLinear
 from localrl.engines.cpu.weights import Weights
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.credit import assign_credit
@@ -185,7 +185,7 @@ class Columns:
         self._places = {}
         for counted, block in zip(self.blocks, policy.model.layers, strict=True):
             self._places[self._address(block.self_attn.q_proj.linear.weight)] = counted
-        call, merge = Linears.__call__, merged._merge
+        call, merge = FusedLinear.__call__, merged._merge
         logits = Weights.logits
 
         def count(linears, x):
@@ -208,7 +208,7 @@ class Columns:
         def refuse(*given, **options):
             raise AssertionError("MLX was to compute this")
 
-        monkeypatch.setattr(Linears, "__call__", count)
+        monkeypatch.setattr(FusedLinear, "__call__", count)
         monkeypatch.setattr(Weights, "logits", count_head)
         monkeypatch.setattr(merged, "_merge", count_too)
         monkeypatch.setattr(type(policy.model.model), "__call__", refuse)
@@ -305,13 +305,13 @@ def test_the_way_back_ends_at_the_lowest_adapter(tmp_path, monkeypatch):
     policy = array_policy(tmp_path / "model", "smollm3", layers=1)
     updater = make_updater(policy)
     batch = batch_of(updater, rollout(policy)[0])
-    back, calls = Linears.back, []
+    back, calls = FusedLinear.back, []
 
     def count(linears, *given):
         calls.append(linears)
         return back(linears, *given)
 
-    monkeypatch.setattr(Linears, "back", count)
+    monkeypatch.setattr(FusedLinear, "back", count)
     updater.gradient(batch, make_plan())
     # Of the last block's four inputs each on two levels.
     assert len(calls) == 4 * 2

@@ -83,7 +83,7 @@ def _page(found: Outlook, mac: int | None) -> str:
     basis = "measured on this machine" if plan.measured else "priors, not measured here"
     basis = "counted" if found.request.counted(plan) else basis
     lines += [f"{'peak':34}{show(found.estimate.peak):>14}   ({basis})", ""]
-    lines += [f"{'':34}{'initial_plan':>14}{'planned':>14}"]
+    lines += [f"{'':34}{'wanted':>14}{'planned':>14}"]
     for name in SIZES:
         wish, now = getattr(found.request.plan, name), getattr(plan, name)
         mark = "" if wish == now else "   gave way"

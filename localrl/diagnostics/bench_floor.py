@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.engines.cpu.math import times
+from localrl.engines.cpu.math import matmul
 from localrl.policy.model import Policy
 
 MATRIX = (32768, 1024)
@@ -51,9 +51,9 @@ def measure_rates() -> Rates:
     matrix, vector = np.ones(MATRIX, np.float32), np.ones((MATRIX[1], 1), np.float32)
     square = np.ones((SIDE, SIDE), np.float32)
     few = square[:, :FEW].copy()
-    read_s = _least(lambda: times(matrix, vector))
+    read_s = _least(lambda: matmul(matrix, vector))
     products_s = min(
-        _least(lambda: times(square, square)) / SIDE, _least(lambda: times(square, few)) / FEW
+        _least(lambda: matmul(square, square)) / SIDE, _least(lambda: matmul(square, few)) / FEW
     )
     return Rates(matrix.nbytes / read_s, 2 * SIDE**2 / products_s)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from localrl.backend import mx, tree_flatten
 from localrl.engines.cpu.engine import CPUEngine
-from localrl.engines.cpu.model import ArrayModel, UnfitError
+from localrl.engines.cpu.model import CPUModel, UnfitError
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.engines.mlx.network import open_network
 from localrl.engines.mlx.prefix_cache import PrefixCache, use_shared_prompts
@@ -101,7 +101,7 @@ def _in_arrays(
     Raises: ConfigError when `engine` insists on it and it does not.
     """
     try:
-        tried = CPUEngine(ArrayModel(model))
+        tried = CPUEngine(CPUModel(model))
         for prompts in (None, range(len(PROMPTS))):
             found = _batched(tried, prompts)
             error = np.max([difference(a, b) for a, b in zip(found, expected, strict=True)])

@@ -176,14 +176,14 @@ class _Settings:
         """The counts of config.json."""
         heads = self.whole("attention.head_count", most=MOST_HEADS)
         width = self.whole("embedding_length")
-        rotary = self.whole("rope.dimension_count", max(1, width // heads))
+        rope = self.whole("rope.dimension_count", max(1, width // heads))
         return {
             "hidden_size": width,
             "num_hidden_layers": self.whole("block_count", most=MOST_BLOCKS),
             "intermediate_size": self.whole("feed_forward_length"),
             "num_attention_heads": heads,
             "num_key_value_heads": self.whole("attention.head_count_kv", heads),
-            "head_dim": self.whole("attention.key_length", rotary),
+            "head_dim": self.whole("attention.key_length", rope),
             "max_position_embeddings": self.whole("context_length"),
         }
 

@@ -47,21 +47,21 @@ def policy_sums(
     log_ratio = logprobs - anchor_logprobs
     ratio = mx.exp(_row_means(log_ratio, rows) if objective.ratio == "sequence" else log_ratio)
     lowest, highest = 1 - objective.clip_low, 1 + objective.clip_high
-    held = mx.clip(ratio, lowest, highest)
-    bites_low, bites_high = coefficients < 0, coefficients > 0
+    clipped_ratio = mx.clip(ratio, lowest, highest)
+    low_active, high_active = coefficients < 0, coefficients > 0
     if objective.ratio == "none":
-        gain = coefficients * logprobs
-        bites_low = bites_high = mx.array(False)
+        surrogate = coefficients * logprobs
+        low_active = high_active = mx.array(False)
     elif objective.ratio == "weight":
-        gain = mx.stop_gradient(held) * coefficients * logprobs
-        bites_low = bites_high = coefficients != 0
+        surrogate = mx.stop_gradient(clipped_ratio) * coefficients * logprobs
+        low_active = high_active = coefficients != 0
     else:
-        gain = mx.minimum(ratio * coefficients, held * coefficients)
+        surrogate = mx.minimum(ratio * coefficients, clipped_ratio * coefficients)
     gap = mx.abs(log_ratio)
     return ObjectiveSums(
-        loss=-gain.sum(),
-        clipped_low=((ratio < lowest) & bites_low).sum(),
-        clipped_high=((ratio > highest) & bites_high).sum(),
+        loss=-surrogate.sum(),
+        clipped_low=((ratio < lowest) & low_active).sum(),
+        clipped_high=((ratio > highest) & high_active).sum(),
         gap=gap.sum(),
         gap_max=gap.max(),
         kl=mx.array(0.0),

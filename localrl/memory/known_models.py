@@ -53,9 +53,9 @@ def _shapes() -> dict[str, dict[str, Any]]:
 
 def _find(owner: str, model: str) -> Mapping[str, Any] | None:
     # The Hub has Llama 3.1 under two names, and its conversions under the older one.
-    initial_plan = model.lower().removeprefix("meta-")
+    requested = model.lower().removeprefix("meta-")
     for name, shape in _shapes().items():
         its_owner, _, its_model = name.lower().rpartition("/")
-        if its_model == initial_plan and owner.lower() in ("", its_owner):
+        if its_model == requested and owner.lower() in ("", its_owner):
             return shape
     return None

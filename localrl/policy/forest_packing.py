@@ -52,7 +52,7 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Planting:
+class PackedForest:
     """Some trees of a batch, laid out for one forward pass."""
 
     layout: Layout
@@ -66,27 +66,27 @@ class Planting:
     """Positions that the same paths take one row each."""
 
 
-def plant(batch: Batch, size: int) -> Iterator[Planting]:
+def pack_forest(batch: Batch, size: int) -> Iterator[PackedForest]:
     """The trees that have something to teach, as many at once as have `size` paths together.
 
     A tree is a root with what grew from it; one with more paths than that goes alone. Nodes below
     which nothing is trained are left out. Trees of one prompt stand together; prompts by length.
     """
     trees = _trees(batch)
-    plot, paths = _Plot(batch), 0
+    builder, paths = _ForestBuilder(batch), 0
     for root in sorted(trees, key=lambda root: _order(batch, root)):
         ends = _ends(batch, trees[root])
         if paths and paths + len(ends) > size:
-            yield plot.planting()
-            plot, paths = _Plot(batch), 0
-        plot.add(trees[root], ends)
+            yield builder.packed()
+            builder, paths = _ForestBuilder(batch), 0
+        builder.add(trees[root], ends)
         paths += len(ends)
     if paths:
-        yield plot.planting()
+        yield builder.packed()
 
 
 @dataclass(eq=False)
-class _Plot:
+class _ForestBuilder:
     """The branches of some trees while they are collected."""
 
     batch: Batch
@@ -119,10 +119,10 @@ class _Plot:
         self._added += 1
         self.row_positions += sum(self._length[n] for n in ends)
 
-    def planting(self) -> Planting:
+    def packed(self) -> PackedForest:
         """What has been collected, in levels."""
         branches = np.array([self._branch[n] for n in self.nodes])
-        return Planting(
+        return PackedForest(
             lay_out(self.branches),
             tuple(self.nodes),
             branches,

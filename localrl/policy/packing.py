@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.policy.forest_packing import Layout, plant
+from localrl.policy.forest_packing import Layout, pack_forest
 from localrl.records import Batch
 
 
@@ -64,11 +64,11 @@ def forest_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
 
     A tree with more paths than that is not cut.
     """
-    for planting in plant(batch, size):
-        nodes = [(batch.nodes[n], batch.nodes[n].trained) for n in planting.nodes]
-        starts = planting.layout.starts[planting.branches]
+    for packed in pack_forest(batch, size):
+        nodes = [(batch.nodes[n], batch.nodes[n].trained) for n in packed.nodes]
+        starts = packed.layout.starts[packed.branches]
         yield MicroBatch(
-            tokens=planting.layout,
+            tokens=packed.layout,
             sources=np.concatenate(
                 [start + np.flatnonzero(m) for start, (_, m) in zip(starts, nodes, strict=True)]
             ),
@@ -76,9 +76,9 @@ def forest_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
             coefficients=np.concatenate([node.coefficients[m] for node, m in nodes]),
             anchor_logprobs=np.concatenate([node.anchor_logprobs[m] for node, m in nodes]),
             kl_weights=np.concatenate([node.kl_weights[m] for node, m in nodes]),
-            rows=np.repeat(planting.trees, [int(m.sum()) for _, m in nodes]),
-            nodes=np.repeat(planting.nodes, [int(m.sum()) for _, m in nodes]),
-            saved_positions=planting.row_positions - planting.layout.positions,
+            rows=np.repeat(packed.trees, [int(m.sum()) for _, m in nodes]),
+            nodes=np.repeat(packed.nodes, [int(m.sum()) for _, m in nodes]),
+            saved_positions=packed.row_positions - packed.layout.positions,
         )
 
 

@@ -315,8 +315,8 @@ class Session(Components):
         if not self.ranks.is_main:
             return
         folder = self.folder / "adapter"
-        initial_plan = self.config.model
-        base_id = find_base_id(initial_plan.base_id, self.model_folder, initial_plan.path)
+        settings = self.config.model
+        base_id = find_base_id(settings.base_id, self.model_folder, settings.path)
         write_adapter(adapter_of(self.policy.model, base_id=base_id), folder)
 
     def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from localrl.backend import kernels
-from localrl.engines.cpu.buffers import room, zeros
+from localrl.engines.cpu.buffers import empty, zeros
 from localrl.engines.cpu.kernel_choice import steps
 from localrl.engines.cpu.math import softmax, softmax_back
 
@@ -43,7 +43,7 @@ class Attention:
 
     def forward(self) -> Heads:
         """What every query finds."""
-        found = room((*self.queries.shape[:-1], self.values.shape[-1]))
+        found = empty((*self.queries.shape[:-1], self.values.shape[-1]))
         if (c := self._steps) is not None:
             hidden = _hiding(self.valid)
             c.attend(self.queries, self.keys, self.values, hidden, found, self.scale)
@@ -53,28 +53,28 @@ class Attention:
             mine[...] = (weights @ self.values[rows, :, seen]).reshape(mine.shape)
         return found
 
-    def back(self, found: Heads, slope: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
-        """Slopes by queries, keys and values, from that by what was found."""
-        by_queries = room(self.queries.shape)
-        within = np.einsum("...i,...i->...", slope, found)[..., None]
+    def back(self, found: Heads, grad: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
+        """Gradients w.r.t. queries, keys and values, given `grad` w.r.t. the output."""
+        grad_queries = empty(self.queries.shape)
+        within = np.einsum("...i,...i->...", grad, found)[..., None]
         if (c := self._steps) is not None:
-            slopes = by_queries, room(self.keys.shape), room(self.values.shape)
-            given = self.queries, self.keys, self.values, _hiding(self.valid), within, slope
-            c.attend_back(*given, *slopes, self.scale)
-            return slopes
-        by_keys, by_values = zeros(self.keys.shape), zeros(self.values.shape)
-        scratch = room((self._rows * self._each,))
+            grads = grad_queries, empty(self.keys.shape), empty(self.values.shape)
+            given = self.queries, self.keys, self.values, _hiding(self.valid), within, grad
+            c.attend_back(*given, *grads, self.scale)
+            return grads
+        grad_keys, grad_values = zeros(self.keys.shape), zeros(self.values.shape)
+        scratch = empty((self._rows * self._each,))
         for rows, block, seen, weights in self._blocks():
-            mine, inner = _folded(slope[rows, :, :, block]), _folded(within[rows, :, :, block])
-            by_values[rows, :, seen] += weights.swapaxes(-1, -2) @ mine
+            mine, inner = _folded(grad[rows, :, :, block]), _folded(within[rows, :, :, block])
+            grad_values[rows, :, seen] += weights.swapaxes(-1, -2) @ mine
             by_scores = _within(scratch, weights.shape)
             np.matmul(mine, self.values[rows, :, seen].swapaxes(-1, -2), out=by_scores)
             softmax_back(weights, inner, by_scores, self.scale)
             queries = self.queries[rows, :, :, block]
-            by_keys[rows, :, seen] += by_scores.swapaxes(-1, -2) @ _folded(queries)
+            grad_keys[rows, :, seen] += by_scores.swapaxes(-1, -2) @ _folded(queries)
             by_block = by_scores @ self.keys[rows, :, seen]
-            by_queries[rows, :, :, block] = by_block.reshape(queries.shape)
-        return by_queries, by_keys, by_values
+            grad_queries[rows, :, :, block] = by_block.reshape(queries.shape)
+        return grad_queries, grad_keys, grad_values
 
     @property
     def _steps(self) -> ModuleType | None:
@@ -95,7 +95,7 @@ class Attention:
     def _blocks(self) -> Iterator[tuple[slice, slice, slice, np.ndarray]]:
         """Rows, their queries, the keys that these see, and the weights (rows, h, r * L, T)."""
         count, _, _, length, _ = self.queries.shape
-        scratch = room((self._rows * self._each,))
+        scratch = empty((self._rows * self._each,))
         for start in range(0, length, QUERIES):
             block = slice(start, min(start + QUERIES, length))
             for first in range(0, count, self._rows):
@@ -157,7 +157,7 @@ def as_heads(columns: np.ndarray, rows: int, size: int, kv_heads: int) -> Heads:
     """Columns (heads * size, R * L) as (R, kv_heads, r, L, size)."""
     heads = columns.shape[0] // size
     split = columns.reshape(kv_heads, heads // kv_heads, size, rows, -1)
-    found = room((rows, kv_heads, heads // kv_heads, split.shape[-1], size))
+    found = empty((rows, kv_heads, heads // kv_heads, split.shape[-1], size))
     found[...] = split.transpose(3, 0, 1, 4, 2)
     return found
 
@@ -165,6 +165,6 @@ def as_heads(columns: np.ndarray, rows: int, size: int, kv_heads: int) -> Heads:
 def as_columns(heads: Heads) -> np.ndarray:
     """The inverse of `as_heads`."""
     rows, kv_heads, more, length, size = heads.shape
-    found = room((kv_heads, more, size, rows, length))
+    found = empty((kv_heads, more, size, rows, length))
     found[...] = heads.transpose(1, 2, 4, 0, 3)
     return found.reshape(kv_heads * more * size, rows * length)

@@ -46,7 +46,7 @@ def _unused() -> int:
 UNUSED = _unused()
 
 
-class _Buffers:
+class BufferPool:
     """Those of one pass by how many numbers they hold."""
 
     def __init__(self) -> None:
@@ -84,38 +84,38 @@ class _Buffers:
             total -= 4 * size
 
 
-_buffers = _Buffers()
+_pool = BufferPool()
 
 
-def room(shape: tuple[int, ...]) -> np.ndarray:
+def empty(shape: tuple[int, ...]) -> np.ndarray:
     """An array to be written."""
     count = math.prod(shape)
-    return np.empty(shape, np.float32) if count < LARGE else _buffers.lend(count).reshape(shape)
+    return np.empty(shape, np.float32) if count < LARGE else _pool.lend(count).reshape(shape)
 
 
-def lasting(shape: tuple[int, ...]) -> np.ndarray:
+def persistent_zeros(shape: tuple[int, ...]) -> np.ndarray:
     """Zeros that will stay for many steps: MLX gets their memory as soon as they go."""
     return np.array(mx.zeros(shape), copy=False)
 
 
-def give_back() -> None:
+def release_all() -> None:
     """Forget all buffers, for a pass is over: each goes with the last array that looks at it."""
-    global _buffers
-    _buffers = _Buffers()
+    global _pool
+    _pool = BufferPool()
 
 
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
     """Zeros, in such room."""
-    found = room(shape)
+    found = empty(shape)
     found[...] = 0
     return found
 
 
-def columns(shape: tuple[int, ...]) -> np.ndarray:
+def empty_columns(shape: tuple[int, ...]) -> np.ndarray:
     """Room for columns; few of them are soon done with, and left to NumPy."""
-    return np.empty(shape, np.float32) if shape[-1] <= FEW else room(shape)
+    return np.empty(shape, np.float32) if shape[-1] <= FEW else empty(shape)
 
 
-def like(x: np.ndarray) -> np.ndarray:
+def empty_like(x: np.ndarray) -> np.ndarray:
     """Room for as many columns."""
-    return columns(x.shape)
+    return empty_columns(x.shape)

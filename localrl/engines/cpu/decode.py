@@ -17,10 +17,10 @@ from types import ModuleType
 import numpy as np
 
 from localrl.engines.cpu.attention import steps_for
-from localrl.engines.cpu.buffers import give_back, lasting
-from localrl.engines.cpu.forward import Pass
-from localrl.engines.cpu.math import Pair, quiet, softmax, swiglu
-from localrl.engines.cpu.model import ArrayModel
+from localrl.engines.cpu.buffers import persistent_zeros, release_all
+from localrl.engines.cpu.forward import ForwardPass
+from localrl.engines.cpu.math import KV, RopeTables, ignore_overflow, softmax, swiglu
+from localrl.engines.cpu.model import CPUModel
 from localrl.engines.cpu.sampling import draw, entropy
 from localrl.engines.cpu.weights import Block, Weights
 from localrl.policy.engine import Sampled
@@ -34,13 +34,13 @@ STEP = 64
 class CPUPrefilled:
     """Prompts (P) that rows go on from: see `Prefilled`."""
 
-    layers: list[Pair]
+    layers: list[KV]
     """Keys and values (P, kv_heads, L, head_dim) in every layer, padded on the right."""
     lengths: np.ndarray
     """(P,)"""
     weights: Weights
     """To go on with."""
-    model: ArrayModel
+    model: CPUModel
     last: np.ndarray
     """Logits (P, V) after each prompt."""
 
@@ -53,15 +53,15 @@ class CPUPrefilled:
         return self.last
 
 
-@quiet
-def prefill(model: ArrayModel, tokens: np.ndarray, lengths: np.ndarray) -> CPUPrefilled:
+@ignore_overflow
+def prefill(model: CPUModel, tokens: np.ndarray, lengths: np.ndarray) -> CPUPrefilled:
     """Run right-padded prompts (P, L)."""
     level = Level(tokens, lengths, np.zeros(0, np.int32))
-    one = Pass(model, [level], keep=False)
-    pairs: list[Pair] = []
+    one = ForwardPass(model, [level], keep=False)
+    pairs: list[KV] = []
     states = one.forward(pairs)[:, np.arange(len(lengths)) * tokens.shape[1] + lengths - 1]
     logits = one.weights.logits(np.ascontiguousarray(states))
-    give_back()
+    release_all()
     return CPUPrefilled(pairs, lengths, model.for_decoding(one.weights), model, logits)
 
 
@@ -70,7 +70,7 @@ class Prompt:
     """Keys and values (kv_heads, L, head_dim) of one prompt in every layer."""
 
     key: int
-    layers: tuple[Pair, ...]
+    layers: tuple[KV, ...]
     length: int
 
 
@@ -101,22 +101,24 @@ class CPUState:
         for place, (key, length) in enumerate(zip(prompts, prefilled.lengths, strict=True)):
             parts = tuple((k[place, :, :length], v[place, :, :length]) for k, v in prefilled.layers)
             self.prompts.append(Prompt(key, parts, int(length)))
-        self._layers = [(lasting(shape), lasting(shape)) for _ in prefilled.layers]
+        self._layers = [
+            (persistent_zeros(shape), persistent_zeros(shape)) for _ in prefilled.layers
+        ]
         self._seat()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @quiet
+    @ignore_overflow
     def step(self, tokens: np.ndarray) -> None:
         """Feed one more token (B,) to each row."""
         self._grow(int(self.lengths.max()) + 1)
         weights, positions = self._weights, self.starts + self.lengths
-        tables = {id(turn): turn.tables(positions) for turn in self._model.rotaries}
+        tables = {id(rotate): rotate.tables(positions) for rotate in self._model.ropes}
         mask = None if self._steps is not None else self._mask()
         x = np.ascontiguousarray(weights.embedding[tokens].T)  # (d, B)
         for n, block in enumerate(weights.blocks):
-            turns = tables[id(self._model.rotaries[n])]
+            turns = tables[id(self._model.ropes[n])]
             found = self._attend(n, block, block.attention_norm(x), turns, mask)
             x += block.output(found)[0]
             gate, up = block.gate_up(block.feed_forward_norm(x))
@@ -204,16 +206,16 @@ class CPUState:
         return np.where(allowed, np.float32(0), np.float32(-np.inf))[:, None, None]
 
     def _attend(
-        self, n: int, block: Block, x: np.ndarray, tables: Pair, mask: np.ndarray | None
+        self, n: int, block: Block, x: np.ndarray, tables: RopeTables, mask: np.ndarray | None
     ) -> np.ndarray:
         """What attention finds (heads * head_dim, B) for normed states (d, B) of layer n."""
-        model, turn, rows = self._model, self._model.rotaries[n].turn, x.shape[1]
+        model, rotate, rows = self._model, self._model.ropes[n].rotate, x.shape[1]
         queries, keys, values = (
             y.reshape(-1, model.head_dim, rows) for y in block.queries_keys_values(x)
         )
         if block.query_norm is not None and block.key_norm is not None:
             queries, keys = block.query_norm(queries), block.key_norm(keys)
-        keys, queries = turn(keys, tables), turn(queries, tables)
+        keys, queries = rotate(keys, tables), rotate(queries, tables)
         if (c := self._steps) is not None:
             return self._attend_in_c(c, n, queries, keys, values)
         self._write(n, keys, values)
@@ -294,9 +296,9 @@ def _whole(tokens: int) -> int:
     return -(-tokens // STEP) * STEP
 
 
-def _copied(pair: Pair, shape: tuple[int, ...], rows: np.ndarray, lengths: np.ndarray) -> Pair:
+def _copied(pair: KV, shape: tuple[int, ...], rows: np.ndarray, lengths: np.ndarray) -> KV:
     """A layer's own copy of these rows of a prefilled one."""
-    keys, values = lasting(shape), lasting(shape)
+    keys, values = persistent_zeros(shape), persistent_zeros(shape)
     for new, old in zip((keys, values), pair, strict=True):
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             new[i, :, :length] = old[row, :, :length]
@@ -306,7 +308,7 @@ def _copied(pair: Pair, shape: tuple[int, ...], rows: np.ndarray, lengths: np.nd
 def _gather(buffer: np.ndarray, keep: np.ndarray, used: int, tokens: int = 1) -> np.ndarray:
     """A new buffer with these rows' first `used` tokens, and room for at least `tokens`."""
     heads, size = buffer.shape[1], buffer.shape[3]
-    new = lasting((len(keep), heads, max(buffer.shape[2], _whole(tokens)), size))
+    new = persistent_zeros((len(keep), heads, max(buffer.shape[2], _whole(tokens)), size))
     for i, row in enumerate(keep):
         new[i, :, :used] = buffer[row, :, :used]
     return new
@@ -323,7 +325,7 @@ def _close(buffer: np.ndarray, keep: np.ndarray, used: int) -> np.ndarray:
 def _join(one: np.ndarray, two: np.ndarray, used: int) -> np.ndarray:
     """Rows of both, with room for more than `used` tokens."""
     heads, size = one.shape[1], one.shape[3]
-    new = lasting((len(one) + len(two), heads, _whole(used + 1), size))
+    new = persistent_zeros((len(one) + len(two), heads, _whole(used + 1), size))
     for start, old in ((0, one), (len(one), two)):
         length = min(used, old.shape[2])
         new[start : start + len(old), :, :length] = old[:, :, :length]

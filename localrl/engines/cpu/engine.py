@@ -11,15 +11,15 @@ import numpy as np
 from localrl.backend import mx
 from localrl.engines.cpu import decode, kernel_choice, logprobs
 from localrl.engines.cpu.kernel_choice import Choice
-from localrl.engines.cpu.model import ArrayModel
+from localrl.engines.cpu.model import CPUModel
 from localrl.policy.packing import MicroBatch
 
 
 @dataclass(frozen=True)
 class CPUEngine:
-    """Dense float32 models of the families that `ArrayModel` reads: see `Engine`."""
+    """Dense float32 models of the families that `CPUModel` reads: see `Engine`."""
 
-    model: ArrayModel
+    model: CPUModel
 
     @property
     def name(self) -> Literal["cpu"]:

@@ -14,108 +14,120 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from localrl.engines.cpu.attention import Attention, as_columns, as_heads
-from localrl.engines.cpu.levels import Ground
-from localrl.engines.cpu.math import Norm, Pair, quiet, swiglu, swiglu_back
-from localrl.engines.cpu.model import ArrayModel, Rotary
+from localrl.engines.cpu.levels import LevelContext
+from localrl.engines.cpu.math import (
+    KV,
+    LoraGrads,
+    Norm,
+    RopeTables,
+    ignore_overflow,
+    swiglu,
+    swiglu_back,
+)
+from localrl.engines.cpu.model import CPUModel, Rope
 from localrl.engines.cpu.weights import Block
 from localrl.policy.forest_packing import Level
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """What a block has made of a level, (.., R * L) columns but for keys and values."""
+class Activations:
+    """A block's activations for one level, as (.., R * L) columns; keys and values by head."""
 
     entered: np.ndarray
-    own: Pair
+    own: KV
     """Keys and values (R, kv_heads, L, head_dim)."""
     queries: np.ndarray | None = None
     """Before norm and positions, as the next one."""
     keys: np.ndarray | None = None
-    found: np.ndarray | None = None
-    """By attention."""
-    between: np.ndarray | None = None
-    """The states between attention and feed-forward layer."""
+    attn_out: np.ndarray | None = None
+    residual: np.ndarray | None = None
+    """States between attention and feed-forward layer."""
     gate: np.ndarray | None = None
     up: np.ndarray | None = None
 
 
-class Pass:
-    """One forward pass, and at most one way back."""
+class ForwardPass:
+    """One forward pass, and at most one backward pass."""
 
     def __init__(
-        self, model: ArrayModel, levels: Sequence[Level], *, keep: bool, recompute: bool = False
+        self, model: CPUModel, levels: Sequence[Level], *, keep: bool, recompute: bool = False
     ) -> None:
         """keep: for `back`. recompute: keep what goes into each block, and its keys and values."""
         self._model, self.weights = model, model.read()
         self._keep, self._recompute = keep, recompute
-        self.grounds: list[Ground] = []
+        self.levels: list[LevelContext] = []
         for level in levels:
-            self.grounds.append(Ground(level, self.grounds[-1] if self.grounds else None))
-        self._kept: list[list[Kept]] = []
-        self._tables: dict[tuple[int, int], Pair] = {}
+            self.levels.append(LevelContext(level, self.levels[-1] if self.levels else None))
+        self._kept: list[list[Activations]] = []
+        self._tables: dict[tuple[int, int], RopeTables] = {}
         self._lowest = self.weights.lowest_adapted
 
     @property
     def positions(self) -> int:
         """Of all levels, padding included."""
-        return sum(ground.level.tokens.size for ground in self.grounds)
+        return sum(context.level.tokens.size for context in self.levels)
 
-    @quiet
-    def forward(self, pairs: list[Pair] | None = None) -> np.ndarray:
+    @ignore_overflow
+    def forward(self, pairs: list[KV] | None = None) -> np.ndarray:
         """States (d, positions) before the last norm, of all levels one after another.
 
         pairs: gets the keys and values of the last level in each block.
         """
         weights = self.weights
         states = [
-            np.ascontiguousarray(weights.embedding[ground.level.tokens.ravel()].T)
-            for ground in self.grounds
+            np.ascontiguousarray(weights.embedding[context.level.tokens.ravel()].T)
+            for context in self.levels
         ]
         for n, block in enumerate(weights.blocks):
-            made: list[Kept] = []
-            above: Pair | None = None
+            made: list[Activations] = []
+            ancestors: KV | None = None
             for place, x in enumerate(states):
-                kept, above, states[place] = self._block(n, block, place, x, above)
+                kept, ancestors, states[place] = self._block(n, block, place, x, ancestors)
                 made.append(kept)
-            if pairs is not None and above is not None:
-                pairs.append(above)
+            if pairs is not None and ancestors is not None:
+                pairs.append(ancestors)
             if self._keep and n >= self._lowest:
                 self._kept.append(made)
         return np.concatenate(states, axis=1)
 
-    @quiet
-    def back(self, slope: np.ndarray) -> list[Pair]:
-        """Slopes by lora_a and lora_b of `ArrayModel.adapters`, from that by the states."""
-        edges = np.cumsum([ground.level.tokens.size for ground in self.grounds])[:-1]
-        slopes = [np.ascontiguousarray(part) for part in np.split(slope, edges, axis=1)]
-        found: list[list[Pair]] = []
+    @ignore_overflow
+    def back(self, grad: np.ndarray) -> list[LoraGrads]:
+        """Gradients w.r.t. the adapters of `CPUModel.adapters`, given `grad` w.r.t. the states."""
+        edges = np.cumsum([context.level.tokens.size for context in self.levels])[:-1]
+        grads = [np.ascontiguousarray(part) for part in np.split(grad, edges, axis=1)]
+        found: list[list[LoraGrads]] = []
         for n in reversed(range(self._lowest, len(self.weights.blocks))):
-            found.append(self._block_back(n, slopes))
+            found.append(self._block_back(n, grads))
         return [pair for pairs in reversed(found) for pair in pairs]
 
-    def _block_back(self, n: int, slopes: list[np.ndarray]) -> list[Pair]:
-        """Slopes by a block's adapters; `slopes` by what leaves it become those by what enters."""
-        kept, total = self._kept.pop(), list[Pair]()
-        pairs: list[Pair] = []
-        for ground, one in zip(self.grounds, kept, strict=True):
-            pairs.append(ground.behind(one.own, pairs[-1] if pairs else None))
-        below: Pair | None = None
+    def _block_back(self, n: int, grads: list[np.ndarray]) -> list[LoraGrads]:
+        """Gradients w.r.t. a block's adapters.
+
+        grads: w.r.t. the block's output, by level; they become those w.r.t. its input.
+        """
+        kept, total = self._kept.pop(), list[LoraGrads]()
+        pairs: list[KV] = []
+        for context, one in zip(self.levels, kept, strict=True):
+            pairs.append(context.with_ancestors(one.own, pairs[-1] if pairs else None))
+        below: KV | None = None
         for place in reversed(range(len(kept))):
-            above = pairs[place - 1] if place else None
-            back = _Back(self, n, place, self._again(n, place, kept.pop(), above), pairs.pop())
-            slopes[place], mine, by_pair = back.run(slopes[place], below, n > self._lowest)
-            if above is not None:
-                below = self.grounds[place].gather(by_pair, above)
+            ancestors = pairs[place - 1] if place else None
+            back = BlockBackward(
+                self, n, place, self._again(n, place, kept.pop(), ancestors), pairs.pop()
+            )
+            grads[place], mine, grad_kv = back.run(grads[place], below, n > self._lowest)
+            if ancestors is not None:
+                below = self.levels[place].scatter_to_parent(grad_kv, ancestors)
             total = _sums(total, mine) if total else mine
             del back
         return total
 
-    def _again(self, n: int, place: int, kept: Kept, above: Pair | None) -> Kept:
-        """What the block made of the level, computed once more where it was not kept."""
+    def _again(self, n: int, place: int, kept: Activations, ancestors: KV | None) -> Activations:
+        """The block's activations for the level, recomputed where they were not kept."""
         if kept.queries is not None:
             return kept
         block = self.weights.blocks[n]
-        return self._block(n, block, place, kept.entered, above, whole=True)[0]
+        return self._block(n, block, place, kept.entered, ancestors, whole=True)[0]
 
     def _block(
         self,
@@ -123,139 +135,141 @@ class Pass:
         block: Block,
         place: int,
         x: np.ndarray,
-        above: Pair | None,
+        ancestors: KV | None,
         whole: bool = False,
-    ) -> tuple[Kept, Pair, np.ndarray]:
+    ) -> tuple[Activations, KV, np.ndarray]:
         """What is kept of a level in a block, its keys and values, and the states after it.
 
-        above: keys and values of the level above. whole: keep all that the way back needs.
+        ancestors: keys and values of the parent level. whole: keep what the backward pass needs.
         """
         queries, keys, values = block.queries_keys_values(block.attention_norm(x))
         own = self._heads(place, self._positioned(n, place, block.key_norm, keys))
         own = own, self._heads(place, values)
-        pair = self.grounds[place].behind(own, above)
+        pair = self.levels[place].with_ancestors(own, ancestors)
         found = as_columns(self.attention(n, block, place, queries, pair).forward())
-        kept = Kept(x, own)
+        kept = Activations(x, own)
         whole = whole or (self._keep and not self._recompute)
         if whole:
-            kept = replace(kept, queries=queries, keys=keys, found=found)
+            kept = replace(kept, queries=queries, keys=keys, attn_out=found)
         del queries, keys, values
-        between = block.output(found)[0]
-        between += x
-        gate, up = block.gate_up(block.feed_forward_norm(between))
+        residual = block.output(found)[0]
+        residual += x
+        gate, up = block.gate_up(block.feed_forward_norm(residual))
         after = block.down(swiglu(gate, up))[0]
-        after += between
-        return replace(kept, between=between, gate=gate, up=up) if whole else kept, pair, after
+        after += residual
+        return replace(kept, residual=residual, gate=gate, up=up) if whole else kept, pair, after
 
     def _heads(self, place: int, columns: np.ndarray) -> np.ndarray:
         """Columns of keys or values as (R, kv_heads, L, head_dim)."""
-        model, rows = self._model, self.grounds[place].rows
+        model, rows = self._model, self.levels[place].rows
         return as_heads(columns, rows, model.head_dim, model.kv_heads)[:, :, 0]
 
     def attention(
-        self, n: int, block: Block, place: int, queries: np.ndarray, pair: Pair
+        self, n: int, block: Block, place: int, queries: np.ndarray, pair: KV
     ) -> Attention:
         """The attention of a level in a block, from its queries' columns."""
-        model, ground = self._model, self.grounds[place]
+        model, context = self._model, self.levels[place]
         turned = self._positioned(n, place, block.query_norm, queries)
-        heads = as_heads(turned, ground.rows, model.head_dim, model.kv_heads)
-        return Attention(heads, *pair, ground.valid, model.scale)
+        heads = as_heads(turned, context.rows, model.head_dim, model.kv_heads)
+        return Attention(heads, *pair, context.valid, model.scale)
 
     def _positioned(self, n: int, place: int, norm: Norm | None, columns: np.ndarray) -> np.ndarray:
         """Queries or keys, normed and turned."""
         split = self.split(columns)
-        rotary = self.rotary(n)
-        turned = rotary.turn(split if norm is None else norm(split), self.tables(n, place))
+        rope = self.rope(n)
+        turned = rope.rotate(split if norm is None else norm(split), self.tables(n, place))
         return turned.reshape(columns.shape)
 
     def split(self, columns: np.ndarray) -> np.ndarray:
         """(heads * head_dim, B) as (heads, head_dim, B)."""
         return columns.reshape(-1, self._model.head_dim, columns.shape[1])
 
-    def rotary(self, n: int) -> Rotary:
+    def rope(self, n: int) -> Rope:
         """Of block n."""
-        return self._model.rotaries[n]
+        return self._model.ropes[n]
 
-    def tables(self, n: int, place: int) -> Pair:
+    def tables(self, n: int, place: int) -> RopeTables:
         """Of a level's positions in block n."""
-        key = id(self.rotary(n)), place
+        key = id(self.rope(n)), place
         if key not in self._tables:
-            self._tables[key] = self.rotary(n).tables(self.grounds[place].positions)
+            self._tables[key] = self.rope(n).tables(self.levels[place].positions)
         return self._tables[key]
 
 
-class _Back:
-    """The way back through one block for one level."""
+class BlockBackward:
+    """The backward pass through one block for one level."""
 
-    def __init__(self, whole: Pass, n: int, place: int, kept: Kept, pair: Pair) -> None:
-        self._pass, self._n, self._place = whole, n, place
+    def __init__(self, whole: ForwardPass, n: int, place: int, kept: Activations, pair: KV) -> None:
+        self._forward_pass, self._n, self._place = whole, n, place
         self._kept, self._pair = kept, pair
         self._block = whole.weights.blocks[n]
 
     def run(
-        self, slope: np.ndarray, below: Pair | None, further: bool
-    ) -> tuple[np.ndarray, list[Pair], Pair]:
-        """Slopes by what entered, by the adapters, and by keys and values, ancestors included.
+        self, grad: np.ndarray, below: KV | None, need_grad_x: bool
+    ) -> tuple[np.ndarray, list[LoraGrads], KV]:
+        """Gradients w.r.t. the block's input, its adapters, and keys and values of all ancestors.
 
-        below: by the level's keys and values, from the levels below it. Without `further` the first
-        is not computed.
+        below: w.r.t. the level's keys and values, from its child levels. Without `need_grad_x` the
+        first is not computed.
         """
-        slope, feed_forward = self._feed_forward(slope)
-        block, kept, one = self._block, self._kept, self._pass
-        assert kept.found is not None
+        grad, feed_forward = self._feed_forward(grad)
+        block, kept, one = self._block, self._kept, self._forward_pass
+        assert kept.attn_out is not None
         assert kept.queries is not None
         assert kept.keys is not None
-        by_found, output = block.output.back(kept.found, [slope])
-        assert by_found is not None
-        by_queries, by_pair = self._attention(kept.queries, kept.found, by_found, below)
-        length = one.grounds[self._place].level.tokens.shape[1]
-        own = [as_columns(array[:, :, None, -length:]) for array in by_pair]
-        slopes = [
-            self._unpositioned(block.query_norm, kept.queries, by_queries),
+        grad_attn, output = block.output.back(kept.attn_out, [grad])
+        assert grad_attn is not None
+        grad_queries, grad_kv = self._attention(kept.queries, kept.attn_out, grad_attn, below)
+        length = one.levels[self._place].level.tokens.shape[1]
+        own = [as_columns(array[:, :, None, -length:]) for array in grad_kv]
+        grads = [
+            self._unpositioned(block.query_norm, kept.queries, grad_queries),
             self._unpositioned(block.key_norm, kept.keys, own[0]),
             own[1],
         ]
         normed = block.attention_norm(kept.entered)
-        by_normed, first = block.queries_keys_values.back(normed, slopes, further)
-        if by_normed is not None:
-            slope += block.attention_norm.back(kept.entered, by_normed)
-        return slope, [*first, *output, *feed_forward], by_pair
+        grad_normed, first = block.queries_keys_values.back(normed, grads, need_grad_x)
+        if grad_normed is not None:
+            grad += block.attention_norm.back(kept.entered, grad_normed)
+        return grad, [*first, *output, *feed_forward], grad_kv
 
     def _attention(
-        self, queries: np.ndarray, found: np.ndarray, by_found: np.ndarray, below: Pair | None
-    ) -> tuple[np.ndarray, Pair]:
-        """Slopes by the turned queries' columns, and by keys and values."""
-        attention = self._pass.attention(self._n, self._block, self._place, queries, self._pair)
+        self, queries: np.ndarray, found: np.ndarray, grad_attn: np.ndarray, below: KV | None
+    ) -> tuple[np.ndarray, KV]:
+        """Gradients w.r.t. the rotated queries' columns, and keys and values."""
+        attention = self._forward_pass.attention(
+            self._n, self._block, self._place, queries, self._pair
+        )
         rows, kv_heads, _, size = attention.keys.shape
-        folded = (as_heads(array, rows, size, kv_heads) for array in (found, by_found))
-        by_queries, by_keys, by_values = attention.back(*folded)
+        folded = (as_heads(array, rows, size, kv_heads) for array in (found, grad_attn))
+        grad_queries, grad_keys, grad_values = attention.back(*folded)
         if below is not None:
-            by_keys += below[0]
-            by_values += below[1]
-        return as_columns(by_queries), (by_keys, by_values)
+            grad_keys += below[0]
+            grad_values += below[1]
+        return as_columns(grad_queries), (grad_keys, grad_values)
 
-    def _feed_forward(self, slope: np.ndarray) -> tuple[np.ndarray, list[Pair]]:
-        """Slope by the states between, and by the adapters behind them."""
+    def _feed_forward(self, grad: np.ndarray) -> tuple[np.ndarray, list[LoraGrads]]:
+        """Gradients w.r.t. the residual after attention, and the feed-forward layer's adapters."""
         block, kept = self._block, self._kept
         assert kept.gate is not None
         assert kept.up is not None
-        assert kept.between is not None
-        by_product, down = block.down.back(swiglu(kept.gate, kept.up), [slope])
-        assert by_product is not None
-        slopes = swiglu_back(kept.gate, kept.up, by_product)
-        by_normed, gate_up = block.gate_up.back(block.feed_forward_norm(kept.between), slopes)
-        assert by_normed is not None
-        by_normed = block.feed_forward_norm.back(kept.between, by_normed)
-        by_normed += slope
-        return by_normed, [*gate_up, *down]
+        assert kept.residual is not None
+        grad_product, down = block.down.back(swiglu(kept.gate, kept.up), [grad])
+        assert grad_product is not None
+        grads = swiglu_back(kept.gate, kept.up, grad_product)
+        grad_normed, gate_up = block.gate_up.back(block.feed_forward_norm(kept.residual), grads)
+        assert grad_normed is not None
+        grad_normed = block.feed_forward_norm.back(kept.residual, grad_normed)
+        grad_normed += grad
+        return grad_normed, [*gate_up, *down]
 
-    def _unpositioned(self, norm: Norm | None, raw: np.ndarray, slope: np.ndarray) -> np.ndarray:
-        one = self._pass
-        slope = one.rotary(self._n).back(one.split(slope), one.tables(self._n, self._place))
+    def _unpositioned(self, norm: Norm | None, raw: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        one = self._forward_pass
+        grad = one.rope(self._n).back(one.split(grad), one.tables(self._n, self._place))
         if norm is not None:
-            slope = norm.back(one.split(raw), slope)
-        return slope.reshape(raw.shape)
+            grad = norm.back(one.split(raw), grad)
+        return grad.reshape(raw.shape)
 
 
-def _sums(one: Sequence[Pair], two: Sequence[Pair]) -> list[Pair]:
+def _sums(one: Sequence[LoraGrads], two: Sequence[LoraGrads]) -> list[LoraGrads]:
     return [(a + c, b + d) for (a, b), (c, d) in zip(one, two, strict=True)]

@@ -1,4 +1,4 @@
-"""Levels of a forest in NumPy: who is below whom, and the keys and values of ancestors."""
+"""Parent indices and ancestor keys and values of a token forest, level by level."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from functools import cached_property
 
 import numpy as np
 
-from localrl.engines.cpu.buffers import room, zeros
-from localrl.engines.cpu.math import Pair
+from localrl.engines.cpu.buffers import empty, zeros
+from localrl.engines.cpu.math import KV
 from localrl.policy.forest_packing import Level
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
-    """One level: its tokens, and what each position sees."""
+class LevelContext:
+    """A level of the forest, its parent level, and the positions that each row attends to."""
 
     level: Level
-    above: Ground | None
+    parent: LevelContext | None
 
     @property
     def rows(self) -> int:
@@ -27,10 +27,10 @@ class Ground:
     @cached_property
     def valid(self) -> np.ndarray:
         """(R, P) bool: positions of the levels above that are real ancestors."""
-        if self.above is None:
+        if self.parent is None:
             return np.zeros((self.rows, 0), bool)
-        own = np.arange(self.above.level.tokens.shape[1]) < self.above.level.lengths[:, None]
-        return np.concatenate([self.above.valid, own], axis=1)[self.level.parents]
+        own = np.arange(self.parent.level.tokens.shape[1]) < self.parent.level.lengths[:, None]
+        return np.concatenate([self.parent.valid, own], axis=1)[self.level.parents]
 
     @cached_property
     def positions(self) -> np.ndarray:
@@ -38,31 +38,34 @@ class Ground:
         length = self.level.tokens.shape[1]
         return (self.valid.sum(axis=1, keepdims=True) + np.arange(length)).ravel()
 
-    def behind(self, own: Pair, above: Pair | None) -> Pair:
+    def with_ancestors(self, own: KV, ancestors: KV | None) -> KV:
         """Keys and values (R, kv_heads, P + L, head_dim): the ancestors', then the level's own.
 
-        above: those of the level above, with its ancestors; None for the first level.
+        ancestors: the same of the parent level; None for the first level.
         """
-        if above is None:
+        if ancestors is None:
             return own
-        keys, values = (self._behind(*two) for two in zip(own, above, strict=True))
+        keys, values = (self._with_ancestors(*two) for two in zip(own, ancestors, strict=True))
         return keys, values
 
-    def _behind(self, own: np.ndarray, above: np.ndarray) -> np.ndarray:
+    def _with_ancestors(self, own: np.ndarray, ancestors: np.ndarray) -> np.ndarray:
         rows, heads, length, size = own.shape
-        both = room((rows, heads, above.shape[2] + length, size))
-        both[:, :, above.shape[2] :] = own
+        both = empty((rows, heads, ancestors.shape[2] + length, size))
+        both[:, :, ancestors.shape[2] :] = own
         for row, parent in enumerate(self.level.parents):
-            both[row, :, : above.shape[2]] = above[parent]
+            both[row, :, : ancestors.shape[2]] = ancestors[parent]
         return both
 
-    def gather(self, slopes: Pair, above: Pair) -> Pair:
-        """Slopes by the level above's (R', kv_heads, P, head_dim), from those by `behind`'s."""
-        keys, values = (self._gather(*two) for two in zip(slopes, above, strict=True))
+    def scatter_to_parent(self, grads: KV, ancestors: KV) -> KV:
+        """Gradients w.r.t. the parent level's keys and values (R', kv_heads, P, head_dim).
+
+        grads: w.r.t. what `with_ancestors` returned; a row's is added to its parent row's.
+        """
+        keys, values = (self._scatter(*two) for two in zip(grads, ancestors, strict=True))
         return keys, values
 
-    def _gather(self, slope: np.ndarray, above: np.ndarray) -> np.ndarray:
-        total = zeros(above.shape)
+    def _scatter(self, grad: np.ndarray, ancestors: np.ndarray) -> np.ndarray:
+        total = zeros(ancestors.shape)
         for row, parent in enumerate(self.level.parents):
-            total[parent] += slope[row, :, : above.shape[2]]
+            total[parent] += grad[row, :, : ancestors.shape[2]]
         return total

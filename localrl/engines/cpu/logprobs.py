@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx
-from localrl.engines.cpu.buffers import give_back, like, zeros
-from localrl.engines.cpu.forward import Pass
-from localrl.engines.cpu.math import quiet, times
-from localrl.engines.cpu.model import ArrayModel
+from localrl.engines.cpu.buffers import empty_like, release_all, zeros
+from localrl.engines.cpu.forward import ForwardPass
+from localrl.engines.cpu.math import ignore_overflow, matmul
+from localrl.engines.cpu.model import CPUModel
 from localrl.engines.cpu.sampling import target_logprobs
 from localrl.engines.cpu.weights import Weights
 from localrl.policy.forest_packing import Layout, Level
@@ -18,7 +18,7 @@ from localrl.policy.packing import MicroBatch
 
 
 def token_logprobs(
-    model: ArrayModel,
+    model: CPUModel,
     micro: MicroBatch,
     *,
     temperature: float,
@@ -31,12 +31,12 @@ def token_logprobs(
     gradient: keep what the gradient by the adapters needs; with `recompute` only what enters each
     block, and its keys and values.
     """
-    one = Pass(model, _levels(micro), keep=gradient, recompute=recompute)
+    one = ForwardPass(model, _levels(micro), keep=gradient, recompute=recompute)
     head = ChunkedHead(one.weights, micro.targets, temperature, head_chunk)
     layers = model.adapters()
     if not gradient or not layers:
         found = mx.array(head.logprobs(one.forward()[:, micro.sources]))
-        give_back()
+        release_all()
         return found
     states: list[np.ndarray] = []
 
@@ -46,11 +46,11 @@ def token_logprobs(
         return mx.array(head.logprobs(states[0], keep=True))
 
     def backward(_: Any, cotangent: mx.array, __: mx.array) -> tuple[mx.array, ...]:
-        slope = zeros((len(states[0]), one.positions))
+        grad = zeros((len(states[0]), one.positions))
         # Every position predicts one token.
-        slope[:, micro.sources] = head.back(states[0], np.array(cotangent))
-        found = tuple(mx.array(array) for pair in one.back(slope) for array in pair)
-        give_back()
+        grad[:, micro.sources] = head.back(states[0], np.array(cotangent))
+        found = tuple(mx.array(array) for pair in one.back(grad) for array in pair)
+        release_all()
         return found
 
     function: Any = mx.custom_function(forward)
@@ -76,29 +76,29 @@ class ChunkedHead:
         self._parts = [slice(start, start + chunk) for start in starts]
         self._expected: np.ndarray | None = None  # (d, N)
 
-    @quiet
+    @ignore_overflow
     def logprobs(self, states: np.ndarray, *, keep: bool = False) -> np.ndarray:
         """Log-probabilities (N,) of the targets from states (d, N). keep: for `back`."""
         found = np.empty(len(self._targets), np.float32)
         if keep:
-            self._expected = like(states)
+            self._expected = empty_like(states)
         for part in self._parts:
             logits = self._weights.logits(states[:, part])
             found[part] = target_logprobs(logits, self._targets[part], float(self._temperature))
             if self._expected is not None:
-                self._expected[:, part] = times(logits, self._weights.head.weight).T
+                self._expected[:, part] = matmul(logits, self._weights.head.weight).T
             del logits  # before the next ones are made
         return found
 
-    @quiet
-    def back(self, states: np.ndarray, slope: np.ndarray) -> np.ndarray:
-        """Slope by the states (d, N), from that by the log-probabilities (N,)."""
+    @ignore_overflow
+    def back(self, states: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        """Gradient w.r.t. the states (d, N), given `grad` w.r.t. the log-probabilities (N,)."""
         assert self._expected is not None
-        by_normed = like(states)
-        by_normed[...] = self._weights.head.weight[self._targets].T
-        by_normed -= self._expected
-        by_normed *= slope / self._temperature
-        return self._weights.norm.back(states, by_normed)
+        grad_normed = empty_like(states)
+        grad_normed[...] = self._weights.head.weight[self._targets].T
+        grad_normed -= self._expected
+        grad_normed *= grad / self._temperature
+        return self._weights.norm.back(states, grad_normed)
 
 
 def _levels(micro: MicroBatch) -> tuple[Level, ...]:

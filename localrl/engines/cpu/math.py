@@ -1,4 +1,4 @@
-"""Arithmetic of a transformer's block in NumPy, forward and back, on columns of states.
+"""Arithmetic of a transformer block in NumPy, forward and backward, on columns of states.
 
 A state is a column, one for each token: for a few tokens the BLAS is up to twice as fast with the
 weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `c/columns.h`,
@@ -13,14 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from localrl.backend import kernels
-from localrl.engines.cpu.buffers import columns, like
+from localrl.engines.cpu.buffers import empty_columns, empty_like
 from localrl.engines.cpu.kernel_choice import current, steps
 
-quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-"""Numbers of a model that diverges are looked for where they end up, in loss and adapters."""
+ignore_overflow = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+"""A diverging model's infinities are caught where they end up, in loss and adapters."""
 
-Pair = tuple[np.ndarray, np.ndarray]
-"""By an adapter's lora_a (in, rank) and lora_b (rank, out); or keys and values."""
+KV = tuple[np.ndarray, np.ndarray]
+"""Keys and values."""
+LoraGrads = tuple[np.ndarray, np.ndarray]
+"""Gradients w.r.t. an adapter's lora_a (in, rank) and lora_b (rank, out)."""
+RopeTables = tuple[np.ndarray, np.ndarray]
+"""Cosines and sines (head_dim, B)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +36,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        found = like(x)
+        found = empty_like(x)
         if (c := steps()) is not None:
             c.norm(np.ascontiguousarray(x), self.weight, found, self.eps)
             return found
@@ -42,32 +46,32 @@ class Norm:
         found *= self.weight
         return found
 
-    def back(self, x: np.ndarray, slope: np.ndarray) -> np.ndarray:
-        """Slope by x, from that by what was made of it; writes over the latter."""
+    def back(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        """Gradient w.r.t. x, given `grad` w.r.t. the output; overwrites `grad`."""
         if (c := steps()) is not None:
-            c.norm_back(np.ascontiguousarray(x), self.weight, slope, self.eps)
-            return slope
+            c.norm_back(np.ascontiguousarray(x), self.weight, grad, self.eps)
+            return grad
         size = np.float32(x.shape[-2])
         squares = np.einsum("...ib,...ib->...b", x, x)
         factor = 1 / np.sqrt(squares / size + np.float32(self.eps))
-        slope *= self.weight
-        along = np.einsum("...ib,...ib->...b", x, slope)
-        slope *= factor[..., None, :]
-        slope -= np.multiply(x, (along * factor**3 / size)[..., None, :], out=like(x))
-        return slope
+        grad *= self.weight
+        along = np.einsum("...ib,...ib->...b", x, grad)
+        grad *= factor[..., None, :]
+        grad -= np.multiply(x, (along * factor**3 / size)[..., None, :], out=empty_like(x))
+        return grad
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The place of one layer's low-rank change in those of its `Linears`."""
+    """One layer's adapter within a `FusedLinear`."""
 
     ranks: slice
-    """Its own among the ranks of all."""
+    """Its rows of `lora_a`, its columns of `lora_b`."""
     scale: float
 
 
 @dataclass(frozen=True, eq=False)
-class Linears:
+class FusedLinear:
     """Linear layers of one input as one matrix, with their adapters.
 
     One product reads each weight once, and fills the threads better than two or three small ones.
@@ -79,69 +83,69 @@ class Linears:
     """The outputs of each layer among those of all."""
     bias: np.ndarray | None = None
     """(out of all, 1)"""
-    down: np.ndarray | None = None
+    lora_a: np.ndarray | None = None
     """(ranks of all, in); None without adapters."""
-    up: np.ndarray | None = None
+    lora_b: np.ndarray | None = None
     """(out of all, ranks of all), times the scale; 0 between one layer and another's ranks."""
     adapters: tuple[Adapter | None, ...] = ()
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         """Columns (in, B) to columns (out, B) of each layer."""
-        y = self._times(x)
+        y = self._product(x)
         if self.bias is not None:
             y += self.bias
         return [y[place] for place in self.places]
 
-    def _times(self, x: np.ndarray) -> np.ndarray:
-        if self.down is None or self.up is None:
-            return times(self.weight, x)
+    def _product(self, x: np.ndarray) -> np.ndarray:
+        if self.lora_a is None or self.lora_b is None:
+            return matmul(self.weight, x)
         c, n = steps(), x.shape[1]
         if c is not None and current().takes(n):
-            y = columns((len(self.weight), n))
-            c.linear(self.weight, self.down, self.up, x, y)
+            y = empty_columns((len(self.weight), n))
+            c.linear(self.weight, self.lora_a, self.lora_b, x, y)
             return y
-        y = times(self.weight, x)
-        add_times(self.up, times(self.down, x), y)
+        y = matmul(self.weight, x)
+        add_matmul(self.lora_b, matmul(self.lora_a, x), y)
         return y
 
     def back(
-        self, x: np.ndarray, slopes: Sequence[np.ndarray], further: bool = True
-    ) -> tuple[np.ndarray | None, list[Pair]]:
-        """Slope by x, if it is wanted `further`; and by each adapter's lora_a and lora_b.
+        self, x: np.ndarray, grads: Sequence[np.ndarray], need_grad_x: bool = True
+    ) -> tuple[np.ndarray | None, list[LoraGrads]]:
+        """Slope by x, if it is wanted `need_grad_x`; and by each adapter's lora_a and lora_b.
 
         slopes: by what was made of x, (out, B) each.
         """
         found: np.ndarray | None = None
-        if further:
-            found = times(self.weight[self.places[0]].T, slopes[0])
-            for place, slope in zip(self.places[1:], slopes[1:], strict=True):
-                add_times(self.weight[place].T, slope, found)
-        if self.down is None or self.up is None:
+        if need_grad_x:
+            found = matmul(self.weight[self.places[0]].T, grads[0])
+            for place, grad in zip(self.places[1:], grads[1:], strict=True):
+                add_matmul(self.weight[place].T, grad, found)
+        if self.lora_a is None or self.lora_b is None:
             return found, []
-        low, by_low = times(self.down, x), np.empty((len(self.down), x.shape[1]), np.float32)
+        low, grad_low = matmul(self.lora_a, x), np.empty((len(self.lora_a), x.shape[1]), np.float32)
         ups: list[np.ndarray] = []
-        for adapter, place, slope in zip(self.adapters, self.places, slopes, strict=True):
+        for adapter, place, grad in zip(self.adapters, self.places, grads, strict=True):
             if adapter is not None:
-                mine = np.ascontiguousarray(self.up[place, adapter.ranks])
-                by_low[adapter.ranks] = times(mine.T, slope)
-                ups.append(np.float32(adapter.scale) * times(low[adapter.ranks], slope.T))
+                mine = np.ascontiguousarray(self.lora_b[place, adapter.ranks])
+                grad_low[adapter.ranks] = matmul(mine.T, grad)
+                ups.append(np.float32(adapter.scale) * matmul(low[adapter.ranks], grad.T))
         if found is not None:
-            add_times(self.down.T, by_low, found)
-        downs = times(x, by_low.T).T
+            add_matmul(self.lora_a.T, grad_low, found)
+        downs = matmul(x, grad_low.T).T
         ranks = [adapter.ranks for adapter in self.adapters if adapter is not None]
         return found, [(downs[mine].T, up) for mine, up in zip(ranks, ups, strict=True)]
 
 
-def times(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """a @ b, for matrices (m, k) and (k, n)."""
-    found = columns((len(a), b.shape[1])) if out is None else out
+    found = empty_columns((len(a), b.shape[1])) if out is None else out
     if kernels is None or not found.size or not a.size:
         return np.matmul(a, b, out=found)
     kernels.matmul(a, b, found, False, False)
     return found
 
 
-def add_times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+def add_matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
     """Add a @ b to `out`."""
     if kernels is None or not out.size or not a.size:
         out += a @ b
@@ -149,11 +153,11 @@ def add_times(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
         kernels.matmul(a, b, out, True, False)
 
 
-def rows_times(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def matmul_rows(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(weight @ x).T for columns x (k, n): rows (n, m)."""
     if kernels is None or not x.size:
         return np.ascontiguousarray(np.matmul(weight, x).T)
-    found = columns((x.shape[1], len(weight)))
+    found = empty_columns((x.shape[1], len(weight)))
     kernels.matmul(weight, x, found, False, True)
     return found
 
@@ -161,7 +165,7 @@ def rows_times(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)), elementwise."""
     with np.errstate(over="ignore"):  # e ** 89 is inf, and 1 / inf the 0 that it should be
-        found = np.negative(x, out=like(x))
+        found = np.negative(x, out=empty_like(x))
         np.exp(found, out=found)
     found += 1
     return np.divide(1, found, out=found)
@@ -170,7 +174,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
     """silu(gate) * x, elementwise (Shazeer 2020, arXiv 2002.05202)."""
     if (c := steps()) is not None:
-        found = like(gate)
+        found = empty_like(gate)
         c.swiglu(gate, x, found)
         return found
     found = sigmoid(gate)
@@ -179,29 +183,29 @@ def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
     return found
 
 
-def swiglu_back(gate: np.ndarray, x: np.ndarray, slope: np.ndarray) -> Pair:
-    """Slopes by gate and x, from that by the product; writes over the latter."""
+def swiglu_back(gate: np.ndarray, x: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients w.r.t. gate and x, given `grad` w.r.t. the product; overwrites `grad`."""
     if (c := steps()) is not None:
-        by_gate = like(gate)
-        c.swiglu_back(gate, x, slope, by_gate)
-        return by_gate, slope
-    by_gate = sigmoid(gate)
-    silu = np.multiply(by_gate, gate, out=like(gate))
+        grad_gate = empty_like(gate)
+        c.swiglu_back(gate, x, grad, grad_gate)
+        return grad_gate, grad
+    grad_gate = sigmoid(gate)
+    silu = np.multiply(grad_gate, gate, out=empty_like(gate))
     # With s the sigmoid, d silu / d gate = s (1 + gate (1 - s)) = s (1 - silu) + silu.
-    by_gate *= np.subtract(1, silu, out=like(gate))
-    by_gate += silu
-    by_gate *= x
-    by_gate *= slope
-    slope *= silu
-    return by_gate, slope
+    grad_gate *= np.subtract(1, silu, out=empty_like(gate))
+    grad_gate += silu
+    grad_gate *= x
+    grad_gate *= grad
+    grad *= silu
+    return grad_gate, grad
 
 
-def turn(x: np.ndarray, partners: np.ndarray, tables: Pair) -> np.ndarray:
+def apply_rope(x: np.ndarray, pair_index: np.ndarray, tables: RopeTables) -> np.ndarray:
     """x * cosines + x[partners] * sines, for heads (h, d, B) and tables (d, B)."""
-    found = like(x)
-    x.take(partners, axis=1, out=found, mode="wrap")  # "raise" would buffer it
+    found = empty_like(x)
+    x.take(pair_index, axis=1, out=found, mode="wrap")  # "raise" would buffer it
     found *= tables[1]
-    found += np.multiply(x, tables[0], out=like(x))
+    found += np.multiply(x, tables[0], out=empty_like(x))
     return found
 
 
@@ -220,14 +224,14 @@ def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
 
 
 def softmax_back(
-    weights: np.ndarray, within: np.ndarray, slope: np.ndarray, scale: float
+    weights: np.ndarray, within: np.ndarray, grad: np.ndarray, scale: float
 ) -> np.ndarray:
     """Slope by scores that were multiplied by `scale`, from that by the weights (.., T) they
     became; writes over the latter.
 
     within: for each softmax (.., 1) the sum of weights * slope.
     """
-    slope -= within
-    slope *= weights
-    slope *= np.float32(scale)
-    return slope
+    grad -= within
+    grad *= weights
+    grad *= np.float32(scale)
+    return grad

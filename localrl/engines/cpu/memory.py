@@ -22,9 +22,9 @@ from localrl.records import MemoryPlan
 LLAMAS = {"mistral": "llama", "iquestcoder": "llama", "xverse": "llama"}
 """Families that are mlx-lm's Llama under another name."""
 SCORE_COPIES = 2.0
-"""Arrays as large as the scores at work: weights and their slopes."""
+"""Arrays as large as the scores at work: weights and their gradients."""
 LOGIT_COPIES = 1.0
-"""Arrays as large as a chunk's logits: they become their slope in place."""
+"""Arrays as large as a chunk's logits: they become their gradient in place."""
 FLOAT = 4
 
 
@@ -123,7 +123,7 @@ def update_bytes(
     keys = 2 * sizes.kv_heads * sizes.head_dim  # and values
     inside = _inside(sizes)
     kept = (sizes.width + keys) * extent.positions
-    # Of one block at a time: every row's copy of its ancestors, and the slopes by it.
+    # Of one block at a time: every row's copy of its ancestors, and the gradients.
     work = _work(sizes) * extent.largest + 2 * keys * extent.copied
     if recompute:
         work += inside * extent.largest

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from localrl.backend import mx
-from localrl.engines.cpu.buffers import lasting
-from localrl.engines.cpu.math import Linears, times
+from localrl.engines.cpu.buffers import persistent_zeros
+from localrl.engines.cpu.math import FusedLinear, matmul
 from localrl.engines.cpu.weights import Block, Weights
 
 MOST_BYTES = 128 << 20
@@ -54,12 +54,12 @@ def _block(block: Block) -> Block:
     )
 
 
-def _merge(linears: Linears) -> Linears:
-    if linears.down is None or linears.up is None:
+def _merge(linears: FusedLinear) -> FusedLinear:
+    if linears.lora_a is None or linears.lora_b is None:
         return linears
-    whole = times(linears.up, linears.down, lasting(linears.weight.shape))
+    whole = matmul(linears.lora_b, linears.lora_a, persistent_zeros(linears.weight.shape))
     whole += linears.weight
-    return Linears(whole, linears.places, linears.bias)
+    return FusedLinear(whole, linears.places, linears.bias)
 
 
 def _bytes(block: Block) -> int:

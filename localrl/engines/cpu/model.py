@@ -13,7 +13,7 @@ import numpy as np
 
 from localrl.backend import mx, nn
 from localrl.engines.cpu.kernel_choice import Sizes, choose
-from localrl.engines.cpu.math import Adapter, Linears, Norm, Pair, turn
+from localrl.engines.cpu.math import Adapter, FusedLinear, Norm, RopeTables, apply_rope
 from localrl.engines.cpu.merged import Merging
 from localrl.engines.cpu.weights import Block, Weights
 from localrl.policy.lora import LoRALinear
@@ -24,7 +24,7 @@ ROTARIES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
 """Layers that turn each position by its own angles, however long the text gets."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-"""Layers of a block, in the order in which its `Linears` have them."""
+"""Layers of a block, in the order in which its `FusedLinear` have them."""
 PROBED = 16
 """Positions by which two rotary layers are told apart."""
 
@@ -33,7 +33,7 @@ class UnfitError(Exception):
     """The model is not one that is computed here."""
 
 
-class Rotary:
+class Rope:
     """The rotary positions of a layer as tables: columns x * cosines + x[partners] * sines.
 
     They are read off the layer itself, whatever its scaling, since it is linear in its input.
@@ -47,14 +47,14 @@ class Rotary:
         dims = getattr(layer, "dims", getattr(layer, "dim", size))
         places = np.arange(size)
         if getattr(layer, "traditional", False):
-            first, partners = places % 2 == 0, places ^ 1
+            first, pair_index = places % 2 == 0, places ^ 1
         else:
-            first, partners = places < dims // 2, (places + dims // 2) % dims
+            first, pair_index = places < dims // 2, (places + dims // 2) % dims
         self._first = first | (places >= dims)
-        self.partners = np.where(places < dims, partners, places)
+        self.pair_index = np.where(places < dims, pair_index, places)
         self._tables = self._read(PROBED)
 
-    def tables(self, positions: np.ndarray) -> Pair:
+    def tables(self, positions: np.ndarray) -> RopeTables:
         """Cosines and sines (head_dim, B) at these positions (B,)."""
         most = int(positions.max()) + 1
         if most > self._tables[0].shape[1]:
@@ -62,19 +62,19 @@ class Rotary:
         cosines, sines = self._tables
         return cosines.take(positions, axis=1), sines.take(positions, axis=1)
 
-    def turn(self, x: np.ndarray, tables: Pair) -> np.ndarray:
+    def rotate(self, x: np.ndarray, tables: RopeTables) -> np.ndarray:
         """Columns (heads, head_dim, B) turned by their positions."""
-        return turn(x, self.partners, tables)
+        return apply_rope(x, self.pair_index, tables)
 
-    def back(self, slope: np.ndarray, tables: Pair) -> np.ndarray:
-        """Slope by what was turned, from that by what came of it."""
+    def back(self, grad: np.ndarray, tables: RopeTables) -> np.ndarray:
+        """Gradient w.r.t. what was rotated, given `grad` w.r.t. the result."""
         cosines, sines = tables
-        return turn(slope, self.partners, (cosines, sines.take(self.partners, axis=0)))
+        return apply_rope(grad, self.pair_index, (cosines, sines.take(self.pair_index, axis=0)))
 
-    def like(self, other: Rotary) -> bool:
+    def same_rotation(self, other: Rope) -> bool:
         """Whether the other turns as this one does."""
         mine, others = (np.stack([t[:, :PROBED] for t in r._tables]) for r in (self, other))
-        return np.array_equal(mine, others) and np.array_equal(self.partners, other.partners)
+        return np.array_equal(mine, others) and np.array_equal(self.pair_index, other.pair_index)
 
     def _read(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """What becomes of an input of ones at the first members of all pairs, and at the second."""
@@ -87,7 +87,7 @@ class Rotary:
         return np.ascontiguousarray(cosines.T), np.ascontiguousarray(sines.T)
 
 
-class ArrayModel:
+class CPUModel:
     """A model of one of the families above, whose weights are read anew for every batch of rows."""
 
     def __init__(self, model: Any) -> None:
@@ -116,11 +116,11 @@ class ArrayModel:
                 head_dim=self.head_dim,
             )
         )
-        self.rotaries = self._rotaries()
+        self.ropes = self._rotaries()
         self._merging = Merging()
 
     def adapters(self) -> list[LoRALinear]:
-        """The adapted layers, in the order in which a block's `Linears` come."""
+        """The adapted layers, in the order in which a block's `FusedLinear` come."""
         return [
             module
             for block in self._model.layers
@@ -136,7 +136,7 @@ class ArrayModel:
         body = self._model.model
         embedding = _array(body.embed_tokens.weight)
         tied = "lm_head" not in self._model
-        head = Linears(embedding, (slice(0, len(embedding)),)) if tied else None
+        head = FusedLinear(embedding, (slice(0, len(embedding)),)) if tied else None
         return Weights(
             embedding,
             tuple(_block(block) for block in self._model.layers),
@@ -150,12 +150,12 @@ class ArrayModel:
         made_of = [array for layer in layers for array in (layer.lora_a, layer.lora_b)]
         return self._merging.of(weights, made_of)
 
-    def _rotaries(self) -> list[Rotary]:
+    def _rotaries(self) -> list[Rope]:
         """Of each block; blocks that turn alike have one in common."""
-        found: list[Rotary] = []
+        found: list[Rope] = []
         for block in self._model.layers:
-            mine = Rotary(block.self_attn.rope, self.head_dim)
-            found.append(next((other for other in found if other.like(mine)), mine))
+            mine = Rope(block.self_attn.rope, self.head_dim)
+            found.append(next((other for other in found if other.same_rotation(mine)), mine))
         return found
 
 
@@ -179,7 +179,7 @@ def _norm(norm: Any) -> Norm:
     return Norm(_array(norm.weight)[:, None], norm.eps)
 
 
-def _linears(*layers: Any) -> Linears:
+def _linears(*layers: Any) -> FusedLinear:
     bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
     if any(type(base) is not nn.Linear for base in bases):
         raise UnfitError("layers that are not dense")
@@ -192,7 +192,7 @@ def _linears(*layers: Any) -> Linears:
         if adapter is not None and up is not None:
             mine = up[place, adapter.ranks]
             np.multiply(_array(layer.lora_b).T, np.float32(layer.scale), out=mine)
-    return Linears(
+    return FusedLinear(
         beside(weights),
         places,
         _biases(bases, weights),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.engines.cpu.math import Linears, Norm, rows_times
+from localrl.engines.cpu.math import FusedLinear, Norm, matmul_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,19 +14,19 @@ class Block:
     """One layer of the model."""
 
     attention_norm: Norm
-    queries_keys_values: Linears
+    queries_keys_values: FusedLinear
     query_norm: Norm | None
     key_norm: Norm | None
-    output: Linears
+    output: FusedLinear
     feed_forward_norm: Norm
-    gate_up: Linears
-    down: Linears
+    gate_up: FusedLinear
+    down: FusedLinear
 
     @property
     def adapted(self) -> bool:
         """Whether any of its layers has an adapter."""
         layers = (self.queries_keys_values, self.output, self.gate_up, self.down)
-        return any(layer.down is not None for layer in layers)
+        return any(layer.lora_a is not None for layer in layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +37,11 @@ class Weights:
     """(V, d)"""
     blocks: tuple[Block, ...]
     norm: Norm
-    head: Linears
+    head: FusedLinear
 
     def logits(self, states: np.ndarray) -> np.ndarray:
         """(n, V) of states (d, n) after the last block."""
-        found = rows_times(self.norm(states), self.head.weight)
+        found = matmul_rows(self.norm(states), self.head.weight)
         if self.head.bias is not None:
             found += self.head.bias[:, 0]
         return found

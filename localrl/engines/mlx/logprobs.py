@@ -54,10 +54,8 @@ def head_logprobs(
             logits = head(piece)
             weight = cotangent[part] / temperature
             softmax = mx.softmax(logits.astype(mx.float32) / temperature, axis=-1)
-            slope = (
-                (-weight[:, None] * softmax).at[mx.arange(len(piece)), targets[part]].add(weight)
-            )
-            done += mx.vjp(head, [piece], [slope.astype(logits.dtype)])[1]
+            grad = (-weight[:, None] * softmax).at[mx.arange(len(piece)), targets[part]].add(weight)
+            done += mx.vjp(head, [piece], [grad.astype(logits.dtype)])[1]
         return mx.concatenate(done)
 
     scored: Any = mx.custom_function(score)

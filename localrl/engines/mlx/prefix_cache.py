@@ -28,10 +28,10 @@ LOW = -1e30
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class SharedPrompts:
     """The keys and values of P prompts in one layer, padded on the left to the longest."""
 
-    names: tuple[int, ...]
+    prompt_keys: tuple[int, ...]
     """Which prompts they are; each has a name of its own."""
     keys: mx.array  # (P, heads, L, head_dim)
     values: mx.array
@@ -46,29 +46,31 @@ class Prompts:
         padding = mx.array(length - self.lengths)
         return (mx.arange(length) >= padding[:, None])[:, None, None]
 
-    def take(self, initial_plan: np.ndarray) -> Prompts:
+    def take(self, rows: np.ndarray) -> SharedPrompts:
         """These prompts only, without a copy where they are all."""
-        if np.array_equal(initial_plan, np.arange(len(self.names))):
+        if np.array_equal(rows, np.arange(len(self.prompt_keys))):
             return self
-        lengths = self.lengths[initial_plan]
-        start, index = self.keys.shape[2] - int(lengths.max()), mx.array(initial_plan)
+        lengths = self.lengths[rows]
+        start, index = self.keys.shape[2] - int(lengths.max()), mx.array(rows)
         keys, values = (array[index][:, :, start:] for array in (self.keys, self.values))
-        return Prompts(tuple(self.names[i] for i in initial_plan), keys, values, lengths)
+        return SharedPrompts(tuple(self.prompt_keys[i] for i in rows), keys, values, lengths)
 
-    def join(self, other: Prompts) -> tuple[Prompts, np.ndarray]:
+    def join(self, other: SharedPrompts) -> tuple[SharedPrompts, np.ndarray]:
         """Both without repeats, and the place there of each of the other's."""
-        new = np.array([name not in self.names for name in other.names])
+        new = np.array([name not in self.prompt_keys for name in other.prompt_keys])
         if not new.any():
-            return self, np.array([self.names.index(name) for name in other.names])
+            return self, np.array([self.prompt_keys.index(name) for name in other.prompt_keys])
         more = other.take(np.flatnonzero(new))
         most = max(self.keys.shape[2], more.keys.shape[2])
         keys, values = (
             mx.concatenate([_lengthen(one, most), _lengthen(two, most)])
             for one, two in ((self.keys, more.keys), (self.values, more.values))
         )
-        names = self.names + more.names
-        both = Prompts(names, keys, values, np.concatenate([self.lengths, more.lengths]))
-        return both, np.array([names.index(name) for name in other.names])
+        prompt_keys = self.prompt_keys + more.prompt_keys
+        both = SharedPrompts(
+            prompt_keys, keys, values, np.concatenate([self.lengths, more.lengths])
+        )
+        return both, np.array([prompt_keys.index(name) for name in other.prompt_keys])
 
 
 def _lengthen(array: mx.array, length: int) -> mx.array:
@@ -77,7 +79,7 @@ def _lengthen(array: mx.array, length: int) -> mx.array:
     return mx.pad(array, [(0, 0), (0, 0), (more, 0), (0, 0)]) if more else array
 
 
-class Seats:
+class RowsByPrompt:
     """Rows by prompt: a rectangle of P prompts with as many seats each as the fullest one needs."""
 
     def __init__(self, rows: np.ndarray, prompts: int) -> None:
@@ -88,25 +90,25 @@ class Seats:
         seat = np.empty(len(rows), int)
         seat[order] = np.arange(len(rows)) - np.repeat(first, counts)
         seat += rows * self.each
-        self._seat = self._row = None
+        self._assign = self._row = None
         if len(rows) < prompts * self.each or (seat != np.arange(len(rows))).any():
             row = np.zeros(prompts * self.each, int)  # an empty seat computes what nobody reads
             row[seat] = np.arange(len(rows))
-            self._seat, self._row = mx.array(seat), mx.array(row)
+            self._assign, self._row = mx.array(seat), mx.array(row)
 
-    def sit(self, array: mx.array) -> mx.array:
+    def group(self, array: mx.array) -> mx.array:
         """(B, heads, n, d) of rows as (P, heads, each * n, d) of seats."""
         heads, n, d = array.shape[1:]
         array = array if self._row is None else array[self._row]
         array = array.reshape(-1, self.each, heads, n, d)
         return array.swapaxes(1, 2).reshape(-1, heads, self.each * n, d)
 
-    def rise(self, array: mx.array) -> mx.array:
-        """The inverse of `sit`."""
+    def ungroup(self, array: mx.array) -> mx.array:
+        """The inverse of `group`."""
         heads, n, d = array.shape[1], array.shape[2] // self.each, array.shape[3]
         array = array.reshape(-1, heads, self.each, n, d).swapaxes(1, 2)
         array = array.reshape(-1, heads, n, d)
-        return array if self._seat is None else array[self._seat]
+        return array if self._assign is None else array[self._assign]
 
 
 class PrefixCache:
@@ -115,7 +117,7 @@ class PrefixCache:
     It takes one token of each row at a time.
     """
 
-    def __init__(self, prompts: Prompts, rows: np.ndarray, step: int) -> None:
+    def __init__(self, prompts: SharedPrompts, rows: np.ndarray, step: int) -> None:
         from mlx_lm.models.cache import BatchKVCache
 
         self.tail = BatchKVCache([0] * len(rows))
@@ -123,13 +125,13 @@ class PrefixCache:
         self.tail.step = step
         self.tail.offset = mx.array(prompts.lengths[rows])
         self._ragged = False
-        self._seat(prompts, rows)
+        self._assign(prompts, rows)
 
-    def _seat(self, prompts: Prompts, rows: np.ndarray) -> None:
+    def _assign(self, prompts: SharedPrompts, rows: np.ndarray) -> None:
         """Take the prompts that rows (B,) still go on from."""
         used, self.rows = np.unique(rows, return_inverse=True)
         self.prompts = prompts.take(used)
-        self.seats = Seats(self.rows, len(used))
+        self.by_prompt = RowsByPrompt(self.rows, len(used))
         self.attended = True
         """Whether attention has seen the prompts since the last token."""
 
@@ -166,21 +168,23 @@ class PrefixCache:
     def filter(self, indices: mx.array) -> None:
         """Keep these rows; an index that repeats forks its row."""
         self.tail.filter(indices)
-        self._seat(self.prompts, self.rows[np.array(indices)])
+        self._assign(self.prompts, self.rows[np.array(indices)])
         self._look()
 
     def extend(self, other: PrefixCache) -> None:
         """Add the rows of another cache, and its prompts where they are new."""
         self.tail.extend(other.tail)
         prompts, places = self.prompts.join(other.prompts)
-        self._seat(prompts, np.concatenate([self.rows, places[other.rows]]))
+        self._assign(prompts, np.concatenate([self.rows, places[other.rows]]))
         self._look()
 
     def _look(self) -> None:
         self._ragged = bool(self.tail.left_padding.max().item())
 
 
-def fork_prompts(cache: Sequence[Any], rows: np.ndarray, names: Sequence[int] | None) -> list[Any]:
+def fork_prompts(
+    cache: Sequence[Any], rows: np.ndarray, prompt_keys: Sequence[int] | None
+) -> list[Any]:
     """A cache of B rows that go on from prompts, of a prefilled one, which stays as it is.
 
     rows: (B,) int, the row of the prefilled cache that each goes on from. names: what its prompts
@@ -191,10 +195,10 @@ def fork_prompts(cache: Sequence[Any], rows: np.ndarray, names: Sequence[int] | 
 
     forked: list[Any] = []
     for layer in cache:
-        if names is not None and type(layer) is BatchKVCache:
+        if prompt_keys is not None and type(layer) is BatchKVCache:
             keys, values = layer.keys_and_values()
             lengths = keys.shape[2] - np.array(layer.left_padding)
-            prompts = Prompts(tuple(names), keys, values, lengths)
+            prompts = SharedPrompts(tuple(prompt_keys), keys, values, lengths)
             forked.append(PrefixCache(prompts, rows, layer.step))
         else:
             # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
@@ -242,12 +246,14 @@ def _attend(
     if sinks is not None or queries.shape[2] != 1 or (mask is not None and mask.dtype != mx.bool_):
         raise ValueError("prompts stored once are for plain attention of one token at a time")
     cache.attended = True
-    prompts, seats = cache.prompts, cache.seats
+    prompts, by_prompt = cache.prompts, cache.by_prompt
     rows, heads, _, size = queries.shape
     queries = (queries * scale).reshape(rows, keys.shape[1], -1, size)
     tail = _weigh(queries, keys, values, mask)
-    prefix = _weigh(seats.sit(queries), prompts.keys, prompts.values, prompts.mask)
-    found, total, highest = mx.split(seats.rise(mx.concatenate(prefix, axis=-1)), [-2, -1], axis=-1)
+    prefix = _weigh(by_prompt.group(queries), prompts.keys, prompts.values, prompts.mask)
+    found, total, highest = mx.split(
+        by_prompt.ungroup(mx.concatenate(prefix, axis=-1)), [-2, -1], axis=-1
+    )
     # Beyond e ** 60, which is far from float32's end, the tail is nothing beside the prompt.
     weight = mx.exp(mx.minimum(highest - tail[2], 60.0))
     found = (found * weight + tail[0]) / (total * weight + tail[1])

@@ -9,19 +9,19 @@ from waiting import DEADLINE_S
 
 from localrl.backend import mx
 from localrl.engines.cpu import buffers
-from localrl.engines.cpu.buffers import give_back, room
+from localrl.engines.cpu.buffers import empty, release_all
 
 COUNT = 1 << 16
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    give_back()
+    release_all()
     gc.collect()
     mx.synchronize()  # what an earlier graph held is given back by another thread
     mx.clear_cache()  # a buffer that is used again may be larger than what is in it
     yield
-    give_back()
+    release_all()
 
 
 def place(array: np.ndarray) -> int:
@@ -29,20 +29,20 @@ def place(array: np.ndarray) -> int:
 
 
 def test_a_buffer_is_lent_again_when_its_last_view_has_gone():
-    first = room((COUNT,))
+    first = empty((COUNT,))
     where = place(first)
     view = first.reshape(256, -1)[3:, ::2].T
     del first
-    assert place(room((COUNT,))) != where
+    assert place(empty((COUNT,))) != where
     del view
-    assert place(room((4, COUNT // 4))) == where
-    assert place(room((COUNT,))) == where
+    assert place(empty((4, COUNT // 4))) == where
+    assert place(empty((COUNT,))) == where
 
 
 def test_arrays_in_use_never_meet():
     arrays = []
     for n in range(40):
-        array = room((COUNT,))
+        array = empty((COUNT,))
         array[:] = n
         arrays.append(array if n % 3 else array[::2])
         if n % 4 == 0:
@@ -54,9 +54,9 @@ def test_arrays_in_use_never_meet():
 
 def test_mlx_counts_them_until_they_are_given_back():
     before = mx.get_active_memory()
-    array = room((COUNT,))
+    array = empty((COUNT,))
     assert mx.get_active_memory() - before == 4 * COUNT
-    give_back()
+    release_all()
     assert mx.get_active_memory() - before == 4 * COUNT
     del array
     assert mx.get_active_memory() == before
@@ -65,16 +65,16 @@ def test_mlx_counts_them_until_they_are_given_back():
 def test_little_is_kept_free(monkeypatch):
     monkeypatch.setattr(buffers, "SPARE", 8 * COUNT)
     before = mx.get_active_memory()
-    held = [room((COUNT,)) for _ in range(10)]
-    large = room((9 * COUNT,))
+    held = [empty((COUNT,)) for _ in range(10)]
+    large = empty((9 * COUNT,))
     del held, large
-    kept = room((COUNT // 2,))
+    kept = empty((COUNT // 2,))
     assert mx.get_active_memory() - before == 8 * COUNT + kept.nbytes
 
 
 def test_small_arrays_are_numpys():
     before = mx.get_active_memory()
-    assert room((3, 5)).shape == (3, 5)
+    assert empty((3, 5)).shape == (3, 5)
     assert mx.get_active_memory() == before
 
 
@@ -83,7 +83,7 @@ def test_threads_at_once():
 
     def work(number: int) -> None:
         for _ in range(300):
-            arrays = [room((COUNT // 8,)) for _ in range(3)]
+            arrays = [empty((COUNT // 8,)) for _ in range(3)]
             for n, array in enumerate(arrays):
                 array[:] = 10 * number + n
             if any((array != 10 * number + n).any() for n, array in enumerate(arrays)):

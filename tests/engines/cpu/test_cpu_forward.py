@@ -16,7 +16,7 @@ from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import attention
 from localrl.engines.cpu.attention import Attention, as_columns, as_heads
-from localrl.engines.cpu.forward import Pass
+from localrl.engines.cpu.forward import ForwardPass
 from localrl.engines.cpu.sampling import target_logprobs
 from localrl.engines.cpu.weights import Weights
 from localrl.learning.objectives import OBJECTIVES
@@ -181,7 +181,7 @@ def test_nothing_is_read_before_it_is_written(one, monkeypatch, shared):
 def test_the_slopes_of_attention_are_mlxs(monkeypatch):
     draws = np.random.default_rng(0)
     sizes = (3, 2, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 4), (3, 2, 2, 5, 4)
-    queries, keys, values, slope = (draws.normal(size=s).astype(np.float32) for s in sizes)
+    queries, keys, values, grad = (draws.normal(size=s).astype(np.float32) for s in sizes)
     valid = np.array([[True, False], [False, False], [True, True]])
     before = np.broadcast_to(valid[:, None], (3, 5, 2))
     mask = np.concatenate([before, np.broadcast_to(np.tri(5, dtype=bool), (3, 5, 5))], axis=2)
@@ -192,14 +192,14 @@ def test_the_slopes_of_attention_are_mlxs(monkeypatch):
         return mx.softmax(scores, axis=-1) @ v[:, :, None]
 
     arrays = [mx.array(a) for a in (queries, keys, values)]
-    out, slopes = mx.vjp(attend, arrays, [mx.array(slope)])
+    out, grads = mx.vjp(attend, arrays, [mx.array(grad)])
     for block, most in ((128, 1 << 20), (2, 1), (3, 60)):
         monkeypatch.setattr(attention, "QUERIES", block)
         monkeypatch.setattr(attention, "SCORES", most)
         heads = Attention(queries, keys, values, valid, 0.7)
         found = heads.forward()
         np.testing.assert_allclose(found, np.array(out[0]), atol=1e-5)
-        for mine, theirs in zip(heads.back(found, slope), slopes, strict=True):
+        for mine, theirs in zip(heads.back(found, grad), grads, strict=True):
             np.testing.assert_allclose(mine, np.array(theirs), atol=1e-5)
 
 
@@ -217,8 +217,8 @@ def test_an_entrys_slope_is_the_losss_difference(tmp_path, half):
     policy = array_policy(tmp_path / "model", "qwen3")
     found, _ = gradient(policy, batch("trees"))
     adapter = policy.model.layers[0].mlp.up_proj
-    slopes = np.array(found["model"]["layers"][0]["mlp"]["up_proj"][half])
-    place = np.unravel_index(np.abs(slopes).argmax(), slopes.shape)
+    grads = np.array(found["model"]["layers"][0]["mlp"]["up_proj"][half])
+    place = np.unravel_index(np.abs(grads).argmax(), grads.shape)
     whole, losses = np.array(adapter[half]), []
     for step in (0.01, -0.01):
         moved = whole.copy()
@@ -226,7 +226,7 @@ def test_an_entrys_slope_is_the_losss_difference(tmp_path, half):
         adapter[half] = mx.array(moved)
         wish = batch("trees")
         losses.append(gradient(policy, wish)[1].loss / wish.z)
-    assert (losses[0] - losses[1]) / 0.02 == pytest.approx(slopes[place], rel=0.01)
+    assert (losses[0] - losses[1]) / 0.02 == pytest.approx(grads[place], rel=0.01)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -267,10 +267,10 @@ def test_states_and_the_models_adapters_stay_what_they_were(one):
 def test_padding_changes_nothing_before_it(one):
     tokens = np.array([[5, 6, 7, 0, 0], [1, 2, 3, 4, 8]], np.int32)
     level = Level(tokens, np.array([3, 5], np.int32), np.zeros(0, np.int32))
-    both = Pass(one.engine.model, [level], keep=False).forward()
+    both = ForwardPass(one.engine.model, [level], keep=False).forward()
     alone = Level(tokens[:1, :3], np.array([3], np.int32), np.zeros(0, np.int32))
     np.testing.assert_allclose(
-        both[:, :3], Pass(one.engine.model, [alone], keep=False).forward(), atol=1e-5
+        both[:, :3], ForwardPass(one.engine.model, [alone], keep=False).forward(), atol=1e-5
     )
 
 

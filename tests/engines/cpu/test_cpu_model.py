@@ -17,7 +17,7 @@ from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import model as cpu_model
 from localrl.engines.cpu.decode import _rows_of as rows_of
 from localrl.engines.cpu.math import Norm, sigmoid, swiglu, swiglu_back
-from localrl.engines.cpu.model import ArrayModel, Rotary, UnfitError
+from localrl.engines.cpu.model import CPUModel, Rope, UnfitError
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.policy.lora import LoRALinear, adapters_off
@@ -47,15 +47,15 @@ def slope_of(function, x, step=1e-6):
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 4, 3)])
 def test_the_slope_through_a_norm(shape):
-    x, slope, weight = drawn(0, *shape), drawn(1, *shape), drawn(2, shape[-2], 1)
+    x, grad, weight = drawn(0, *shape), drawn(1, *shape), drawn(2, shape[-2], 1)
 
     def plain(moved):
         return weight * moved / np.sqrt((moved**2).mean(axis=-2, keepdims=True) + 1e-2)
 
     norm = Norm(weight.astype(np.float32), 1e-2)
-    x32, slope32 = single(x, slope)
+    x32, slope32 = single(x, grad)
     np.testing.assert_allclose(norm(x32), plain(x), atol=1e-5)
-    expected = slope_of(lambda moved: (plain(moved) * slope).sum(), x)
+    expected = slope_of(lambda moved: (plain(moved) * grad).sum(), x)
     np.testing.assert_allclose(norm.back(x32, slope32), expected, atol=1e-5)
     np.testing.assert_array_equal(x32, x.astype(np.float32))
 
@@ -85,28 +85,28 @@ def layers(adapted, bias):
 @pytest.mark.parametrize("adapted", [(), (0,), (1, 2), (0, 2), (0, 1, 2)])
 def test_linear_layers_and_their_slopes_are_mlxs(adapted, bias):
     made = layers(adapted, bias)
-    x, *slopes = single(drawn(0, 5, 6), *(drawn(1 + n, m, 6) for n, m in enumerate((7, 3, 4))))
+    x, *grads = single(drawn(0, 5, 6), *(drawn(1 + n, m, 6) for n, m in enumerate((7, 3, 4))))
     ours = cpu_model._linears(*made)
     for found, layer in zip(ours(x), made, strict=True):
         np.testing.assert_allclose(found, np.array(layer(mx.array(x.T))).T, atol=1e-5)
 
     def loss(states, pairs):
         rest, total = iter(pairs), mx.array(0.0)
-        for n, (layer, slope) in enumerate(zip(made, slopes, strict=True)):
+        for n, (layer, grad) in enumerate(zip(made, grads, strict=True)):
             if n in adapted:
                 layer.lora_a, layer.lora_b = next(rest)
-            total = total + (layer(states) * mx.array(slope.T)).sum()
+            total = total + (layer(states) * mx.array(grad.T)).sum()
         return total
 
     pairs = [(made[n].lora_a, made[n].lora_b) for n in adapted]
     expected, by_pairs = mx.grad(loss, argnums=(0, 1))(mx.array(x.T), pairs)
-    found, ours_by_pairs = ours.back(x, slopes)
+    found, ours_by_pairs = ours.back(x, grads)
     np.testing.assert_allclose(found, np.array(expected).T, atol=1e-4)
     assert len(ours_by_pairs) == len(adapted)
     for mine, theirs in zip(ours_by_pairs, by_pairs, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             np.testing.assert_allclose(a, np.array(b), atol=1e-4)
-    nothing, again = ours.back(x, slopes, further=False)
+    nothing, again = ours.back(x, grads, need_grad_x=False)
     assert nothing is None
     for mine, other in zip(again, ours_by_pairs, strict=True):
         np.testing.assert_array_equal(mine[0], other[0])
@@ -114,17 +114,17 @@ def test_linear_layers_and_their_slopes_are_mlxs(adapted, bias):
 
 
 def test_the_slopes_through_the_gate():
-    gate, x, slope = (drawn(n, 4, 5) * 3 for n in range(3))
+    gate, x, grad = (drawn(n, 4, 5) * 3 for n in range(3))
 
     def plain(gate, x):
         return gate / (1 + np.exp(-gate)) * x
 
-    gate32, x32, slope32 = single(gate, x, slope)
+    gate32, x32, slope32 = single(gate, x, grad)
     np.testing.assert_allclose(swiglu(gate32, x32), plain(gate, x), atol=2e-5)
     found = swiglu_back(gate32, x32, slope32)
-    by_gate = slope_of(lambda moved: (plain(moved, x) * slope).sum(), gate)
+    by_gate = slope_of(lambda moved: (plain(moved, x) * grad).sum(), gate)
     np.testing.assert_allclose(found[0], by_gate, atol=5e-5)
-    np.testing.assert_allclose(found[1], plain(gate, slope), atol=5e-5)
+    np.testing.assert_allclose(found[1], plain(gate, grad), atol=5e-5)
 
 
 def test_the_gate_far_from_0():
@@ -135,9 +135,9 @@ def test_the_gate_far_from_0():
         np.testing.assert_allclose(swiglu(gate, ones), [0, 0, -10 / (1 + np.e**10), 0, 9.9995, 100],
                                    atol=1e-4)  # fmt: skip
         np.testing.assert_allclose(sigmoid(gate)[[0, 3, 5]], [0, 0.5, 1], atol=1e-7)
-        by_gate, by_x = swiglu_back(gate, ones, ones)
+        by_gate, grad_x = swiglu_back(gate, ones, ones)
     np.testing.assert_allclose(by_gate[[0, 3, 5]], [0, 0.5, 1], atol=1e-6)
-    np.testing.assert_allclose(by_x[[0, 3, 5]], [0, 0, 100], atol=1e-4)
+    np.testing.assert_allclose(grad_x[[0, 3, 5]], [0, 0, 100], atol=1e-4)
     np.testing.assert_array_equal(gate, before)
 
 
@@ -177,25 +177,25 @@ ROPES = {
 @pytest.mark.parametrize("kind", list(ROPES))
 def test_positions_turn_as_the_layer_turns_them(kind):
     layer, positions = ROPES[kind], np.array([0, 1, 3, 40, 333, 5])
-    rotary = Rotary(layer, 8)
-    tables = rotary.tables(positions)
+    rope = Rope(layer, 8)
+    tables = rope.tables(positions)
     (x,) = single(drawn(0, 2, 8, 6))
-    turned = rotary.turn(x, tables)
+    turned = rope.rotate(x, tables)
     for n, position in enumerate(positions):
         one = mx.array(np.ascontiguousarray(x[:, :, n])[None, :, None])
         expected = np.array(layer(one, offset=int(position)))[0, :, 0]
         np.testing.assert_allclose(turned[:, :, n], expected, atol=1e-4)
     # One head for each unit vector: what comes of them is the matrix of every position.
     units = np.ascontiguousarray(np.broadcast_to(np.eye(8, dtype=np.float32)[..., None], (8, 8, 6)))
-    forth, back = rotary.turn(units, tables), rotary.back(units, tables)
+    forth, back = rope.rotate(units, tables), rope.back(units, tables)
     np.testing.assert_allclose(back, forth.swapaxes(0, 1), atol=1e-7)
 
 
 def test_layers_that_turn_alike_have_one_table():
-    assert Rotary(rope(), 8).like(Rotary(rope(), 8))
-    kinds = [Rotary(layer, 8) for layer in ROPES.values()]
+    assert Rope(rope(), 8).same_rotation(Rope(rope(), 8))
+    kinds = [Rope(layer, 8) for layer in ROPES.values()]
     for i, one in enumerate(kinds):
-        assert [one.like(other) for other in kinds] == [i == n for n in range(len(kinds))]
+        assert [one.same_rotation(other) for other in kinds] == [i == n for n in range(len(kinds))]
 
 
 def test_rows_as_a_slice():
@@ -222,14 +222,14 @@ def made(folder, *, dense=True, **changes):
 def test_models_that_are_left_to_mlx(tmp_path, changes, reason):
     policy = made(tmp_path / "model", **changes)
     with pytest.raises(UnfitError, match=reason):
-        ArrayModel(policy.model)
+        CPUModel(policy.model)
     assert choose_engine(policy).engine.name == "mlx"
 
 
 def test_positions_that_depend_on_the_length(tmp_path):
     policy = made(tmp_path / "model", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     with pytest.raises(UnfitError, match="DynamicNTKScalingRoPE"):
-        ArrayModel(policy.model)
+        CPUModel(policy.model)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
@@ -242,14 +242,14 @@ def test_one_quantised_layer(tmp_path, adapted):
     else:
         policy.model.layers[1].mlp.up_proj = quantised
     with pytest.raises(UnfitError, match="not dense"):
-        ArrayModel(policy.model)
+        CPUModel(policy.model)
 
 
 def test_another_norm(tmp_path):
     policy = made(tmp_path / "model")
     policy.model.layers[1].post_attention_layernorm = nn.LayerNorm(64)
     with pytest.raises(UnfitError, match="norm LayerNorm"):
-        ArrayModel(policy.model)
+        CPUModel(policy.model)
 
 
 def test_windows_in_a_family_that_is_computed_here_otherwise(tmp_path):
@@ -267,13 +267,13 @@ def test_sixteen_bits_are_left_to_mlx(tmp_path, kind):
     policy = made(tmp_path / "model")
     policy.model.set_dtype(kind)
     with pytest.raises(UnfitError, match="weights of"):
-        ArrayModel(policy.model)
+        CPUModel(policy.model)
     assert choose_engine(policy).engine.name == "mlx"
 
 
 def test_a_model_that_computes_something_else_is_found(policy, monkeypatch):
     assert choose_engine(policy).engine.name == "cpu"
-    monkeypatch.setattr(cpu_model.Rotary, "turn", lambda self, x, tables: x)
+    monkeypatch.setattr(cpu_model.Rope, "rotate", lambda self, x, tables: x)
     told: list[str] = []
     assert choose_engine(policy, warn=told.append).engine.name == "mlx"
     assert "logits differ from MLX's" in told[0]
@@ -282,7 +282,7 @@ def test_a_model_that_computes_something_else_is_found(policy, monkeypatch):
 
 
 def test_a_failure_of_our_own_is_told(policy, monkeypatch):
-    monkeypatch.setattr(cpu_model.Rotary, "turn", lambda self, x, tables: x.nothing)
+    monkeypatch.setattr(cpu_model.Rope, "rotate", lambda self, x, tables: x.nothing)
     told: list[str] = []
     assert choose_engine(policy, warn=told.append).engine.name == "mlx"
     assert told == [
@@ -333,7 +333,7 @@ def test_a_head_of_its_own(tmp_path):
 def test_blocks_without_positions_have_a_table_of_their_own(tmp_path):
     policy = array_policy(tmp_path / "model", "smollm3")
     assert policy.engine.name == "cpu"
-    first, *others = policy.engine.model.rotaries
+    first, *others = policy.engine.model.ropes
     assert [other is first for other in others] == [True, True, False]
 
 
@@ -350,7 +350,7 @@ def test_adapters_that_are_off_are_left_out(tmp_path):
     with adapters_off(policy.model):
         assert arrays.adapters() == []
         weights = arrays.read()
-        assert all(block.queries_keys_values.down is None for block in weights.blocks)
+        assert all(block.queries_keys_values.lora_a is None for block in weights.blocks)
         off = policy.engine.prefill(tokens, [4]).logits()
         expected = np.array(policy.model(mx.array(tokens))[:, -1])
     np.testing.assert_allclose(off, expected, atol=1e-4)
@@ -358,8 +358,8 @@ def test_adapters_that_are_off_are_left_out(tmp_path):
     block.self_attn.k_proj.scale = 0.0
     first = arrays.read().blocks[0].queries_keys_values
     assert [adapter is None for adapter in first.adapters] == [False, True, False]
-    assert first.down is not None
-    assert len(first.down) == 2 * 4
+    assert first.lora_a is not None
+    assert len(first.lora_a) == 2 * 4
     expected = np.array(policy.model(mx.array(tokens))[:, -1])
     np.testing.assert_allclose(policy.engine.prefill(tokens, [4]).logits(), expected, atol=1e-4)
 

@@ -10,14 +10,14 @@ from waiting import DEADLINE_S
 from localrl import backend
 from localrl.backend import kernels, mx
 from localrl.engines.cpu.attention import Attention
-from localrl.engines.cpu.buffers import give_back
+from localrl.engines.cpu.buffers import release_all
 from localrl.engines.cpu.kernel_choice import COLUMNS, NUMPY, Choice, using
 from localrl.engines.cpu.math import (
-    Linears,
+    FusedLinear,
     Norm,
+    matmul,
     swiglu,
     swiglu_back,
-    times,
 )
 from localrl.engines.cpu.sampling import draw
 
@@ -60,7 +60,7 @@ def check(work, in_numpy, atol=2e-5):
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 7), (8, 16), (67, 33), (512, 256)])
 def test_a_product_of_few_columns(in_numpy, m, k, n):
     weight, x = numbers(m, k), numbers(k, n, seed=1)
-    check(lambda: times(weight, x), in_numpy, atol=1e-4)
+    check(lambda: matmul(weight, x), in_numpy, atol=1e-4)
 
 
 @pytest.mark.parametrize("few", [0, 255])
@@ -84,7 +84,7 @@ def test_layers_with_adapters(in_numpy, m, k, rank, n):
     up[: m // 2, rank:] = up[m // 2 :, :rank] = 0
     places = slice(0, m // 2), slice(m // 2, m)
     bias = numbers(m, 1)
-    layers = Linears(numbers(m, k, scale=1), places, bias, numbers(2 * rank, k, scale=1), up)
+    layers = FusedLinear(numbers(m, k, scale=1), places, bias, numbers(2 * rank, k, scale=1), up)
     x = numbers(k, n, seed=1, scale=1)
     check(lambda: layers(x), in_numpy, atol=1e-3)
 
@@ -92,8 +92,8 @@ def test_layers_with_adapters(in_numpy, m, k, rank, n):
 @pytest.mark.parametrize("n", [65, 100, 128, 129])
 def test_what_layers_with_adapters_make_of_a_pass_is_counted(n):
     """It lies in MLX's memory, however it was multiplied: plans and limits are of that."""
-    layers = Linears(numbers(300, 96), (slice(0, 300),), None, numbers(4, 96), numbers(300, 4))
-    give_back()  # buffers of other tests would be lent
+    layers = FusedLinear(numbers(300, 96), (slice(0, 300),), None, numbers(4, 96), numbers(300, 4))
+    release_all()  # buffers of other tests would be lent
     x, before = numbers(96, n), mx.get_active_memory()
     [made] = layers(x)
     assert mx.get_active_memory() - before >= made.nbytes
@@ -132,17 +132,17 @@ def test_every_token_is_drawn_as_often_as_it_should():
 @pytest.mark.parametrize("n", COUNTS)
 def test_a_norm_and_its_way_back(in_numpy, n):
     norm = Norm(numbers(32, 1), 1e-6)
-    x, slope = numbers(3, 32, n, seed=1), numbers(3, 32, n, seed=2)
+    x, grad = numbers(3, 32, n, seed=1), numbers(3, 32, n, seed=2)
     check(lambda: norm(x), in_numpy)
     check(lambda: norm(x[0]), in_numpy)
-    check(lambda: norm.back(x, slope.copy()), in_numpy)
+    check(lambda: norm.back(x, grad.copy()), in_numpy)
 
 
 @pytest.mark.parametrize("n", COUNTS)
 def test_a_gate_and_its_way_back(in_numpy, n):
-    gate, x, slope = (numbers(24, n, seed=seed, scale=8) for seed in range(3))
+    gate, x, grad = (numbers(24, n, seed=seed, scale=8) for seed in range(3))
     check(lambda: swiglu(gate, x), in_numpy, atol=1e-4)
-    check(lambda: swiglu_back(gate, x, slope.copy()), in_numpy, atol=1e-3)
+    check(lambda: swiglu_back(gate, x, grad.copy()), in_numpy, atol=1e-3)
 
 
 def test_gates_far_out(in_numpy):
@@ -156,14 +156,14 @@ def test_gates_far_out(in_numpy):
 @pytest.mark.parametrize(("size", "more"), [(16, 2), (32, 1), (48, 3)])
 def test_attention_and_its_way_back(in_numpy, past, length, size, more):
     shape = (3, 2, more, length, size)
-    queries, slope = numbers(*shape), numbers(*shape, seed=1)
+    queries, grad = numbers(*shape), numbers(*shape, seed=1)
     keys, values = (numbers(3, 2, past + length, size, seed=seed) for seed in (2, 3))
     valid = np.random.default_rng(4).random((3, past)) < 0.8
 
     def work():
         attention = Attention(queries, keys, values, valid, size**-0.5)
         found = attention.forward()
-        return [array.copy() for array in (found, *attention.back(found, slope))]
+        return [array.copy() for array in (found, *attention.back(found, grad))]
 
     check(work, in_numpy, atol=2e-4)
 
@@ -178,28 +178,28 @@ def test_heads_of_other_sizes_are_numpys():
 def everything() -> list[np.ndarray]:
     """Large enough for several threads."""
     norm = Norm(numbers(64, 1), 1e-6)
-    x, gate, slope = (numbers(64, 2000, seed=seed) for seed in range(3))
+    x, gate, grad = (numbers(64, 2000, seed=seed) for seed in range(3))
     shape = (4, 2, 1, 70, 32)
-    queries, grad = numbers(*shape), numbers(*shape, seed=1)
+    queries, grad_out = numbers(*shape), numbers(*shape, seed=1)
     keys, values = (numbers(4, 2, 170, 32, seed=seed) for seed in (2, 3))
     attention = Attention(queries, keys, values, np.ones((4, 100), bool), 0.2)
     found = attention.forward()
-    layers = Linears(
+    layers = FusedLinear(
         numbers(500, 64), (slice(0, 500),), None, numbers(16, 64), numbers(500, 16), (None,)
     )
     arrays = [
-        times(numbers(3000, 64), x[:, :16]),
-        times(numbers(3000, 64), x[:, :1]),
-        times(numbers(700, 64), x),
-        times(x, numbers(30, 2000).T),
+        matmul(numbers(3000, 64), x[:, :16]),
+        matmul(numbers(3000, 64), x[:, :1]),
+        matmul(numbers(700, 64), x),
+        matmul(x, numbers(30, 2000).T),
         layers(x[:, :9])[0],
         draw(numbers(9, 3000), np.full(9, 0.3, np.float32), 1.0)[1],
         norm(x),
-        norm.back(x, slope.copy()),
+        norm.back(x, grad.copy()),
         swiglu(gate, x),
-        *swiglu_back(gate, x, slope.copy()),
+        *swiglu_back(gate, x, grad.copy()),
         found,
-        *attention.back(found, grad),
+        *attention.back(found, grad_out),
     ]
     return [array.copy() for array in arrays]
 
@@ -243,19 +243,19 @@ def test_several_callers_at_once(threads):
 def test_a_child_finds_helpers_of_its_own(threads):
     threads(2)
     weight, x = numbers(3000, 64), numbers(64, 16)
-    expected = times(weight, x)
+    expected = matmul(weight, x)
     over = threading.Event()
 
     def work_on():
         while not over.is_set():
-            times(weight, x)
+            matmul(weight, x)
 
     busy = threading.Thread(target=work_on)  # the child may be born while the team has work
     busy.start()
     for _ in range(20):
         child = os.fork()
         if child == 0:
-            right = all(np.array_equal(times(weight, x), expected) for _ in range(20))
+            right = all(np.array_equal(matmul(weight, x), expected) for _ in range(20))
             os._exit(0 if right else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     over.set()

@@ -13,7 +13,7 @@ from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import make_objective
 from localrl.learning.selection import select
 from localrl.learning.update import Updater, global_norm
-from localrl.policy.forest_packing import plant
+from localrl.policy.forest_packing import pack_forest
 from localrl.policy.packing import forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.records import Batch, Group, MemoryPlan, ScoredGroup
@@ -118,10 +118,10 @@ def test_a_family_that_computes_something_else_is_caught(policy, monkeypatch):
 def test_positions_are_counted():
     # A prompt of 4; two roots of 3 tokens, the first with two children of 3.
     tree = scored(forest([-1, -1, 0, 0], leaves=[1, 2, 3], planned_roots=2), [0, 1, 0])
-    (planting,) = plant(make_batch(tree), 100)
+    (packed,) = pack_forest(make_batch(tree), 100)
     # The prompt but its last token, and as many inputs as tokens.
-    assert planting.layout.positions == 3 + 4 * 3
-    assert planting.row_positions == (4 + 3) + 2 * (4 + 3 + 3)
+    assert packed.layout.positions == 3 + 4 * 3
+    assert packed.row_positions == (4 + 3) + 2 * (4 + 3 + 3)
     (micro,) = forest_batches(make_batch(tree), 100)
     assert micro.saved_positions == 27 - 15
 
@@ -144,12 +144,12 @@ def test_every_trained_token_is_there_once_however_it_is_packed():
 def test_what_teaches_nothing_is_not_computed():
     # The second root's reward equals its siblings' mean: no coefficient, no branch.
     group = scored(flat_group(3), [1, 0.5, 0])
-    (planting,) = plant(make_batch(group), 100)
-    assert len(planting.nodes) == 2
-    assert planting.layout.positions == 3 + 2 * 3
+    (packed,) = pack_forest(make_batch(group), 100)
+    assert len(packed.nodes) == 2
+    assert packed.layout.positions == 3 + 2 * 3
 
 
 def test_a_prompt_is_shared_by_its_trees():
-    (planting,) = plant(make_batch(scored(flat_group(4), [1, 0, 0, 1])), 100)
-    assert [level.tokens.shape for level in planting.layout.levels] == [(1, 3), (4, 3)]
-    np.testing.assert_array_equal(planting.layout.levels[1].parents, [0, 0, 0, 0])
+    (packed,) = pack_forest(make_batch(scored(flat_group(4), [1, 0, 0, 1])), 100)
+    assert [level.tokens.shape for level in packed.layout.levels] == [(1, 3), (4, 3)]
+    np.testing.assert_array_equal(packed.layout.levels[1].parents, [0, 0, 0, 0])

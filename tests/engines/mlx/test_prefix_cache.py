@@ -13,7 +13,7 @@ from samples import sample
 from localrl.backend import mx
 from localrl.engines.choose import choose_engine
 from localrl.engines.mlx import prefix_cache
-from localrl.engines.mlx.prefix_cache import PrefixCache, Seats, fork_prompts
+from localrl.engines.mlx.prefix_cache import PrefixCache, RowsByPrompt, fork_prompts
 from localrl.rollouts import decode
 from localrl.rollouts.batch import TreeRequest
 from localrl.rollouts.decode import Decoder
@@ -108,7 +108,7 @@ def test_sixteen_bits_are_summed_in_float32(tmp_path):
 
 def test_the_softmax_is_one_over_prompt_and_tail():
     # One head of size 1. Scores: 0 and log 2 in the prompt, log 5 in the tail; values 1, 2 and 8.
-    prompts = prefix_cache.Prompts(
+    prompts = prefix_cache.SharedPrompts(
         (0,), mx.array([0.0, np.log(2)])[None, None, :, None], mx.ones((1, 1, 2, 1)), np.array([2])
     )
     prompts = replace(prompts, values=mx.array([1.0, 2.0])[None, None, :, None])
@@ -122,7 +122,7 @@ def test_the_softmax_is_one_over_prompt_and_tail():
 
 @pytest.mark.parametrize("far", [-500.0, 500.0])
 def test_scores_far_apart_give_numbers(far):
-    prompts = prefix_cache.Prompts(
+    prompts = prefix_cache.SharedPrompts(
         (0,), mx.full((1, 1, 1, 1), far), mx.full((1, 1, 1, 1), 3.0), np.array([1])
     )
     cache = PrefixCache(prompts, np.zeros(1, int), 64)
@@ -132,13 +132,15 @@ def test_scores_far_apart_give_numbers(far):
 
 
 def test_seats():
-    seats = Seats(np.array([1, 0, 1, 1]), 2)
+    by_prompt = RowsByPrompt(np.array([1, 0, 1, 1]), 2)
     rows = mx.arange(4.0)[:, None, None, None]
-    seated = np.array(seats.sit(rows))[:, 0, :, 0]
-    assert seats.each == 3
+    seated = np.array(by_prompt.group(rows))[:, 0, :, 0]
+    assert by_prompt.each == 3
     assert seated[0, 0] == 1
     assert seated[1].tolist() == [0, 2, 3]
-    np.testing.assert_array_equal(np.array(seats.rise(seats.sit(rows))), np.array(rows))
+    np.testing.assert_array_equal(
+        np.array(by_prompt.ungroup(by_prompt.group(rows))), np.array(rows)
+    )
 
 
 def test_rows_leave_fork_and_come_and_prompts_with_them(sharing):
@@ -156,10 +158,10 @@ def test_rows_leave_fork_and_come_and_prompts_with_them(sharing):
     rows = [(*prompts[1], 22, 30), (*prompts[0], 20, 31), (*prompts[1], 22, 32)]
     rows += [(*prompts[2], 33), (*prompts[2], 34)]
     np.testing.assert_allclose(found, whole(sharing, *rows), atol=1e-4)
-    assert cache[0].prompts.names == (0, 1, 2)
+    assert cache[0].prompts.prompt_keys == (0, 1, 2)
     for layer in cache:
         layer.filter(mx.array([1, 3]))
-    assert cache[0].prompts.names == (0, 2)
+    assert cache[0].prompts.prompt_keys == (0, 2)
     assert cache[0].prompts.keys.shape[2] == 3  # without the padding that the longest one asked for
     found = step(sharing, cache, [40, 41])
     rows = [(*prompts[0], 20, 31, 40), (*prompts[2], 33, 41)]
@@ -233,5 +235,5 @@ def test_a_family_that_does_not_ask_for_attention_keeps_whole_caches(policy, mon
 
 
 def test_a_wrong_attention_is_found(policy, monkeypatch):
-    monkeypatch.setattr(prefix_cache.Prompts, "mask", None)  # padding counts as tokens
+    monkeypatch.setattr(prefix_cache.SharedPrompts, "mask", None)  # padding counts as tokens
     assert not choose_engine(policy, "mlx").engine.shares_prompts
