@@ -70,13 +70,13 @@ def report(before: str = "", *flags: str, **variables: str) -> dict[str, Any]:
 
 
 def best_times(*functions: Callable[[], object], rounds: int = 40) -> list[float]:
-    """Return the least time of each function, called in turn so that all meet the same noise."""
+    """Return the least processor time of each function, whatever else the machine is doing."""
     best = [float("inf")] * len(functions)
     for _ in range(rounds):
         for i, function in enumerate(functions):
-            start = time.perf_counter()
+            start = time.process_time()
             function()
-            best[i] = min(best[i], time.perf_counter() - start)
+            best[i] = min(best[i], time.process_time() - start)
     return best
 
 
