@@ -469,9 +469,9 @@ def test_a_pinned_plan_is_used_as_it_is(place, tiny_folder, tmp_path, whole):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "which is no plan"),
-        ("{}", "which is no plan"),
-        ("[1]", "which is no plan"),
+        (None, "which is not a plan"),
+        ("{}", "which is not a plan"),
+        ("[1]", "which is not a plan"),
         ({"group_size": 99}, "group_size 99, more than rollout.group_size, which is 8"),
     ],
 )
