@@ -120,7 +120,7 @@ def _check_reuse(config: RunConfig, shape: Shape) -> None:
         )
     if rollout.reuse and not reused_roots(config, shape):
         raise ConfigError(
-            f"rollout.reuse is {rollout.reuse:g}: of {shape.roots} completions (of the first "
+            f"rollout.reuse is {rollout.reuse:g}, but of {shape.roots} completions (of the first "
             "round, or roots of a tree) at least one stays fresh, and fewer than one would be "
             "reused. Raise it, or the group size."
         )
