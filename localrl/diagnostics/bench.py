@@ -136,10 +136,7 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
 
 
 def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: None) -> dict:
-    """Return everything except a profile, as `localrl bench --json` prints it.
-
-    told: called with each rate in turn.
-    """
+    """Return all but a profile, as `localrl bench --json` prints it. told: gets each rate."""
     load_average = os.getloadavg()
     rates, steps = [], {}
     least = needed(opened.policy)
@@ -173,7 +170,7 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
 
 
 def measure_decode(opened: Opened, rows: int) -> tuple[DecodeRate, np.ndarray]:
-    """Return the rate of these rows, and seconds of each token after the first; medians of
+    """Return the rate of these rows and seconds of each token after the first; medians of
     repeats."""
     decode_once(opened, rows)
     mx.reset_peak_memory()

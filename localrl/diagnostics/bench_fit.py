@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SPANS = 4
-"""Number of parts of a completion whose times are fitted separately, for the effect of its
-length."""
+"""Parts of a completion whose times are fitted separately, for the effect of its length."""
 LONG = 32
 """Number of tokens from which the fit has a term for the length."""
 
@@ -30,8 +29,7 @@ class Fit:
 
 
 def fit(steps: Mapping[int, np.ndarray], prompt_tokens: int) -> Fit | None:
-    """Return the least-squares fit of the time of each span of each row count, relative to the
-    time.
+    """Fit the time of each span of each row count by least squares, relative to the time.
 
     steps: maps rows to (tokens - 1,) seconds. None if there are too few row counts.
     """

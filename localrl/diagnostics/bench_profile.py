@@ -108,7 +108,7 @@ def _rollout(opened: Opened, scorer: Scorer) -> list[Stage]:
 
 
 def _decode(opened: Opened) -> tuple[float, float, float]:
-    """Return the seconds of building the graphs of all decode calls, of computing them, and in
+    """Return seconds of building the graphs of all decode calls, of computing them, and in
     total."""
     times = _Times()
     engine = cast(Engine, _Watched(opened.endless.engine, times))
@@ -212,8 +212,7 @@ def _head_s(opened: Opened, micros: list[MicroBatch]) -> float:
 
 
 def _optimizer_s(opened: Opened, batch: Batch) -> float:
-    """Return the seconds of the norm and one step of Adam, on copies: the adapters stay
-    unchanged."""
+    """Return seconds of the norm and one step of Adam, on copies: the adapters do not change."""
     model = opened.policy.model
     gradient, _ = opened.updater.gradient(batch, opened.plan)
     adapters = model.trainable_parameters()

@@ -35,8 +35,7 @@ LITTLE_BYTES = 500_000_000
 """Limit in bytes below which only a tiny model can be trained."""
 
 PRODUCTS = (128, 256, 384)
-"""Sizes of the square matrices that are multiplied; larger ones would take the reference BLAS
-long."""
+"""Sizes of the square matrices multiplied; larger ones would take the reference BLAS long."""
 PRODUCT_REPEATS = 4
 SLOW = 2.0
 """Ratio of MLX's time to NumPy's above which something is wrong."""

@@ -1,5 +1,4 @@
-"""Inspects a task before training: the prompts the model will see, and the scores of gold
-answers."""
+"""Inspects a task before training: the prompts the model will see, and scores of gold answers."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ from localrl.records import Batch
 
 
 def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
-    """Return the part of a batch that one of `size` ranks updates on; the parts add up to the
-    batch.
+    """Return the part of a batch that one of `size` ranks updates on; parts add up to the batch.
 
     Prompts are assigned longest first, each to the rank with the fewest tokens so far. The
     denominator is that of the whole batch. A part may be empty.

@@ -79,7 +79,7 @@ class Awake:
         self._process: subprocess.Popen[bytes] | None = None
 
     def update(self, power: Power | None, pid: int) -> None:
-        """Start or end the command, as a new reading requires; never start it if the power is
+        """Start or end the command for a new reading; it never starts while the power is
         unknown."""
         wanted = power is not None and not power.on_battery
         if not wanted:

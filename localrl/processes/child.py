@@ -51,8 +51,7 @@ class Supervisor:
         self.tell(beat=True)
 
     def watch(self, stop: Callable[[str], None]) -> None:
-        """From now on, call `stop` with the reason when the supervisor asks for a stop, or has
-        ended."""
+        """From now on, call `stop` with the reason if the supervisor asks for it, or has ended."""
         threading.Thread(target=self._listen, args=(stop,), daemon=True).start()
 
     def _listen(self, stop: Callable[[str], None]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NOT_LOOKED_S = 10.0
-"""Seconds without a look at the run after which the observer itself was asleep or stopped, so the
-run is not blamed."""
+"""Seconds without a check after which the observer itself was asleep or stopped, not the run."""
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class _Life:
             self._ours.send(json.dumps({"stop": reason}).encode() + b"\n")
 
     def end(self, grace_s: float) -> int:
-        """End the process, and kill its whole session if it does not end in time; return its exit
+        """End the process, and kill its session if it does not end in time; return its exit
         code."""
         self.process.terminate()
         try:

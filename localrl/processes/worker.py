@@ -284,8 +284,7 @@ class _Child:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Return the resident memory of a process in bytes, or None if the system does not report
-    it."""
+    """Return the resident memory of a process in bytes, or None if the system does not tell."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")

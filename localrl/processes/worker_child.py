@@ -37,7 +37,7 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 class NotFound(Exception):
-    """Raised when the target names no function; the message is complete, so no traceback is
+    """Raised when the target names no function; its message is complete, so no traceback is
     sent."""
 
 

@@ -34,8 +34,7 @@ LAST = 5
 
 
 def comparison(one: Run, other: Run, width: int = 80) -> Iterator[str]:
-    """Compare states, evaluations, differing settings, last steps, and curves over steps and
-    tokens."""
+    """Compare states, evaluations, settings, last steps, and curves over steps and tokens."""
     yield _row("", str(one.path), str(other.path))
     yield _row("state", *(f"{run.state}, step {run.step}" for run in (one, other)))
     yield _row("model", facts.model(one), facts.model(other))

@@ -33,8 +33,7 @@ class Score:
     mean_reward: float | None
     mean_tokens: float | None
     temperature: float = 1.0
-    """Sampling temperature; older runs do not record it and sampled at 1; 0 means greedy
-    decoding."""
+    """Sampling temperature; older runs do not record it and sampled at 1; 0 means greedy."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -139,7 +138,7 @@ def _records(path: Path, name: str, unread: dict[str, int]) -> list[dict[str, An
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield offset and object of each line, None if it is not an object; skips an incomplete last
+    """Yield offset and object of each line, None for other values; skips an incomplete last
     line."""
     with suppress(FileNotFoundError), path.open("rb") as file:
         offset = 0

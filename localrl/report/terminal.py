@@ -49,8 +49,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
 
 
 def curve(chart: Chart, width: int) -> Iterator[str]:
-    """Draw the lines of a chart as rows of blocks, each scaled between its lowest and highest
-    value."""
+    """Draw the lines of a chart as rows of blocks, each scaled from its lowest to highest value."""
     for line in chart.lines:
         known = [value for value in line.values if value is not None]
         if line.faint and len(chart.lines) > 1:
@@ -66,8 +65,7 @@ def curve(chart: Chart, width: int) -> Iterator[str]:
 
 
 def samples(run: Run) -> Iterator[str]:
-    """Yield every group, last first: prompt, completions, rewards, and whether they were learned
-    from."""
+    """Yield every group, last first: prompt, completions, rewards, and what was learned from."""
     offsets = [offset for offset, _ in read_groups(run.path)]
     if not offsets:
         yield f"{run.path} has no rollouts yet.\n"

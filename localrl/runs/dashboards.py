@@ -69,7 +69,7 @@ def check(names: Sequence[str]) -> dict[str, ModuleType]:
 def log(
     dashboards: Sequence[Dashboard], record: Mapping[str, Any], warn: Callable[[str], None]
 ) -> None:
-    """Send the numbers of a line of metrics.jsonl. A dashboard that fails is reported and then
+    """Send the numbers of a line of metrics.jsonl. A failing dashboard is reported, then
     skipped."""
     for dashboard in dashboards:
         _try(dashboard, lambda d: d.write(record["step"], _numbers(record)), warn)
@@ -132,8 +132,7 @@ def _tensorboard(module: Any, run: Path, settings: Numbers, step: int) -> Dashbo
 
 
 def _wandb(module: Any, run: Path, settings: Numbers, step: int) -> Dashboard:
-    """Open a run in project $WANDB_PROJECT, or `localrl`; W&B's own data collection is switched
-    off."""
+    """Open a run in project $WANDB_PROJECT, or `localrl`; W&B's own collecting is switched off."""
     quiet = module.Settings(
         console="off",
         disable_code=True,

@@ -12,8 +12,7 @@ from localrl.config import RunConfig
 Record = Mapping[str, Any]
 
 FEW, MANY = 5, 10
-"""Number of steps over which metrics are averaged: to smooth the noise of one step, and to see a
-trend."""
+"""Steps over which metrics are averaged: to smooth the noise of one step, and to see a trend."""
 CLEAR = 20
 """Consecutive steps without its cause after which a warning may be repeated."""
 RIGHT = 0.9
@@ -40,11 +39,11 @@ class Warning:
 
 
 class Health:
-    """Checks the metrics of every step, in order, and warns once about each problem until it is
+    """Checks the metrics of every step, in order; warns once about each problem until it is
     over."""
 
     def __init__(self, config: RunConfig, weights: Mapping[str, float]) -> None:
-        """weights: maps the reward functions to their weights; the first one decides what is
+        """weights: weights of the reward functions, by name; the first one decides what is
         correct."""
         self._config = config
         self._weights = dict(weights)
@@ -177,8 +176,7 @@ class Health:
         return _mean(list(self._last)[-steps:], name) if len(self._last) >= steps else None
 
     def _rising(self) -> bool:
-        """Return True if the mean reward of the last steps is above that before them, or
-        unknown."""
+        """Return True if the mean reward of the last steps exceeds that before, or is unknown."""
         records = list(self._last)
         before, now = _mean(records[:-MANY], "reward"), _mean(records[-MANY:], "reward")
         return len(records) < 2 * MANY or before is None or now is None or now > before

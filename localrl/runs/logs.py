@@ -119,7 +119,7 @@ class JsonLines:
         self._file.seek(0, os.SEEK_END)
 
     def mend(self) -> None:
-        """Remove a last line left incomplete by a crash, so that the next one starts on its own
+        """Remove a last line left incomplete by a crash, so that the next one starts on a new
         line."""
         whole = Path(self._file.name).read_bytes().rpartition(b"\n")
         self.cut(len(whole[0] + whole[1]))
@@ -177,8 +177,7 @@ class GroupRecord:
     replayed: bool = False
     """True for a group of an earlier step that is learned from again."""
     pieces: Sequence[Sequence[str]] = ()
-    """One list per node, if any: the text of each token, so that no tokenizer is needed to read
-    them."""
+    """One list per node, if any: the text of each token, so that reading needs no tokenizer."""
 
     @property
     def kept(self) -> bool:
@@ -187,8 +186,7 @@ class GroupRecord:
 
     @property
     def reason(self) -> DropReason | None:
-        """The reason why no completion was trained: the common one, or "no coefficient" if they
-        differ."""
+        """The reason why no completion was trained; "no coefficient" if there are several."""
         reasons = set(self.dropped)
         if self.kept or not reasons:
             return None

@@ -231,8 +231,7 @@ def sampled_tokens(scored: ScoredGroup) -> int:
 
 
 def _sampled(scored: ScoredGroup, *, stale: bool = False) -> int:
-    """Return the number of tokens that the model wrote; if stale, only those of an earlier
-    policy."""
+    """Return the number of tokens that the model wrote; if stale, that an earlier policy wrote."""
     nodes = [n for n in scored.group.nodes if not stale or n.old_logprobs is not None]
     return sum(int(node.sampled.sum()) for node in nodes)
 

@@ -56,8 +56,7 @@ def measure(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Coeffic
 
 
 def _shorter(plan: MemoryPlan, part: int) -> MemoryPlan:
-    """Return the plan with lengths and head chunk divided by `part`, so with as many head
-    chunks."""
+    """Return the plan with lengths and head chunk divided by `part`: the number of chunks stays."""
     lengths = {
         name: min(MOST_LENGTH, max(LEAST_LENGTH, getattr(plan, name) // part))
         for name in ("max_prompt_tokens", "max_completion_tokens")
@@ -91,8 +90,7 @@ def peak_of(work: Callable[[], object]) -> int:
 
 
 def _batch(paths: int, plan: MemoryPlan, vocabulary: int) -> Batch:
-    """Make a batch of `paths` completions of the longest planned length; token values do not
-    matter."""
+    """Make a batch of `paths` completions of the planned length; token values do not matter."""
     length, size = plan.max_completion_tokens, plan.group_size
     tokens = (np.arange(length) * 7919 + 1) % vocabulary
     ones = np.ones(length, np.float32)

@@ -54,9 +54,8 @@ def plan_request(
 ) -> PlanRequest:
     """Return the memory request of a configuration on this machine.
 
-    prompts: if None, the longest allowed prompts are assumed. turns: True if completions have
-    several turns, also when only the task says so. held: bytes that MLX holds now: see
-    `memory_limit`.
+    prompts: None assumes the longest allowed. turns: True if completions have several turns, also
+    when only the task says so. held: bytes that MLX holds now: see `memory_limit`.
 
     Raises: ConfigError if `memory.limit` is impossible.
     """

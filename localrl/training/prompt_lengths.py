@@ -61,8 +61,7 @@ def measure(
 
 
 def find(config: RunConfig) -> PromptLength:
-    """Return the same from the settings alone, if the model's folder and the task are on this
-    machine.
+    """Return the same from the settings alone, if the model's folder and the task are local.
 
     Raises: the same errors as `measure`.
     """

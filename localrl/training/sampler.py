@@ -124,8 +124,7 @@ class Sampler:
         )
 
     def replay(self, step: int, fresh: Sequence[ScoredGroup], version: int) -> list[ScoredGroup]:
-        """Return groups of earlier steps to learn from again, with log-probabilities of the current
-        policy."""
+        """Return groups of earlier steps to learn from again, with current log-probabilities."""
         rollout = self.config.rollout
         if not rollout.replay_groups:
             return []
@@ -156,8 +155,7 @@ class Sampler:
     def begin(
         self, step: int, examples: Sequence[Example], prompts: Sequence[tuple[int, ...]]
     ) -> list[Sequence[Prefix]]:
-        """Return the verified prefixes of earlier completions that each example's first ones start
-        from."""
+        """Return verified prefixes of earlier completions, as starts of each example's first ones."""
         seed = self.config.run.seed
         count = reused_roots(self.config, self.shape)
         begun: list[Sequence[Prefix]] = [()] * len(examples)

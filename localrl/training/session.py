@@ -127,7 +127,7 @@ class Session(Components):
         stats: StepStats,
         version: int,
     ) -> None:
-        """Let the tracker and the sampler learn from a step, sampled by the policy of this
+        """Let the tracker and the sampler learn from a step sampled by the policy of this
         version."""
         self.tracker.update(fresh, credits[: len(fresh)])
         # After the samples drawn before the drift, so that it counts until the prompt's next visit.
@@ -136,8 +136,7 @@ class Session(Components):
         self.sampler.learn(fresh, version)
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Evaluate pass@1 after a step and log it; None if not configured, or on ranks other than
-        0.
+        """Evaluate pass@1 after a step and log it; None if not configured, or not on rank 0.
 
         Uses the current adapters, unless this step was evaluated before.
         """
@@ -225,8 +224,7 @@ class Session(Components):
             self.progress.warn(warning.text)
 
     def revise_plan(self, step: int) -> None:
-        """Compare the step's memory use with the plan; switch plans and warn if there is reason
-        to."""
+        """Compare the step's memory use with the plan; if needed, switch plans and report it."""
         reading = MemoryReading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
         mx.reset_peak_memory()
         if self.config.memory.pin:

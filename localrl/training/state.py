@@ -197,8 +197,7 @@ def restore(state: State, session: Session) -> None:
 
 
 def _compute_as(kernels: Choice | None, session: Session) -> None:
-    """Use the kernels in C that the state was computed with, as others round differently; warn if
-    they are missing."""
+    """Use the state's kernels in C, since others round differently; warn if they are missing."""
     engine = session.policy.engine
     if kernels is None or engine.kernels is None:
         return
@@ -271,8 +270,7 @@ class PreviousRun:
         return self.state.values["plan"] if self.state else None
 
     def plan_after(self, restart: Restart | None, shape: Shape) -> MemoryPlan | None:
-        """Return the plan to continue with: the run's, or what the previous supervised process
-        left."""
+        """Return the plan to continue with: the run's, or what the last supervised process left."""
         if restart is None:
             return self.plan
         plan = MemoryPlan(**json.loads((self.run.path / "plan.json").read_bytes()))
@@ -295,7 +293,7 @@ class PreviousRun:
 
 
 def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> dict[str, str]:
-    """Return SHA-256 hashes of a run's sources: the model's files by name and size, and the
+    """Return SHA-256 hashes of a run's sources: the model's files by name and size, and its
     data."""
     weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
     model = (model_folder / "config.json").read_bytes() + repr(weights).encode()

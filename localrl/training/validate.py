@@ -10,8 +10,7 @@ from localrl.rollouts.groups import Shape
 from localrl.tasks.base import Task
 
 KAPPA = 4.0
-"""Default weight; with two siblings the other one alone is a poor baseline: see
-docs/strategies.md."""
+"""Default weight; with two siblings, one alone is a poor baseline: see docs/strategies.md."""
 
 
 def tracker_weight(config: RunConfig) -> float:
@@ -23,8 +22,7 @@ def tracker_weight(config: RunConfig) -> float:
 
 
 def reused_roots(config: RunConfig, shape: Shape) -> int:
-    """Return how many roots of a prompt may start from earlier completions; at least one stays
-    fresh.
+    """Return how many roots of a prompt may reuse earlier completions; at least one stays fresh.
 
     Otherwise a group that teaches nothing would repeat unchanged forever.
     """

@@ -1,5 +1,4 @@
-"""Finds files named in a configuration: in the working directory, or else next to the
-configuration."""
+"""Finds files named in a configuration: in the working directory, or else next to it."""
 
 from __future__ import annotations
 

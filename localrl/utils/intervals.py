@@ -23,8 +23,7 @@ def wilson(passed: float, n: float) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Return the probability that one of k completions passes, unbiased from n of which `passed`
-    did; k <= n.
+    """Return the unbiased probability that one of k <= n completions passes, if `passed` of n did.
 
     Chen et al. 2021, arXiv 2107.03374.
     """
@@ -46,11 +45,9 @@ def share_interval(values: Sequence[float], samples: int) -> tuple[float, float]
 
 
 def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two shares on the same n prompts, second minus
-    first.
+    """Return the 95 % interval of the second minus the first share on the same n prompts.
 
-    Agresti and Min 2005: adds half a prompt to each of the four cells, then uses the normal
-    interval.
+    Agresti and Min 2005: adds half a prompt to each of the four cells, then uses the normal one.
     """
     total, difference = n + 2, only_second - only_first
     variance = only_first + only_second + 1 - difference**2 / total
@@ -58,8 +55,7 @@ def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, f
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p that both sides are equally likely to be the only one that
-    passes.
+    """Return the exact two-sided p that both sides are equally likely to pass alone.
 
     McNemar 1947, with the binomial instead of its limit; 1 if they never differ.
     """

@@ -109,8 +109,7 @@ def packaged_file(model: PackagedModel) -> Path:
 
 
 def other_file(model: PackagedModel, path: Path, seen: str) -> ConfigError:
-    """Return the error for a file that is not the model's; `seen` describes how that was
-    noticed."""
+    """Return the error for a file that is not the model's; `seen` describes the difference."""
     return ConfigError(f"{path} is not the file of {model.name}: {seen}. {_mend(model)}")
 
 

@@ -14,8 +14,7 @@ is three periods, and at least SHORTEST_LOOP tokens, without counting the first 
 
 
 def repeated_from(token_ids: np.ndarray) -> int | None:
-    """Return the index after which a completion that ends in a loop only repeats; None without a
-    loop.
+    """Return the index from which a completion only repeats itself; None if it ends in no loop.
 
     It is the index of the first token after the second period, counted from the start of the
     longest tail that has the period; of several periods, the shortest.

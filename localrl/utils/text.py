@@ -23,7 +23,6 @@ def sampled_at(temperature: float) -> str:
 
 
 def one_line(text: str, width: int = 0) -> str:
-    """Make text `printable`, with signs for newlines and tabs, cut to `width` characters unless it
-    is 0."""
+    """Make text `printable`, with signs for newlines and tabs; cut to `width` unless it is 0."""
     line = printable(text).replace("\n", "↵").replace("\t", "⇥")
     return line[: width - 1] + "…" if width and len(line) > width else line
