@@ -155,7 +155,7 @@ class Sampler:
     def begin(
         self, step: int, examples: Sequence[Example], prompts: Sequence[tuple[int, ...]]
     ) -> list[Sequence[Prefix]]:
-        """Return verified prefixes of earlier completions, as starts of each example's first ones."""
+        """Return verified prefixes of earlier completions, to start each example's first ones."""
         seed = self.config.run.seed
         count = reused_roots(self.config, self.shape)
         begun: list[Sequence[Prefix]] = [()] * len(examples)
