@@ -447,7 +447,7 @@ def test_in_need_the_run_goes_on_with_less(place, tiny_folder, tmp_path, monkeyp
     for event in told:
         reason = NEED[event["step"]][1]
         assert reason in event["reason"]
-        assert any(reason in line and "from now on decode_rows" in line for line in heard.warnings)
+        assert any(reason in line and "from now on: decode_rows" in line for line in heard.warnings)
     planned = plan_of(out)
     again = run(place, out, model=tiny_folder, resume=True, **EVERYTHING)
     assert again.steps == 3
