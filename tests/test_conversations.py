@@ -107,7 +107,7 @@ def test_tools_are_counted(folder, tmp_path):
 
 
 def test_reuse_and_environments_do_not_go_together(folder, tmp_path):
-    with pytest.raises(ConfigError, match="cannot be begun again from its middle"):
+    with pytest.raises(ConfigError, match="cannot be restarted from its middle"):
         run(folder, tmp_path / "run", **{"rollout.reuse": 0.5})
 
 

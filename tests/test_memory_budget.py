@@ -447,7 +447,7 @@ def test_in_need_the_run_goes_on_with_less(place, tiny_folder, tmp_path, monkeyp
     for event in told:
         reason = NEED[event["step"]][1]
         assert reason in event["reason"]
-        assert any(reason in line and "from now on decode_rows" in line for line in heard.warnings)
+        assert any(reason in line and "from now on: decode_rows" in line for line in heard.warnings)
     planned = plan_of(out)
     again = run(place, out, model=tiny_folder, resume=True, **EVERYTHING)
     assert again.steps == 3
@@ -469,9 +469,9 @@ def test_a_pinned_plan_is_used_as_it_is(place, tiny_folder, tmp_path, whole):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "which is no plan"),
-        ("{}", "which is no plan"),
-        ("[1]", "which is no plan"),
+        (None, "which is not a plan"),
+        ("{}", "which is not a plan"),
+        ("[1]", "which is not a plan"),
         ({"group_size": 99}, "group_size 99, more than rollout.group_size, which is 8"),
     ],
 )

@@ -189,7 +189,10 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
         ({"task.name": "step"}, "Unknown task 'step'"),
         ({"task.train_prompts": 2}, "prompts_per_step is 4, but the task has 2"),
         ({"model.path": "nowhere"}, "no model in nowhere"),
-        ({"rollout.group_size": 1, "learning.kappa": 0.0}, "kappa is 0 and rollout.group_size 1"),
+        (
+            {"rollout.group_size": 1, "learning.kappa": 0.0},
+            "kappa is 0 and rollout.group_size is 1",
+        ),
         (
             {"rollout.strategy": "adaptive", "rollout.rounds": 3},
             "group_size is 4, which 3 rounds cannot share evenly",

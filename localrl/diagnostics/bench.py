@@ -1,6 +1,6 @@
-"""How fast this machine decodes and trains a model: what `localrl bench` measures.
+"""Measures how fast this machine decodes and trains a model, for `localrl bench`.
 
-All goes through the decoder and the updater of a run, with prompts and rewards that mean nothing.
+Everything runs through the decoder and updater of a run, with meaningless prompts and rewards.
 Completions have no end token here, so that every row is decoded to the last token.
 """
 
@@ -39,63 +39,63 @@ from localrl.training.memory_plan import make_plan
 PACKAGES = ("localrl", "mlx", "mlx-lm", "numpy")
 LEAST_TOKENS = 4
 PRIOR = 0.5
-"""Between the rewards 0 and 1: every completion has something to teach, also one alone."""
+"""A prior between the rewards 0 and 1: every completion teaches something, even a single one."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be measured."""
+    """The measurements to make."""
 
     rows: tuple[int, ...]
-    """Completions decoded at once; the most of them are also the group of the update."""
+    """Row counts decoded at once; the largest is also the group size of the update."""
     prompt_tokens: int
     tokens: int
-    """Of each completion."""
+    """Length of each completion."""
     repeats: int
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A model with new adapters, as a run would have it."""
+    """A model with new adapters, as in a run."""
 
     config: RunConfig
     policy: Policy
     endless: Policy
-    """The same without an end token."""
+    """The same policy without an end token."""
     plan: MemoryPlan
     updater: Updater
     wanted: Wanted
-    """With what of it the plan allows."""
+    """The measurements that the plan allows."""
     left_out: tuple[str, ...]
-    """What it does not, in words."""
+    """Descriptions of those that it does not allow."""
     prompt: tuple[int, ...]
     width: int
-    """Of the states between layers."""
+    """Width of the states between layers."""
 
 
 @dataclass(frozen=True)
 class DecodeRate:
-    """Decoding of so many rows at once."""
+    """Decoding rate of a number of rows at once."""
 
     rows: int
     tokens_per_s: float
-    """Of all rows together, the prefill left out."""
+    """Rate of all rows together, without the prefill."""
     step_ms: float
     """Mean time of one token for every row."""
     first_ms: float
-    """Prefill and first token."""
+    """Time of the prefill and the first token."""
     peak_bytes: int
     floor_ms: float | None = None
-    """The least that a token takes at this machine's rates; None where MLX computes the model."""
+    """The least time of a token at this machine's rates; None if MLX computes the model."""
 
 
 @dataclass(frozen=True)
 class UpdateRate:
-    """One update on one group."""
+    """The rate of one update on one group."""
 
     completions: int
     positions: int
-    """Computed in the pass with gradient, padding left out."""
+    """Positions computed in the pass with gradient, without padding."""
     trained_tokens: int
     update_s: float
     positions_per_s: float
@@ -103,15 +103,15 @@ class UpdateRate:
 
 
 def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
-    """The model, loaded within a plan for this machine's memory.
+    """Load the model within a plan for this machine's memory.
 
-    Raises: ConfigError when it cannot be read or a number is too small; MemoryBudgetError when
-    there is no memory for it.
+    Raises: ConfigError if it cannot be read or a number is too small; MemoryBudgetError if memory
+    is too small.
     """
     if min(wanted.rows) < 1 or min(wanted.prompt_tokens, wanted.tokens) < LEAST_TOKENS:
         raise ConfigError(
-            f"Rows must be at least 1, and prompt and completion {LEAST_TOKENS} tokens long, not "
-            f"{wanted}."
+            f"Rows must be at least 1, and prompt and completion at least {LEAST_TOKENS} tokens "
+            f"long, not {wanted}."
         )
     config = _config(model, quantize, wanted)
     resolved = resolve(config)
@@ -126,7 +126,7 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
         policy,
         endless,
         plan,
-        # The rate is so low that repeats meet the same model.
+        # The learning rate is so low that repeats use the same model.
         Updater(policy, LearningConfig(lr=1e-9), temperature=1.0),
         wanted,
         left_out,
@@ -136,7 +136,7 @@ def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
 
 
 def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: None) -> dict:
-    """Everything but a profile, as `localrl bench --json` prints it. told: each rate in turn."""
+    """Return all but a profile, as `localrl bench --json` prints it. told: gets each rate."""
     load_average = os.getloadavg()
     rates, steps = [], {}
     least = needed(opened.policy)
@@ -170,7 +170,8 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
 
 
 def measure_decode(opened: Opened, rows: int) -> tuple[DecodeRate, np.ndarray]:
-    """Rate of these rows, and the seconds of each token after the first, medians of repeats."""
+    """Return the rate of these rows and seconds of each token after the first; medians of
+    repeats."""
     decode_once(opened, rows)
     mx.reset_peak_memory()
     runs = np.array([decode_once(opened, rows) for _ in range(opened.wanted.repeats)])
@@ -183,7 +184,7 @@ def measure_decode(opened: Opened, rows: int) -> tuple[DecodeRate, np.ndarray]:
 
 
 def decode_once(opened: Opened, rows: int, policy: Policy | None = None) -> np.ndarray:
-    """(tokens,) seconds from one forward call to the next; the first holds the prefill."""
+    """Return (tokens,) seconds between forward calls; the first one includes the prefill."""
     marks: list[float] = []
     decoder = Decoder(
         policy or opened.endless, 1.0, rows, beat=lambda: marks.append(time.perf_counter())
@@ -196,9 +197,9 @@ def decode_once(opened: Opened, rows: int, policy: Policy | None = None) -> np.n
 
 
 def measure_update(opened: Opened) -> UpdateRate:
-    """The update on one group of as many completions as the plan has in one."""
+    """Measure the update on one group of the plan's group size."""
     batch = make_batch(opened, sample(opened, opened.endless)).batch
-    opened.updater.update(batch, opened.plan)  # the first one also tries how the family is scored
+    opened.updater.update(batch, opened.plan)  # the first one also decides how the family is scored
     mx.reset_peak_memory()
     update_s = median(
         seconds(lambda: opened.updater.update(batch, opened.plan))
@@ -216,7 +217,7 @@ def measure_update(opened: Opened) -> UpdateRate:
 
 
 def sample(opened: Opened, policy: Policy) -> list[Group]:
-    """One group of the prompt."""
+    """Sample one group of the prompt."""
     size = opened.plan.group_size
     return sample_groups(
         Decoder(policy, 1.0, opened.plan.decode_rows),
@@ -232,13 +233,13 @@ def sample(opened: Opened, policy: Policy) -> list[Group]:
 
 
 def make_batch(opened: Opened, groups: Sequence[Group]) -> Selection:
-    """The batch of these groups under the rewards 0 and 1 in turn: every token is trained."""
+    """Make the batch of these groups with the rewards 0 and 1 in turn: every token is trained."""
     scored, credits = score_in_turn(groups)
     return select(scored, credits, float(opened.wanted.tokens), opened.updater.objective)
 
 
 def score_in_turn(groups: Sequence[Group]) -> tuple[list[ScoredGroup], list[Credit]]:
-    """The groups with the rewards 0 and 1 in turn, and the credit that follows."""
+    """Give the groups the rewards 0 and 1 in turn, and return them with their credit."""
     scored = []
     for group in groups:
         rewards = tuple(float(n % 2) for n in range(len(group.leaves)))
@@ -247,20 +248,20 @@ def score_in_turn(groups: Sequence[Group]) -> tuple[list[ScoredGroup], list[Cred
 
 
 def micro_batches(opened: Opened, batch: Batch) -> list[MicroBatch]:
-    """The batch as the updater takes it, once it has met a first one."""
+    """Split the batch as the updater does after its first batch."""
     pack = forest_batches if opened.updater.shared else row_batches
     return list(pack(batch, opened.plan.micro_rows))
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long the work takes."""
+    """Return the seconds that the work takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def parameters(policy: Policy) -> int:
-    """Weights of the model, each one of a quantised matrix too, adapters left out."""
+    """Return the number of the model's weights, without adapters; quantised ones count singly."""
     count = 0
     for _, module in policy.model.named_modules():
         for name, array in module.items():
@@ -291,12 +292,12 @@ def _config(model: str | None, quantize: int, wanted: Wanted) -> RunConfig:
 
 
 def _allowed(wanted: Wanted, plan: MemoryPlan) -> tuple[Wanted, tuple[str, ...]]:
-    """What of the wish has room in memory, and what has not."""
+    """Return the measurements that fit in memory, and descriptions of those that do not."""
     rows = tuple(n for n in wanted.rows if n <= plan.decode_rows)
     tokens = min(wanted.tokens, plan.max_completion_tokens)
     most = max(wanted.rows)
     left_out = [f"{n} rows" for n in wanted.rows if n not in rows]
     left_out += [f"tokens {wanted.tokens} -> {tokens}"] * (tokens < wanted.tokens)
     left_out += [f"group {most} -> {plan.group_size}"] * (plan.group_size < most)
-    # One row more than none: the plan never has less.
+    # At least one row: the plan never has fewer.
     return replace(wanted, rows=rows or (plan.decode_rows,), tokens=tokens), tuple(left_out)

@@ -1,4 +1,4 @@
-"""How the time of a decode step depends on the rows and on the length: least squares."""
+"""Fits the time of a decode step to the number of rows and the length, by least squares."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 SPANS = 4
-"""Parts of a completion whose times are fitted by themselves, for the effect of its length."""
+"""Parts of a completion whose times are fitted separately, for the effect of its length."""
 LONG = 32
-"""Tokens from which on the fit has a term for the length."""
+"""Number of tokens from which the fit has a term for the length."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """step time = a + b rows + c rows length, in ms; length in tokens, the prompt included.
+    """step time = a + b rows + c rows length, in ms; length in tokens, including the prompt.
 
     No factor is below 0.
     """
@@ -23,15 +23,15 @@ class Fit:
     a_ms: float
     b_ms: float
     c_ms: float | None
-    """None: completions were too short to tell."""
+    """None if completions were too short to determine it."""
     residual: float
-    """Root mean square of what the fit is wrong by, as a share of the time."""
+    """Root mean square error of the fit, as a share of the time."""
 
 
 def fit(steps: Mapping[int, np.ndarray], prompt_tokens: int) -> Fit | None:
-    """Least squares on what each span of each row count took, relative to the time.
+    """Fit the time of each span of each row count by least squares, relative to the time.
 
-    steps: by rows, (tokens - 1,) seconds. None when the row counts are too few.
+    steps: maps rows to (tokens - 1,) seconds. None if there are too few row counts.
     """
     if len(steps) < 2:
         return None
@@ -50,9 +50,9 @@ def fit(steps: Mapping[int, np.ndarray], prompt_tokens: int) -> Fit | None:
 
 
 def _no_less_than_nothing(shares: np.ndarray) -> np.ndarray:
-    """Factors (n,) of at least 0 with which the shares (m, n) come nearest to 1 together.
+    """Return factors (n,) of at least 0 with which the shares (m, n) sum up closest to 1.
 
-    What noise makes negative is left out, and the others are fitted again.
+    Factors that noise makes negative are left out, and the others are fitted again.
     """
     found, left = np.zeros(shares.shape[1]), np.arange(shares.shape[1])
     while len(left):

@@ -1,7 +1,7 @@
-"""The least time that a token can take on this CPU: what has to be read, and what multiplied.
+"""The least time that a token can take on this CPU: for reading weights, and for multiplying them.
 
 Every weight is read once for all rows, and multiplied with each. A decode step takes at least the
-longer of the two, at the rates that this machine has when it does nothing else.
+longer of the two, at the rates that this machine reaches when it does nothing else.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from localrl.engines.cpu.math import matmul
 from localrl.policy.model import Policy
 
 MATRIX = (32768, 1024)
-"""128 MiB: no cache holds it."""
+"""Size of the matrix that is read: 128 MiB, too large for any cache."""
 SIDE = 1536
-"""Of the square matrices that are multiplied."""
+"""Side of the square matrices that are multiplied."""
 FEW = 32
-"""Columns of a product as decoding has them."""
+"""Number of columns of a product as small as in decoding."""
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the CPU's threads do together."""
+    """Rates of all CPU threads together."""
 
     bytes_per_s: float
-    """Read from memory, in a product of a matrix and a vector."""
+    """Rate of reading memory, in a product of a matrix and a vector."""
     flops_per_s: float
-    """Of a product of large matrices in float32, or of one with few columns."""
+    """Rate of a product of large matrices in float32, or of one with few columns."""
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What a token of one row takes at least."""
+    """The least work for a token of one row."""
 
     bytes: int
     flops: int
 
     def floor_s(self, rates: Rates, rows: int) -> float:
-        """Seconds of a step of so many rows."""
+        """Return the least seconds of a step of this many rows."""
         return max(self.bytes / rates.bytes_per_s, rows * self.flops / rates.flops_per_s)
 
 
 def measure_rates() -> Rates:
-    """The best of a few tries, which take about a second."""
+    """Return the best of a few tries, which take about a second in all."""
     matrix, vector = np.ones(MATRIX, np.float32), np.ones((MATRIX[1], 1), np.float32)
     square = np.ones((SIDE, SIDE), np.float32)
     few = square[:, :FEW].copy()
@@ -59,7 +59,7 @@ def measure_rates() -> Rates:
 
 
 def needed(policy: Policy) -> Needed | None:
-    """What a token of this model needs; None where its engine does not say."""
+    """Return the least work for a token of this model; None if its engine does not report it."""
     numbers = policy.engine.decode_numbers()
     return None if numbers is None else Needed(4 * numbers, 2 * numbers)
 

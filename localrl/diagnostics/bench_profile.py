@@ -1,8 +1,7 @@
-"""Where the time of one training step goes, stage by stage.
+"""Profiles one training step, stage by stage.
 
-MLX computes when it is asked for a value, so that stages run into each other. Here each is made to
-finish by itself; what that costs, and what they save together, is in the stage "other", which can
-be below 0.
+MLX computes lazily, so stages overlap. Here each one is forced to finish by itself; the cost of
+that, and the time that overlapping saves, are in the stage "other", which can be below 0.
 """
 
 from __future__ import annotations
@@ -49,19 +48,19 @@ class Stage:
     name: str
     seconds: float
     calls: int
-    """How often it is done in a step."""
+    """Number of times it is done in a step."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A step of one group, and its stages; they add up to it."""
+    """A step of one group, and its stages, which add up to it."""
 
     step_s: float
     stages: tuple[Stage, ...]
 
 
 def profile(opened: Opened) -> Profile:
-    """One step: rollout, rewards, credit, update, logs. Medians of repeats."""
+    """Profile one step: rollout, rewards, credit, update, logs. Medians of repeats."""
     with _scorer(opened) as scorer, tempfile.TemporaryDirectory() as folder:
         log = JsonLines(Path(folder) / "rollouts.jsonl")
         try:
@@ -109,13 +108,14 @@ def _rollout(opened: Opened, scorer: Scorer) -> list[Stage]:
 
 
 def _decode(opened: Opened) -> tuple[float, float, float]:
-    """Seconds of building the graphs of all decode calls, of computing them, and of all."""
+    """Return seconds of building the graphs of all decode calls, of computing them, and in
+    total."""
     times = _Times()
     engine = cast(Engine, _Watched(opened.endless.engine, times))
     whole_s = float(
         decode_once(opened, opened.plan.group_size, replace(opened.endless, engine=engine)).sum()
     )
-    if opened.endless.engine.name == "cpu":  # computed at once, without a graph
+    if opened.endless.engine.name == "cpu":  # computes at once, without a graph
         return 0.0, times.begin_s + times.wait_s, whole_s
     return times.begin_s, times.wait_s, whole_s
 
@@ -127,7 +127,7 @@ class _Times:
 
 
 class _Watched:
-    """An engine, its prefilled prompts, or rows whose steps are timed and made to finish."""
+    """An engine, its prefilled prompts, or rows whose steps are timed and forced to finish."""
 
     def __init__(self, inner: Any, times: _Times) -> None:
         self._inner, self._times = inner, times
@@ -154,7 +154,7 @@ class _Watched:
 
 
 def _draw_s(opened: Opened) -> float:
-    """Seconds of drawing one token for every row."""
+    """Return the seconds of drawing one token for every row."""
     prefilled = Decoder(opened.endless, 1.0, 1).prefill([opened.prompt])
     state = prefilled.fork(np.zeros(opened.plan.group_size, int), None)
     coins = np.random.default_rng(0).random(len(state), np.float32)
@@ -194,7 +194,7 @@ def _forward(opened: Opened, micros: list[MicroBatch]) -> None:
 
 
 def _head_s(opened: Opened, micros: list[MicroBatch]) -> float:
-    """Seconds of the head's forward; 0 where it cannot be told from the body."""
+    """Return the seconds of the head's forward pass; 0 if it cannot be separated from the body."""
     engine, chunk = opened.policy.engine, opened.plan.head_chunk
     if not engine.splits_head:
         return 0.0
@@ -212,7 +212,7 @@ def _head_s(opened: Opened, micros: list[MicroBatch]) -> float:
 
 
 def _optimizer_s(opened: Opened, batch: Batch) -> float:
-    """Seconds of the norm and of one step of Adam, on copies: the adapters stay."""
+    """Return seconds of the norm and one step of Adam, on copies: the adapters do not change."""
     model = opened.policy.model
     gradient, _ = opened.updater.gradient(batch, opened.plan)
     adapters = model.trainable_parameters()
@@ -233,7 +233,7 @@ def _logging(opened: Opened, log: JsonLines) -> Stage:
 
 
 def _write(opened: Opened, groups: list[Group], log: JsonLines) -> None:
-    """What a run writes of a step: a line of metrics, and one for each group."""
+    """Write what a run writes for a step: a line of metrics, and one for each group."""
     scored, credits = score_in_turn(groups)
     log.append({"step": 1, **rollout_metrics(scored)})
     for group, credit in zip(scored, credits, strict=True):

@@ -1,4 +1,4 @@
-"""A model on held-out prompts, and beside it the same model with an adapter; no run folder."""
+"""Evaluates a model on held-out prompts, with and without an adapter; needs no run folder."""
 
 from __future__ import annotations
 
@@ -26,61 +26,61 @@ from localrl.utils.intervals import (
 )
 
 RIGHT = 1 - 1e-9
-"""What the first reward gives a completion that passes, but for rounding."""
+"""Smallest first reward of a completion that passes, allowing for rounding."""
 
 
 @dataclass(frozen=True)
 class PassRate:
-    """pass@k: the chance that one of k completions of a prompt passes."""
+    """pass@k: the probability that at least one of k completions of a prompt passes."""
 
     k: int
     rate: float
     ci95: tuple[float, float]
     prompts: int
-    """Those with at least k completions that were judged."""
+    """Number of prompts with at least k judged completions."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one policy made of the held-out prompts."""
+    """The results of one policy on the held-out prompts."""
 
     pass_at: tuple[PassRate, ...]
     completions: int
     unjudged: int
-    """Of these, completions that the first reward gave nothing: left out of all rates."""
+    """Number of completions without a first reward: excluded from all rates."""
     mean_reward: float | None
     mean_completion_tokens: float
     cut_off: float
-    """Share of completions that reached the longest length."""
+    """Share of completions that reached the length limit."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """pass@1 of the adapter minus that of the base, on prompts that both were judged on."""
+    """pass@1 of the adapter minus that of the base, on prompts judged on both sides."""
 
     value: float
     ci95: tuple[float, float] | None
     p: float
-    """That there is none, two-sided."""
+    """Two-sided p-value of the hypothesis that there is no difference."""
     test: str
     prompts: int
     base_better: int
     adapter_better: int
-    """Prompts on which one passed more often than the other."""
+    """Number of prompts on which one passed more often than the other."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """An evaluation, and under which conditions it was made."""
+    """An evaluation and its conditions."""
 
     task: str
     model: str
     adapter: str | None
     prompts: int
     samples: int
-    """Completions of each prompt."""
+    """Number of completions of each prompt."""
     temperature: float
-    """Of the sampling; 0 stands for greedy decoding."""
+    """Sampling temperature; 0 means greedy decoding."""
     max_completion_tokens: int
     seed: int
     base: Side
@@ -88,7 +88,7 @@ class Result:
     difference: Difference | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; rates by name, as `pass@4`."""
+        """Return plain values for JSON; rates by name, as `pass@4`."""
         fields = asdict(self)
         for side in ("base", "with_adapter"):
             if fields[side] is not None:
@@ -105,25 +105,25 @@ def evaluate_model(
     warn: Callable[[str], None] = lambda line: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Result:
-    """Sample held-out prompts from the base and, when `lora.adapter` names one, with the adapter.
+    """Sample held-out prompts from the base, and with the adapter if `lora.adapter` names one.
 
-    The temperature is that of the run's evaluations, see `RunConfig.eval_temperature`.
-    Both draw with the same random numbers. warn, tell: get lines for people.
+    The temperature is that of the run's evaluations, see `RunConfig.eval_temperature`. Both sides
+    draw with the same random numbers. warn, tell: called with lines for the user.
 
-    Raises: ConfigError or DataError, saying what cannot work; RewardError when rewards fail.
+    Raises: ConfigError or DataError for what cannot work; RewardError if rewards fail.
     """
     temperature = config.eval_temperature
     if samples > 1 and not temperature:
         raise ConfigError(
-            f"{samples} completions of each prompt would all be the same: the temperature is 0, "
-            "where the likeliest token is taken each time. Ask for one (-k 1), or sample, for "
-            "example with --temperature 0.7."
+            f"{samples} completions of each prompt would all be the same: at temperature 0 the "
+            "most likely token is always taken. Ask for one (-k 1), or sample, for example with "
+            "--temperature 0.7."
         )
     resolved = resolve(config)
     with open_components(resolved, warn=warn, heartbeat=Heartbeat(), trains=False) as components:
         check_sandbox(components.config, components.task, warn)
         if not components.held_out:
-            raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Name a number.")
+            raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Set a number.")
         tell(
             f"{len(components.held_out)} held-out prompts of {components.task.name} x {samples}, "
             "base ..."
@@ -152,7 +152,7 @@ def evaluate_model(
 def _judge(
     components: Components, samples: int, temperature: float, seed: int
 ) -> list[ScoredGroup]:
-    """Scored completions of all held-out prompts, by the policy as it is now."""
+    """Return scored completions of all held-out prompts, from the policy in its current state."""
     groups: list[Group] = sample_groups(
         at_temperature(components.decoder, temperature),
         components.held_out,
@@ -169,7 +169,7 @@ def _judge(
 
 
 def _verdicts(scored: ScoredGroup, passing: str) -> list[bool]:
-    """Of the completions that were judged, whether each passes."""
+    """Return True or False for each judged completion, depending on whether it passes."""
     return [verdict >= RIGHT for verdict in scored.parts[passing] if verdict is not None]
 
 
@@ -198,7 +198,7 @@ def _differ(
     adapted: Sequence[ScoredGroup],
     seed: int,
 ) -> Difference | None:
-    """None when no prompt was judged on both sides."""
+    """Return the difference, or None if no prompt was judged on both sides."""
     pairs = [
         (one, other)
         for a, b in zip(base, adapted, strict=True)
@@ -208,7 +208,7 @@ def _differ(
 
 
 def compare(pairs: Sequence[tuple[Sequence[bool], Sequence[bool]]], seed: int) -> Difference:
-    """The second side of each pair against the first: the verdicts of one prompt's completions."""
+    """Compare the second side of each pair with the first: verdicts on one prompt's completions."""
     differences = [float(np.mean(other)) - float(np.mean(one)) for one, other in pairs]
     fewer, more = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
     single = all(len(one) == len(other) == 1 for one, other in pairs)

@@ -1,7 +1,7 @@
-"""What `localrl doctor` looks at: the machine's software, and a model with the paths it takes.
+"""The checks of `localrl doctor`: the machine's software, and a model with the code paths it uses.
 
-Every row has an id that stays, a verdict, one line, and what to do where something is to be done.
-Nothing asks the network, and no secret is shown.
+Every row has a stable id, a verdict, one line of text, and a remedy if something needs to be done.
+No check uses the network, and no secret is shown.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from localrl.runs.folder import package_versions
 from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel, find_packaged
 
 LOWEST = {
-    "mlx": ((0, 32, 2), "earlier ones place rotary positions of batches wrongly on Metal"),
-    "mlx-lm": ((0, 32, 2), "earlier ones have other caches"),
+    "mlx": ((0, 32, 2), "earlier ones get rope positions of batches wrong on Metal"),
+    "mlx-lm": ((0, 32, 2), "earlier ones have different caches"),
     "numpy": ((2, 0), "localrl was not tried with earlier ones"),
     "transformers": ((5, 7), "mlx-lm needs it"),
     "huggingface-hub": ((2, 0), "localrl was not tried with earlier ones"),
     "jinja2": ((3, 1, 6), "chat templates could break out of earlier ones"),
 }
-"""The lowest version of each package, and why."""
+"""The lowest supported version of each package, and the reason."""
 
 FEW_BYTES, NO_BYTES = 2_000_000_000, 100_000_000
-"""Free disk space below which a run may not fit, and below which none does."""
+"""Free disk space in bytes below which a run may not fit, and below which none does."""
 
 EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
 
 
 def look_at_machine() -> Iterator[Row]:
-    """Versions, device, memory, speed, disk, sandbox, token, models that packages ship."""
+    """Check versions, device, memory, speed, disk, sandbox, token and packaged models."""
     yield Row("python", "ok", "python {}.{}.{}".format(*sys.version_info))
     found = package_versions(LOWEST)
     for name in LOWEST:
@@ -84,7 +84,7 @@ def look_at_machine() -> Iterator[Row]:
 
 
 def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -> Iterator[Row]:
-    """The model that `--model` names, loaded; ends at the first row that fails."""
+    """Load and check the model that `--model` names; ends at the first row that fails."""
     try:
         folder = find_model(name)
         yield from _folder(folder)
@@ -95,14 +95,14 @@ def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -
     except LocalRLError as error:
         yield Row("model", "fail", str(error), "see docs/models.md")
         return
-    yield _checked("batches", lambda: choose_engine(policy), "padded and forked rows are right")
+    yield _checked("batches", lambda: choose_engine(policy), "padded and forked rows are correct")
     yield _head(policy)
     yield _shared(policy)
     yield from _template(loaded)
 
 
 def package_row(name: str, version: str | None) -> Row:
-    """Whether a package's version will do."""
+    """Check the version of a package."""
     id = f"package.{name}"
     lowest, reason = LOWEST[name]
     wanted = ".".join(map(str, lowest))
@@ -115,16 +115,16 @@ def package_row(name: str, version: str | None) -> Row:
 
 
 def disk_row(free: int) -> Row:
-    """Whether the disk of the current folder has room for a run."""
+    """Check whether the disk of the current folder has room for a run."""
     text = f"{free / 1e9:.1f} GB free here"
     if free >= FEW_BYTES:
         return Row("disk", "ok", text)
-    mend = "make room, or start the run in a folder on another disk"
+    mend = "free some space, or start the run in a folder on another disk"
     return Row("disk", "warn" if free >= NO_BYTES else "fail", text, mend)
 
 
 def packaged_row(model: PackagedModel) -> Row:
-    """Whether a model that a package ships is on this machine."""
+    """Check whether a packaged model is on this machine."""
     id = f"packaged.{model.name}"
     try:
         found = find_packaged(model)
@@ -176,7 +176,7 @@ def _folder(folder: Path) -> Iterator[Row]:
 
 
 def _kernels(folder: Path) -> Iterator[Row]:
-    """Which steps in C would compute the model, and by how much they beat NumPy at its sizes."""
+    """Report which kernels in C would compute the model, and their speed relative to NumPy."""
     sizes = read_sizes(check_folder(folder))
     if backend.describe().device != "cpu" or not fits(sizes, float_bytes=4, dense=True):
         return
@@ -190,7 +190,7 @@ def _kernels(folder: Path) -> Iterator[Row]:
             head_dim=sizes.head_dim,
         )
     )
-    mend = None if choice.bytes else "docs/cpu.md says what the steps in C need"
+    mend = None if choice.bytes else "see docs/cpu.md for what the steps in C need"
     yield Row("kernels", "ok", str(choice), mend)
 
 
@@ -199,7 +199,7 @@ def _weights(loaded: LoadedModel) -> Iterator[Row]:
     if bits:
         yield Row("quantisation", "ok", f"{' and '.join(map(str, bits))} bits")
     else:
-        mend = "--quantize 4 makes it a quarter of the size when it is loaded"
+        mend = "--quantize 4 makes it a quarter of the size when loaded"
         yield Row("quantisation", "ok", "not quantised", mend)
 
 
@@ -210,20 +210,20 @@ def _policy(loaded: LoadedModel) -> Policy:
 
 def _head(policy: Policy) -> Row:
     if policy.engine.splits_head:
-        return Row("head", "ok", "body and head apart: logits only where a token is trained")
-    text = "body and head cannot be told apart: all logits are made, which takes more memory"
+        return Row("head", "ok", "body and head are separate: logits only where a token is trained")
+    text = "body and head cannot be separated: all logits are computed, which takes more memory"
     return Row("head", "warn", text, "keep rollout.max_completion_tokens and memory.micro_rows low")
 
 
 def _shared(policy: Policy) -> Row:
     if forest_agrees(policy, _fork(), temperature=1.0, head_chunk=64):
         return Row("shared_prefix", "ok", "shared tokens are trained once")
-    text = "every completion is trained on its own, shared tokens included, which is slower"
+    text = "every completion is trained separately, shared tokens included, which is slower"
     return Row("shared_prefix", "warn", text, "nothing is wrong; other families are faster")
 
 
 def _fork() -> Batch:
-    """A prompt, a completion that goes on in two ways, and one more completion."""
+    """Make a batch of a prompt, a completion that forks in two, and one more completion."""
 
     def node(parent: int, finish: bool, *tokens: int) -> BatchNode:
         ones = np.ones(len(tokens), np.float32)
@@ -241,13 +241,13 @@ def _fork() -> Batch:
 
 def _template(loaded: LoadedModel) -> Iterator[Row]:
     if not loaded.tokenizer.inner.has_chat_template:
-        mend = "a base model: give it tasks whose prompts are plain text"
-        yield Row("template", "warn", "no chat template: messages are joined by line ends", mend)
+        mend = "this is a base model: use tasks whose prompts are plain text"
+        yield Row("template", "warn", "no chat template: messages are joined with newlines", mend)
         return
     try:
         text = loaded.tokenizer.render(EXAMPLE)
     except LocalRLError as error:
-        yield Row("template", "fail", str(error), "use another model, or mend its chat_template")
+        yield Row("template", "fail", str(error), "use another model, or fix its chat_template")
         return
     yield Row("template", "ok", "rendered in a process with limits")
     yield Row("prompt", "ok", f"{text!r} ({len(loaded.tokenizer.encode_text(text))} tokens)")

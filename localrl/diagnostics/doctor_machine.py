@@ -1,6 +1,6 @@
-"""The rows of `localrl doctor` about memory, the speed of products, and versions that do not match.
+"""The rows of `localrl doctor` about memory, speed of products, and mismatched versions.
 
-Times are the best of a few short repeats; a machine that is busy with something else shows slower.
+Times are the best of a few short repeats; a machine that is busy with other work appears slower.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from localrl.rollouts.decode import Decoder
 Status = Literal["ok", "warn", "fail"]
 
 SAME_VERSION = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
-"""The libraries behind mlx, one for each kind of machine. Where one is installed it must be of
-mlx's own version: between versions functions are missing, or take other arguments."""
+"""The libraries that mlx loads, one for each kind of machine. An installed one must have mlx's own
+version: between versions functions are missing, or take other arguments."""
 
 MUCH_SWAP = 0.25
-"""Share of the total memory in swap from which on others' memory will be in a run's way; macOS
-swaps a little in the best of health."""
+"""Share of the total memory in swap above which the memory of other programs will slow a run down;
+macOS swaps a little even when all is well."""
 LITTLE_BYTES = 500_000_000
-"""A limit below which no model but a tiny one is trained."""
+"""Limit in bytes below which only a tiny model can be trained."""
 
 PRODUCTS = (128, 256, 384)
-"""Rows and columns of the matrices that are multiplied; more would take the reference BLAS long."""
+"""Sizes of the square matrices multiplied; larger ones would take the reference BLAS long."""
 PRODUCT_REPEATS = 4
 SLOW = 2.0
-"""MLX's time over NumPy's from which on something is wrong."""
+"""Ratio of MLX's time to NumPy's above which something is wrong."""
 
 DECODE_ROWS = (1, 16)
 DECODE_TOKENS, WARM_TOKENS = 32, 4
@@ -47,19 +47,19 @@ DECODE_PROMPT = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     id: str
-    """Stays the same from version to version."""
+    """Stable from version to version."""
     status: Status
     text: str
-    """What was found, in one line."""
+    """One-line description of the finding."""
     todo: str | None = None
-    """What to do about it."""
+    """Remedy for the finding."""
 
 
 def pair_rows(versions: Mapping[str, str | None]) -> Iterator[Row]:
-    """Whether packages that belong together are of one version; `versions` as they are installed.
+    """Check that packages that belong together have the same version; `versions` as installed.
 
     A package that is not installed has no row: mlx has a library for each kind of machine.
     """
@@ -73,29 +73,29 @@ def pair_rows(versions: Mapping[str, str | None]) -> Iterator[Row]:
             yield Row(f"pair.{name}", "ok", both)
         else:
             mend = f"pip install --force-reinstall --no-deps '{name}=={mlx}'"
-            yield Row(f"pair.{name}", "fail", f"{both} must be of one version", mend)
+            yield Row(f"pair.{name}", "fail", f"{both} must have the same version", mend)
 
 
 def memory_rows(machine: Machine) -> Iterator[Row]:
-    """What there is, and what MLX would be let use of it."""
+    """Report the machine's memory, and the limit that MLX would get."""
     yield _memory(machine)
     limit = memory_limit(None, machine, mx.get_active_memory() + mx.get_cache_memory())
     if limit.bytes is None:
-        mend = "name one with --memory-limit, as in --memory-limit 6GB"
-        yield Row("memory.limit", "warn", f"nothing is limited: {limit.reason}", mend)
+        mend = "set one with --memory-limit, as in --memory-limit 6GB"
+        yield Row("memory.limit", "warn", f"no limit is applied: {limit.reason}", mend)
         return
     own = machine.resident_bytes
     beside = f"; this process holds {show(own)} now" if own is not None else ""
     text = f"MLX may hold {show(limit.bytes)}: {limit.reason}{beside}"
     little = limit.bytes < LITTLE_BYTES
-    mend = "close other programs, or choose with --memory-limit" if little else None
+    mend = "close other programs, or set --memory-limit" if little else None
     yield Row("memory.limit", "warn" if little else "ok", text, mend)
 
 
 def blas_speed_row(device: str) -> Row | None:
-    """MLX's matrix products against NumPy's on the same matrices, in less than 0.3 s.
+    """Compare MLX's matrix products with NumPy's on the same matrices, in less than 0.3 s.
 
-    None on a GPU, where small products measure the way there, and NumPy is no yardstick.
+    None on a GPU, where small products measure the transfer, and NumPy is no yardstick.
     """
     if device != "cpu":
         return None
@@ -103,19 +103,19 @@ def blas_speed_row(device: str) -> Row | None:
 
 
 def speed_row(mlx_s: float, numpy_s: float) -> Row:
-    """Whether MLX's products take as long as NumPy's, about; times in seconds."""
+    """Check that MLX's products take about as long as NumPy's; times in seconds."""
     work = sum(2 * size**3 for size in PRODUCTS)
     text = (
         f"matrix products: MLX {work / mlx_s / 1e9:.1f}, NumPy {work / numpy_s / 1e9:.1f} GFLOP/s"
     )
     if mlx_s <= SLOW * numpy_s:
         return Row("blas.speed", "ok", text)
-    mend = "see the row blas; if it is ok, ask again when nothing else runs"
+    mend = "see the row blas; if it is ok, run doctor again when nothing else is running"
     return Row("blas.speed", "warn", f"{text}: MLX takes {mlx_s / numpy_s:.1f} times as long", mend)
 
 
 def decode_speed_row() -> Row:
-    """How fast the embedded model decodes: a number to compare machines and versions by."""
+    """Measure how fast the embedded model decodes, as a number to compare machines and versions."""
     try:
         policy = _embedded_policy()
     except LocalRLError as error:
@@ -151,7 +151,7 @@ def _known(size: int | None) -> str:
 
 
 def _product_times() -> tuple[float, float]:
-    """Seconds that MLX and NumPy take for all products, each at its best; they take turns."""
+    """Return the seconds that MLX and NumPy take for all products, each at its best, in turns."""
     draws, times = np.random.default_rng(0), [0.0, 0.0]
     for size in PRODUCTS:
         host = draws.standard_normal((size, size)).astype(np.float32)
@@ -175,14 +175,14 @@ def _seconds(way: Callable[[], object]) -> float:
 
 
 def _embedded_policy() -> Policy:
-    """The embedded model as a run has it: dense and in float32 on the CPU."""
+    """Load the embedded model as in a run: dense and in float32 on the CPU."""
     on_cpu = backend.describe().device == "cpu"
     loaded = load_model(embedded_model_path())
     return make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=on_cpu, dense=on_cpu)
 
 
 def _decode_rate(policy: Policy, rows: int, tokens: int) -> float:
-    """Tokens per second of so many rows together; all go on to the end, whatever they say."""
+    """Return the tokens per second of this many rows together; all rows decode to the end."""
     decoder = Decoder(policy, 1.0, rows)
     state = decoder.prefill([DECODE_PROMPT]).fork(np.zeros(rows, int), None)
     coins = np.random.default_rng(0).random((tokens, rows), np.float32)

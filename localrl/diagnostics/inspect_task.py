@@ -1,4 +1,4 @@
-"""Looking at a task before training: what the model will see, what gold answers score."""
+"""Inspects a task before training: the prompts the model will see, and scores of gold answers."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
 
 LOOKED_AT = 200
-"""The most training examples whose gold answers are scored."""
+"""Largest number of training examples whose gold answers are scored."""
 ENDLESS = 1000
-"""Examples of an endless task that stand for all of it."""
+"""Number of examples that represent an endless task."""
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What `inspect_task` found."""
+    """The findings of `inspect_task`."""
 
     training: int
     held_out: int
     repeated: int
-    """Training examples whose prompt an earlier one has too."""
+    """Number of training examples whose prompt occurred before."""
     prompt_tokens: tuple[int, int, int]
-    """Least, median and most of the training prompts."""
+    """Minimum, median and maximum length of the training prompts."""
     too_long: int
-    """Prompts, held-out ones included, that are longer than allowed."""
+    """Number of prompts, including held-out ones, that are longer than allowed."""
     unknown: str
     """Characters that the model has no token for."""
     gold: tuple[ScoredGroup, ...]
-    """Gold answers as if they were completions, scored; of examples that have one."""
+    """Gold answers scored as completions, for the examples that have one."""
     reward_s: float | None
-    """Seconds that scoring one step's worth of completions took; None where completions would have
-    to talk to an environment first."""
+    """Seconds for scoring one step's worth of completions; None if completions would have to talk
+    to an environment first."""
 
     @property
     def wrong(self) -> list[ScoredGroup]:
-        """Gold answers that the first reward function does not give 1, None included."""
+        """Gold answers that the first reward function does not score 1, including None."""
         return [g for g in self.gold if (next(iter(g.parts.values()))[0] or 0.0) < 1 - 1e-9]
 
 
@@ -58,10 +58,12 @@ def inspect_task(
     gold: bool,
     environments: Environments | None = None,
 ) -> TaskReport:
-    """Look at the training and held-out examples of a task; nothing is sampled.
+    """Inspect the training and held-out examples of a task; nothing is sampled.
 
-    `per_step` is the number of completions whose scoring is timed; `gold` says whether an answer
-    by itself is a right completion, so that it can be scored. Raises: what `Scorer.score` raises.
+    per_step: number of completions whose scoring is timed. gold: True if an answer by itself is a
+    correct completion, so that it can be scored.
+
+    Raises: the errors of `Scorer.score`.
     """
     training = [task.train(i) for i in range(task.train_size or ENDLESS)]
     held_out = task.evaluation(ENDLESS)
@@ -86,7 +88,7 @@ def inspect_task(
 def encode(
     examples: Sequence[Example], tokenizer: Tokenizer, environments: Environments | None
 ) -> list[tuple[int, ...]]:
-    """The examples' prompts as a run would encode them."""
+    """Encode the examples' prompts as a run would."""
     if environments is not None:
         return environments.prompts(examples)
     return tokenizer.encode_all([example.messages for example in examples])
@@ -107,7 +109,7 @@ def _reward_seconds(
 
 
 def _as_completion(example: Example, tokenizer: Tokenizer) -> Group:
-    """A group whose one completion is the gold answer."""
+    """Return a group whose only completion is the gold answer."""
     gold = "" if example.answer is None else example.answer
     text = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
     ids = np.array(tokenizer.inner.encode(text, add_special_tokens=False), np.int32)

@@ -1,7 +1,7 @@
-"""What ranks do together: send bytes to all, take those of rank 0, add up numbers.
+"""Collectives of several ranks: gather bytes, broadcast bytes of rank 0, sum numbers.
 
-Each is a collective of MLX on the CPU's stream, over arrays that are evaluated: on Metal's, mixed
-with other work, they have been seen to hang (MLX issue 4475).
+Each is an MLX collective on the CPU's stream, over evaluated arrays: on Metal's stream, mixed with
+other work, collectives have been seen to hang (MLX issue 4475).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from localrl.processes.heartbeat import Heartbeat
 T = TypeVar("T")
 
 LOST_S = 3.0
-"""Until a lost connection has a name."""
+"""Seconds to wait until a lost connection is attributed to a rank."""
 CHECK = 4
-"""Bytes that tell whether bytes have come as they were sent."""
+"""Number of checksum bytes that show whether data arrived intact."""
 
 
 class Ranks:
@@ -38,28 +38,28 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether it is the one that writes, evaluates and logs."""
+        """True for the rank that writes, evaluates and logs."""
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """This rank's share of what all ranks know: every size-th."""
+        """Return this rank's share of items that all ranks know: every size-th."""
         return list(items[self.rank :: self.size])
 
     def unshard(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """The shares of all ranks put together again."""
+        """Merge the shares of all ranks, in the original order."""
         longest = max(map(len, shares))
         return [share[n] for n in range(longest) for share in shares if n < len(share)]
 
     def gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, in the order of ranks."""
+        """Return the bytes of every rank, in the order of ranks."""
         return [data]
 
     def broadcast(self, data: bytes) -> bytes:
-        """The bytes of rank 0."""
+        """Return the bytes of rank 0."""
         return data
 
     def sum(self, array: np.ndarray) -> np.ndarray:
-        """The sum over ranks, the same on each of them to the last bit."""
+        """Return the sum over ranks, bitwise the same on each of them."""
         return array
 
 
@@ -67,7 +67,7 @@ ALONE = Ranks()
 
 
 class Connected(Ranks):
-    """Ranks with others."""
+    """A rank connected to others."""
 
     def __init__(self, place: LaunchInfo, line: LivenessChannel, heartbeat: Heartbeat) -> None:
         super().__init__(place.rank, place.size)
@@ -75,12 +75,13 @@ class Connected(Ranks):
         self._group: Any = mx.distributed.init(strict=True, backend=place.backend)
         if (self._group.rank(), self._group.size()) != (place.rank, place.size):
             raise LocalRLError(
-                f"MLX says that this is rank {self._group.rank()} of {self._group.size()}, the "
+                f"MLX says that this is rank {self._group.rank()} of {self._group.size()}, but the "
                 f"environment says {place.rank} of {place.size}."
             )
 
     def gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank: their lengths first, then all of them at the longest length."""
+        """Return the bytes of every rank: gathers lengths first, then data padded to the
+        longest."""
         size = len(data) + CHECK
         told = self._gathered(np.array([size, ~size], np.int32)).reshape(self.size, 2)
         self._insist(bool((told[:, 0] == ~told[:, 1]).all()))
@@ -92,13 +93,13 @@ class Connected(Ranks):
         return [row[:-CHECK] for row in found]
 
     def broadcast(self, data: bytes) -> bytes:
-        """The bytes of rank 0, to which the others add zeros."""
+        """Return the bytes of rank 0, as a sum to which the others add zeros."""
         length = int(self.sum(np.array([len(data) if self.is_main else 0], np.int32))[0])
         array = np.frombuffer(data, np.uint8) if self.is_main else np.zeros(length, np.uint8)
         return self.sum(array).tobytes() if length else b""
 
     def sum(self, array: np.ndarray) -> np.ndarray:
-        """The sum over ranks. MLX adds each part on one rank and sends it round."""
+        """Return the sum over ranks. MLX adds each part on one rank and sends it round."""
         with self._waiting():
             summed = mx.distributed.all_sum(mx.array(array), group=self._group, stream=mx.cpu)
             found = np.array(summed)
@@ -112,17 +113,17 @@ class Connected(Ranks):
             return np.array(found)
 
     def _insist(self, whole: bool) -> None:
-        """A rank that dies in the middle of a collective can leave others with a wrong result, and
-        MLX (0.32) then not always tells.
+        """Check a result, since a rank that dies in the middle of a collective can leave others
+        with a wrong one, which MLX (0.32) does not always report.
 
-        Raises: Stopped when what came is not whole.
+        Raises: Stopped if the data is not intact.
         """
         if not whole:
-            self._lost("what came from another rank was damaged")
+            self._lost("data from another rank was damaged")
 
     def _lost(self, what: str) -> None:
         for leftover in (mx.synchronize, lambda: mx.eval(mx.zeros(1) + 1)):
-            # The stream may hold on to an error, and give it to whatever comes next: the saving.
+            # The stream may keep an error and raise it in the next operation, which is saving.
             with suppress(RuntimeError):
                 leftover()
         self._pulse.stop(
@@ -132,9 +133,9 @@ class Connected(Ranks):
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Around a collective.
+        """Surround a collective with heartbeats and waiting marks.
 
-        Raises: Stopped when a rank is gone. No collective may follow, it would hang.
+        Raises: Stopped if a rank is gone. No collective may follow: it would hang.
         """
         self._pulse.beat()
         started = time.perf_counter()
@@ -153,10 +154,10 @@ class Connected(Ranks):
 def join(
     place: LaunchInfo, limits: LivenessTimeouts | None = None
 ) -> Iterator[tuple[Ranks, Heartbeat]]:
-    """Meet the other ranks, and watch them until the end of the context; with it comes the pulse
-    of this rank's run.
+    """Meet the other ranks, and watch them until the end of the context; yields the ranks and the
+    heartbeat of this rank's run.
 
-    Raises: LocalRLError when they do not come.
+    Raises: LocalRLError if they do not come.
     """
     line = meet(place, limits)
     heartbeat, problem = Heartbeat(line.moved), None

@@ -1,6 +1,6 @@
-"""What several ranks have made of their shares, put together on each of them.
+"""All-gather of per-rank results.
 
-Records travel as a checkpoint holds them, see `runs.state`; examples, which every rank knows, stay.
+Records travel in checkpoint form, see `training.state`; examples, which every rank knows, do not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TYPES: dict[str, type] = {kind.__name__: kind for kind in (Group, Leaf, Node, Sc
 
 
 def gather(ranks: Ranks, value: T) -> list[T]:
-    """A value of each rank: plain data, arrays, or records of `TYPES`."""
+    """Return the value of each rank: plain data, arrays, or records of `TYPES`."""
     if ranks.size == 1:
         return [value]
     return [from_bytes(data, TYPES) for data in ranks.gather(to_bytes(value, TYPES))]
@@ -31,11 +31,11 @@ def map_sharded(
     examples: Sequence[Example],
     work: Callable[[Sequence[int]], Sequence[T]],
 ) -> list[T]:
-    """Results for all examples, of which each rank makes those of its own share.
+    """Return results for all examples; each rank computes those of its own share.
 
-    work: gets indices, and gives a result for each.
+    work: maps indices to one result for each.
 
-    Raises: LocalRLError when another rank has not the same examples.
+    Raises: LocalRLError if another rank does not have the same examples.
     """
     indices = ranks.shard(range(len(examples)))
     found = list(work(indices)) if indices else []
@@ -46,8 +46,8 @@ def map_sharded(
     for rank, one in enumerate(told):
         if one["ids"] != ids:
             raise LocalRLError(
-                f"The ranks have come apart: rank {rank} works on {one['ids'][:3]}, rank "
-                f"{ranks.rank} on {ids[:3]}. Go on from the last checkpoint with --resume."
+                f"The ranks have diverged: rank {rank} works on {one['ids'][:3]}, rank "
+                f"{ranks.rank} on {ids[:3]}. Continue from the last checkpoint with --resume."
             )
     return ranks.unshard([one["found"] for one in told])
 
@@ -57,7 +57,7 @@ def map_sharded_groups(
     examples: Sequence[Example],
     work: Callable[[Sequence[int]], Sequence[ScoredGroup]],
 ) -> list[ScoredGroup]:
-    """The same for groups, which travel without their examples."""
+    """Return the same for groups, which travel without their examples."""
     if ranks.size == 1:
         return list(work(range(len(examples))))
 

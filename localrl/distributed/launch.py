@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as `mlx.launch` tells it."""
+"""Reads this process's rank among several, as set by `mlx.launch`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ RANK, RING, JACCL, JACCL_DEVICES = (
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """A process among several."""
+    """The place of one process among several."""
 
     rank: int
     size: int
     backend: str
-    """MLX's name for it."""
+    """MLX's name of the backend."""
     host: str
-    """Of rank 0, as the others reach it."""
+    """Address of rank 0, as the others reach it."""
     port: int
-    """Of the line between them: the one before the first that MLX uses itself."""
+    """Port of the liveness channel: one below the first port that MLX uses itself."""
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> LaunchInfo | None:
-    """This process's place; None when it is alone.
+    """Return this process's launch info; None if it is alone.
 
-    Raises: ConfigError for a launch that is neither over a ring nor over JACCL.
+    Raises: ConfigError for a launch that uses neither a ring nor JACCL.
     """
     if RANK not in environment:
         return None

@@ -1,12 +1,12 @@
-"""A line of talk beside MLX's collectives: each rank learns at once when another one ends or hangs.
+"""A side channel for liveness: each rank learns at once when another one ends or hangs.
 
-MLX waits in a collective for as long as it takes, and notices a process that has died only when it
-sends to it. So each rank holds a TCP connection to rank 0 and says every second how it is: when its
-run last moved, and how long it has been waiting for the others. One JSON object a line:
+MLX waits in a collective without a timeout, and notices a dead process only when it sends to it. So
+each rank holds a TCP connection to rank 0 and reports every second: when its run last moved, and
+how long it has been waiting for the others. One JSON object per line:
 
-    {"moved": 0.4, "waits": null}   how it is, in seconds
-    {"end": "why"}                  end, all of you
-    {"bye": true}                   I have done my part
+    {"moved": 0.4, "waits": null}   status, in seconds
+    {"end": "why"}                  request that all ranks end
+    {"bye": true}                   this rank has finished
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from localrl.distributed.launch import LaunchInfo
 from localrl.errors import LocalRLError, Stopped
 
 HELLO_S = 5.0
-"""For a connection to say who it is."""
+"""Seconds in which a connection must identify itself."""
 LONGEST = 1 << 16
-"""Bytes of a message; whoever sends more does not speak this language."""
+"""Longest message in bytes; a peer that sends more does not speak this protocol."""
 
 
 @dataclass(frozen=True)
 class LivenessTimeouts:
-    """Seconds."""
+    """Timeouts in seconds."""
 
     meet: float = 60.0
-    """Until all ranks have come."""
+    """Time until all ranks must have connected."""
     beat: float = 1.0
-    """Between two signs of life."""
+    """Time between two signs of life."""
     silence: float = 30.0
-    """Without a sign of life: the machine is asleep, or off the network."""
+    """Time without a sign of life after which a machine counts as asleep or off the network."""
     stall: float = 900.0
-    """Without a decode call, a micro-batch or a reward call, and not waiting either."""
+    """Longest time without a decode call, micro-batch or reward call while not waiting."""
     waiting: float = 300.0
-    """All ranks at once, each for the others."""
+    """Longest time in which all ranks may wait for each other at once."""
     grace: float = 15.0
-    """To come out of a collective once all were told to end; then the process is ended there."""
+    """Time to leave a collective after a request to end; then the process is killed there."""
 
 
 @dataclass
 class _Peer:
-    """What is known of another rank."""
+    """The last known status of another rank."""
 
     name: str
     channel: socket.socket
@@ -64,7 +64,7 @@ class _Peer:
 
 
 class LivenessChannel:
-    """This rank's end of the line; `meet` opens it, `watch` makes it speak, `close` ends it."""
+    """This rank's end of the channel; `meet` opens it, `watch` starts it, `close` ends it."""
 
     def __init__(
         self, place: LaunchInfo, peers: dict[int, _Peer], limits: LivenessTimeouts
@@ -87,33 +87,33 @@ class LivenessChannel:
 
     @property
     def name(self) -> str:
-        """Of this machine."""
+        """Name of this machine."""
         return socket.gethostname()
 
     def watch(self, stop: Callable[[str], None], noticed: Callable[[], bool]) -> None:
-        """From now on speak and listen, in a thread.
+        """Start sending and receiving, in a thread.
 
-        stop: gets the reason when all are to end. noticed: whether this rank's run has begun to
-        stop; when it has not in time the process is ended, with what is on the disk.
+        stop: called with the reason when all ranks must end. noticed: returns True once this rank's
+        run has begun to stop; if it does not in time, the process exits with what is on the disk.
         """
         self._stop, self._noticed = stop, noticed
         self._thread.start()
 
     def moved(self) -> None:
-        """The run has moved."""
+        """Record that the run has moved."""
         self._moved = time.monotonic()
 
     def waits(self, waiting: bool) -> None:
-        """The run begins to wait for the others, or has stopped waiting."""
+        """Record that the run starts or stops waiting for the others."""
         self._moved = time.monotonic()
         self._waiting = self._moved if waiting else None
 
     def reason(self, timeout: float) -> str | None:
-        """Why all are to end, if that is known or becomes known in time."""
+        """Return why all ranks must end, if that is known or becomes known in time."""
         return self._reason if self._told.wait(timeout) else None
 
     def close(self, problem: str | None) -> None:
-        """Say goodbye, or what has ended this rank, and wait a moment until that was heard."""
+        """Send a goodbye, or this rank's problem, and wait a moment until it was read."""
         if problem is None or self._told.is_set():
             self._send_all({"bye": True})
         else:
@@ -129,7 +129,7 @@ class LivenessChannel:
         self._selector.close()
 
     def _watch(self) -> None:
-        """The thread."""
+        """Run the thread."""
         closing_until = float("inf")
         while time.monotonic() < closing_until and not self._all_gone():
             self._say_how_it_is()
@@ -169,7 +169,7 @@ class LivenessChannel:
         try:
             for line in lines:
                 self._hear(rank, peer, json.loads(line))
-        except (ValueError, LookupError, TypeError):  # a half message before it died
+        except (ValueError, LookupError, TypeError):  # a partial message before the peer died
             data = b""
         if not data:
             self._selector.unregister(peer.channel)
@@ -188,18 +188,18 @@ class LivenessChannel:
             self._end(message["end"])
 
     def _judge(self, now: float) -> None:
-        """End all when a rank is silent, does not move, or when each waits for the others."""
+        """End all ranks if one is silent or does not move, or if all wait for each other."""
         limits, here = self._limits, [peer for peer in self._peers.values() if not peer.gone]
         for rank, peer in self._peers.items():
             if peer.gone:
                 continue
             if now - peer.heard > limits.silence:
                 self._end(
-                    f"the silence of {_named(rank, peer)}: nothing for {now - peer.heard:.0f} s, "
-                    "so it sleeps or is off the network"
+                    f"the silence of {_named(rank, peer)}: nothing for {now - peer.heard:.0f} s; "
+                    "it is asleep or off the network"
                 )
             elif peer.waits_s is None and peer.moved_s > limits.stall:
-                self._end(f"a stall of {_named(rank, peer)}: {peer.moved_s:.0f} s without a move")
+                self._end(f"a stall of {_named(rank, peer)}: no progress for {peer.moved_s:.0f} s")
         waits = [0.0 if peer.waits_s is None else peer.waits_s for peer in here]
         waits.append(0.0 if self._waiting is None else now - self._waiting)
         if here and self.place.rank == 0 and min(waits) > limits.waiting:
@@ -216,16 +216,16 @@ class LivenessChannel:
             self._stop(reason)
 
     def _insist(self, now: float) -> None:
-        """End the process when its run does not stop: it may wait for a rank that is gone."""
+        """Exit the process if its run does not stop: it may be waiting for a rank that is gone."""
         if not self._told.is_set() or self._noticed():
             return
         waiting, limits = self._waiting, self._limits
-        # Elsewhere than in a collective it is at work, and will come to its next beat.
+        # Outside a collective the run is working, and will reach its next beat.
         late_s = limits.stall if waiting is None else limits.grace
         if now - max(self._told_at, waiting or 0.0) > late_s:
             print(
                 f"\nlocalrl: rank {self.place.rank} was stopped by {self._reason}, but hangs. "
-                "It ends with what is on the disk; --resume goes on from there.",
+                "It exits with what is on the disk; --resume continues from there.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -235,7 +235,7 @@ class LivenessChannel:
         data = json.dumps(message).encode() + b"\n"
         with self._lock:
             for peer in self._peers.values():
-                # A full buffer loses a sign of life; whoever does not read is soon found silent.
+                # A full buffer loses a sign of life; a peer that does not read soon seems silent.
                 with contextlib.suppress(OSError):
                     peer.channel.send(data)
 
@@ -243,7 +243,7 @@ class LivenessChannel:
 def meet(place: LaunchInfo, limits: LivenessTimeouts | None = None) -> LivenessChannel:
     """Connect all ranks with rank 0.
 
-    Raises: LocalRLError when one of them does not come in time, or the port cannot be had.
+    Raises: LocalRLError if one of them does not come in time, or the port is not available.
     """
     limits = limits or LivenessTimeouts()
     gather = _wait_for_others if place.rank == 0 else _call_first
@@ -257,8 +257,8 @@ def _wait_for_others(place: LaunchInfo, limits: LivenessTimeouts) -> dict[int, _
         server = socket.create_server((place.host, place.port), family=family)
     except OSError as error:
         raise LocalRLError(
-            f"Rank 0 cannot listen on {address} ({error.strerror}). Its address must be one of "
-            "this machine's; another port: mlx.launch --starting-port."
+            f"Rank 0 cannot listen on {address} ({error.strerror}). Its address must belong to "
+            "this machine; choose another port with mlx.launch --starting-port."
         ) from error
     peers: dict[int, _Peer] = {}
     deadline = time.monotonic() + limits.meet
@@ -270,14 +270,14 @@ def _wait_for_others(place: LaunchInfo, limits: LivenessTimeouts) -> dict[int, _
                 channel, _ = server.accept()
             except TimeoutError:
                 raise LocalRLError(
-                    f"Of {place.size} ranks these have not come to {address} within "
-                    f"{limits.meet:.0f} s: {missing}. See what their machines say, and whether "
-                    "they reach that address."
+                    f"Of {place.size} ranks these did not connect to {address} within "
+                    f"{limits.meet:.0f} s: {missing}. Check the output on their machines, and "
+                    "that they can reach that address."
                 ) from None
             hello = _receive(channel, HELLO_S)
             if hello.get("rank") in missing and hello.get("size") == place.size:
                 peers[hello["rank"]] = _Peer(str(hello.get("name")), channel, 0.0)
-            else:  # no rank of ours
+            else:  # not a rank of this run
                 channel.close()
     for peer in peers.values():
         peer.channel.sendall(json.dumps({"name": socket.gethostname()}).encode() + b"\n")
@@ -299,14 +299,14 @@ def _call_first(place: LaunchInfo, limits: LivenessTimeouts) -> dict[int, _Peer]
             channel.close()
         if time.monotonic() >= deadline:
             raise LocalRLError(
-                f"Rank 0 does not answer at {place.host}:{place.port} within {limits.meet:.0f} s. "
-                "See what its machine says, and whether this one reaches that address."
+                f"Rank 0 did not answer at {place.host}:{place.port} within {limits.meet:.0f} s. "
+                "Check the output on its machine, and that this one can reach that address."
             )
         time.sleep(0.1)
 
 
 def _receive(channel: socket.socket, timeout: float) -> dict[str, Any]:
-    """One message; an empty one when there is none."""
+    """Receive one message; empty if there is none."""
     channel.settimeout(max(0.01, timeout))
     data = b""
     try:

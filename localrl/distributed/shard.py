@@ -1,4 +1,4 @@
-"""A batch divided among ranks: whole prompts, so that trees stay together."""
+"""Divides a batch among ranks: whole prompts, so that trees stay together."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from localrl.records import Batch
 
 
 def shard_batch(batch: Batch, rank: int, size: int) -> Batch:
-    """The part of a batch that one of `size` ranks updates on; all parts together are the batch.
+    """Return the part of a batch that one of `size` ranks updates on; parts add up to the batch.
 
-    Prompts go to whoever has the fewest tokens so far, the longest first. The denominator is that
-    of the whole batch. A part may be empty.
+    Prompts are assigned longest first, each to the rank with the fewest tokens so far. The
+    denominator is that of the whole batch. A part may be empty.
     """
     if size == 1:
         return batch

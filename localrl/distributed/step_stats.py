@@ -1,4 +1,4 @@
-"""What each rank has done of a step, and the same for all of them together."""
+"""Per-rank step statistics and their totals."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from localrl.rewards.logs import Logs
 
 RankStats = Mapping[str, Any]
-"""Plain data, to be sent to rank 0.
+"""Plain data, sent to rank 0.
 
-    counts      what has been spent, by metric
+    counts      amounts spent, by metric
     failures    reward calls since the start that left a completion without a reward
-    tools       calls of tools, and how many of them failed; None where there are none
-    metrics, rows   what rewards have logged, as in `Logs`
+    tools       calls of tools, and how many of them failed; None if there are none
+    metrics, rows   entries logged by rewards, as in `Logs`
     tokens      sampled on this rank
     waited_s, busy_s    seconds of the step in which it waited for the others, and the rest
 """
 
 
 def counts(stats: Sequence[RankStats]) -> dict[str, float]:
-    """What all have spent together."""
+    """Return the totals spent by all ranks."""
     return {name: sum(s["counts"][name] for s in stats) for name in stats[0]["counts"]}
 
 
 def logs(stats: Sequence[RankStats]) -> Logs:
-    """What the rewards of all have logged."""
+    """Return the entries logged by the rewards of all ranks."""
     metrics: dict[str, list[float]] = {}
     for stat in stats:
         for name, values in stat["metrics"].items():
@@ -34,7 +34,7 @@ def logs(stats: Sequence[RankStats]) -> Logs:
 
 
 def tools(stats: Sequence[RankStats], completions: int) -> dict[str, float | None]:
-    """How often tools were called, and failed; nothing where there are none."""
+    """Return how often tools were called, and failed; empty if there are none."""
     told = [stat["tools"] for stat in stats if stat["tools"] is not None]
     if not told:
         return {}
@@ -46,7 +46,7 @@ def tools(stats: Sequence[RankStats], completions: int) -> dict[str, float | Non
 
 
 def rates(stats: Sequence[RankStats]) -> dict[str, float]:
-    """What each of several ranks did, and how fast it was when it did not wait."""
+    """Return tokens, speed without waiting, and waiting time per rank; empty for a single rank."""
     if len(stats) == 1:
         return {}
     found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Where the power comes from, and keeping a Mac awake while there is enough of it."""
+"""Reads the power source, and keeps a Mac awake while it is on mains power."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOW = 30
-"""Percent of the battery below which a run on it pauses."""
+"""Percent of battery charge below which a run on battery pauses."""
 CAFFEINATE = ("caffeinate", "-i", "-s", "-w")
-"""Awake while a process lives; never `-d`: the display may sleep."""
+"""Command that keeps a Mac awake while a process lives; never `-d`: the display may sleep."""
 
 
 @dataclass(frozen=True)
 class Power:
-    """One reading."""
+    """One reading of the power source."""
 
     on_battery: bool
     percent: int | None
-    """Charge of the battery; None when there is none, or it does not say."""
+    """Charge of the battery; None if there is no battery, or it reports no charge."""
 
     @property
     def low(self) -> bool:
-        """Whether a run should wait for more."""
+        """True if a run should wait until the battery is charged."""
         return self.on_battery and self.percent is not None and self.percent < LOW
 
 
 def read_power() -> Power | None:
-    """Where the power comes from now; None when it cannot be told."""
+    """Read the current power source; None if it cannot be determined."""
     if sys.platform != "darwin":
         return read_supplies(Path("/sys/class/power_supply"))
     try:
@@ -44,7 +44,7 @@ def read_power() -> Power | None:
 
 
 def parse_pmset(text: str) -> Power | None:
-    """The reading in what macOS's `pmset -g batt` prints."""
+    """Parse the output of macOS's `pmset -g batt`."""
     source = re.search(r"drawing from '([^']+)'", text)
     if source is None:
         return None
@@ -53,9 +53,9 @@ def parse_pmset(text: str) -> Power | None:
 
 
 def read_supplies(folder: Path) -> Power | None:
-    """The reading in the files that Linux keeps for each supply; None without a battery."""
+    """Read the files that Linux keeps for each power supply; None without a battery."""
     for supply in sorted(folder.glob("*")):
-        # Batteries of mice and keyboards have the scope Device.
+        # The batteries of mice and keyboards have the scope Device.
         if _read(supply / "type") == "Battery" and _read(supply / "scope") != "Device":
             charge = _read(supply / "capacity")
             percent = int(charge) if charge.isdecimal() else None
@@ -71,7 +71,7 @@ def _read(file: Path) -> str:
 
 
 class Awake:
-    """Keeps a Mac awake for one process, while it is on mains power."""
+    """Keeps a Mac awake for one process while it is on mains power."""
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
         default = CAFFEINATE if sys.platform == "darwin" else None
@@ -79,7 +79,8 @@ class Awake:
         self._process: subprocess.Popen[bytes] | None = None
 
     def update(self, power: Power | None, pid: int) -> None:
-        """Begin or end it, as a new reading wants; nothing is begun while the power is unknown."""
+        """Start or end the command for a new reading; it never starts while the power is
+        unknown."""
         wanted = power is not None and not power.on_battery
         if not wanted:
             self.end()
@@ -90,7 +91,7 @@ class Awake:
                 )
 
     def end(self) -> None:
-        """Let it sleep again."""
+        """Let the Mac sleep again."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()

@@ -1,4 +1,4 @@
-"""The child's side of supervision: what it tells its supervisor, and how it learns of its end.
+"""The child's side of supervision: reports to its supervisor, and notices the supervisor's end.
 
 One socket, JSON lines. To the supervisor: `{"run": folder}`, `{"beat": true}` about once a second,
 `{"step": n}` after each step. To the child: `{"stop": reason}`; when it closes, the supervisor has
@@ -18,19 +18,19 @@ from typing import Any
 
 VARIABLE = "LOCALRL_SUPERVISOR"
 OUT_OF_MEMORY = 71
-"""The status of a process that ran out of memory and could still say so."""
+"""Exit status of a process that ran out of memory and could still report it."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    """What a supervisor says of the processes before this one."""
+    """A supervisor's report on the processes before this one."""
 
     reason: str
-    """How the last one ended."""
+    """Reason why the last one ended."""
     deaths: int
-    """How many there have been."""
+    """Number of processes that have died."""
     smaller: bool
-    """Whether the plan that it had is to be made smaller."""
+    """True if the plan must become smaller than the last one's."""
 
 
 class Supervisor:
@@ -39,23 +39,23 @@ class Supervisor:
     def __init__(self, channel: socket.socket, restart: Restart | None) -> None:
         self._channel = channel
         self.restart = restart
-        """None when this is the first process."""
+        """The restart report; None in the first process."""
 
     def tell(self, **message: Any) -> None:
-        """Send one message. One that finds no room is lost: it never holds the run up."""
+        """Send one message. It is dropped if the socket is full, so it never blocks the run."""
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT)
 
     def beat(self) -> None:
-        """A sign of life."""
+        """Send a sign of life."""
         self.tell(beat=True)
 
     def watch(self, stop: Callable[[str], None]) -> None:
-        """From now on, call `stop` with the reason when it asks for that, or has ended."""
+        """From now on, call `stop` with the reason if the supervisor asks for it, or has ended."""
         threading.Thread(target=self._listen, args=(stop,), daemon=True).start()
 
     def _listen(self, stop: Callable[[str], None]) -> None:
-        # A supervisor that died with messages unread resets the connection.
+        # A supervisor that died with unread messages resets the connection.
         with contextlib.suppress(OSError), self._channel.makefile("rb") as lines:
             for line in lines:
                 stop(json.loads(line)["stop"])
@@ -63,9 +63,9 @@ class Supervisor:
 
 
 def find_supervisor() -> Supervisor | None:
-    """The supervisor that started this process; None when there is none.
+    """Return the supervisor that started this process; None if there is none.
 
-    What it left in the environment is taken out, so that no child of this process finds it.
+    Removes the supervisor's variable from the environment, so that child processes do not find it.
     """
     text = os.environ.pop(VARIABLE, None)
     if text is None:

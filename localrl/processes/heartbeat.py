@@ -1,4 +1,4 @@
-"""The pulse of a run: proof that it moves, and the place where it lets itself be stopped."""
+"""The heartbeat of a run: a sign that it makes progress, and the point where it can be stopped."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from localrl.errors import Stopped
 
 EVERY_S = 1.0
-"""Between two signs of life that are passed on."""
+"""Seconds between two signs of life that are passed on."""
 SLEPT_S = 10.0
-"""A shorter sleep of the machine is not worth a word."""
+"""Shortest sleep of the machine, in seconds, that is reported."""
 
 
 def _seconds_asleep_too() -> float:
-    # macOS has no BOOTTIME: there CLOCK_MONOTONIC goes on while the machine sleeps, and Python's
+    # macOS has no BOOTTIME: there CLOCK_MONOTONIC continues while the machine sleeps, but Python's
     # time.monotonic does not.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -22,8 +22,8 @@ def _seconds_asleep_too() -> float:
 class Heartbeat:
     """Beats with every decode call, micro-batch and reward call.
 
-    tell: gets a sign of life about once a second, while there are beats.
-    awake, always: clocks, one of which stands still while the machine sleeps.
+    on_beat: called about once a second, while there are beats. awake, always: clocks; the first
+    stands still while the machine sleeps.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Heartbeat:
         self._last = float("-inf")
         self._apart = always() - awake()
         self.reason: str | None = None
-        """Why the run is to stop."""
+        """Reason why the run must stop; None if it need not."""
         self.noticed = False
-        """Whether a beat has stopped the run."""
+        """True if a beat has stopped the run."""
         self.on_sleep: Callable[[float], None] | None = None
-        """Gets the seconds that the machine has slept, at the first beat after it."""
+        """Called with the seconds that the machine slept, at the first beat after it wakes."""
 
     def stop(self, reason: str) -> None:
-        """Let the next beat stop the run; the first reason counts.
+        """Make the next beat stop the run; the first reason counts.
 
         May be called from a signal handler or a thread.
         """
@@ -53,9 +53,9 @@ class Heartbeat:
             self.reason = reason
 
     def beat(self) -> None:
-        """Something has been done.
+        """Record that some work is done.
 
-        Raises: Stopped when the run was asked to stop; what was begun since the last step is lost.
+        Raises: Stopped if the run was asked to stop; work begun since the last step is lost.
         """
         if self.reason is not None:
             self.noticed = True

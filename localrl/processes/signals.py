@@ -1,4 +1,4 @@
-"""Signals on their way from the user through a supervisor to its child."""
+"""Passes signals from the user through a supervisor to its child."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_ONCE = 130
 
 
 class StopRequest:
-    """Within this context the first Ctrl-C, SIGTERM or SIGHUP is passed on, once.
+    """Context in which the first Ctrl-C, SIGTERM or SIGHUP is passed on to the child, once.
 
     The second kills the child and ends this process with status 130. Ctrl-Z stops and continues
     both.
@@ -23,14 +23,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The signal; None while there was none."""
+        """The first signal received; None if there was none."""
         self._child: subprocess.Popen[bytes] | None = None
         self._passed = False
         self._came = threading.Event()
 
     def __enter__(self) -> Self:
         handlers = {**dict.fromkeys(self.NUMBERS, self._ask), signal.SIGTSTP: self._halt}
-        # Ignored ones stay so: nohup and shells without job control mean it.
+        # Ignored signals stay ignored: nohup and shells without job control rely on it.
         heard = {n: h for n, h in handlers.items() if signal.getsignal(n) is not signal.SIG_IGN}
         self._before = {number: signal.signal(number, heard[number]) for number in heard}
         return self
@@ -40,12 +40,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def adopt(self, child: subprocess.Popen[bytes] | None) -> None:
-        """From now on signals go to this child; one that came before goes to it now."""
+        """Send signals to this child from now on, and an earlier one at once."""
         self._child, self._passed = child, False
         self._pass()
 
     def wait(self, seconds: float) -> None:
-        """Until a signal comes, or so long."""
+        """Wait until a signal comes, or for this many seconds."""
         self._came.wait(seconds)
 
     def _ask(self, number: int, _: object) -> None:
@@ -67,7 +67,7 @@ class StopRequest:
         self._kill(signal.SIGCONT)
 
     def _kill(self, number: int) -> None:
-        """Send it to all of the child's session that shares its process group."""
+        """Send a signal to the child's process group."""
         if self._child is not None and self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._child.pid, number)

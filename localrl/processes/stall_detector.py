@@ -1,43 +1,43 @@
-"""How long a run may give no sign of life."""
+"""Decides how long a run may give no sign of life."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 NOT_LOOKED_S = 10.0
-"""Whoever has not looked for so long was asleep or stopped himself, and cannot blame the run."""
+"""Seconds without a check after which the observer itself was asleep or stopped, not the run."""
 
 
 @dataclass(frozen=True)
 class StallLimits:
-    """When a supervisor acts; seconds, where they are not numbers of times."""
+    """Limits at which a supervisor acts; in seconds, except for counts and factors."""
 
     times: float = 6.0
-    """A silence may be so many times the longest one so far,"""
+    """Longest silence allowed, as a multiple of the longest one so far."""
     floor_s: float = 90.0
-    """at least this,"""
+    """Lower bound of that limit."""
     cap_s: float = 900.0
-    """and at most this; always this until a whole step is done."""
+    """Upper bound of that limit; it also applies until a whole step is done."""
     grace_s: float = 10.0
-    """Between asking a silent run to end and ending it."""
+    """Time between asking a silent run to end and killing it."""
     deaths: int = 3
-    """So many deaths without progress, and it gives up."""
+    """Number of deaths without progress after which the supervisor gives up."""
     power_every_s: float = 60.0
-    """Between two looks at the battery."""
+    """Time between two readings of the battery."""
 
 
 class Patience:
-    """Tells a stall from slow work. All times are of one clock, which its user reads."""
+    """Tells a stall from slow work. All times come from one clock, which the caller reads."""
 
     def __init__(self, limits: StallLimits, now: float) -> None:
         self._limits = limits
         self._last = self._looked = now
         self._slowest: float | None = None
         self.settled = False
-        """Whether a whole step is done: then every kind of work has been timed."""
+        """True once a whole step is done: then every kind of work has been timed."""
 
     def beat(self, now: float) -> None:
-        """A sign of life has come."""
+        """Record a sign of life."""
         self._look(now)
         if self._slowest is None:
             self._slowest = 0.0  # loading is not an interval between two beats
@@ -47,14 +47,14 @@ class Patience:
 
     @property
     def limit_s(self) -> float:
-        """The silence that is allowed now."""
+        """The longest silence allowed now, in seconds."""
         limits = self._limits
         if not self.settled or self._slowest is None:
             return limits.cap_s
         return min(limits.cap_s, max(limits.floor_s, limits.times * self._slowest))
 
     def silence(self, now: float) -> float | None:
-        """How long the silence has been, once it is longer than allowed."""
+        """Return the length of the silence in seconds if it is longer than allowed, else None."""
         self._look(now)
         return now - self._last if now - self._last > self.limit_s else None
 

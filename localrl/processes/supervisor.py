@@ -1,7 +1,7 @@
 """The parent of a run: restarts it when it dies or stalls, and never loads MLX or NumPy.
 
-It does little, so that nothing a run can do takes it along. What it knows of the run is what comes
-through `localrl.runs.supervised`, the names of its checkpoints, and how it ended.
+It does little, so that nothing in the run can take it down. It knows the run only by the messages
+of `localrl.processes.child`, the names of its checkpoints, and its exit code.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from localrl.processes.signals import StopRequest
 from localrl.processes.stall_detector import Patience, StallLimits
 
 EXPLAINED = {0, 1, 2, 3, 4, 5, 6, 75, 130}
-"""Exit codes of a run that has said itself why it ended: see `localrl.errors`."""
+"""Exit codes of a run that has reported its own reason: see `localrl.errors`."""
 SAVED = 75
 INTERRUPTED = 130
 TICK_S = 1.0
 HINTS = {
     "SIGABRT": "it aborted",
-    "SIGKILL": "killed from outside: the system does so when memory is short",
+    "SIGKILL": "killed from outside, as the system does when memory is short",
     "SIGSEGV": "a fault in compiled code",
     "SIGBUS": "a fault in compiled code",
 }
@@ -50,10 +50,10 @@ def supervise(
     pause: bool = True,
     awake: Awake | None = None,
 ) -> int:
-    """Run a command until its end is an explained one; the exit code to end with.
+    """Run a command, restarting it until it ends for an explained reason; return the exit code.
 
-    resume: the command that goes on with the run in a folder.
-    pause: wait while the battery is low.
+    resume: returns the command that continues the run in a folder. pause: True to wait while the
+    battery is low.
     """
     keeper = awake or Awake()
     with StopRequest() as asked:
@@ -67,9 +67,9 @@ def supervise(
 @dataclass(frozen=True)
 class _End:
     code: int
-    """Negative: the signal that ended it."""
+    """Exit code; if negative, the signal that ended the process."""
     stalled_s: float | None
-    """How long there was no sign of life; None when that is not why it ended."""
+    """Seconds without a sign of life; None if the process did not end because of a stall."""
 
 
 class _Supervision:
@@ -107,7 +107,7 @@ class _Supervision:
         return SAVED if self._run else INTERRUPTED
 
     def _watch(self, life: _Life) -> _End:
-        """Until the process has ended, by itself or for its silence."""
+        """Wait until the process has ended by itself, or end it because it was silent."""
         patience, looked = Patience(self._limits, time.monotonic()), float("-inf")
         tick_s = min(TICK_S, self._limits.floor_s)
         while life.process.poll() is None:
@@ -117,7 +117,7 @@ class _Supervision:
             self._hear(life.listen(tick_s), patience)
             silence = patience.silence(time.monotonic())
             if silence is not None:
-                _say(f"no sign of life for {silence:.0f} s: the run is ended")
+                _say(f"no sign of life for {silence:.0f} s; stopping the run")
                 return _End(life.end(self._limits.grace_s), silence)
         self._hear(life.listen(0), patience)
         return _End(life.process.returncode, None)
@@ -131,11 +131,11 @@ class _Supervision:
                 patience.settled = True
 
     def _after(self, end: _End) -> int | Restart | None:
-        """The exit code to end with, or what the next process is told."""
+        """Return the exit code to end with, or the report to the next process."""
         if self._asked.number is not None:
             return self._ended(end.code)
         if end.stalled_s is not None:
-            # One that could still save itself when asked did not lack memory.
+            # A process that could still save when asked was not short of memory.
             return self._died(f"no sign of life for {end.stalled_s:.0f} s", end.code != SAVED)
         if self._paused and end.code == SAVED:
             return None
@@ -145,7 +145,7 @@ class _Supervision:
 
     def _ended(self, code: int) -> int:
         if code not in EXPLAINED:
-            _say(f"the run was ended by {describe(code)}; what was saved is as it was")
+            _say(f"the run was ended by {describe(code)}; saved checkpoints are intact")
         return code if code >= 0 else 128 - code
 
     def _died(self, reason: str, unclean: bool) -> int | Restart:
@@ -154,12 +154,12 @@ class _Supervision:
             self._newest, self._reasons = newest, []
         self._reasons.append(reason)
         self._deaths += 1
-        where = f"step {newest}" if newest >= 0 else "its beginning"
+        where = f"step {newest}" if newest >= 0 else "the beginning"
         if len(self._reasons) >= self._limits.deaths:
             _say(_given_up(self._reasons, where, self._run))
             return 1
         count = f"death {len(self._reasons)} of {self._limits.deaths} without progress"
-        _say(f"warning: the run died: {reason}. It goes on from {where} ({count})")
+        _say(f"warning: the run died: {reason}. It restarts from {where} ({count})")
         return Restart(reason, self._deaths, unclean)
 
     def _mind_power(self, life: _Life) -> None:
@@ -170,7 +170,7 @@ class _Supervision:
             life.ask(self._paused)
 
     def _enough_power(self) -> bool:
-        """Wait for it, if that is wanted; False when the user asked to stop."""
+        """Wait for enough power, if configured; False if the user asked to stop."""
         told = False
         while self._asked.number is None:
             power = self._power() if self._pause else None
@@ -178,21 +178,21 @@ class _Supervision:
                 self._paused = None
                 return True
             if not told:
-                _say(f"paused with the battery at {power.percent} %; --on-battery run goes on")
+                _say(f"paused: battery at {power.percent} %; use --on-battery run to continue")
                 told = True
             self._asked.wait(self._limits.power_every_s)
         return False
 
 
 class _Life:
-    """One process, and our end of the socket."""
+    """One process, and the supervisor's end of the socket."""
 
     def __init__(self, command: Command, restart: Restart | None) -> None:
         self._ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
             told = {"channel": fd, "restart": asdict(restart) if restart else None}
-            # A session of its own: Ctrl-C reaches it through us alone, and once.
+            # In its own session, so that Ctrl-C reaches it only through the supervisor, and once.
             self.process = subprocess.Popen(
                 command,
                 env={**os.environ, VARIABLE: json.dumps(told)},
@@ -204,7 +204,7 @@ class _Life:
         self._rest, self._open = b"", True
 
     def listen(self, timeout: float) -> list[dict[str, Any]]:
-        """The messages that have come; waits for one, or for the end."""
+        """Return the messages received; waits for one, or for the end of the process."""
         if not self._open:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout)
@@ -220,12 +220,13 @@ class _Life:
         return [json.loads(line) for line in lines]
 
     def ask(self, reason: str) -> None:
-        """Ask it to save and stop."""
+        """Ask the process to save and stop."""
         with contextlib.suppress(OSError):
             self._ours.send(json.dumps({"stop": reason}).encode() + b"\n")
 
     def end(self, grace_s: float) -> int:
-        """End it and all of its session, at once when it does not by itself; how it ended."""
+        """End the process, and kill its session if it does not end in time; return its exit
+        code."""
         self.process.terminate()
         try:
             return self.process.wait(grace_s)
@@ -234,24 +235,24 @@ class _Life:
             return self.process.wait()
 
     def close(self) -> None:
-        """Let go of it: a process that still lives saves and ends."""
+        """Close the socket: a process that is still alive saves and ends."""
         self._ours.close()
 
 
 def describe(code: int) -> str:
-    """How a process has ended, in words."""
+    """Describe in words how a process ended."""
     if code == OUT_OF_MEMORY:
         return "it ran out of memory"
     number = -code if code < 0 else code - 128
     try:
         name = signal.Signals(number).name
     except ValueError:
-        return f"status {code}, which says nothing"
+        return f"status {code}, which has no known meaning"
     return f"{name} ({HINTS[name]})" if name in HINTS else name
 
 
 def newest_step(run: str | None) -> int:
-    """The step of the newest checkpoint in a run folder; -1 when there is none."""
+    """Return the step of the newest checkpoint in a run folder; -1 if there is none."""
     if run is None:
         return -1
     names = (path.name for path in (Path(run) / "checkpoints").glob("step-*"))
@@ -259,14 +260,14 @@ def newest_step(run: str | None) -> int:
 
 
 def command_of(python: Sequence[str], arguments: Sequence[str], *, debug: bool) -> list[str]:
-    """The command of the child: this interpreter, `localrl train`, these arguments."""
+    """Return the command of the child: this interpreter, `localrl train`, these arguments."""
     head = [*python, "-m", "localrl", *(["--debug"] if debug else [])]
     return [*head, "train", "--no-supervise", *arguments]
 
 
 def this_python() -> list[str]:
-    """The interpreter, looking for modules where this one does."""
-    # Without -P, -m would look in the current folder, where anything may lie.
+    """Return the interpreter's command, with the same module search path as this one."""
+    # Without -P, -m would also search the current folder, which may contain anything.
     return [sys.executable] if sys.path[0] == os.getcwd() else [sys.executable, "-P"]
 
 
@@ -275,11 +276,11 @@ def _given_up(reasons: Sequence[str], where: str, run: str | None) -> str:
     again = f"localrl train --resume --out {shlex.quote(run)}" if run else "the same command"
     return (
         f"error: the run died {len(reasons)} times without getting past {where}:{told}\n"
-        f"What was saved is as it was. Close other programs, then go on with: {again}"
+        f"Saved checkpoints are intact. Close other programs, then continue with: {again}"
     )
 
 
 def _say(line: str) -> None:
-    # The terminal may be gone; the run is not.
+    # The run must survive a terminal that is gone.
     with contextlib.suppress(OSError):
         print(f"\nlocalrl: {line}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """A child process that calls Python functions under a time and a memory limit.
 
-Code that may hang, crash or eat the memory (reward functions, chat templates, environments) runs in
-a `Worker`, so that the worst it can do is to cost one call. The child is a fresh interpreter with
-one private socket; messages are JSON with a length in front, never pickle, because what the child
-says is not trusted. This guards against accidents; it is not a sandbox against malice.
+Code that may hang, crash or exhaust memory (reward functions, chat templates, environments) runs in
+a `Worker`, so that in the worst case it costs one call. The child is a fresh interpreter with one
+private socket; messages are length-prefixed JSON, never pickle, because the child's output is not
+trusted. This guards against accidents; it is not a sandbox against malice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FailureKind = Literal["raised", "timeout", "memory", "died", "bad reply"]
 
 REPLY_LIMIT = 1 << 28
 CHUNK = 1 << 20
-# Reading /proc takes microseconds; elsewhere `ps` has to be started, which takes milliseconds.
+# Reading /proc takes microseconds; elsewhere `ps` must be started, which takes milliseconds.
 MEMORY_POLL_S = 0.02 if Path("/proc/self/statm").exists() else 0.5
 
 logger = logging.getLogger(__name__)
@@ -38,26 +38,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one call: a value, or the kind of failure and why."""
+    """The result of one call: a value, or the kind of failure and its reason."""
 
     value: Any = None
     failure: FailureKind | None = None
     message: str = ""
-    """One line about the failure."""
+    """One-line description of the failure."""
     traceback: str | None = None
-    """Of the user's frames, when their code raised."""
+    """Traceback of the user's frames, if their code raised."""
     logs: Mapping[str, Any] = field(default_factory=dict)
-    """What the function logged, if anything: `metrics`, pairs of a name and a number, and `extra`,
+    """Entries logged by the function, if any: `metrics`, pairs of a name and a number, and `extra`,
     pairs of a column's name and its values. Not checked."""
 
     @property
     def ok(self) -> bool:
-        """True when there is a value."""
+        """True if there is a value."""
         return self.failure is None
 
 
 class _Failed(Exception):
-    """The child cannot be used any more."""
+    """Raised when the child can no longer be used."""
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
@@ -65,13 +65,13 @@ class _Failed(Exception):
 
 
 class Worker:
-    """Calls functions in a child process that is started when needed and killed when it must be.
+    """Calls functions in a child process that is started on demand and killed when necessary.
 
-    Use it as a context manager; leaving it kills the child. Not safe for several threads at once.
+    Use it as a context manager; leaving it kills the child. Not thread-safe.
 
-    time_limit_s: for one call. Starting the child and importing the function's module are not
-        charged to it; each of them may take `start_limit_s`.
-    memory_limit_bytes: resident memory of the child itself, looked at every few milliseconds while
+    time_limit_s: for one call. Starting the child and importing the function's module do not
+        count; each of them may take `start_limit_s`.
+    memory_limit_bytes: resident memory of the child itself, checked every few milliseconds while
         a call runs; None for no limit. Processes that the function starts are not counted.
     """
 
@@ -105,21 +105,21 @@ class Worker:
     ) -> Reply:
         """Call `module:function` or `path/to/file.py:function` in the child.
 
-        With brackets, `module:factory(key=value)`, it is the function that the factory returned
-        when it was called with these literals, once. The function gets those keyword arguments
-        that it names, or all if it takes **kwargs; no others are sent. An async function is
-        awaited, always in the same loop. Values travel as JSON: tuples become lists, keys become
-        text, arrays become lists; None, NaN and infinity arrive as they are. A failure of any kind
-        is told in the reply.
+        With brackets, `module:factory(key=value)` names the function that the factory returned when
+        called once with these literals. The function gets the keyword arguments that it names, or
+        all if it takes **kwargs; no others are sent. An async function is awaited, always in the
+        same loop. Values travel as JSON: tuples become lists, keys become text, arrays become
+        lists; None, NaN and infinity arrive unchanged. Failures of any kind are returned in the
+        reply.
 
         state: offers the function three more arguments: `trainer_state`, an object with these
             attributes, and the functions `log_extra` and `log_metric`, see `Reply.logs`.
-        through: for an argument, by name, the function of the child that it goes through first: the
-            way to objects that live there.
-        limit_s: of this call, in place of `time_limit_s`.
+        through: maps an argument's name to a function of the child that converts it first:
+            a way to reach objects that live there.
+        limit_s: time limit of this call, instead of `time_limit_s`.
 
         Raises:
-            DataError: an argument that is wanted cannot be sent as JSON.
+            DataError: a required argument cannot be sent as JSON.
         """
         resolved = self.resolve(target)
         if not resolved.ok:
@@ -129,7 +129,7 @@ class Worker:
         return self._request(_encode_call(target, given, state, made), limit_s or self.time_limit_s)
 
     def wants(self, target: str, name: str) -> bool:
-        """Whether the function would be given an argument of this name; True if it is not known."""
+        """Return True if the function would be given an argument of this name, or is not known."""
         return not self.resolve(target).ok or self._named(target, name)
 
     def _named(self, target: str, name: str) -> bool:
@@ -137,7 +137,7 @@ class Worker:
         return named is None or name in named
 
     def resolve(self, target: str) -> Reply:
-        """Import the function; the value is the list of arguments it cannot do without.
+        """Import the function; the value is the list of its required arguments.
 
         A failure without a traceback means that there is no such module, file or function.
         """
@@ -155,7 +155,7 @@ class Worker:
         return Reply(value=self._signatures[target]["required"])
 
     def close(self) -> None:
-        """Kill the child and all of its process group; the next call starts another one."""
+        """Kill the child and its whole process group; the next call starts another one."""
         if self._child is not None:
             self._child.kill()
             self._child = None
@@ -176,12 +176,12 @@ class Worker:
             self.close()
             return failed.reply
         except BaseException:
-            self.close()  # or the answer would later be taken for that of another call
+            self.close()  # otherwise its answer could be taken for that of a later call
             raise
 
 
 class _Child:
-    """The process and our end of its socket."""
+    """The process and the parent's end of its socket."""
 
     def __init__(self, memory_limit_bytes: int | None) -> None:
         self._memory_limit = memory_limit_bytes
@@ -190,8 +190,8 @@ class _Child:
         self._socket.setblocking(False)
         script = Path(__file__).with_name("worker_child.py")
         try:
-            # By its path, so that neither the user's `__main__` nor a module that happens to lie
-            # in the current folder is imported. Its own session: Ctrl-C is for the parent.
+            # Started by path, so that neither the user's `__main__` nor a module that happens to
+            # be in the current folder is imported. In its own session: Ctrl-C is for the parent.
             self._process = subprocess.Popen(
                 [sys.executable, str(script), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -208,7 +208,10 @@ class _Child:
         self._selector.register(self._socket, selectors.EVENT_READ)
 
     def exchange(self, data: bytes, limit_s: float) -> bytes:
-        """Send one message and wait for the answer; raises `_Failed` when there is none."""
+        """Send one message and return the answer.
+
+        Raises: _Failed if there is none.
+        """
         deadline = time.monotonic() + limit_s
         try:
             self._send(HEADER.pack(len(data)) + data, deadline, limit_s)
@@ -220,15 +223,15 @@ class _Child:
             raise _Failed("died", f"its process {self.kill()}") from None
 
     def gone(self) -> bool:
-        """True when the child died, or spoke unasked, since the last answer."""
+        """Return True if the child has died, or sent something unasked, since the last answer."""
         return bool(self._selector.select(0))
 
     def kill(self) -> str:
-        """Kill the process group, release everything, and say how the process had ended."""
+        """Kill the process group, release everything, and describe how the process had ended."""
         self._selector.close()
         self._socket.close()
-        if self._process.returncode is None:  # once reaped, its number may be somebody else's
-            # Already gone is fine; macOS refuses a group of zombies.
+        if self._process.returncode is None:  # once reaped, its pid may belong to another process
+            # It may be gone already; macOS refuses to signal a group of zombies.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         status = self._process.wait()
@@ -256,7 +259,7 @@ class _Child:
         return bytes(data)
 
     def _wait(self, event: int, deadline: float, limit_s: float) -> None:
-        """Until the socket is ready; what has arrived counts even when it is looked at too late."""
+        """Wait until the socket is ready; data that has arrived counts even after the deadline."""
         self._selector.modify(self._socket, event)
         while True:
             self._check_memory()
@@ -274,14 +277,14 @@ class _Child:
         used = resident_bytes(self._process.pid)
         if used is None:
             self._memory_limit = None
-            logger.warning("this system does not tell a process's memory: no limit is enforced")
+            logger.warning("this system does not report a process's memory: no limit is set")
         elif used > self._memory_limit:
             used_mb, limit_mb = used / 1e6, self._memory_limit / 1e6
             raise _Failed("memory", f"used {used_mb:.0f} MB; the limit is {limit_mb:.0f} MB")
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Resident memory of a process, or None where the system does not tell."""
+    """Return the resident memory of a process in bytes, or None if the system does not tell."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -335,4 +338,4 @@ def _decode(data: bytes) -> Reply:
     try:
         return Reply(**json.loads(data))
     except (TypeError, ValueError, RecursionError) as error:
-        raise _Failed("bad reply", f"its answer cannot be read: {error}") from None
+        raise _Failed("bad reply", f"its answer could not be read: {error}") from None

@@ -1,7 +1,7 @@
 """The child's side of `worker`: reads requests from one socket, runs them, writes replies.
 
-It is run by its path in a fresh interpreter and imports the standard library only: the program that
-started it is not imported again, and nothing heavy is loaded but what the called functions ask for.
+It is run by path in a fresh interpreter and imports the standard library only: the program that
+started it is not imported again, and heavy modules load only if the called functions ask for them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 class NotFound(Exception):
-    """The target names no function; its message says everything, so no traceback is sent."""
+    """Raised when the target names no function; its message is complete, so no traceback is
+    sent."""
 
 
 class CappedOutput(io.RawIOBase):
-    """Lets the first bytes of a process's output through to a file descriptor, then drops them."""
+    """Passes the first bytes of a process's output to a file descriptor, then drops the rest."""
 
     def __init__(self, fd: int, limit: int) -> None:
         self._fd = fd
@@ -66,10 +67,10 @@ class CappedOutput(io.RawIOBase):
 
 
 def load_file(path: Path) -> ModuleType:
-    """The module in a Python file, which is run once and may import its neighbours."""
+    """Load the module in a Python file, which is run once and may import its neighbours."""
     if not path.is_file():
         raise NotFound(f"there is no file {path}")
-    name = f"{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"  # two folders may hold one file name
+    name = f"{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"  # a name may occur in two folders
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -87,18 +88,18 @@ def load_file(path: Path) -> ModuleType:
 
 
 def load_module(name: str) -> ModuleType:
-    """The module with a dotted name."""
+    """Import the module with a dotted name."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # A module that the user's own module misses is an error in that module, with a traceback.
+        # A module missing from the user's own module is an error there, and has a traceback.
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise NotFound(f"there is no module {error.name!r}") from None
         raise
 
 
 def split_call(target: str) -> tuple[str, dict[str, Any] | None]:
-    """`module:factory(key=value)` as its place and arguments, which are None without brackets.
+    """Split `module:factory(key=value)` into target and arguments; None if it has no brackets.
 
     Raises:
         NotFound: the arguments are not keywords with literal values.
@@ -120,13 +121,13 @@ def split_call(target: str) -> tuple[str, dict[str, Any] | None]:
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            raise NotFound(f"in {target!r} the value of {keyword.arg!r} is no literal") from None
+            raise NotFound(f"in {target!r} the value of {keyword.arg!r} is not a literal") from None
     return match[1], arguments
 
 
 @functools.cache
 def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...] | None]:
-    """The function a target names or makes, and its parameters; None when Python cannot tell."""
+    """Return the function a target names or makes, and its parameters; None if they are unknown."""
     place, arguments = split_call(target)
     function = find(place) if arguments is None else make(find(place), target, arguments)
     try:
@@ -136,35 +137,35 @@ def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...]
 
 
 def make(factory: Callable[..., Any], target: str, arguments: dict[str, Any]) -> Callable[..., Any]:
-    """The function that a factory returns for these arguments."""
+    """Return the function that a factory returns for these arguments."""
     try:
-        inspect.signature(factory).bind(**arguments)  # or a mistake in its body would look alike
+        inspect.signature(factory).bind(**arguments)  # a TypeError in its body would look alike
     except TypeError as error:
         raise NotFound(f"{target!r} cannot be called: {error}") from None
     try:
         function = factory(**arguments)
     except ValueError as error:
-        raise NotFound(f"{target!r} refuses its arguments: {error}") from None
+        raise NotFound(f"{target!r} rejected its arguments: {error}") from None
     if not callable(function):
         raise NotFound(
-            f"{target!r} gives no function but a value of type {type(function).__name__}"
+            f"{target!r} returned a value of type {type(function).__name__}, not a function"
         )
     return function
 
 
 def find(target: str) -> Callable[..., Any]:
-    """The function that `module:function` or `path/to/file.py:function` names."""
+    """Return the function that `module:function` or `path/to/file.py:function` names."""
     found = load_place(target)
     if not callable(found):
         place, _, attributes = target.rpartition(":")
         raise NotFound(
-            f"{attributes!r} in {place} is no function but of type {type(found).__name__}"
+            f"{attributes!r} in {place} is of type {type(found).__name__}, not a function"
         )
     return found
 
 
 def load_place(target: str) -> Any:
-    """What `module:name` or `path/to/file.py:name` names."""
+    """Return the object that `module:name` or `path/to/file.py:name` names."""
     place, colon, attributes = target.rpartition(":")
     if not (place and colon and attributes):
         raise NotFound(f"{target!r} is neither module:function nor path/to/file.py:function")
@@ -178,7 +179,7 @@ def load_place(target: str) -> Any:
 
 
 def signature(target: str) -> dict[str, list[str] | None]:
-    """`required`: arguments the function cannot do without; `named`: all, None if it takes any."""
+    """Return `required`: the required arguments; `named`: all named ones, None if it takes any."""
     parameters = load(target)[1]
     named = [p for p in parameters or () if p.kind in NAMED]
     takes_any = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -189,33 +190,33 @@ def signature(target: str) -> dict[str, list[str] | None]:
 
 
 class Logbook:
-    """What a function logs during one call."""
+    """The entries that a function logs during one call."""
 
     def __init__(self) -> None:
         self.metrics: list[tuple[str, float]] = []
         self.extra: list[tuple[str, list[Any]]] = []
 
     def log_metric(self, name: str, value: float) -> None:
-        """Note a number under a name."""
+        """Log a number under a name."""
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
-            number = float("nan")  # reported, and dropped, where it arrives
+            number = float("nan")  # reported and dropped by the receiver
         self.metrics.append((str(name), number))
 
     def log_extra(self, column: str, values: Any) -> None:
-        """Note one value for each completion; what JSON cannot hold is noted as text."""
+        """Log one value for each completion; values that JSON cannot hold are logged as text."""
         self.extra.append((str(column), [showable(value) for value in values]))
 
     def entries(self) -> dict[str, Any]:
-        """What a reply says of it: nothing when nothing was logged."""
+        """Return the entries as a field of the reply; empty if nothing was logged."""
         if not (self.metrics or self.extra):
             return {}
         return {"logs": {"metrics": self.metrics, "extra": self.extra}}
 
 
 def showable(value: Any) -> Any:
-    """The value if JSON can hold it, else its text."""
+    """Return the value if JSON can hold it, else its text."""
     try:
         json.dumps(value, default=plain)
     except (TypeError, ValueError, RecursionError, OverflowError):
@@ -224,11 +225,11 @@ def showable(value: Any) -> Any:
 
 
 def call(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to a call: the function's result for the arguments that the parent chose.
+    """Return the reply to a call: the function's result for the arguments that the parent chose.
 
     With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
-    names them or takes any argument. Arguments named in `through` are first replaced by what the
-    functions there make of them.
+    names them or takes any argument. Arguments named in `through` are first converted by the
+    functions given there.
     """
     function, parameters = load(request["target"])
     kwargs, book = request["kwargs"], Logbook()
@@ -250,14 +251,14 @@ def call(request: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def event_loop() -> Any:
-    """The loop of all async functions: what they keep open between calls stays usable."""
+    """Return the loop of all async functions: objects they keep open between calls stay usable."""
     import asyncio  # 30 ms that most calls do not need
 
     return asyncio.Runner()
 
 
 def wait_for(awaitable: Any) -> Any:
-    """The result of an async function."""
+    """Return the result of an async function."""
 
     async def main() -> Any:
         return await awaitable
@@ -266,10 +267,10 @@ def wait_for(awaitable: Any) -> Any:
 
 
 def handle(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Does what one request asks; the result is the reply."""
+    """Run one request and return the reply."""
     match request["op"]:
         case "start":
-            # The folder of the user comes first, as for a script; then what the parent can import.
+            # The user's folder comes first, as for a script; then the parent's import path.
             sys.path[:] = [os.getcwd(), *request["sys_path"]]
             return {"value": os.getpid()}
         case "resolve":
@@ -279,7 +280,7 @@ def handle(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """The fields of a `Reply` for an exception: one line, and a traceback of the user's frames."""
+    """Return the `Reply` fields of an exception: one line, and a traceback of the user's frames."""
     if isinstance(error, NotFound):
         return {"failure": "raised", "message": str(error)}
     frames: TracebackType | None = error.__traceback__
@@ -295,7 +296,7 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """JSON's view of arrays and number types of other libraries."""
+    """Convert arrays and number types of other libraries for JSON."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if hasattr(value, "__float__"):
@@ -304,7 +305,7 @@ def plain(value: Any) -> Any:
 
 
 def answer(data: bytes) -> bytes:
-    """The encoded reply to an encoded request; never raises."""
+    """Return the encoded reply to an encoded request; never raises."""
     try:
         reply = handle(json.loads(data))
     except BaseException as error:  # SystemExit and KeyboardInterrupt are failures of the call too
@@ -316,7 +317,7 @@ def answer(data: bytes) -> bytes:
 
 
 def read_requests(connection: socket.socket, requests: queue.SimpleQueue[bytes]) -> None:
-    """Feeds the main thread, and ends the process once the parent is gone, even during a call."""
+    """Feed requests to the main thread, and exit when the parent is gone, even during a call."""
     try:
         with connection.makefile("rb") as stream:
             while header := stream.read(HEADER.size):
@@ -326,18 +327,18 @@ def read_requests(connection: socket.socket, requests: queue.SimpleQueue[bytes])
 
 
 def forget(connection: socket.socket) -> None:
-    """Closes the descriptor, which `close` would not while the reader's file is open."""
+    """Close the descriptor, which `close` would not do while the reader's file is open."""
     if connection.fileno() >= 0:
         os.close(connection.detach())
 
 
 def main() -> None:
-    """Serves requests until the parent closes its end of the socket."""
-    # What is imported here by that name is this very module, or there would be two of each class.
+    """Serve requests until the parent closes its end of the socket."""
+    # Imports of that name must find this very module, or there would be two of each class.
     sys.modules["localrl.processes.worker_child"] = sys.modules["__main__"]
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    # A process forked by user code must neither answer for us nor hide our death from the parent.
+    # A process forked by user code must neither answer for this one nor hide its death.
     os.register_at_fork(after_in_child=lambda: forget(connection))
     capped = io.BufferedWriter(CappedOutput(2, OUTPUT_LIMIT))
     output = io.TextIOWrapper(capped, encoding="utf-8", errors="replace", line_buffering=True)

@@ -1,8 +1,8 @@
-"""Charts as shapes: the numbers that the page's SVG is written from.
+"""Charts as shapes: the numbers from which the page's SVG is written.
 
-The shapes are made here and not by a charting library. One that draws in the browser would have
-to be kept in this repository as a minified file, come with every report, and would show nothing
-without its script; what a report needs is lines, two axes and a limit. The template escapes them.
+The shapes are computed here, not by a charting library. A library that draws in the browser would
+have to be kept in this repository as a minified file, be copied into every report, and show nothing
+without its script; a report only needs lines, two axes and a limit. The template escapes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from localrl.report.curves import Chart
 
 WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 156
-"""Of the drawn area, in the units of the SVG's own coordinates."""
+"""Edges of the drawing area, in SVG coordinates."""
 COLOURS = 5
 
 
@@ -26,9 +26,9 @@ class Stroke:
     label: str
     style: str
     paths: tuple[str, ...]
-    """`points` of one polyline for each piece without a gap."""
+    """Polyline `points`, one string for each piece without a gap."""
     dots: tuple[tuple[float, float], ...]
-    """Values that stand alone, or all of a line that has few."""
+    """Isolated values, or all values of a line that has few."""
     last: float
 
 
@@ -41,13 +41,13 @@ class Drawing:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     whiskers: tuple[tuple[float, float, float], ...]
-    """x, upper and lower end."""
+    """x, upper end and lower end of each interval."""
     limit: float | None
-    """Height of the limit's line."""
+    """Height of the limit line."""
 
 
 def draw(chart: Chart) -> Drawing:
-    """The shapes of a chart that has at least one value."""
+    """Return the shapes of a chart that has at least one value."""
     first, last = chart.steps[0], chart.steps[-1]
     ticks = _ticks(chart)
     low, high = ticks[0], ticks[-1]
@@ -81,7 +81,7 @@ def draw(chart: Chart) -> Drawing:
 
 
 def tick_text(tick: float) -> str:
-    """A round number in the few characters that an axis has room for."""
+    """Format a round number in the few characters that an axis has room for."""
     if tick and abs(tick) < 0.001:
         digits, power = f"{tick:.1e}".split("e")
         return f"{float(digits):g}e{int(power)}"
@@ -108,7 +108,7 @@ def _stroke(
 
 
 def _ticks(chart: Chart) -> list[float]:
-    """Three to six round numbers that hold all values; from 0, and to 1 for shares."""
+    """Return three to six round numbers that span all values; from 0, and up to 1 for shares."""
     values = [v for line in chart.lines for v in line.values if v is not None]
     values += [bound for span in chart.spans if span for bound in span]
     if chart.share:
@@ -122,6 +122,6 @@ def _ticks(chart: Chart) -> list[float]:
 
 
 def _round_up(step: float) -> float:
-    """The next of 1, 2, 2.5, 5 and 10 times a power of ten."""
+    """Round up to 1, 2, 2.5, 5 or 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= step * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""Two runs side by side, as lines of text."""
+"""Compares two runs side by side, as lines of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localrl.utils.text import one_line, sampled_at
 
 LABEL, COLUMN = 36, 20
 PLACE = ("run.out",)
-"""Settings that say where a run is and not what it does."""
+"""Settings that say where a run is stored, not what it does."""
 CURVES = ("reward", "entropy", "completions/mean_length", "kl", "update/drift", "step_time")
 NUMBERS = (
     "reward",
@@ -30,11 +30,11 @@ NUMBERS = (
     "step_time",
 )
 LAST = 5
-"""Last steps whose mean is shown."""
+"""Number of last steps whose mean is shown."""
 
 
 def comparison(one: Run, other: Run, width: int = 80) -> Iterator[str]:
-    """States, evaluations, settings that differ, last steps, curves over steps and tokens."""
+    """Compare states, evaluations, settings, last steps, and curves over steps and tokens."""
     yield _row("", str(one.path), str(other.path))
     yield _row("state", *(f"{run.state}, step {run.step}" for run in (one, other)))
     yield _row("model", facts.model(one), facts.model(other))
@@ -54,7 +54,7 @@ def comparison(one: Run, other: Run, width: int = 80) -> Iterator[str]:
 
 
 def differing(one: Run, other: Run) -> list[tuple[str, str, str]]:
-    """Settings that are not the same in both, by name."""
+    """Return the settings that differ, by name."""
     names = sorted({*one.settings, *other.settings} - {*PLACE})
     pairs = [(n, one.settings.get(n, "unset"), other.settings.get(n, "unset")) for n in names]
     return [(name, str(a), str(b)) for name, a, b in pairs if a != b]
@@ -79,13 +79,13 @@ def _evaluations(one: Run, other: Run) -> Iterator[str]:
 
 def _difference(one: Run, other: Run) -> str:
     if one.settings.get("task.name") != other.settings.get("task.name"):
-        return "The tasks are not the same, so that these shares say nothing about each other."
+        return "The tasks differ, so these pass rates cannot be compared."
     drawn = [sampled_at(run.scores[-1].temperature) for run in (one, other)]
     if drawn[0] != drawn[1]:
-        return f"Evaluated otherwise ({drawn[0]}, {drawn[1]}), so that the shares do not compare."
+        return f"Sampled differently ({drawn[0]}, {drawn[1]}), so these rates cannot be compared."
     first, second = one.scores[-1].interval, other.scores[-1].interval
     if first is None or second is None:
-        return "One of them is not known."
+        return "One of the pass rates is unknown."
     if first[0] > second[1] or second[0] > first[1]:
         better = one if first[0] > second[1] else other
         return f"{better.path} is better: the last intervals do not overlap."
@@ -94,7 +94,7 @@ def _difference(one: Run, other: Run) -> str:
 
 def _settings(one: Run, other: Run) -> Iterator[str]:
     rows = differing(one, other)
-    yield "\nsettings that differ" if rows else "\nno setting differs"
+    yield "\nsettings that differ" if rows else "\nno settings differ"
     for name, a, b in rows:
         yield _row(f"  {name}", a, b)
 
@@ -131,7 +131,7 @@ def _positions(run: Run, axis: str) -> list[float]:
 def _over(
     positions: Sequence[float], values: Sequence[float | None], end: float, room: int
 ) -> list[float | None]:
-    """The values as `room` cells from 0 to `end`, each the mean of what falls into it.
+    """Return the values as `room` cells from 0 to `end`, each the mean of the values in it.
 
     A cell between two steps has the value of the later one: the steps of one run may be longer.
     """

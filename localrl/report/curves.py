@@ -1,4 +1,4 @@
-"""Which curves a run has, as numbers, for the terminal and the page alike."""
+"""The curves of a run, as numbers, for both the terminal and the page."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Step = Mapping[str, Any]
 
 MIB = 2**20
 MOST_PARTS = 4
-"""Reward functions that have a line of their own."""
+"""Number of reward functions that get a line of their own."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: a value for each step, None where there is none."""
+    """One line of a chart: a value for each step, None if there is none."""
 
     label: str
     values: Values
     faint: bool = False
-    """Whether it only stands behind the others."""
+    """True if it is only a background to the other lines."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Chart:
     steps: tuple[int, ...]
     lines: tuple[Line, ...]
     limit: float | None = None
-    """A line across, that the others should stay below."""
+    """A horizontal line that the others should stay below."""
     share: bool = False
-    """Whether the values are shares of 1."""
+    """True if the values are shares of 1."""
     every: int = 1
-    """Steps that each point is the mean of."""
+    """Number of steps averaged in each point."""
     spans: tuple[tuple[float, float] | None, ...] = ()
     """An interval around each value of the only line."""
 
     @property
     def known(self) -> bool:
-        """Whether there is any value in it."""
+        """True if it contains any value."""
         return any(value is not None for line in self.lines for value in line.values)
 
 
@@ -56,9 +56,9 @@ def _known(chart: Chart) -> tuple[Line, ...]:
 
 
 def charts(run: Run, most: int = 400) -> list[Chart]:
-    """All charts of a run, in the order in which a person asks; those without values left out.
+    """Return all charts of a run, most important first; those without values are left out.
 
-    most: points of a line; of more steps, each point is the mean of as many as needed.
+    most: largest number of points of a line; with more steps, each point is the mean of several.
     """
     steps = tuple(step["step"] for step in run.steps)
     made = [make(run.steps) for make in CHARTS] + [_memory(run)]
@@ -68,7 +68,7 @@ def charts(run: Run, most: int = 400) -> list[Chart]:
 
 
 def thin(chart: Chart, most: int) -> Chart:
-    """The chart with at most so many points, each the mean of the steps around it."""
+    """Return the chart with at most `most` points, each the mean of the steps around it."""
     every = -(-len(chart.steps) // most)
     if every < 2 or chart.spans:
         return chart
@@ -82,31 +82,31 @@ def thin(chart: Chart, most: int) -> Chart:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of the values that are known."""
+    """Return the mean of the known values."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def smoothed(values: Values) -> Values:
-    """The mean of each value and those around it, over a tenth of all of them."""
+    """Return the mean of each value and its neighbours, over a tenth of all values."""
     reach = len(values) // 20
     return tuple(mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values)))
 
 
 def column(steps: Sequence[Step], name: str, scale: float = 1.0) -> Values:
-    """A metric over the steps; None where it is missing or no number."""
+    """Return a metric over the steps; None if it is missing or not a number."""
     return tuple(_number(step.get(name), scale) for step in steps)
 
 
 def part_names(steps: Sequence[Step]) -> list[str]:
-    """Names of the reward functions that the steps know."""
+    """Return the names of the reward functions in the steps."""
     head, tail = "rewards/", "/mean"
     keys = dict.fromkeys(key for step in steps for key in step)
     return [k[len(head) : -len(tail)] for k in keys if k.startswith(head) and k.endswith(tail)]
 
 
 def sparkline(values: Sequence[float | None], width: int, low: float, high: float) -> str:
-    """The values as a row of at most `width` blocks, a blank where there is none."""
+    """Draw the values as a row of at most `width` blocks, with a blank if there is no value."""
     blocks, cells = "▁▂▃▄▅▆▇█", min(width, len(values))
     edges = [round(i * len(values) / cells) for i in range(cells + 1)] if cells else []
     points = [mean(values[start:end]) for start, end in pairwise(edges)]
@@ -118,7 +118,7 @@ def sparkline(values: Sequence[float | None], width: int, low: float, high: floa
 
 
 def tokens_so_far(steps: Sequence[Step]) -> list[float]:
-    """Completion tokens sampled up to each step."""
+    """Return the completion tokens sampled up to each step."""
     return list(accumulate(value or 0.0 for value in column(steps, "rollout/tokens")))
 
 
@@ -163,7 +163,7 @@ def _learned(steps: Sequence[Step]) -> Chart:
 
 
 def _entropy(steps: Sequence[Step]) -> Chart:
-    about = "How undecided the model is, mean over sampled tokens."
+    about = "Uncertainty of the model, mean over sampled tokens."
     return Chart("Entropy", "nats", about, (), (Line("entropy", column(steps, "entropy")),))
 
 
@@ -173,16 +173,16 @@ def _length(steps: Sequence[Step]) -> Chart:
         Line(label, column(steps, f"completions/{key}_length"), faint=key != "mean")
         for label, key in names.items()
     ]
-    return Chart("Completion length", "tokens", "The end token included.", (), (*lines,))
+    return Chart("Completion length", "tokens", "Including the end token.", (), (*lines,))
 
 
 def _kl(steps: Sequence[Step]) -> Chart:
-    about = "How far the policy has moved from the model without adapters."
+    about = "Distance of the policy from the model without adapters."
     return Chart("KL", "nats", about, (), (Line("KL", column(steps, "kl")),))
 
 
 def _drift(steps: Sequence[Step]) -> Chart:
-    about = "Mean change of log-probability that one step makes on its trained tokens."
+    about = "Mean change of log-probability on a step's trained tokens."
     return Chart("Drift", "nats", about, (), (Line("drift", column(steps, "update/drift")),))
 
 
@@ -210,7 +210,7 @@ def _time(steps: Sequence[Step]) -> Chart:
 
 
 def _gradient(steps: Sequence[Step]) -> Chart:
-    about = "Global norm before clipping; none where nothing was learned."
+    about = "Global norm before clipping; none if nothing was learned."
     return Chart("Gradient", "", about, (), (Line("norm", column(steps, "grad_norm")),))
 
 
@@ -229,10 +229,10 @@ def _passed(run: Run) -> Chart:
 def _memory(run: Run) -> Chart:
     limit = _number(run.plan.get("limit_bytes"), MIB)
     lines = (
-        Line("MLX's largest", column(run.steps, "memory/peak_bytes", MIB)),
+        Line("MLX's peak", column(run.steps, "memory/peak_bytes", MIB)),
         Line("process", column(run.steps, "memory/resident_bytes", MIB)),
     )
-    about = "Of the limit that was planned with." if limit else "The plan set no limit."
+    about = "Compared with the plan's limit." if limit else "The plan set no limit."
     return Chart("Memory", "MiB", about, (), lines, limit)
 
 

@@ -1,4 +1,4 @@
-"""What there is to say about a run in plain words, the same in the terminal and on the page."""
+"""Statements about a run in plain words, the same in the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from localrl.runs.metrics import METRICS
 from localrl.utils.text import sampled_at
 
 RECENT = 10
-"""Last steps that warnings look at."""
+"""Number of last steps that warnings examine."""
 RARE, OFTEN = 0.1, 0.3
-"""Shares from which on a warning speaks of hardly any, or of many."""
+"""Shares below which a warning says "hardly any", and above which it says "many"."""
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def state(run: Run) -> str:
-    """Whether the run goes on, and how far it is."""
+    """Describe the run's state and progress."""
     steps = f"step {run.step}" + (f" of {run.planned_steps}" if run.planned_steps else "")
     if run.state == "running":
         return f"running, {steps} done ({run.holder})"
     if run.state == "unknown":
-        return f"{steps} done; only its own machine can tell if it runs ({run.holder})"
+        return f"{steps} done; only its own machine knows whether it is running ({run.holder})"
     return f"{run.state} after {steps}"
 
 
 def model(run: Run) -> str:
-    """The model as the settings name it."""
+    """Return the model as named in the settings."""
     path = run.settings.get("model.path")
     return str(path) if path else "the embedded model"
 
 
 def verdict(run: Run) -> str:
-    """Whether the evaluations show that something was learned."""
+    """Say whether the evaluations show that something was learned."""
     if not run.scores:
         wanted = run.settings.get("task.eval_prompts") != 0
         return "No evaluation yet." if wanted else "No evaluation: task.eval_prompts is 0."
@@ -42,7 +42,7 @@ def verdict(run: Run) -> str:
     if len(run.scores) == 1:
         return "One evaluation so far: nothing to compare it with."
     if first.interval is None or last.interval is None:
-        return "Not known: an evaluation has no judged completion."
+        return "Unknown: an evaluation has no judged completion."
     if last.interval[0] > first.interval[1]:
         return "Better than before: the intervals do not overlap."
     if last.interval[1] < first.interval[0]:
@@ -51,12 +51,12 @@ def verdict(run: Run) -> str:
 
 
 def first_and_last(run: Run) -> list[Score]:
-    """The evaluations that say what training did: one, where there is but one, or none."""
+    """Return the evaluations that show the effect of training: first and last, or fewer."""
     return [*run.scores[:1], *run.scores[1:][-1:]]
 
 
 def score_words(score: Score) -> str:
-    """One evaluation with its interval."""
+    """Describe one evaluation with its interval."""
     if score.interval is None:
         return f"pass@1 unknown on {score.n} held-out prompts"
     low, high = score.interval
@@ -67,21 +67,21 @@ def score_words(score: Score) -> str:
 
 
 def moment(score: Score) -> str:
-    """When an evaluation was made."""
+    """Say when an evaluation was made."""
     return f"after step {score.step}" if score.step else "before training"
 
 
 def warnings(run: Run) -> list[str]:
-    """What a person should know before trusting the rest."""
+    """Return the warnings that readers should know before they trust the rest."""
     found = [
-        f"{n} lines of {name} cannot be read and are left out." for name, n in run.unread.items()
+        f"{n} lines of {name} cannot be read and are skipped." for name, n in run.unread.items()
     ]
     found += _from_events(run.events)
     return found + (_from_steps(run, run.steps[-RECENT:]) if run.steps else [])
 
 
 def meaning(key: str) -> tuple[str, str]:
-    """Unit and meaning of a metric; empty for one that reward functions logged."""
+    """Return the unit and meaning of a metric; empty for one logged by reward functions."""
     if key in METRICS:
         return METRICS[key]
     if key.startswith("rewards/"):
@@ -90,13 +90,13 @@ def meaning(key: str) -> tuple[str, str]:
 
 
 def why(reason: str) -> str:
-    """What a reason for not learning from a group or a completion means; empty if unknown."""
+    """Explain the reason for not learning from a group or completion; empty if unknown."""
     key = "selection/" + reason.replace(" ", "_").replace("-", "_")
     return meaning(key)[1].removeprefix("left out: ")
 
 
 def number(value: Any) -> str:
-    """A number for people; what could not be measured is "unknown"."""
+    """Format a number for readers; a number that could not be measured is "unknown"."""
     if value is None:
         return "unknown"
     if isinstance(value, bool):
@@ -111,7 +111,7 @@ def number(value: Any) -> str:
 
 
 def with_unit(key: str, value: Any) -> str:
-    """A metric with its unit, bytes in the largest fitting one."""
+    """Format a metric with its unit; bytes in the largest fitting one."""
     unit = meaning(key)[0]
     if unit == "bytes" and isinstance(value, int | float):
         return size(value)
@@ -120,17 +120,17 @@ def with_unit(key: str, value: Any) -> str:
 
 
 def size(n: float) -> str:
-    """Bytes for people."""
+    """Format bytes for readers."""
     name = next((u for u in reversed(UNITS) if n >= UNITS[u]), "B")
     return f"{n / UNITS[name]:.3g} {name}"
 
 
 TROUBLE = {
-    "restarted": "The run died and was begun again from its last checkpoint",
-    "update_skipped": "An update was not made",
+    "restarted": "The run died and was restarted from its last checkpoint",
+    "update_skipped": "An update was skipped",
     "failed": "The run ended with an error",
 }
-"""Events that carry a reason, in words."""
+"""Descriptions of events that carry a reason."""
 
 
 def _from_events(events: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -138,12 +138,12 @@ def _from_events(events: Sequence[Mapping[str, Any]]) -> list[str]:
     failed = [event for event in events if event.get("kind") == "checkpoint_failed"]
     if failed:
         reason = failed[-1].get("reason")
-        found.append(f"{len(failed)} checkpoints could not be written, the last: {reason}")
+        found.append(f"{len(failed)} checkpoints could not be written; the last reason: {reason}")
     for event in events:
         if event.get("kind") == "rollouts_thinned":
             found.append(
-                f"From step {event.get('step')} on rollouts.jsonl has every {event.get('every')}th "
-                "group only: it had reached its limit (run.rollout_log_limit)."
+                f"From step {event.get('step')} on, rollouts.jsonl has only every "
+                f"{event.get('every')}th group: it reached its limit (run.rollout_log_limit)."
             )
         if str(event.get("sandbox", "")).startswith("UNSAFE"):
             found.append("Code in answers ran without a sandbox.")

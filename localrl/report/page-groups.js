@@ -1,4 +1,4 @@
-// The groups: a table to choose from, and one of them with its completions.
+// Shows the groups: a table to choose from, and the chosen group with its completions.
 function openGroups(groups) {
   const rewardsOf = (group) => group.leaves.map((leaf) => leaf.r).filter((r) => r !== null);
   const fate = (group) => (group.kept ? "learned from" : group.reason || "not learned from");
@@ -97,7 +97,7 @@ function openGroups(groups) {
     });
   }
 
-  // One of them.
+  // Shows one group.
 
   const NAMES = { a: "advantage", e: "entropy", l: "surprisal" };
   const mode = () => document.querySelector("input[name=colour]:checked").value;
@@ -110,7 +110,7 @@ function openGroups(groups) {
     return key === "a" ? node.a : node[key][i];
   }
 
-  // Blue above 0 and orange below for advantages, purple for what is never negative.
+  // Blue above 0 and orange below for advantages, purple for values that are never negative.
   function tint(v, most, key) {
     if (v === null || v === undefined || !most) return "transparent";
     const strength = 0.62 * Math.min(1, Math.abs(v) / most);
@@ -147,7 +147,7 @@ function openGroups(groups) {
     colour();
   }
 
-  // Scrolls the table alone, not the page.
+  // Scrolls only the table, not the page.
   function reveal() {
     const [row, box] = [$("table").querySelector("tr.open"), $("table").parentElement];
     if (row) box.scrollTop = row.offsetTop - box.clientHeight / 2;
@@ -204,8 +204,8 @@ function openGroups(groups) {
     }
     const range = { a: `blue above 0, orange below; strongest ${number(most)}` }[key];
     const forks = isForked(group) ? " Underlined tokens are shared by several completions." : "";
-    const heard = group.nodes.some((node) => node.s) ? " Grey ones the model did not write." : "";
-    const none = all.length && !most ? ` It is 0 or not known for every token here.` : "";
+    const heard = group.nodes.some((node) => node.s) ? " Grey tokens are not the model's." : "";
+    const none = all.length && !most ? ` It is 0 or unknown for every token here.` : "";
     $("scale").textContent =
       `Colour: ${NAMES[key]}, ${range || `the darker the higher; darkest ${number(most)} nats`}.` +
       none + forks + heard;

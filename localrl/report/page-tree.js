@@ -1,4 +1,4 @@
-// A tree: time runs to the right, one row for each completion, a bar for each node.
+// Draws a tree: time runs to the right, one row for each completion, a bar for each node.
 function tree(group, paths, under) {
   const width = Math.max(300, $("tree").clientWidth);
   const [row, left, right] = [24, 14, 74];
@@ -42,7 +42,7 @@ function tree(group, paths, under) {
   return svg;
 }
 
-// Completions in the order of a walk through the tree, so that no lines cross.
+// Orders completions by a walk through the tree, so that no lines cross.
 function compare(a, b) {
   for (let i = 0; i < Math.min(a.length, b.length); i++) if (a[i] !== b[i]) return a[i] - b[i];
   return a.length - b.length;
@@ -54,12 +54,12 @@ function pick(n) {
   }
 }
 
-// Whether some node follows another.
+// Returns true if some node follows another.
 function isJoined(group) {
   return group.nodes.some((node) => node.p >= 0);
 }
 
-// Whether several nodes follow the same one.
+// Returns true if several nodes follow the same one.
 function isForked(group) {
   const parents = group.nodes.map((node) => node.p).filter((p) => p >= 0);
   return new Set(parents).size < parents.length;

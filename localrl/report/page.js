@@ -1,6 +1,6 @@
 "use strict";
-// What the page does by itself: reading charts, choosing groups, colouring tokens. Text of models and
-// users becomes text nodes alone; nothing here writes markup or asks for anything.
+// The page's interaction: reading charts, choosing groups, colouring tokens. Text of models and users
+// only becomes text nodes; nothing here writes markup or makes requests.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
@@ -27,7 +27,7 @@ function number(value) {
   return size >= 0.1 ? value.toFixed(3) : value.toPrecision(3);
 }
 
-// Line ends and tabs as signs before themselves, other control characters as their pictures.
+// Puts signs before newlines and tabs, and replaces other control characters by their pictures.
 function visible(text) {
   return String(text).replace(/[\p{Cc}\p{Cf}\p{Cs}]/gu, (c) => {
     const code = c.codePointAt(0);
@@ -42,7 +42,7 @@ function mean(values) {
   return values.length ? values.reduce((a, b) => a + b) / values.length : null;
 }
 
-// Charts: the value under the pointer, or under a cursor that the arrow keys move.
+// Charts: shows the value under the pointer, or under a cursor that the arrow keys move.
 
 for (const svg of document.querySelectorAll("svg.chart")) {
   const { steps, lines } = data.charts[svg.dataset.chart];

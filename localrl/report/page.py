@@ -1,8 +1,8 @@
-"""The report: one HTML file that needs no network and lets no text of a model become markup.
+"""The report: one HTML file that needs no network and never treats model text as markup.
 
-Jinja escapes whatever it writes; completions travel as JSON without a `<` and reach the page as
-text nodes alone. A content security policy allows the script and the styles that are in the file,
-by their hashes, and nothing else.
+Jinja escapes everything it writes; completions travel as JSON without a `<` and enter the page only
+as text nodes. A content security policy allows the script and the styles in the file, by their
+hashes, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from localrl.runs.logs import to_json, write_atomic
 from localrl.utils.text import one_line, printable
 
 GROUP_BYTES = 3_000_000
-"""Of the groups in a report; with all the rest it stays below 5 MB."""
+"""Size limit of the groups in a report; with everything else it stays below 5 MB."""
 MOST_ROWS = 200
-"""Of the tables of events, evaluations and metrics; the last ones of the first two."""
+"""Most rows in the tables of events, evaluations and metrics; the last ones of the first two."""
 SCRIPTS = ("page.js", "page-groups.js", "page-tree.js")
-"""One script in the page."""
+"""Script files that are joined into the page's one script."""
 MARK = '<meta name="generator" content="localrl">'
-"""By which a report is known, so that no other file is written over."""
+"""Marks a report, so that no other file is overwritten."""
 COLOURS = (
     ("a", "advantage", "blue: better than expected, orange: worse"),
-    ("e", "entropy", "the darker, the less decided the model was"),
+    ("e", "entropy", "the darker, the less certain the model was"),
     ("l", "surprisal", "the darker, the less likely the token was"),
 )
 
@@ -49,13 +49,13 @@ class Written:
     path: Path
     size: int
     words: str
-    """What it holds of the groups."""
+    """Description of the groups that it contains."""
 
 
 def write_report(run: Run, path: Path, *, group_bytes: int = GROUP_BYTES) -> Written:
-    """Write the report of a run, in place of an earlier one.
+    """Write the report of a run, replacing an earlier one.
 
-    Raises: ConfigError when there is a file that is no report, or when it cannot be written.
+    Raises: ConfigError if there is a file that is not a report, or if it cannot be written.
     """
     sampled = sample(run.path, group_bytes)
     page = make_page(run, sampled).encode("utf-8", "replace")
@@ -71,7 +71,7 @@ def write_report(run: Run, path: Path, *, group_bytes: int = GROUP_BYTES) -> Wri
 
 
 def make_page(run: Run, sampled: Sampled) -> str:
-    """The HTML of a report."""
+    """Render the HTML of a report."""
     styles, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
     shown = charts(run)
     return _template().render(
@@ -99,14 +99,14 @@ def make_page(run: Run, sampled: Sampled) -> str:
 
 
 def groups_note(sampled: Sampled) -> str:
-    """How many of the run's groups are shown, and which."""
+    """Describe which of the run's groups are shown."""
     if not sampled.total:
         return "no groups yet"
     if len(sampled.groups) == sampled.total:
         return f"all {sampled.total} groups of rollouts.jsonl"
     return (
-        f"{len(sampled.groups)} of the {sampled.total} groups of rollouts.jsonl: of the last step "
-        "the best, a typical and the worst one, and others spread evenly over the run"
+        f"{len(sampled.groups)} of the {sampled.total} groups of rollouts.jsonl: the best, a "
+        "typical and the worst one of the last step, and others spread evenly over the run"
     )
 
 
@@ -119,7 +119,7 @@ def _check_place(path: Path) -> None:
 
 
 def _data(run: Run, sampled: Sampled, shown: list[Chart]) -> str:
-    """What the script works with, as JSON that no HTML reader takes for markup."""
+    """Return the script's data, as JSON that no HTML reader takes for markup."""
     values = {
         "groups": sampled.groups,
         "charts": [
@@ -149,7 +149,7 @@ def _hash(text: str) -> str:
 
 
 def _cards(sampled: Sampled) -> list[dict[str, Any]]:
-    """The best, a typical and the worst completion of the last step that is shown."""
+    """Return the best, a typical and the worst completion of the last step shown."""
     last = max((group["step"] or 0 for group in sampled.groups), default=0)
     found = [
         (place, group, leaf)

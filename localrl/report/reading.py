@@ -1,7 +1,7 @@
-"""A run folder as plain data, read while the run may still go on.
+"""Reads a run folder as plain data, also while the run is active.
 
-Nothing outside the folder is read, no file of it is written, and nothing that is missing or torn
-stops it: lines that cannot be read are counted.
+Nothing outside the folder is read, no file of it is written, and no missing or incomplete file
+stops it: unreadable lines are counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Score:
     mean_reward: float | None
     mean_tokens: float | None
     temperature: float = 1.0
-    """Older runs do not say it, and sampled at 1; 0 stands for greedy decoding."""
+    """Sampling temperature; older runs do not record it and sampled at 1; 0 means greedy."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -45,34 +45,34 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says."""
+    """The contents of a run folder."""
 
     path: Path
     marker: Mapping[str, Any]
     settings: Mapping[str, Any]
-    """By name, `section.field`; those that are unset are missing."""
+    """Settings by name, `section.field`; unset ones are missing."""
     plan: Mapping[str, Any]
     steps: Sequence[Mapping[str, Any]]
     """Metrics of each step, in order."""
     scores: Sequence[Score]
     events: Sequence[Mapping[str, Any]]
     unread: Mapping[str, int]
-    """Lines that could not be read, by file; a torn last line is not counted."""
+    """Number of lines that could not be read, by file; an incomplete last line does not count."""
     holder: str
-    """Who last worked in the folder, as written in its lock: process and machine."""
+    """Process and machine that last worked in the folder, as written in its lock."""
     held: bool | None
-    """Whether that process still does; None when it was on another machine."""
+    """True if that process still does; None if it was on another machine."""
     has_adapter: bool
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps that the settings ask for."""
+        """Number of steps that the settings ask for."""
         steps = self.settings.get("run.steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `stopped`, or `unknown` where only another machine could tell."""
+        """`running`, `finished`, `stopped`, or `unknown` if only another machine could tell."""
         if self.held:
             return "running"
         if self.has_adapter:
@@ -81,14 +81,14 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that is logged, 0 before the first."""
+        """The last logged step; 0 before the first."""
         return self.steps[-1]["step"] if self.steps else 0
 
 
 def read_run(path: Path) -> Run:
-    """Everything in a run folder but its rollouts.
+    """Read everything in a run folder except its rollouts.
 
-    Raises: ConfigError when there is no run in it.
+    Raises: ConfigError if there is no run in it.
     """
     if not (path / MARKER).is_file():
         raise ConfigError(
@@ -114,14 +114,14 @@ def read_run(path: Path) -> Run:
 
 
 def read_groups(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every readable line of a run's rollouts.jsonl with the byte at which it begins."""
+    """Yield every readable line of a run's rollouts.jsonl with its byte offset."""
     for offset, record in _lines(path / "rollouts.jsonl"):
         if record is not None and _is_group(record):
             yield offset, record
 
 
 def read_groups_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any] | None]:
-    """The groups that begin at these bytes; None for one that is not there any more."""
+    """Yield the groups that begin at these bytes; None for one that no longer exists."""
     with (path / "rollouts.jsonl").open("rb") as file:
         for offset in offsets:
             file.seek(offset)
@@ -138,7 +138,8 @@ def _records(path: Path, name: str, unread: dict[str, int]) -> list[dict[str, An
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Begin and object of each line, None for one that is no object; no last line that is torn."""
+    """Yield offset and object of each line, None for other values; skips an incomplete last
+    line."""
     with suppress(FileNotFoundError), path.open("rb") as file:
         offset = 0
         for line in file:
@@ -201,10 +202,10 @@ def _number(value: Any, unknown: float) -> float:
 
 
 def _holder(lock: Path) -> tuple[str, bool | None]:
-    """Who last locked a run folder, and whether it still does; None when that cannot be known.
+    """Return who last locked a run folder, and True if it still does; None if that is unknown.
 
-    The lock is tried only where its writer is alive, so that no process that opens the run just
-    now is turned away.
+    The lock is only tried if its writer is alive, so that no process just opening the run is turned
+    away.
     """
     try:
         with lock.open(encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""Groups for people: what became of each, which of them to show, and their tokens in short."""
+"""Groups for readers: their outcomes, a choice of which to show, and their tokens in short form."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from localrl.report.reading import read_groups, read_groups_at
 from localrl.runs.logs import to_json
 
 MOST_TOKENS = 3000
-"""Tokens of a node that a report shows."""
+"""Most tokens of a node shown in a report."""
 MOST_TEXT = 20_000
-"""Characters of a message that a report shows."""
+"""Most characters of a message shown in a report."""
 KEPT = "learned from"
 
 Group = Mapping[str, Any]
@@ -23,13 +23,13 @@ Group = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """A group in short: enough to choose from, wherever its tokens are."""
+    """A summary of a group: enough to choose from without reading its tokens."""
 
     offset: int
-    """Byte of rollouts.jsonl at which it begins."""
+    """Byte offset in rollouts.jsonl."""
     step: int
     reward: float | None
-    """Mean over its completions that have one."""
+    """Mean over its completions that have a reward."""
     kept: bool
     reason: str | None
 
@@ -39,17 +39,17 @@ class Sampled:
     """Groups of a run that fit into a report."""
 
     groups: tuple[dict[str, Any], ...]
-    """In the order of the run, as `short` makes them."""
+    """Groups in the order of the run, in the form made by `short`."""
     total: int
-    """Groups that rollouts.jsonl holds."""
+    """Number of groups in rollouts.jsonl."""
     reasons: Mapping[str, int]
-    """Of all groups: how many were learned from, or why they were not."""
+    """Counts over all groups: those learned from, and those not learned from by reason."""
     has_pieces: bool
-    """Whether the texts of tokens are known; runs of old versions have ids alone."""
+    """True if the texts of tokens are known; runs of old versions only have ids."""
 
 
 def entries(path: Path) -> list[Entry]:
-    """All groups of a run in short."""
+    """Return summaries of all groups of a run."""
     return [
         Entry(
             offset,
@@ -63,7 +63,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def sample(path: Path, budget: int) -> Sampled:
-    """Groups whose JSON fits into `budget` bytes.
+    """Choose groups whose JSON fits into `budget` bytes.
 
     The last step's best, median and worst group come first, then groups spread evenly over the run.
     """
@@ -86,18 +86,19 @@ def sample(path: Path, budget: int) -> Sampled:
 
 
 def reasons(known: Sequence[Entry]) -> dict[str, int]:
-    """How many groups were learned from, and how many were not for each reason."""
+    """Count the groups that were learned from, and for each reason those that were not."""
     whats = [KEPT if entry.kept else entry.reason or "not learned from" for entry in known]
     return dict(Counter(whats).most_common())
 
 
 def short(record: Group) -> dict[str, Any]:
-    """A line of rollouts.jsonl as the page takes it: short names, three digits.
+    """Convert a line of rollouts.jsonl for the page: short names, three digits.
 
-    A node has p (parent), n (length), t (text of each token) or i (its id), l (surprisals),
-    e (entropies), a (advantage) and, where the model did not write all, s (1 where it did); a leaf
-    has n (node), r (reward), f (why it ended), q (reward by function), d (why it was not learned
-    from), x (what reward functions logged) and, where the texts of tokens are not known, v (text).
+    A node has p (parent), n (length), t (text of each token) or i (its id), l (surprisals), e
+    (entropies), a (advantage) and, if the model did not write all of it, s (1 where it did); a leaf
+    has n (node), r (reward), f (finish reason), q (reward by function), d (reason why it was not
+    learned from), x (values logged by reward functions) and, if the texts of tokens are not known,
+    v (text).
     """
     nodes = [_short_node(node) for node in record["nodes"]]
     has_pieces = all("t" in node for node in nodes)
@@ -114,12 +115,12 @@ def short(record: Group) -> dict[str, Any]:
 
 
 def markup_free(value: Any) -> str:
-    """JSON that no reader of HTML takes for markup, whatever texts are in it."""
+    """Return JSON that no HTML reader takes for markup, whatever text it contains."""
     return to_json(value).decode().replace("<", "\\u003c").replace("&", "\\u0026")
 
 
 def best_middle_worst(rewards: Sequence[float | None]) -> list[tuple[str, int]]:
-    """Places of the best, a typical and the worst reward, as far as these differ."""
+    """Return the indices of the best, a typical and the worst reward, as far as these differ."""
     order = sorted((r, i) for i, r in enumerate(rewards) if r is not None)
     if not order:
         return []
@@ -138,7 +139,7 @@ def _telling(known: Sequence[Entry]) -> list[int]:
 
 
 def _spread(count: int) -> list[int]:
-    """The numbers below `count` in an order of which every beginning is spread evenly."""
+    """Return the numbers below `count` in an order whose every prefix is spread evenly."""
     bits = max(1, (count - 1).bit_length())
     turned = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
     return [i for i in turned if i < count]

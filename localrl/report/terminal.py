@@ -1,4 +1,4 @@
-"""A run in the terminal, as lines of text without anything that drives one."""
+"""Shows a run in the terminal, as lines of text without control characters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = (
 
 
 def overview(run: Run, width: int = 80) -> Iterator[str]:
-    """Status, evaluation, warnings, curves and the last step, one line after another."""
+    """Yield status, evaluation, warnings, curves and the last step, line by line."""
     yield _row("run", f"{run.path}, {facts.state(run)}")
     yield _row("model", facts.model(run))
     yield _row("task", str(run.settings.get("task.name", "unknown")))
@@ -37,7 +37,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
     for warning in facts.warnings(run):
         yield _row("warning", warning)
     if not run.steps:
-        yield "\nno step yet"
+        yield "\nno steps yet"
         return
     yield f"\ncurves over steps {run.steps[0]['step']} to {run.step}: lowest, curve, highest, last"
     for chart in charts(run):
@@ -49,7 +49,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
 
 
 def curve(chart: Chart, width: int) -> Iterator[str]:
-    """The lines of a chart as rows of blocks, each between its own lowest and highest value."""
+    """Draw the lines of a chart as rows of blocks, each scaled from its lowest to highest value."""
     for line in chart.lines:
         known = [value for value in line.values if value is not None]
         if line.faint and len(chart.lines) > 1:
@@ -65,7 +65,7 @@ def curve(chart: Chart, width: int) -> Iterator[str]:
 
 
 def samples(run: Run) -> Iterator[str]:
-    """Every group from the last one back: prompt, completions, rewards, and what became of them."""
+    """Yield every group, last first: prompt, completions, rewards, and what was learned from."""
     offsets = [offset for offset, _ in read_groups(run.path)]
     if not offsets:
         yield f"{run.path} has no rollouts yet.\n"
@@ -98,7 +98,7 @@ def _leaf_head(leaf: Mapping[str, Any]) -> str:
 
 
 def _spoken(leaf: Mapping[str, Any]) -> str:
-    """The completion; of several turns all of them."""
+    """Return the completion, with all its turns if there are several."""
     turns = [m for m in leaf.get("messages") or () if isinstance(m, dict)]
     if turns:
         return "\n".join(f"{m.get('role')}: {m.get('content') or ''}" for m in turns)

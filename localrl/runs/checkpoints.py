@@ -1,11 +1,11 @@
-"""Checkpoints: folders that are either whole or not there, whatever ends the process.
+"""Checkpoints: folders that are either complete or absent, however the process ends.
 
     checkpoints/step-000100/    published by one rename, once every byte is on the disk
         manifest.json           written last: size and SHA-256 of each other file
-    checkpoints/.tmp-…          being written, or being pruned; swept away at the next start
+    checkpoints/.tmp-…          being written or pruned; removed at the next start
 
-A checkpoint that can be seen can be loaded; should the disk damage one all the same, its checksums
-tell, and the one before it is taken.
+A checkpoint that exists can be loaded; if the disk damages one all the same, its checksums show it,
+and the previous one is used.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{6,})")
 SPARE = 2
-"""How many times the size of a checkpoint must be free on the disk before it is written."""
+"""Free disk space required before writing, as a multiple of the checkpoint's size."""
 
 Write = Callable[[Path], None]
-"""Writes one file of a checkpoint to the path it is given."""
+"""Writes one file of a checkpoint to the given path."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; its lock is held by whoever uses this."""
+    """The checkpoints of one run; the caller holds the run's lock."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         self.folder = folder
         self._warn = warn
 
     def save(self, step: int, files: Mapping[str, Write], size: int) -> Path:
-        """Publish the checkpoint of a step, made of files by name; `size` is about their bytes.
+        """Publish the checkpoint of a step, made of named files; `size` is their approximate bytes.
 
-        Raises: CheckpointError when it cannot be written; earlier ones are as they were.
+        Raises: CheckpointError if it cannot be written; earlier ones stay unchanged.
         """
         final = self.folder / f"step-{step:06d}"
         temporary = self.folder / f".tmp-{step:06d}-{os.getpid()}"
@@ -52,7 +52,7 @@ class Checkpoints:
             self.folder.mkdir(exist_ok=True)
             free = shutil.disk_usage(self.folder).free
             if free < SPARE * size:
-                raise OSError(f"{free} bytes are free, {SPARE * size} are needed")
+                raise OSError(f"{free} bytes are free, but {SPARE * size} are needed")
             _discard(temporary)
             temporary.mkdir()
             entries = {name: _written(temporary / name, write) for name, write in files.items()}
@@ -63,20 +63,20 @@ class Checkpoints:
                 self._trash(final)
             temporary.rename(final)
             sync_folder(self.folder)
-        # mlx raises RuntimeError when a file cannot be written.
+        # MLX raises RuntimeError if a file cannot be written.
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):
                 _discard(temporary)
             raise CheckpointError(
-                f"The checkpoint of step {step} cannot be written in {self.folder}: {error}. Make "
-                "room; what was saved before is as it was."
+                f"The checkpoint of step {step} cannot be written in {self.folder}: {error}. Free "
+                "some disk space; earlier checkpoints are intact."
             ) from error
         return final
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole; None when there is none. Warns of damaged ones.
+        """Return the newest intact checkpoint; None if there is none. Warns about damaged ones.
 
-        Raises: CheckpointError when there are some, but all are damaged.
+        Raises: CheckpointError if there are some, but all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -84,16 +84,16 @@ class Checkpoints:
             problem = damage(path)
             if problem is None:
                 return path
-            self._warn(f"The checkpoint {path} is damaged: {problem}. The one before it is used.")
+            self._warn(f"The checkpoint {path} is damaged: {problem}. Using the previous one.")
         if steps:
             raise CheckpointError(
-                f"All {len(steps)} checkpoints in {self.folder} are damaged, so the run cannot go "
-                "on. Start it again with another --out."
+                f"All {len(steps)} checkpoints in {self.folder} are damaged, so the run cannot "
+                "continue. Start it again with another --out."
             )
         return None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order."""
+        """Return the steps that have a checkpoint, in order."""
         if not self.folder.is_dir():
             return []
         found = (NAME.fullmatch(path.name) for path in self.folder.iterdir())
@@ -106,12 +106,12 @@ class Checkpoints:
                 self._trash(self.folder / f"step-{step:06d}")
 
     def sweep(self) -> None:
-        """Remove what an earlier process left half written or half pruned."""
+        """Remove everything that an earlier process left partly written or partly pruned."""
         for path in self.folder.glob(".tmp-*"):
             _discard(path)
 
     def _trash(self, path: Path) -> None:
-        """Out of sight first: a half removed checkpoint must not be seen."""
+        """Remove a checkpoint: renames it first, because a partly removed one must not be seen."""
         trash = self.folder / f".tmp-trash-{path.name}-{os.getpid()}"
         _discard(trash)
         path.rename(trash)
@@ -119,27 +119,27 @@ class Checkpoints:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when it is whole."""
+    """Return the problem with a checkpoint, naming the file; None if it is intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         files, form = manifest["files"], manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     if form != FORMAT:
-        return f"it has the format {form}, this version reads {FORMAT}"
+        return f"it has format {form}, but this version reads {FORMAT}"
     for name, entry in files.items():
         try:
             if (path / name).stat().st_size != entry["bytes"]:
-                return f"{name} has not the {entry['bytes']} bytes that it had"
+                return f"{name} does not have its original {entry['bytes']} bytes"
             if _sha256(path / name) != entry["sha256"]:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
 def _written(path: Path, write: Write) -> dict[str, Any]:
-    """Let a file be written, make it last, and describe it."""
+    """Write a file, sync it to disk, and return its size and hash."""
     write(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -151,7 +151,7 @@ def _write(path: Path, data: bytes, *, last: bool) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        # On macOS fsync leaves data in the drive's own cache; once, after all else, is enough.
+        # On macOS fsync leaves data in the drive's cache; one full sync at the end is enough.
         full_sync = getattr(fcntl, "F_FULLFSYNC", None)
         if last and full_sync is not None:
             fcntl.fcntl(file.fileno(), full_sync)

@@ -1,7 +1,7 @@
-"""Dashboards: the numbers of a run, and nothing else of it, for TensorBoard and W&B.
+"""Dashboards: sends the numbers of a run, and nothing else, to TensorBoard and W&B.
 
-Each is an extra that is imported only where `run.report_to` names it. Texts never go there: neither
-prompts nor completions, no paths, no code, no output of the terminal.
+Each is an extra that is imported only if `run.report_to` names it. No text is ever sent: no prompts
+or completions, no paths, no code, no terminal output.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Numbers = Mapping[str, float]
 
 @dataclass
 class Dashboard:
-    """One that is open."""
+    """An open dashboard."""
 
     name: str
     write: Callable[[int, Numbers], None]
-    """Takes a step and its numbers."""
+    """Writes the numbers of a step."""
     close: Callable[[], None]
     broken: bool = False
 
@@ -38,11 +38,11 @@ class Dashboard:
 def start(
     names: Sequence[str], run: Path, settings: Mapping[str, Any], step: int = 0
 ) -> list[Dashboard]:
-    """Open the dashboards of these names for the run in this folder, which goes on after `step`.
+    """Open the named dashboards for the run in this folder, which continues after `step`.
 
-    settings: W&B gets those that are numbers.
+    settings: those that are numbers are sent to W&B.
 
-    Raises: ConfigError, see `check`, or when one cannot be opened.
+    Raises: ConfigError, see `check`, or if one cannot be opened.
     """
     openers = {"tensorboard": _tensorboard, "wandb": _wandb}
     opened: list[Dashboard] = []
@@ -52,16 +52,16 @@ def start(
         except Exception as error:  # another package's, of any kind
             hint = " (or set WANDB_MODE=offline)" if name == "wandb" else ""
             raise ConfigError(
-                f"{name} cannot be started: {error} Mend that{hint}, or leave it out of "
+                f"{name} cannot be started: {error} Fix that{hint}, or remove it from "
                 "run.report_to."
             ) from error
     return opened
 
 
 def check(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The packages that the dashboards of these names need.
+    """Import and return the packages that the named dashboards need.
 
-    Raises: ConfigError when a name is unknown, twice there, or its package is not installed.
+    Raises: ConfigError if a name is unknown or occurs twice, or its package is not installed.
     """
     return {name: _package(name, names) for name in names}
 
@@ -69,13 +69,14 @@ def check(names: Sequence[str]) -> dict[str, ModuleType]:
 def log(
     dashboards: Sequence[Dashboard], record: Mapping[str, Any], warn: Callable[[str], None]
 ) -> None:
-    """Send the numbers of a line of metrics.jsonl. One that breaks is told of and left out."""
+    """Send the numbers of a line of metrics.jsonl. A failing dashboard is reported, then
+    skipped."""
     for dashboard in dashboards:
         _try(dashboard, lambda d: d.write(record["step"], _numbers(record)), warn)
 
 
 def finish(dashboards: Sequence[Dashboard], warn: Callable[[str], None]) -> None:
-    """Write out what is left, and close them."""
+    """Write all remaining data, and close the dashboards."""
     for dashboard in dashboards:
         _try(dashboard, lambda d: d.close(), warn)
 
@@ -83,20 +84,20 @@ def finish(dashboards: Sequence[Dashboard], warn: Callable[[str], None]) -> None
 def _try(
     dashboard: Dashboard, act: Callable[[Dashboard], None], warn: Callable[[str], None]
 ) -> None:
-    """A dashboard may meet a full disk or a network that is gone; the run must not end with it."""
+    """Call a dashboard; a full disk or a lost network must not end the run."""
     if dashboard.broken:
         return
     try:
         act(dashboard)
     except Exception as error:  # another package's, of any kind
         dashboard.broken = True
-        warn(f"{dashboard.name} failed and gets nothing more: {error}. The run goes on.")
+        warn(f"{dashboard.name} failed and is switched off: {error}. The run continues.")
 
 
 def _package(name: str, names: Sequence[str]) -> ModuleType:
     if name not in NAMES or list(names).count(name) > 1:
         raise ConfigError(
-            f"run.report_to is {list(names)}; it may hold {' and '.join(NAMES)}, each once."
+            f"run.report_to is {list(names)}; it may contain {' and '.join(NAMES)}, each once."
         )
     try:
         return importlib.import_module(NAMES[name])
@@ -108,7 +109,7 @@ def _package(name: str, names: Sequence[str]) -> ModuleType:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers alone; truth values as 0 and 1."""
+    """Return only the finite numbers; booleans as 0 and 1."""
     return {
         name: float(value)
         for name, value in values.items()
@@ -117,20 +118,21 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tensorboard(module: Any, run: Path, settings: Numbers, step: int) -> Dashboard:
-    """Event files in `tensorboard/` of the run folder; steps done again replace earlier ones."""
+    """Write event files to `tensorboard/` in the run folder; repeated steps replace earlier
+    ones."""
     purge = step + 1 if step else None
     writer = module.SummaryWriter(str(run / "tensorboard"), purge_step=purge)
 
     def write(step: int, numbers: Numbers) -> None:
         for name, value in numbers.items():
             if name != "step":
-                writer.add_scalar(name.replace("@", "_"), value, step)  # its names have no @
+                writer.add_scalar(name.replace("@", "_"), value, step)  # no @ allowed
 
     return Dashboard("tensorboard", write, writer.close)
 
 
 def _wandb(module: Any, run: Path, settings: Numbers, step: int) -> Dashboard:
-    """A run of the project $WANDB_PROJECT, else `localrl`; its own collecting is switched off."""
+    """Open a run in project $WANDB_PROJECT, or `localrl`; W&B's own collecting is switched off."""
     quiet = module.Settings(
         console="off",
         disable_code=True,
@@ -143,7 +145,7 @@ def _wandb(module: Any, run: Path, settings: Numbers, step: int) -> Dashboard:
         host="unnamed",
         username="unnamed",
     )
-    # The marker is written once, so a run that goes on has the same id.
+    # The marker is written once, so a resumed run has the same id.
     id = hashlib.sha256((run / "run.json").read_bytes()).hexdigest()[:16]
     opened = module.init(
         project=os.environ.get("WANDB_PROJECT", "localrl"),

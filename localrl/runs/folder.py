@@ -1,8 +1,8 @@
-"""The run folder: who may write into it, and its marker, configuration, plan and logs.
+"""The run folder: locks it for one writer, and keeps its marker, configuration, plan and logs.
 
     run.json        marker and versions       metrics.jsonl    one object per step
     config.toml     the resolved settings     rollouts.jsonl   one object per group
-    plan.json       the memory plan           events.jsonl     whatever else happened
+    plan.json       the memory plan           events.jsonl     everything else that happened
 
 No function here deletes anything of a run.
 """
@@ -42,15 +42,14 @@ def open_run(
     versions: Mapping[str, str | None] | None = None,
     rollout_log_limit: int | None = None,
 ) -> RunFolder:
-    """Create a run folder, lock it for this process, and mark it as ours.
+    """Create a run folder, lock it for this process, and mark it as a run of localrl.
 
-    overwrite: rename an existing run to NAME.old-<time> instead of refusing it.
-    versions: of packages, for run.json; see `package_versions`.
-    rollout_log_limit: bytes of rollouts.jsonl from which on only some groups are written.
+    overwrite: rename an existing run to NAME.old-<time> instead of refusing it. versions: package
+    versions for run.json; see `package_versions`. rollout_log_limit: bytes of rollouts.jsonl above
+    which only some groups are written.
 
     Raises:
-        ConfigError: the folder holds something already, is used by another process, or cannot be
-            written.
+        ConfigError: the folder is not empty, is used by another process, or cannot be written.
     """
     try:
         while (lock := _claim(out, overwrite)) is None:
@@ -60,12 +59,12 @@ def open_run(
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(
-            f"The run folder {out} cannot be made: {reason}. Choose another with --out."
+            f"The run folder {out} cannot be created: {reason}. Choose another with --out."
         ) from error
 
 
 def reopen_run(out: Path, *, rollout_log_limit: int | None = None) -> RunFolder:
-    """Lock a run folder that an earlier process made, to go on with its run.
+    """Lock a run folder that an earlier process made, to continue its run.
 
     Raises:
         ConfigError: there is no run there, or another process uses it.
@@ -73,12 +72,12 @@ def reopen_run(out: Path, *, rollout_log_limit: int | None = None) -> RunFolder:
     try:
         if not (out / MARKER).is_file():
             raise ConfigError(
-                f"There is no run in {out} (no {MARKER}) to go on with. Name its folder with "
-                "--out, or leave --resume out to start a new one."
+                f"There is no run in {out} to resume (no {MARKER}). Name its folder with --out, "
+                "or leave out --resume to start a new one."
             )
         lock = _lock(out)
         if lock is None:
-            raise ConfigError(f"The run folder {out} was renamed just now. Look where it is.")
+            raise ConfigError(f"The run folder {out} was renamed just now. Find its new name.")
         return RunFolder(out, lock, rollout_log_limit)
     except OSError as error:
         raise ConfigError(f"The run folder {out} cannot be used: {error.strerror}.") from error
@@ -92,7 +91,7 @@ class RunFolder:
         self._lock = lock
         self._limit = rollout_log_limit
         self._logs = {name: JsonLines(path / f"{name}.jsonl") for name in LOGS}
-        self._thinning = self._full()  # a run that goes on has announced it before
+        self._thinning = self._full()  # a resumed run has announced it before
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +100,7 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Close the logs and let others use the folder."""
+        """Close the logs and release the lock."""
         for log in self._logs.values():
             log.close()
         self._lock.close()
@@ -119,13 +118,13 @@ class RunFolder:
         self._logs["metrics"].append(record)
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        """Append something that happened, with the time."""
+        """Append an event, with the time."""
         self._logs["events"].append({"time": _now(), "kind": kind, **fields})
 
     def rollouts(self, step: int, records: Sequence[GroupRecord]) -> None:
-        """Append the groups of one step; past the size limit one in `THINNED_EVERY` of them.
+        """Append the groups of one step; above the size limit, one in `THINNED_EVERY` of them.
 
-        Which ones depends on step and place only, so that a resumed run writes the same.
+        The choice depends only on step and index, so that a resumed run writes the same groups.
         """
         for index, record in enumerate(records):
             if self._full():
@@ -135,18 +134,18 @@ class RunFolder:
             self._logs["rollouts"].append(rollout_line(step, record))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the logs of steps. A checkpoint stores them, see `cut`."""
+        """Return the bytes of the step logs. A checkpoint stores them, see `cut`."""
         return {name: self._logs[name].size for name in STEP_LOGS}
 
     def sync(self) -> None:
-        """Make all lines last through a power cut."""
+        """Sync all lines to disk, so that they survive a power cut."""
         for log in self._logs.values():
             log.sync()
 
     def cut(self, sizes: Mapping[str, int]) -> None:
-        """Take back the lines of steps that will be done again; events stay as they are.
+        """Remove the lines of steps that will be repeated; events stay unchanged.
 
-        Raises: CheckpointError when a log is shorter than that.
+        Raises: CheckpointError if a log is shorter than its size here.
         """
         for name, size in sizes.items():
             self._logs[name].cut(size)
@@ -163,13 +162,13 @@ class RunFolder:
 
 
 def default_run_path(base: Path, stem: str) -> Path:
-    """The first of base/stem-1, base/stem-2, … that does not exist."""
+    """Return the first of base/stem-1, base/stem-2, … that does not exist."""
     name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "run"
     return next(path for n in count(1) if not (path := base / f"{name}-{n}").exists())
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
-    """Installed versions by name, read without importing anything; None where not installed."""
+    """Return installed versions by name, without importing anything; None if not installed."""
     return {name.replace("-", "_"): _version(name) for name in names}
 
 
@@ -196,12 +195,12 @@ def _now() -> str:
 
 
 def _claim(out: Path, overwrite: bool) -> TextIO | None:
-    """The lock of an empty folder at `out`; None when the folder changed meanwhile: try again."""
+    """Lock an empty folder at `out`; None if the folder changed meanwhile: try again."""
     if _is_used(out):
         if not overwrite:
             raise ConfigError(
                 f"The run folder {out} exists and is not empty. Choose another with --out, "
-                "go on with --resume, or move the old run aside with --overwrite."
+                "continue with --resume, or move the old run aside with --overwrite."
             )
         _move_aside(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -213,8 +212,8 @@ def _claim(out: Path, overwrite: bool) -> TextIO | None:
 
 
 def _is_used(out: Path) -> bool:
-    """True when the folder holds anything but what is left of a process that was killed before it
-    had begun; raises NotADirectoryError for a file."""
+    """Return True if the folder contains anything except the remains of a process that was killed
+    before its run began. Raises NotADirectoryError for a file."""
     try:
         return not all(_is_left_over(entry) for entry in out.iterdir())
     except FileNotFoundError:
@@ -226,8 +225,8 @@ def _is_left_over(entry: Path) -> bool:
 
 
 def _move_aside(out: Path) -> None:
-    """Rename a run of ours that no process uses."""
-    # Another process may be about to write its marker: then the lock has the better message.
+    """Rename a run of localrl that no process uses."""
+    # Another process may be about to write its marker: then locking gives a better message.
     if (out / MARKER).is_file() or (out / LOCK).exists():
         lock = _lock(out)
         if lock is None:
@@ -237,20 +236,20 @@ def _move_aside(out: Path) -> None:
                 out.rename(_old_name(out))
                 return
     raise ConfigError(
-        f"The run folder {out} holds no {MARKER}, so it is not a run of localrl and --overwrite "
+        f"The run folder {out} contains no {MARKER}, so it is not a run of localrl and --overwrite "
         "leaves it alone. Choose another with --out."
     )
 
 
 def _old_name(out: Path) -> Path:
-    """NAME.old-<time>, with a number behind it when two fall into one second."""
+    """Return NAME.old-<time>, with a number appended if two fall into the same second."""
     stamp = f"{out.name}.old-{datetime.now():%Y%m%d-%H%M%S}"
     names = (stamp if n == 1 else f"{stamp}-{n}" for n in count(1))
     return next(path for name in names if not (path := out.with_name(name)).exists())
 
 
 def _lock(out: Path) -> TextIO | None:
-    """The locked lock file of a folder; None when the folder was renamed before it was ours.
+    """Lock a folder and return its lock file; None if the folder was renamed meanwhile.
 
     The lock belongs to the open file: it ends with its process, however that ends.
     """
@@ -278,7 +277,7 @@ def _lock(out: Path) -> TextIO | None:
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
-    """True when the open file is still the one with this path."""
+    """Return True if the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

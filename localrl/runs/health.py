@@ -1,4 +1,4 @@
-"""Warnings that a person can act on, from the metrics of a run alone."""
+"""Warnings that a user can act on, derived only from the metrics of a run."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ Record = Mapping[str, Any]
 FEW, MANY = 5, 10
 """Steps over which metrics are averaged: to smooth the noise of one step, and to see a trend."""
 CLEAR = 20
-"""Steps in a row without its cause after which a warning may come again."""
+"""Consecutive steps without its cause after which a warning may be repeated."""
 RIGHT = 0.9
-"""Mean of the first reward from which on a task counts as learned: certainty is then no fault."""
+"""Mean of the first reward from which a task counts as learned: low entropy is then no fault."""
 COLLAPSED = 0.1
-"""Share of the first entropy. A tenth leaves a token in which two choices were even with one chance
-in a hundred for the other: completions of a prompt are then hardly ever different."""
+"""Share of the first entropy. At a tenth, a token that was a toss-up between two choices has only
+one chance in a hundred for the other: the completions of a prompt hardly differ any more."""
 LONGER, LONGER_TOKENS = 2.0, 16
-"""Times the first length, and tokens more than it: short answers double by chance."""
+"""Multiple of the first length, and tokens above it: short answers double by chance."""
 CUT = 0.3
-"""Share of completions without their end; beyond it their rewards are about the limit."""
+"""Share of completions that were cut off, above which the rewards mostly measure the limit."""
 DOMINANT = 0.95
-"""Share of the reward's variance that one part makes by itself."""
+"""Share of the reward's variance due to one part alone."""
 NO_EFFECT, NO_EFFECT_UPDATES = 1e-5, 20
-"""Relative size of the adapters. The default rate is at 1e-3 after so many updates."""
+"""Relative size of the adapters. At the default rate it is 1e-3 after this many updates."""
 
 
 @dataclass(frozen=True)
 class Warning:
-    """Something that went wrong, and what to do about it."""
+    """A problem, and the advice on it."""
 
     name: str
     text: str
 
 
 class Health:
-    """Sees the metrics of every step, in order, and warns once of each thing until it is over."""
+    """Checks the metrics of every step, in order; warns once about each problem until it is
+    over."""
 
     def __init__(self, config: RunConfig, weights: Mapping[str, float]) -> None:
-        """weights: of the reward functions, by name; the first one says what is right."""
+        """weights: weights of the reward functions, by name; the first one decides what is
+        correct."""
         self._config = config
         self._weights = dict(weights)
         self._first: list[Record] = []
         self._last: deque[Record] = deque(maxlen=2 * MANY)
         self._updates = 0
         self._quiet: dict[str, int] = {}
-        """Steps since the cause was last seen, of warnings that may not come again yet."""
+        """Steps since the cause was last seen, for warnings that may not be repeated yet."""
 
     def see(self, record: Record) -> list[Warning]:
-        """What is to be said after this step. Records of evaluations are passed over."""
+        """Return the new warnings after this step. Records of evaluations are ignored."""
         if "reward" not in record:
             return []
         if len(self._first) < FEW:
@@ -82,11 +84,11 @@ class Health:
             return None
         return Warning(
             "entropy_collapse",
-            f"The entropy is {now:.2g} nats per token, {now / first:.0%} of the {first:.2g} that "
-            "it began with, and the reward does not rise any more: completions of a prompt are "
-            "nearly alike, so there is little left to compare. Start again with a lower "
-            f"learning.lr (now {self._config.learning.lr:g}), or hold the model closer to its "
-            "beginning with learning.kl_coef=0.01.",
+            f"The entropy is {now:.2g} nats per token, {now / first:.0%} of its initial "
+            f"{first:.2g}, and the reward no longer rises: completions of a prompt are nearly "
+            "identical, so there is little left to compare. Start again with a lower "
+            f"learning.lr (now {self._config.learning.lr:g}), or keep the model closer to its "
+            "start with learning.kl_coef=0.01.",
         )
 
     def _length(self) -> Warning | None:
@@ -98,8 +100,8 @@ class Health:
             return None
         return Warning(
             "length_runaway",
-            f"Completions have {now:.0f} tokens, {now / first:.1f} times the {first:.0f} that they "
-            "began with, and the reward does not rise with them. Give long ones less "
+            f"Completions have {now:.0f} tokens, {now / first:.1f} times the initial {first:.0f}, "
+            "and the reward does not rise with them. Reward long ones less "
             "(task.cut_reward=0, or a reward for short answers), or lower "
             f"rollout.max_completion_tokens (now {self._config.rollout.max_completion_tokens}).",
         )
@@ -118,23 +120,23 @@ class Health:
 
     def _equal(self) -> Warning | None:
         if self._config.rollout.completions < 2:
-            return None  # a completion alone has nothing to be equal to
+            return None  # a single completion has nothing to be equal to
         share, reward = self._mean("frac_reward_zero_std", MANY), self._mean("reward", MANY)
         if share is None or share < 1.0 or reward is None:
             return None
         head = f"All completions of a prompt had equal rewards in the last {MANY} steps"
         if self._right():
-            text = "the task is learned. Stop, or take harder prompts."
+            text = "the task is learned. Stop, or use harder prompts."
         else:
             text = (
-                f"the mean is {reward:.3g}, and nothing is learned from that. Look at them with "
-                "`localrl show RUN --samples`: if the task is too hard take easier prompts or a "
-                "larger rollout.group_size; if answers are right, the reward does not see it."
+                f"the mean is {reward:.3g}, and nothing is learned from them. Look at them with "
+                "`localrl show RUN --samples`: if the task is too hard, use easier prompts or a "
+                "larger rollout.group_size; if answers are right, the reward does not notice it."
             )
         return Warning("equal_rewards", f"{head}: {text}")
 
     def _dominant(self) -> Warning | None:
-        """A part other than the first: that one says what is right, and may well decide alone."""
+        """Warn of a dominant part other than the first, which may well decide alone."""
         if len(self._last) < MANY:
             return None
         spreads = {
@@ -149,7 +151,7 @@ class Health:
         weights = ", ".join(f"{name} {weight:g}" for name, weight in self._weights.items())
         return Warning(
             "dominant_reward",
-            f"The reward {name!r} makes {share:.0%} of the differences between completions; "
+            f"The reward {name!r} causes {share:.0%} of the differences between completions; "
             f"{', '.join(map(repr, others))} hardly count. Change task.reward_weights "
             f"(now {weights}).",
         )
@@ -160,8 +162,8 @@ class Health:
             return None
         return Warning(
             "no_effect",
-            f"After {self._updates} updates the adapters change the weights by {size:.1g} of their "
-            f"size, which changes nothing that the model writes. Raise learning.lr "
+            f"After {self._updates} updates the adapters change the weights by only {size:.1g} of "
+            f"their size, too little to affect the output. Raise learning.lr "
             f"(now {self._config.learning.lr:g}).",
         )
 
@@ -169,11 +171,12 @@ class Health:
         return list(self._last)[-MANY:]
 
     def _mean(self, name: str, steps: int) -> float | None:
-        """Over the last steps; None when there are not so many, or none has the number."""
+        """Return the mean over the last steps; None if there are too few, or none has the
+        number."""
         return _mean(list(self._last)[-steps:], name) if len(self._last) >= steps else None
 
     def _rising(self) -> bool:
-        """Whether the reward of the last steps is above that of those before; yes if unknown."""
+        """Return True if the mean reward of the last steps exceeds that before, or is unknown."""
         records = list(self._last)
         before, now = _mean(records[:-MANY], "reward"), _mean(records[-MANY:], "reward")
         return len(records) < 2 * MANY or before is None or now is None or now > before

@@ -1,6 +1,6 @@
 """Files of the run folder: strict JSON lines that survive a crash, and small files written whole.
 
-Strict means that every JSON reader takes it: NaN and infinity, which JSON does not have, are null.
+Strict means that every JSON reader accepts them: NaN and infinity, which JSON lacks, become null.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ DIGITS = 4
 
 
 def to_json(value: Any, indent: int | None = None) -> bytes:
-    """Strict JSON in UTF-8; numpy values become numbers and lists, NaN and infinity null.
+    """Return strict JSON in UTF-8; numpy values become numbers and lists, NaN and infinity null.
 
-    What JSON cannot carry otherwise (paths, dates) is written as its text.
+    Values that JSON cannot represent (paths, dates) are written as text.
     """
     text = json.dumps(_strict(value), ensure_ascii=False, allow_nan=False, indent=indent)
-    # A lone surrogate has no UTF-8; backslashreplace writes it as the JSON escape that it needs.
+    # A lone surrogate has no UTF-8 form; backslashreplace writes it as a valid JSON escape.
     return text.encode("utf-8", "backslashreplace")
 
 
 def _strict(value: Any) -> Any:
     if isinstance(value, np.ndarray) and _is_plain(value):
-        return value.tolist()  # the bulk of a rollout: not looked at number by number
+        return value.tolist()  # the bulk of a rollout: not checked number by number
     if hasattr(value, "tolist"):
         value = value.tolist()
     if value is None or isinstance(value, bool | int | str):
@@ -55,7 +55,7 @@ def _is_plain(array: np.ndarray) -> bool:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a small file as a whole: after a crash there is the old one or the new one."""
+    """Replace a small file as a whole: after a crash, either the old one or the new one exists."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -69,30 +69,30 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Sync a rename to disk, so that it survives a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems cannot, and need not
+        with contextlib.suppress(OSError):  # some file systems cannot do this, and need not
             os.fsync(fd)
     finally:
         os.close(fd)
 
 
 class JsonLines:
-    """A file of JSON lines that is only ever appended to, each line flushed when it is written."""
+    """An append-only file of JSON lines; each line is flushed when it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab")
 
     @property
     def size(self) -> int:
-        """Bytes written so far, those of earlier processes included."""
+        """Number of bytes written so far, including those of earlier processes."""
         return self._file.tell()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line.
 
-        Raises: CheckpointError when it cannot be written; then none of it is.
+        Raises: CheckpointError if it cannot be written; then no part of it is.
         """
         size = self.size
         try:
@@ -101,47 +101,48 @@ class JsonLines:
         except OSError as error:
             self._take_back(size)
             raise CheckpointError(
-                f"{self._file.name} cannot be written: {error.strerror}. What was written before "
-                "is safe. Make room, then go on with --resume."
+                f"{self._file.name} cannot be written: {error.strerror}. Everything written before "
+                "is safe. Free some disk space, then continue with --resume."
             ) from error
 
     def cut(self, size: int) -> None:
-        """Take back all lines behind the first `size` bytes.
+        """Remove all lines after the first `size` bytes.
 
-        Raises: CheckpointError when there are not as many.
+        Raises: CheckpointError if the file is shorter.
         """
         if size > self.size:
             raise CheckpointError(
                 f"{self._file.name} has {self.size} bytes, but the run had written {size}: lines "
-                "are missing, and nobody can bring them back. Start a new run."
+                "are missing and cannot be recovered. Start a new run."
             )
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
 
     def mend(self) -> None:
-        """Take back a last line that a crash has torn, so that the next one stands by itself."""
+        """Remove a last line left incomplete by a crash, so that the next one starts on a new
+        line."""
         whole = Path(self._file.name).read_bytes().rpartition(b"\n")
         self.cut(len(whole[0] + whole[1]))
 
     def _take_back(self, size: int) -> None:
-        """Forget what could not be written, in the buffer and in the file."""
+        """Discard data that could not be written, in the buffer and in the file."""
         path = Path(self._file.name)
         with contextlib.suppress(OSError):
-            self._file.close()  # which tries once more
+            self._file.close()  # closing tries to write once more
         os.truncate(path, size)
         self._file = path.open("ab")
 
     def sync(self) -> None:
-        """Make all lines last through a power cut."""
+        """Sync all lines to disk, so that they survive a power cut."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; no line can be written any more."""
+        """Close the file; no more lines can be written."""
         self._file.close()
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of JSON lines; a last line that a crash has torn is left out.
+    """Read the records of a file of JSON lines; an incomplete last line is skipped.
 
     Raises:
         DataError: another line is not a JSON object.
@@ -164,28 +165,28 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What became of a group: the input of one line of rollouts.jsonl."""
+    """The result of a group: the input of one line of rollouts.jsonl."""
 
     scored: ScoredGroup
     advantages: Sequence[float | None]
-    """One per node; None for a node without one."""
+    """One value per node; None for a node without an advantage."""
     dropped: Sequence[DropReason | None]
-    """One per leaf: why its completion was not trained; None if it was."""
+    """One value per leaf: the reason why its completion was not trained; None if it was."""
     extra: Sequence[Mapping[str, Any]] = ()
-    """One per leaf, if any: what reward functions logged beside it."""
+    """One mapping per leaf, if any: the values that reward functions logged with it."""
     replayed: bool = False
-    """Whether it is a group of an earlier step, learned from again."""
+    """True for a group of an earlier step that is learned from again."""
     pieces: Sequence[Sequence[str]] = ()
-    """One per node, if any: the text of each token, so that no tokenizer is needed to read them."""
+    """One list per node, if any: the text of each token, so that reading needs no tokenizer."""
 
     @property
     def kept(self) -> bool:
-        """Whether some of it was trained."""
+        """True if any of its completions was trained."""
         return None in self.dropped
 
     @property
     def reason(self) -> DropReason | None:
-        """Why the whole group was not trained: the one reason of all, or that nothing moves it."""
+        """The reason why no completion was trained; "no coefficient" if there are several."""
         reasons = set(self.dropped)
         if self.kept or not reasons:
             return None
@@ -193,7 +194,7 @@ class GroupRecord:
 
 
 def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
-    """The JSON object of one group; fields at their defaults are left out of its nodes.
+    """Return the JSON object of one group; fields with default values are omitted from its nodes.
 
     Defaults are: sampled, all true; cond_weight, 1; version and round, 0; no old_logprobs. A leaf
     without `dropped` was trained.
@@ -256,5 +257,5 @@ def _leaf(leaf: Leaf, index: int, record: GroupRecord) -> dict[str, Any]:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    # In float64, since 0.1 in float32 prints as 0.10000000149; + 0.0 turns -0.0 into 0.0.
+    # In float64, because 0.1 in float32 prints as 0.10000000149; + 0.0 turns -0.0 into 0.0.
     return np.round(values.astype(np.float64), DIGITS) + 0.0

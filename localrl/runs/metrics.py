@@ -1,7 +1,7 @@
-"""The numbers of a step: one table that says what each means, and the functions that count them.
+"""The metrics of a step: one table with the meaning of each, and the functions that compute them.
 
-Names are TRL's where TRL has the metric, `section/name` where it has none. `docs/metrics.md` is
-made from this table.
+Names are TRL's if TRL has the metric, else `section/name`. `docs/metrics.md` is generated from this
+table.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "rewards/<name>/mean": ("reward", "the same for one reward function, before its weight"),
     "rewards/<name>/std": ("reward", "the same for one reward function, before its weight"),
     "frac_reward_zero_std": ("share", "groups whose rewards are all equal"),
-    "rewards/failures": ("calls", "reward calls since the start that left a completion without"),
-    "completions/mean_length": ("tokens", "that the model wrote, end token included"),
+    "rewards/failures": ("calls", "reward calls since the start that gave a completion no reward"),
+    "completions/mean_length": (
+        "tokens",
+        "mean number written by the model, with the end token",
+    ),
     "completions/min_length": ("tokens", "shortest completion"),
     "completions/max_length": ("tokens", "longest completion"),
     "completions/clipped_ratio": ("share", "completions cut off at max_completion_tokens"),
@@ -31,13 +34,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "kl": (
         "nats",
         "mean over trained tokens, from the model without adapters, weighted as in the loss; "
-        "null when learning.kl_coef is 0",
+        "null if learning.kl_coef is 0",
     ),
-    "loss": ("", "the objective; near 0 on fresh rollouts, where only its gradient matters"),
+    "loss": (
+        "",
+        "the objective; near 0 on fresh rollouts, where only its gradient matters",
+    ),
     "grad_norm": ("", "global norm of the gradient before clipping"),
-    "learning_rate": ("", "of this step's first update"),
-    "clip_ratio/low_mean": ("share", "trained tokens held at 1 - clip_low"),
-    "clip_ratio/high_mean": ("share", "trained tokens held at 1 + clip_high"),
+    "learning_rate": ("", "learning rate of this step's first update"),
+    "clip_ratio/low_mean": ("share", "trained tokens clipped at 1 - clip_low"),
+    "clip_ratio/high_mean": ("share", "trained tokens clipped at 1 + clip_high"),
     "sampling/sampling_logp_difference/mean": (
         "nats",
         "|update's log-probability - sampler's| of trained tokens, before the step's first update",
@@ -45,64 +51,79 @@ METRICS: dict[str, tuple[str, str]] = {
     "sampling/sampling_logp_difference/max": ("nats", "the largest of these"),
     "rollout/groups": ("groups", "prompts of the step"),
     "rollout/informative_groups": ("groups", "groups with a coefficient other than 0"),
-    "rollout/turns": ("turns", "mean over completions, where they talk to an environment"),
-    "tools/call_frequency": ("calls", "of tools, mean over completions"),
-    "tools/failure_frequency": ("share", "of the step's calls that failed; null without any"),
-    "rollout/rounds": ("rounds", "most rounds that a prompt had"),
-    "rollout/completions": ("completions", "of the step, without replayed ones"),
+    "rollout/turns": ("turns", "mean over completions, if they talk to an environment"),
+    "tools/call_frequency": ("calls", "tool calls, mean over completions"),
+    "tools/failure_frequency": ("share", "tool calls of the step that failed; null without any"),
+    "rollout/rounds": ("rounds", "largest number of rounds of a prompt"),
+    "rollout/completions": ("completions", "completions of the step, without replayed ones"),
     "rollout/tokens": ("tokens", "completion tokens sampled in the step"),
-    "rollout/reused_tokens": ("tokens", "of earlier completions that new ones began with"),
+    "rollout/reused_tokens": ("tokens", "tokens of earlier completions that new ones started from"),
     "rollout/rescored_tokens": (
         "tokens",
-        "of earlier policies, scored under this one in one forward pass, whether taken or not",
+        "tokens of earlier policies, scored under this one in a forward pass, whether used or not",
     ),
-    "replay/groups": ("groups", "of earlier steps, learned from again"),
-    "replay/tokens": ("tokens", "sampled tokens in them"),
-    "selection/trained": ("completions", "with something to teach"),
+    "replay/groups": ("groups", "groups of earlier steps, learned from again"),
+    "replay/tokens": ("tokens", "sampled tokens in these groups"),
+    "selection/trained": ("completions", "completions that teach something"),
     "selection/no_reward": ("completions", "left out: their reward failed or did not apply"),
-    "selection/no_coefficient": ("completions", "left out: as good as expected, nothing to teach"),
+    "selection/no_coefficient": (
+        "completions",
+        "left out: as good as expected, teach nothing",
+    ),
     "selection/down_sampled": ("completions", "left out by learning.keep_completions"),
     "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
     "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
     "rollout/decode_positions": ("positions", "rows decoded, summed over the calls"),
-    "tree/saved_tokens": ("tokens", "sampled once, but part of several completions"),
+    "tree/saved_tokens": ("tokens", "tokens sampled once, but part of several completions"),
     "tree/forks_per_path": ("forks", "mean over completions; 0 for flat groups"),
-    "update/saved_positions": ("positions", "not computed again: shared prompts and nodes"),
+    "update/saved_positions": (
+        "positions",
+        "not computed again: shared prompts and nodes",
+    ),
     "update/trained_tokens": ("tokens", "tokens with a coefficient or a KL weight other than 0"),
     "update/skipped_tokens": (
         "tokens",
-        "sampled, reused or replayed but not trained; with trained_tokens the sum of these",
+        "tokens sampled, reused or replayed but not trained; the others are trained_tokens",
     ),
     "update/drift": (
         "nats",
-        "mean |change of log-probability| that the step made, over some of its trained tokens",
+        "mean |change of log-probability| due to the step, over some of its trained tokens",
     ),
     "update/relative_size": (
         "share",
-        "Frobenius norm of what the adapters add, beside that of the weights, mean over layers",
+        "Frobenius norm of the adapters' change relative to that of the weights, mean over layers",
     ),
-    "update/applied": ("", "whether the adapters changed"),
-    "time/rollout_s": ("s", "sampling, with the rewards that it needs"),
-    "time/reward_s": ("s", "of that, reward functions"),
+    "update/applied": ("", "true if the adapters changed"),
+    "time/rollout_s": ("s", "sampling, including the rewards that it needs"),
+    "time/reward_s": ("s", "part of it spent in reward functions"),
     "time/update_s": ("s", "gradient and optimizer"),
     "step_time": ("s", "the whole step"),
-    "ranks/<rank>/tokens": ("tokens", "of the step, sampled by this one of several ranks"),
-    "ranks/<rank>/tokens_per_s": ("tokens/s", "the same by the time in which it did not wait"),
-    "ranks/<rank>/waited_s": ("s", "of the step, waiting for other ranks or the network"),
-    "memory/peak_bytes": ("bytes", "largest amount MLX held in the step"),
-    "memory/cache_bytes": ("bytes", "freed buffers that MLX kept at the step's end"),
-    "memory/resident_bytes": ("bytes", "what the process held at the step's end; null if unknown"),
+    "ranks/<rank>/tokens": (
+        "tokens",
+        "sampled by this rank in the step, if there are several",
+    ),
+    "ranks/<rank>/tokens_per_s": (
+        "tokens/s",
+        "these tokens per second in which the rank did not wait",
+    ),
+    "ranks/<rank>/waited_s": ("s", "time spent waiting for other ranks or the network"),
+    "memory/peak_bytes": ("bytes", "peak memory of MLX in the step"),
+    "memory/cache_bytes": ("bytes", "freed buffers kept by MLX at the end of the step"),
+    "memory/resident_bytes": (
+        "bytes",
+        "memory of the process at the step's end; null if unknown",
+    ),
     "eval/pass@1": ("share", "held-out completions with the highest reward"),
     "eval/n": ("completions", "held-out completions that have a reward"),
-    "eval/mean_reward": ("reward", "mean over them"),
+    "eval/mean_reward": ("reward", "mean over these completions"),
     "eval/mean_completion_tokens": ("tokens", "mean length of held-out completions"),
-    "eval/temperature": ("", "that they were sampled at; 0: the likeliest token each time"),
+    "eval/temperature": ("", "sampling temperature of the evaluation; 0 means greedy decoding"),
 }
 """Unit and meaning of every key of metrics.jsonl."""
 
 
 def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """What the step's rollouts say by themselves."""
+    """Return the metrics of the step's rollouts alone."""
     completions = [completion for group in scored for completion in group.group.completions()]
     lengths = [int(completion.sampled.sum()) for completion in completions]
     entropies = np.concatenate([completion.entropies for completion in completions])
@@ -138,7 +159,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
 
 
 def _turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
-    """What is to be said where completions talk to an environment."""
+    """Return the metrics of completions that talk to an environment; empty for others."""
     leaves = [leaf for group in scored for leaf in group.group.leaves]
     turns = [sum(m["role"] == "assistant" for m in leaf.messages) for leaf in leaves]
     return {"rollout/turns": float(np.mean(turns))} if any(turns) else {}
@@ -150,7 +171,7 @@ def selection_metrics(
     dropped: Sequence[Sequence[DropReason | None]],
     trained_tokens: int,
 ) -> dict[str, Any]:
-    """What became of every completion and every token of a step."""
+    """Return the counts of what happened to each completion and token of a step."""
     reasons = [reason for group in dropped for reason in group]
     tokens = sum(_sampled(group) for group in (*fresh, *replayed))
     return {
@@ -163,7 +184,7 @@ def selection_metrics(
 
 
 def update_metrics(stats: StepStats) -> dict[str, Any]:
-    """What the update says; null where there was none."""
+    """Return the metrics of the update; null if there was none."""
     return {
         "kl": stats.kl,
         "loss": stats.loss,
@@ -181,7 +202,7 @@ def update_metrics(stats: StepStats) -> dict[str, Any]:
 
 
 def metrics_page() -> str:
-    """`docs/metrics.md`: the table for people."""
+    """Return `docs/metrics.md`, with the table for readers."""
     rows = [f"| `{name}` | {unit} | {text} |" for name, (unit, text) in METRICS.items()]
     head = (
         "# Metrics\n\nEvery key of `metrics.jsonl`, one JSON object per training step;\n"
@@ -193,7 +214,7 @@ def metrics_page() -> str:
 
 
 def _forks(scored: ScoredGroup) -> list[int]:
-    """Forks on the path to each completion: nodes on it that have siblings."""
+    """Return the forks on the path to each completion: nodes on it that have siblings."""
     group = scored.group
     shared = [n.parent for n in group.nodes if n.parent >= 0]
     forked = {parent for parent in shared if shared.count(parent) > 1}
@@ -205,12 +226,12 @@ def _key(reason: DropReason) -> str:
 
 
 def sampled_tokens(scored: ScoredGroup) -> int:
-    """Tokens that the model wrote in this step."""
+    """Return the number of tokens that the model wrote in this step."""
     return _sampled(scored) - _sampled(scored, stale=True)
 
 
 def _sampled(scored: ScoredGroup, *, stale: bool = False) -> int:
-    """Tokens that the model wrote; only those that an earlier policy did, if asked."""
+    """Return the number of tokens that the model wrote; if stale, that an earlier policy wrote."""
     nodes = [n for n in scored.group.nodes if not stale or n.old_logprobs is not None]
     return sum(int(node.sampled.sum()) for node in nodes)
 

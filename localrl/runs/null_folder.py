@@ -1,4 +1,4 @@
-"""The run folder of a rank that writes nothing: rank 0 alone does."""
+"""The run folder of a rank that writes nothing, because only rank 0 does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from localrl.runs.logs import GroupRecord
 
 
 class NullRunFolder:
-    """Has the methods of a `RunFolder` that a run calls, and keeps nothing."""
+    """Has the methods of a `RunFolder` that a run calls, and stores nothing."""
 
     path = Path()
 

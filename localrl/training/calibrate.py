@@ -1,4 +1,4 @@
-"""Two short passes of the update, to measure what priors had guessed."""
+"""Calibrates the memory model with two short update passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localrl.memory.plan import PlanRequest, fit, refit
 from localrl.records import Batch, BatchNode, MemoryPlan
 
 PARTS = (4, 2)
-"""The probes' lengths, as parts of the longest prompt and completion."""
+"""Divisors of the longest prompt and completion that give the lengths of the two probes."""
 LEAST_LENGTH, MOST_LENGTH = 8, 1024
 
 
@@ -28,35 +28,35 @@ def calibrate_plan(
     *,
     anew: bool,
 ) -> MemoryPlan:
-    """The plan with the constants of this machine and model, which are stored for next time.
+    """Measure this machine and model, store the constants for next time, and return a revised plan.
 
-    anew: the group size and the length of completions may change too.
+    anew: if True, the group size and the completion length may change too.
 
-    Raises: MemoryBudgetError when not even the smallest batches fit.
+    Raises: MemoryBudgetError if not even the smallest batches fit.
     """
     coefficients = measure(updater, request, plan)
     if coefficients is None:
-        warn("two short passes took memory that no constants explain; the plan rests on priors")
+        warn("two short passes took memory that no constants explain; the plan uses priors instead")
         return plan
     problem = remember(
         key_of(request.sizes, request.workloads[plan.group_size], plan), coefficients
     )
     if problem:
-        warn(f"the measured memory constants are not stored: {problem}")
+        warn(f"could not store the measured memory constants: {problem}")
     if not anew:
         return refit(request, plan, coefficients)
     found = fit(request, coefficients)
-    # The base is loaded in the form that it has.
+    # The base is already loaded, packed or unpacked; that cannot change now.
     return replace(found, dequantise=plan.dequantise)
 
 
 def measure(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
-    """Coefficients from the gradients of as many rows as planned, at two lengths."""
+    """Return coefficients solved from gradients of the planned number of rows, at two lengths."""
     return solve([_probe(updater, request, _shorter(plan, part)) for part in PARTS])
 
 
 def _shorter(plan: MemoryPlan, part: int) -> MemoryPlan:
-    """The plan for prompts and completions of a part of their length, in as many head chunks."""
+    """Return the plan with lengths and head chunk divided by `part`: the number of chunks stays."""
     lengths = {
         name: min(MOST_LENGTH, max(LEAST_LENGTH, getattr(plan, name) // part))
         for name in ("max_prompt_tokens", "max_completion_tokens")
@@ -68,7 +68,7 @@ def _probe(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Probe:
     batch = _batch(
         paths_at_once(request.workloads[plan.group_size], plan), plan, request.sizes.vocabulary
     )
-    updater.gradient(batch, plan)  # finds out how the family is scored, and warms up
+    updater.gradient(batch, plan)  # decides how the family is scored, and warms up
     shared, updater.shared = updater.shared, bool(updater.shared)
     try:
         peak = peak_of(lambda: updater.gradient(batch, plan))
@@ -78,7 +78,7 @@ def _probe(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Probe:
 
 
 def peak_of(work: Callable[[], object]) -> int:
-    """The most bytes that MLX held during the work, above what it held before."""
+    """Return the peak bytes that MLX held during the work, above what it held before."""
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
@@ -90,7 +90,7 @@ def peak_of(work: Callable[[], object]) -> int:
 
 
 def _batch(paths: int, plan: MemoryPlan, vocabulary: int) -> Batch:
-    """That many completions, as long as the plan allows; which tokens does not matter."""
+    """Make a batch of `paths` completions of the planned length; token values do not matter."""
     length, size = plan.max_completion_tokens, plan.group_size
     tokens = (np.arange(length) * 7919 + 1) % vocabulary
     ones = np.ones(length, np.float32)

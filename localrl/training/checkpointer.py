@@ -1,4 +1,4 @@
-"""When checkpoints are written, and which of them stay."""
+"""Decides when checkpoints are written and which ones are kept."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from localrl.training.session import Session
 from localrl.training.state import State, capture, restore, write
 
 LEAST_S, COST = 2.0, 0.01
-"""Seconds between checkpoints at least, and the share of the time that writing them may take."""
+"""Minimum seconds between checkpoints, and the largest share of time spent writing them."""
 MOST_FAILURES = 3
-"""Checkpoints in a row that may fail to be written before the run stops."""
+"""Consecutive failed checkpoint writes after which the run stops."""
 MOST_REFUSALS = 5
-"""Times that a step is tried again with smaller batches."""
+"""Number of times a step is retried with smaller batches."""
 
 
 class Checkpointer:
     """Keeps the state of a running session safe; use it as a context manager.
 
-    What is stopped within it, by a request or an error, is saved as it was after its last step;
-    but not after an error that puts in doubt what the GPU has computed.
+    On exit, by a stop request or an error, saves the state after the last completed step, unless
+    the error means that GPU results may be corrupt.
     """
 
     def __init__(self, session: Session) -> None:
@@ -49,12 +49,12 @@ class Checkpointer:
             self._save()
 
     def run_with_retry(self, work: Callable[[Session, int], object], step: int) -> None:
-        """Do the work of a step; again, with the same draws in smaller batches, when an allocation
-        is refused.
+        """Run the work of a step; if an allocation is refused, retry with the same draws in smaller
+        batches.
 
-        Raises: what the work raises, also a refusal when nothing is left to give up.
+        Raises: whatever the work raises, including a refusal when nothing is left to give up.
         """
-        # Ranks that have come to different points of a step cannot go on together.
+        # Ranks that stand at different points of a step cannot continue together: no retries.
         for _ in range(MOST_REFUSALS if self._session.ranks.size == 1 else 0):
             try:
                 work(self._session, step)
@@ -64,12 +64,12 @@ class Checkpointer:
                     step, str(error)
                 ):
                     raise
-            # Outside of the handler, whose error holds on to the arrays of the failed try.
+            # Outside the handler, because its error keeps the arrays of the failed attempt alive.
             self._rollback()
         work(self._session, step)
 
     def _rollback(self) -> None:
-        """Put the session back to what it was before the step, but for its plan."""
+        """Restore the session to its state before the step, except for its plan."""
         assert self._state is not None
         restore(self._state, self._session)
         self._session.drop_logs()
@@ -79,9 +79,9 @@ class Checkpointer:
         mx.clear_cache()
 
     def commit(self, step: int) -> None:
-        """This step is done. Its state is kept, and written when that is due.
+        """Record that a step is done: keep its state, and write it if a checkpoint is due.
 
-        Raises: CheckpointError when it could not be written several times in a row.
+        Raises: CheckpointError if writing has failed several times in a row.
         """
         now = (step, len(self._session.evaluations))
         if now == self._committed or not self._session.ranks.is_main:
@@ -94,7 +94,7 @@ class Checkpointer:
         run = self._session.config.run
         if step in self._session.evaluations or step >= run.steps:
             return True
-        if step == 0:  # what there is to lose is the evaluation that comes now
+        if step == 0:  # the only thing to lose is the evaluation that comes next
             return not self._session.held_out
         if run.keep_every and step % run.keep_every == 0:
             return True
@@ -117,12 +117,12 @@ class Checkpointer:
             session.run.event("checkpoint_failed", step=self._state.step, reason=str(error))
             if self._failures >= MOST_FAILURES:
                 raise
-            session.progress.warn(f"{error} The run goes on.")
+            session.progress.warn(f"{error} The run continues.")
         self._last = time.monotonic()
         self._cost_s = self._last - started
 
     def _kept(self) -> set[int]:
-        """The steps whose checkpoints stay: the last two, the best, and every Nth."""
+        """Return the steps whose checkpoints are kept: the last two, the best, and every Nth."""
         every, steps = self._session.config.run.keep_every, self._session.checkpoints.steps()
         kept = {*steps[-2:], *(step for step in steps if every and step % every == 0)}
         shares = {

@@ -1,4 +1,4 @@
-"""What works on a task together: its rewards, the model, what samples and what learns."""
+"""The components of a run: task, reward scorer, policy, sampler, updater."""
 
 from __future__ import annotations
 
@@ -53,35 +53,34 @@ from localrl.training.sampler import Rescore, Sampler
 from localrl.training.validate import check
 
 SOME = 8
-"""Examples that are looked at before a run."""
+"""Number of examples checked before a run."""
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedConfig:
-    """Settings that were read and found to go together, before anything is loaded."""
+    """Settings that were read and checked for compatibility before anything is loaded."""
 
     config: RunConfig
-    """With rank, scale and places of the adapter that it starts from, and all that is settled by
-    other settings."""
+    """The settings, with rank, scale and layers of the starting adapter and all derived values."""
     rewards: Sequence[RewardSpec]
     shape: Shape
     model_folder: Path
     sizes: Sizes
     adapter: Adapter | None
-    """The one to start from."""
+    """The adapter to start from."""
 
 
 def resolve(config: RunConfig) -> ResolvedConfig:
-    """Read what the settings name, but for the model's weights and the task.
+    """Read everything that the settings name, except the model's weights and the task.
 
-    Raises: ConfigError, saying what cannot work; CheckpointError for a damaged adapter.
+    Raises: ConfigError for settings that cannot work; CheckpointError for a damaged adapter.
     """
     backend.compute_on_cpu(config.model.engine == "cpu")
     rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
     config, adapter = starting_adapter(config, read_shape(model_folder).layers)
-    # Said in config.toml, so that what an older run left unsaid is not taken for it.
+    # Written to config.toml, to tell it apart from an older run that has no such setting.
     config = config.replace("task.eval_temperature", config.eval_temperature)
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
@@ -91,7 +90,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
 @dataclass(eq=False)
 class Components:
-    """What works on a task together; a `Session` has a run folder besides."""
+    """The components of a run; a `Session` adds a run folder."""
 
     config: RunConfig
     model_folder: Path
@@ -99,7 +98,7 @@ class Components:
     policy: Policy
     plan: MemoryPlan
     request: PlanRequest
-    """What the plan was made from."""
+    """The request that the plan was made from."""
     may_checkpoint: bool
     scorer: Scorer
     decoder: Decoder
@@ -110,12 +109,12 @@ class Components:
 
     @property
     def least_rows(self) -> int:
-        """Rows that must be decoded at once: those of one tree."""
+        """Number of rows that must be decoded at once: those of one tree."""
         shape = self.sampler.shape
         return shape.leaves if shape.leaves > shape.roots else 1
 
     def use(self, plan: MemoryPlan) -> None:
-        """Go on with another plan."""
+        """Switch to another plan."""
         self.plan = self.sampler.plan = plan
         self.sampler.shape = shape_of(self.config, plan)
         self.decoder.rows, self.decoder.prefill_rows = plan.decode_rows, plan.prefill_rows
@@ -131,10 +130,10 @@ def open_components(
     trains: bool = True,
     ranks: Ranks = ALONE,
 ) -> Iterator[Components]:
-    """Open the task, its rewards and the model. plan: that of the run that goes on.
+    """Open the task, its rewards and the model. plan: the plan of a resumed run.
 
-    Raises: ConfigError or DataError, saying what cannot work; MemoryBudgetError, before weights are
-    loaded, when there is no memory for it.
+    Raises: ConfigError or DataError for what cannot work; MemoryBudgetError if memory is too small,
+    before weights are loaded.
     """
     config = resolved.config
     with Worker(
@@ -166,10 +165,10 @@ def open_components(
         may_checkpoint = trains and policy.engine.can_recompute()
         request = replace(request, may_checkpoint=may_checkpoint)
         if config.memory.recalibrate and request.counted(plan):
-            warn("memory.recalibrate changes nothing here: what this engine takes is counted")
+            warn("memory.recalibrate has no effect here: this engine's memory is computed exactly")
         if trains and planned is None and worth_measuring(config, request, plan):
             plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
-        updater.ranks = ranks  # not before: each machine measures its own memory
+        updater.ranks = ranks  # set only now, since each machine measures its own memory
         decoder = _decoder(config, policy, plan, heartbeat)
         tracker = Tracker()
         yield Components(
@@ -201,12 +200,12 @@ def open_components(
 
 
 def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> LoadedModel:
-    """The model, before adapters. tokenizer: its own, where that has been read.
+    """Load the model without adapters. tokenizer: its tokenizer, if already read.
 
-    Raises: ConfigError when it cannot be read.
+    Raises: ConfigError if the model cannot be read.
     """
     wish = resolved.config.model
-    mx.reset_peak_memory()  # what an earlier run of this process took is not this one's
+    mx.reset_peak_memory()  # the peak of an earlier run in this process does not count
     return load_model(
         resolved.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
     )
@@ -219,9 +218,9 @@ def ask_for(
     trains: bool,
     turns: bool = False,
 ) -> PlanRequest:
-    """What the settings ask of this machine's memory.
+    """Return the memory request of these settings on this machine.
 
-    Raises: ConfigError when `memory.limit` cannot be what it is.
+    Raises: ConfigError if `memory.limit` is impossible.
     """
     if threads := resolved.config.memory.threads:
         backend.set_threads(threads)
@@ -239,23 +238,23 @@ def ask_for(
 
 
 def open_policy(resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
-    """The model with its adapters, within a plan."""
+    """Return the model with its adapters, with the plan's limits applied."""
     if plan.threads:
         backend.set_threads(plan.threads)
     if plan.limit_bytes is not None:
         on_cpu = backend.describe().device == "cpu"
         mx.set_cache_limit(cache_bytes(plan.limit_bytes, on_cpu=on_cpu))
-        # Beyond it MLX waits for what is running before it allocates more, and frees its buffers.
+        # Above it MLX waits for running work before it allocates more, and frees its buffers.
         mx.set_memory_limit(plan.limit_bytes)
     return _policy(resolved.config, loaded, plan, resolved.adapter)
 
 
 def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
-    """What code in answers will run in; None when no reward of ours runs any.
+    """Return the sandbox that code in answers will run in; None if no built-in reward runs any.
 
-    A user's reward may run some too, so that the unsafe flag is never passed over in silence.
+    A user's reward may run code too, so the unsafe flag is always reported.
 
-    Raises: ConfigError when nothing holds it.
+    Raises: ConfigError if there is no sandbox.
     """
     ours = any(spec.target.startswith("localrl.rewards.code:") for spec in task.rewards)
     if not ours and not config.task.unsafe_code:
@@ -269,15 +268,18 @@ def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) ->
 def _check_vocabulary(
     tokenizer: Tokenizer, task: Task, held_out: Sequence[Example], folder: Path
 ) -> None:
-    """Raises: ConfigError when the model cannot read the task's first prompts."""
+    """Check that the model has tokens for the task's first prompts.
+
+    Raises: ConfigError if it does not.
+    """
     size = min(SOME, task.train_size or SOME)
     examples = [*map(task.train, range(size)), *held_out[:SOME]]
     unknown = dict.fromkeys(c for e in examples for c in tokenizer.unknown(e.messages))
     if unknown:
         raise ConfigError(
             f"The model in {folder} has no token for {''.join(unknown)!r}, which prompts of "
-            f"{task.name!r} contain. Name another model with --model; the embedded one reads the "
-            "tasks steps, sums and sorting."
+            f"{task.name!r} contain. Choose another model with --model; the embedded one can read "
+            "the tasks steps, sums and sorting."
         )
 
 

@@ -1,6 +1,6 @@
-"""What a run asks of the memory, from its settings alone, and the plan that answers.
+"""The memory request of a run, made from its settings alone, and the plan that answers it.
 
-Nothing is loaded for it: the model is known by its config.json, or by the table of known shapes.
+No weights are loaded: the model's sizes come from its config.json or the table of known shapes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from localrl.records import MemoryPlan
 from localrl.rollouts.groups import Shape, make_shape
 
 NEAR = 0.5
-"""Share of the limit from which a prediction is measured: priors are wrong by less than half."""
+"""Share of the limit above which a prediction is measured: priors are off by less than half."""
 
 
 def sizes_of(folder: Path, quantize: int) -> Sizes:
-    """Sizes of the model in a folder, as it will be after `--quantize`.
+    """Return the sizes of the model in a folder, as they will be after `--quantize`.
 
-    Raises: ConfigError when its config.json is missing or is not a text model's.
+    Raises: ConfigError if its config.json is missing or does not describe a text model.
     """
     config = check_folder(folder)
     stored = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
@@ -52,12 +52,12 @@ def plan_request(
     turns: bool = False,
     held: int = 0,
 ) -> PlanRequest:
-    """What the configuration asks of this machine's memory.
+    """Return the memory request of a configuration on this machine.
 
-    prompts: None counts with the longest that are allowed. turns: completions have several turns,
-    also where only the task says so. held: bytes that MLX holds now: see `memory_limit`.
+    prompts: None assumes the longest allowed. turns: True if completions have several turns, also
+    when only the task says so. held: bytes that MLX holds now: see `memory_limit`.
 
-    Raises: ConfigError when `memory.limit` cannot be what it is.
+    Raises: ConfigError if `memory.limit` is impossible.
     """
     on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
     threads = backend.describe().threads if on_cpu else None
@@ -81,17 +81,17 @@ def plan_request(
 
 
 def shape_of(config: RunConfig, plan: MemoryPlan) -> Shape:
-    """How the completions of a prompt are asked for under a plan."""
+    """Return the shape of a prompt's completions under a plan."""
     return make_shape(replace(config.rollout, group_size=plan.group_size))
 
 
 def make_plan(config: RunConfig, request: PlanRequest) -> MemoryPlan:
-    """The plan before anything is loaded: pinned, from priors, with stored measurements in rows.
+    """Make the plan before anything is loaded: pinned, or from priors and stored measurements.
 
-    Measurements of earlier runs may raise row counts, never the group size or the length: priors
-    alone decide these, so that the next run of the same settings computes the same.
+    Measurements of earlier runs may raise row counts, but never the group size or the length:
+    priors alone decide those, so that the next run of the same settings computes the same.
 
-    Raises: MemoryBudgetError when nothing fits; ConfigError for a pin that cannot be read.
+    Raises: MemoryBudgetError if nothing fits; ConfigError for a pin that cannot be read.
     """
     if config.memory.pin:
         return pinned(Path(config.memory.pin), config)
@@ -102,11 +102,11 @@ def make_plan(config: RunConfig, request: PlanRequest) -> MemoryPlan:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What `localrl plan` tells."""
+    """The results that `localrl plan` shows."""
 
     model: str
     weights: int
-    """Numbers of them."""
+    """Number of weights."""
     machine: Machine
     request: PlanRequest
     plan: MemoryPlan
@@ -114,21 +114,21 @@ class Outlook:
 
     @property
     def gave_way(self) -> bool:
-        """Whether the plan is less than was wanted."""
+        """True if the plan gives less than the settings ask for."""
         return bool(changes(self.request.plan, self.plan))
 
     @property
     def enough(self) -> int:
-        """The limit, in bytes, under which nothing is given up."""
+        """The smallest limit, in bytes, under which nothing is given up."""
         return self.request.needed(self.request.plan)
 
 
 def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
-    """The plan for a machine, from the settings and the model's config.json alone.
+    """Return the plan for a machine, from the settings and the model's config.json alone.
 
-    prompts: None counts with the longest that are allowed.
+    prompts: if None, the longest allowed prompts are assumed.
 
-    Raises: ConfigError when the model is not known; MemoryBudgetError when nothing fits.
+    Raises: ConfigError if the model is not known; MemoryBudgetError if nothing fits.
     """
     sizes, name = _find_sizes(config.model.path, config.model.quantize)
     request = plan_request(config, sizes, machine, prompts=prompts)
@@ -139,7 +139,7 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
 
 
 def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
-    """Sizes of a model on this machine, of a config.json, or of a well-known one."""
+    """Return the sizes of a local model, of a config.json file, or of a well-known model."""
     file = Path(name) if name else None
     if file is not None and file.is_file() and not is_gguf(file):
         config = read_object(file)
@@ -156,7 +156,7 @@ def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
 
 
 def worth_measuring(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> bool:
-    """Whether the plan is near enough to its limit for its constants to matter."""
+    """Return True if the plan is close enough to its limit for measured constants to matter."""
     if config.memory.pin or plan.limit_bytes is None or plan.predicted_bytes is None:
         return False
     if request.counted(plan):
@@ -168,9 +168,9 @@ def worth_measuring(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -
 def with_engine(
     request: PlanRequest, plan: MemoryPlan, *, engine: str, fixed: bool
 ) -> tuple[PlanRequest, MemoryPlan]:
-    """Both, now that the model's engine is known. fixed: the plan stays.
+    """Return request and plan for the engine chosen. fixed: True to keep the plan as it is.
 
-    Raises: MemoryBudgetError when MLX has to, and not even the fewest rows fit so.
+    Raises: MemoryBudgetError if the engine must be MLX, and not even the fewest rows fit.
     """
     known: tuple[EngineMemory, ...] = (BY_NAME[engine],)
     workloads = {
@@ -188,28 +188,28 @@ def with_engine(
 def for_longer_prompts(
     config: RunConfig, request: PlanRequest, plan: MemoryPlan, tokens: int
 ) -> tuple[PlanRequest, MemoryPlan]:
-    """Both, now that a prompt has come that is longer than the plan counts with."""
+    """Return request and plan for a prompt that is longer than the plan assumes."""
     known = _known_for(config, request, plan) if plan.measured else None
     return for_longer(request, plan, tokens, known or PRIORS)
 
 
 def _known_for(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
-    """What was measured in earlier runs, unless it is to be measured again."""
+    """Return coefficients measured in earlier runs, unless they are to be measured again."""
     if config.memory.recalibrate or request.counted(plan):
         return None
     return recall(key_of(request.sizes, request.workloads[plan.group_size], plan))
 
 
 def pinned(path: Path, config: RunConfig) -> MemoryPlan:
-    """The plan in a file, as it is.
+    """Return the plan stored in a file, unchanged.
 
-    Raises: ConfigError when it is no plan, or is one for other lengths than the configuration's.
+    Raises: ConfigError if it is not a plan, or is for longer lengths than the configuration's.
     """
     try:
         plan = MemoryPlan(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"memory.pin is {str(path)!r}, which is no plan ({error}). Name the plan.json of a "
+            f"memory.pin is {str(path)!r}, which is not a plan ({error}). Name the plan.json of a "
             "run, or leave it out."
         ) from None
     for name in ("group_size", "max_prompt_tokens", "max_completion_tokens"):
@@ -225,7 +225,7 @@ def pinned(path: Path, config: RunConfig) -> MemoryPlan:
 def _job(
     config: RunConfig, sizes: Sizes, group_size: int, on_cpu: bool, trains: bool, turns: bool
 ) -> Workload | None:
-    """What a group of this size asks; None for one that the strategy cannot have."""
+    """Return the workload of a group of this size; None if the strategy does not allow the size."""
     rollout, task, lora = config.rollout, config.task, config.lora
     least = 2 if rollout.strategy == "flat" else 1
     if group_size < min(least, rollout.completions):

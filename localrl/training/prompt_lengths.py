@@ -1,6 +1,6 @@
-"""How long the prompts of a task are: the memory plan wants to know before weights are loaded.
+"""Measures the prompt lengths of a task, which the memory plan needs before weights are loaded.
 
-Everything here depends on settings, task and model alone: the group size may depend on it.
+Everything here depends on settings, task and model alone, because the group size may depend on it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from localrl.tasks.order import take
 from localrl.training.validate import check_prompt
 
 MOST = 1024
-"""Training prompts that are measured: all of a set up to this size, of a larger one the longest."""
+"""Largest number of training prompts measured: of a larger set, only the longest."""
 ENDLESS = 256
-"""Prompts that stand for an endless task: the first ones that the run will meet."""
+"""Number of prompts that represent an endless task: the first ones that the run will use."""
 MARGIN = 8
-"""The length that is planned for is greater by a part of it, where not all prompts are known."""
+"""Fraction 1/MARGIN added to the planned length when not all prompts are known."""
 
 
 def measure(
@@ -37,9 +37,9 @@ def measure(
     *,
     trains: bool = True,
 ) -> PromptLength:
-    """The length to plan for: that of the longest prompt, or somewhat more where some are unseen.
+    """Return the length to plan for: the longest prompt's, plus a margin if some are unseen.
 
-    Raises: DataError for a prompt longer than rollout.max_prompt_tokens, or when the model's chat
+    Raises: DataError for a prompt longer than rollout.max_prompt_tokens, or if the model's chat
     template refuses one.
     """
     most = config.rollout.max_prompt_tokens
@@ -61,9 +61,9 @@ def measure(
 
 
 def find(config: RunConfig) -> PromptLength:
-    """The same from the settings alone, where the model's folder and the task are on this machine.
+    """Return the same from the settings alone, if the model's folder and the task are local.
 
-    Raises: as `measure` does.
+    Raises: the same errors as `measure`.
     """
     limits = config.task
     try:
@@ -76,7 +76,7 @@ def find(config: RunConfig) -> PromptLength:
         memory_limit_bytes=limits.reward_memory_mb * 2**20,
     ) as worker:
         try:
-            specs = parse_rewards(config.task.rewards or ["accuracy"])  # data need some
+            specs = parse_rewards(config.task.rewards or ["accuracy"])  # data need at least one
             task = open_task(config.task, specs, worker)
             held_out = task.evaluation(config.task.eval_prompts)
         except LocalRLError as error:
@@ -85,13 +85,13 @@ def find(config: RunConfig) -> PromptLength:
 
 
 def _allowed(config: RunConfig, why: str) -> PromptLength:
-    """The longest that is allowed, where nothing can be measured."""
+    """Return the longest allowed length, for when nothing can be measured."""
     reason = re.split(r"[.:;](?:\s|$)", why)[0]
     return PromptLength(config.rollout.max_prompt_tokens, f"rollout.max_prompt_tokens ({reason})")
 
 
 def _training(config: RunConfig, task: Task) -> tuple[list[Example], bool]:
-    """The training examples to measure, and whether these are all."""
+    """Return the training examples to measure, and True if these are all of them."""
     if not task.train_size:
         return take(task, 0, ENDLESS, config.run.seed), False
     examples = [task.train(i) for i in range(task.train_size)]

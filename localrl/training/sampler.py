@@ -1,4 +1,4 @@
-"""Where a step's groups come from: which prompts, in how many rounds, with which rewards."""
+"""Produces the groups of a step: chooses prompts, samples in rounds, scores with rewards."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from localrl.tasks.order import choose, take
 from localrl.training.validate import check_prompt, reused_roots
 
 Rescore = Callable[[Sequence[Group], MemoryPlan], list[list[np.ndarray]]]
-"""Log-probabilities (n,) of every node of each group, under the policy as it is now."""
+"""Returns log-probabilities (n,) of every node of each group under the current policy."""
 
 
 @dataclass(eq=False)
 class Sampler:
-    """The rollout side of a run: what is sampled, and what is learned from it for the next time."""
+    """The rollout side of a run: samples groups, and learns from them for later steps."""
 
     config: RunConfig
     task: Task
@@ -42,32 +42,32 @@ class Sampler:
     score: Score
     rescore: Rescore
     environments: Environments | None = None
-    """What completions talk to; None when they are one turn."""
+    """The environments that completions talk to; None for single-turn completions."""
     ranks: Ranks = ALONE
-    """Those that share the work."""
+    """The ranks that share the work."""
     replays: Replay = field(default_factory=Replay)
     earlier: CompletionCache = field(default_factory=CompletionCache)
     rescored_tokens: int = 0
-    """Tokens of earlier policies that have been scored under a later one."""
+    """Number of tokens of earlier policies that were scored under a later one."""
     rule: EntropyRule | PeriodicRule | None = field(init=False)
-    """Where paths fork; None where they do not."""
+    """The rule that decides where paths fork; None if they do not."""
 
     def __post_init__(self) -> None:
         self.start_rule()
 
     def start_rule(self) -> None:
-        """Begin with the rule that the configured shape asks for."""
+        """Start with a new rule, as the configured shape requires."""
         self.rule = make_rule(self.config.rollout, self.shape)
 
     @property
     def turns(self) -> Turns | None:
-        """How completions go on; None when they are one turn."""
+        """The way completions continue after a turn; None for single-turn completions."""
         if self.environments is None:
             return None
         return Turns(self.environments.answer, self.config.rollout.max_turns)
 
     def choose(self, step: int) -> list[Example]:
-        """The prompts of a step."""
+        """Return the prompts of a step."""
         rollout, seed = self.config.rollout, self.config.run.seed
         count = rollout.prompts_per_step
         if rollout.prompt_order == "shuffled":
@@ -82,7 +82,7 @@ class Sampler:
         )
 
     def collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
-        """Scored groups of these examples, of which other ranks make their share."""
+        """Return scored groups of these examples; other ranks sample their share."""
 
         def work(which: Sequence[int]) -> list[ScoredGroup]:
             return self._collect(step, [examples[i] for i in which], version)
@@ -90,7 +90,7 @@ class Sampler:
         return map_sharded_groups(self.ranks, examples, work)
 
     def _collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
-        """Scored groups of these examples, in as many rounds as the strategy wants."""
+        """Return scored groups of these examples, in as many rounds as the strategy asks for."""
         prompts = self.encode(examples)
         keys = [example.tracker_key for example in examples]
         expected = [self.tracker.expected_tokens(key) for key in keys]
@@ -124,7 +124,7 @@ class Sampler:
         )
 
     def replay(self, step: int, fresh: Sequence[ScoredGroup], version: int) -> list[ScoredGroup]:
-        """Groups of earlier steps to learn from again, with their log-probabilities as of now."""
+        """Return groups of earlier steps to learn from again, with current log-probabilities."""
         rollout = self.config.rollout
         if not rollout.replay_groups:
             return []
@@ -155,7 +155,7 @@ class Sampler:
     def begin(
         self, step: int, examples: Sequence[Example], prompts: Sequence[tuple[int, ...]]
     ) -> list[Sequence[Prefix]]:
-        """What each example's first completions may begin with: earlier ones, verified."""
+        """Return verified prefixes of earlier completions, to start each example's first ones."""
         seed = self.config.run.seed
         count = reused_roots(self.config, self.shape)
         begun: list[Sequence[Prefix]] = [()] * len(examples)
@@ -171,12 +171,12 @@ class Sampler:
         return begun
 
     def _now(self, groups: Sequence[Group]) -> list[list[np.ndarray]]:
-        """Log-probabilities of earlier groups under the policy as it is now."""
+        """Return log-probabilities of earlier groups under the current policy."""
         self.rescored_tokens += sum(len(node.token_ids) for g in groups for node in g.nodes)
         return self.rescore(groups, self.plan) if groups else []
 
     def learn(self, scored: Sequence[ScoredGroup], version: int) -> None:
-        """Take in a step's fresh groups, which the policy of this version wrote."""
+        """Learn from a step's fresh groups, which were sampled by the policy of this version."""
         groups = [group.group for group in scored]
         if self.rule:
             self.rule.learn(groups)
@@ -186,9 +186,9 @@ class Sampler:
             self.earlier.add(groups)
 
     def encode(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """Token ids of the examples' prompts.
+        """Return the token ids of the examples' prompts.
 
-        Raises: DataError for one that is longer than rollout.max_prompt_tokens.
+        Raises: DataError for a prompt longer than rollout.max_prompt_tokens.
         """
         tokenizer, most = self.decoder.policy.tokenizer, self.config.rollout.max_prompt_tokens
         if self.environments is not None:

@@ -1,4 +1,4 @@
-"""What a run works with, and the few things that are done with several parts of it."""
+"""An open training run: its components plus run folder, checkpoints and progress."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from localrl.training.validate import tracker_weight
 from localrl.utils.rng import keyed_uniforms
 
 WAITED = "waited_s"
-"""Counted for every step; a metric of each rank, where there are several."""
+"""Counter kept for every step; logged as a metric of each rank when there are several."""
 
 
 class Progress(Protocol):
-    """Who watches a run."""
+    """An observer of a run."""
 
     def begin(self, session: Session) -> None: ...
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
@@ -50,7 +50,7 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """Nobody watches."""
+    """An observer that ignores everything."""
 
     def begin(self, session: Session) -> None: ...
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
@@ -60,29 +60,29 @@ class NullProgress:
 
 @dataclass(eq=False)
 class Session(Components):
-    """Everything open for one run, and the few things that are done with several of them."""
+    """Everything open for one run, and the operations that involve several components."""
 
     run: RunFolder | NullRunFolder
     progress: Progress
     checkpoints: Checkpoints
     sources: Mapping[str, str]
-    """What the run is made from, see `state.sources_of`."""
+    """Hashes of the run's model and data, see `state.sources_of`."""
     health: Health
     watch: MemoryMonitor
-    """What memory was like lately."""
+    """The recent memory readings."""
     ranks: Ranks = ALONE
-    """Those that train together."""
+    """The ranks that train together."""
     dashboards: Sequence[Dashboard] = ()
     step: int = 0
-    """Steps done when it was opened: 0, or more when it goes on with an earlier run."""
+    """Number of steps done when the session was opened: 0, or more if it resumes a run."""
     tokens: int = 0
-    """Completion tokens sampled so far."""
+    """Number of completion tokens sampled so far."""
     trained_s: float = 0.0
-    """Seconds of all steps so far."""
+    """Total seconds of all steps so far."""
     peak_bytes: int = 0
-    """The most that MLX held in a step so far."""
+    """Peak bytes that MLX held in a step so far."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
-    """By the step after which they were made."""
+    """Evaluations, keyed by the step after which they were made."""
 
     @property
     def folder(self) -> Path:
@@ -90,7 +90,8 @@ class Session(Components):
         return self.run.path
 
     def credit(self, step: int, scored: ScoredGroup) -> Credit:
-        """The group's credit, from what the tracker knew before and weighted by the objective."""
+        """Return the group's credit, from the tracker's earlier values, weighted by the
+        objective."""
         learning, example = self.config.learning, scored.group.example
         value = self.tracker.value(example.tracker_key)
         if value is None:
@@ -108,7 +109,7 @@ class Session(Components):
     def select(
         self, step: int, scored: Sequence[ScoredGroup], credits: Sequence[Credit]
     ) -> Selection:
-        """The batch of a step: what teaches something, divided by what was planned."""
+        """Return the batch of a step: everything that teaches, divided by the planned number."""
         objective, config = self.updater.objective, self.config
         z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
         keep = config.learning.keep_completions
@@ -126,17 +127,18 @@ class Session(Components):
         stats: StepStats,
         version: int,
     ) -> None:
-        """Let the tracker and the sampler take in a step, sampled by the policy of this version."""
+        """Let the tracker and the sampler learn from a step sampled by the policy of this
+        version."""
         self.tracker.update(fresh, credits[: len(fresh)])
-        # After what was sampled before it, so that it counts until the prompt's next visit.
+        # After the samples drawn before the drift, so that it counts until the prompt's next visit.
         if stats.drift is not None:
             self.tracker.drifted(stats.drift)
         self.sampler.learn(fresh, version)
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """pass@1 after a step, logged; None when none is wanted, or it is another rank's work.
+        """Evaluate pass@1 after a step and log it; None if not configured, or not on rank 0.
 
-        Made from the adapters as they are, unless it was made before.
+        Uses the current adapters, unless this step was evaluated before.
         """
         if step in self.evaluations or not self.held_out or not self.ranks.is_main:
             return self.evaluations.get(step)
@@ -150,7 +152,7 @@ class Session(Components):
             max_completion_tokens=self.plan.max_completion_tokens,
             turns=self.sampler.turns,
         )
-        self.drop_logs()  # those of held-out completions say nothing about a step
+        self.drop_logs()  # logs of held-out completions do not belong to a step
         numbers = evaluation.summary()
         del numbers["ci95"]
         self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
@@ -159,7 +161,7 @@ class Session(Components):
         return evaluation
 
     def drop_logs(self) -> None:
-        """Forget what rewards and tools have told since the last time."""
+        """Discard the logs of rewards and tools since the last call."""
         self.scorer.take_logs()
         if self.sampler.environments is not None:
             self.sampler.environments.take_counts()
@@ -172,9 +174,9 @@ class Session(Components):
         selection: Selection,
         metrics: Mapping[str, Any],
     ) -> None:
-        """Write one step's metrics and rollouts, replayed ones included, and show them.
+        """Write one step's metrics and rollouts, including replayed ones, and show them.
 
-        Rank 0 does, after all have told it of their shares.
+        Rank 0 does this, after gathering the statistics of all ranks.
         """
         self.tokens += metrics["rollout/tokens"]
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
@@ -222,7 +224,7 @@ class Session(Components):
             self.progress.warn(warning.text)
 
     def revise_plan(self, step: int) -> None:
-        """Compare what the step took with the plan; another one, when there is reason, is said."""
+        """Compare the step's memory use with the plan; if needed, switch plans and report it."""
         reading = MemoryReading(mx.get_peak_memory(), mx.get_cache_memory(), read_machine())
         mx.reset_peak_memory()
         if self.config.memory.pin:
@@ -234,11 +236,11 @@ class Session(Components):
             self.replan(step, *found)
 
     def make_room(self, step: int, examples: Sequence[Example]) -> None:
-        """Plan anew when a prompt of the step is longer than the plan counts with.
+        """Replan if a prompt of the step is longer than the plan assumes.
 
-        Every rank looks at all of them: it may come to learn from any.
+        Every rank checks all prompts, because it may have to learn from any of them.
         """
-        # An environment may begin anew with every look; then the longest allowed was planned for.
+        # An environment may start differently on every call; the longest allowed was planned for.
         if self.sampler.environments is not None or self.config.memory.pin:
             return
         tokens = max(map(len, self.sampler.encode(examples)))
@@ -249,7 +251,8 @@ class Session(Components):
         self.replan(step, plan, f"a prompt has {tokens} tokens, more than was planned for")
 
     def shrink_plan(self, step: int, reason: str) -> bool:
-        """Go on with smaller batches after an allocation was refused; False when there are none."""
+        """Continue with smaller batches after a refused allocation; False if none are left to
+        try."""
         plan = shrink_plan(
             self.plan, least_rows=self.least_rows, may_checkpoint=self.may_checkpoint
         )
@@ -258,23 +261,23 @@ class Session(Components):
         return plan is not None
 
     def replan(self, step: int, plan: MemoryPlan, reason: str) -> None:
-        """Use another plan from now on, and tell everyone."""
+        """Switch to another plan, and log and report the change."""
         told = {name: list(pair) for name, pair in changes(self.plan, plan).items()}
         self.use(plan)
         self.run.write_plan(plan)
         self.run.event("plan", step=step, reason=reason, changed=told)
         sizes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in told.items())
-        self.progress.warn(f"{reason}; from now on {sizes}")
+        self.progress.warn(f"{reason}; from now on: {sizes}")
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
-        """Write metrics down, and let the dashboards have their numbers."""
+        """Write metrics to the run folder, and send their numbers to the dashboards."""
         self.run.metrics(metrics)
         log(self.dashboards, metrics, self.progress.warn)
 
     def _share(
         self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any], waited_s: float
     ) -> shares.RankStats:
-        """What this rank has done of a step."""
+        """Return this rank's statistics of a step."""
         environments, logs = self.sampler.environments, self.scorer.take_logs()
         has_tools = environments is not None and environments.has_tools
         return {
@@ -289,7 +292,7 @@ class Session(Components):
         }
 
     def counters(self) -> dict[str, float]:
-        """What has been spent so far, under the names of the metrics of a step's share of it."""
+        """Return running totals, under the names of the metrics that log a step's part of them."""
         return {
             **{f"rollout/{name}": count for name, count in vars(self.decoder.counts).items()},
             "rollout/rescored_tokens": self.sampler.rescored_tokens,
@@ -298,7 +301,7 @@ class Session(Components):
         }
 
     def tell_rewards(self, step: int) -> None:
-        """Let reward functions know that this step comes next (TRL's `trainer_state`)."""
+        """Tell reward functions which step comes next (TRL's `trainer_state`)."""
         self.scorer.state = {
             "global_step": step - 1,  # steps done, as TRL counts
             "max_steps": self.config.run.steps,
@@ -306,12 +309,12 @@ class Session(Components):
         }
 
     def epoch(self, step: int) -> float | None:
-        """Prompts drawn before this step, in passes over the training set; None if endless."""
+        """Return the passes over the training set drawn before this step; None if it is endless."""
         size = self.task.train_size
         return (step - 1) * self.config.rollout.prompts_per_step / size if size else None
 
     def save_adapter(self) -> None:
-        """Write the adapters as mlx-lm and PEFT read them; rank 0 does."""
+        """Write the adapters in the format of mlx-lm and PEFT, on rank 0 only."""
         if not self.ranks.is_main:
             return
         folder = self.folder / "adapter"
@@ -320,7 +323,7 @@ class Session(Components):
         write_adapter(adapter_of(self.policy.model, base_id=base_id), folder)
 
     def finish(self, base: Evaluation | None, adapter: Evaluation | None) -> None:
-        """Write what memory the run took, and eval.json, when there were evaluations."""
+        """Log the memory that the run used, and write eval.json if there were evaluations."""
         if not self.ranks.is_main:
             return
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())

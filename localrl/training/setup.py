@@ -1,4 +1,4 @@
-"""Opening a run, in the order in which things can fail; nothing is computed before all is there."""
+"""Opens a run, in the order in which things can fail; computes nothing until all is open."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from localrl.training.session import Progress, Session
 from localrl.training.state import PreviousRun, broadcast, reopen, sources_of
 
 AGREED = ("group_size", "max_completion_tokens")
-"""What the machine with the least memory decides for all."""
+"""Plan fields that the machine with the least memory decides for all."""
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers", "huggingface-hub")
 
 
@@ -44,11 +44,11 @@ def open_session(
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[Session]:
-    """Open everything that the run needs. restart: what a supervisor says of the last process.
+    """Open everything that the run needs. restart: the supervisor's note on the previous process.
 
-    Only rank 0 opens a run folder, or goes on with one; the others begin with its state.
+    Only rank 0 opens or resumes a run folder; the others start with its state.
 
-    Raises: ConfigError or DataError, saying what cannot work; CheckpointError when a run cannot be
+    Raises: ConfigError or DataError for what cannot work; CheckpointError if a run cannot be
     resumed.
     """
     dashboards.check(config.run.report_to)
@@ -103,24 +103,24 @@ def open_session(
 
 
 def _restore(before: PreviousRun, session: Session, restart: Restart | None) -> None:
-    """Put the session where the run stood."""
+    """Restore the session to where the run stood."""
     before.continue_in(session)
     if restart and restart.smaller:
-        session.watch = MemoryMonitor(session.plan)  # never back to the plan that has died
+        session.watch = MemoryMonitor(session.plan)  # never return to the plan that failed
     for record in read_jsonl(session.folder / "metrics.jsonl"):
-        session.health.see(record)  # it was warned of these
+        session.health.see(record)  # warnings about these were given before
 
 
 def _agree_on_plan(components: Components, ranks: Ranks) -> list[dict[str, Any]]:
-    """Let all ranks use the group size and the length of the smallest; the plan of each.
+    """Give all ranks the smallest group size and completion length; return the plan of each.
 
-    Raises: ConfigError when there is not a prompt for each.
+    Raises: ConfigError if there are fewer prompts than ranks.
     """
     prompts = components.config.rollout.prompts_per_step
     if prompts < ranks.size:
         raise ConfigError(
-            f"rollout.prompts_per_step is {prompts}: that is not one for each of {ranks.size} "
-            f"ranks, which sample whole groups. Set it to {ranks.size} or a multiple."
+            f"rollout.prompts_per_step is {prompts}, fewer than the {ranks.size} ranks, each of "
+            f"which samples whole groups. Set it to {ranks.size} or a multiple of it."
         )
     plans = gather(ranks, vars(components.plan))
     least: dict[str, int] = {name: min(plan[name] for plan in plans) for name in AGREED}
@@ -134,19 +134,19 @@ def _agree_on_plan(components: Components, ranks: Ranks) -> list[dict[str, Any]]
 def _warn_reduced_plan(
     components: Components, run: RunFolder | NullRunFolder, warn: Callable[[str], None]
 ) -> None:
-    """Say aloud where memory leaves less to each prompt than the configuration asks for."""
+    """Warn when memory gives each prompt less than the configuration asks for."""
     given = changes(components.request.plan, components.plan)
     if "dequantise" in given:
         warn(
-            "to fit into memory the weights stay packed, with which a CPU takes many times as "
-            "long; a higher --memory-limit would let them be unpacked"
+            "to fit into memory, the weights stay packed, which makes a CPU many times slower; "
+            "a higher --memory-limit would let them be unpacked"
         )
     less = {name: list(given[name]) for name in ("group_size", "max_completion_tokens")
             if name in given}  # fmt: skip
     if less:
         run.event("plan", step=0, reason=components.plan.reason, changed=less)
         sizes = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in less.items())
-        warn(f"to fit into memory this run has {sizes}")
+        warn(f"to fit into memory, this run uses {sizes}")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The state of a run between two steps: taken, written as a checkpoint, read, and put back.
+"""The state of a run between two steps: captured, written as a checkpoint, read, and restored.
 
-All that the next step depends on: adapters, optimizer, what is known of prompts, what is kept for
-replay and reuse, where forks go, the plan, and how far the logs had come. Random numbers need
-nothing: every draw is made from its address. The data cursor is the step.
+It holds everything that the next step depends on: adapters, optimizer, prompt statistics, groups
+kept for replay and reuse, fork positions, the plan, and the log offsets. Random numbers need no
+state: every draw is made from its address. The data cursor is the step.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ TYPES: dict[str, type] = {
         MemoryMonitor,
     )
 }
-"""Every record that a state may hold."""
+"""Every record type that a state may hold."""
 RENAMED = {"Earlier": CompletionCache, "Known": PromptStats, "Watch": MemoryMonitor}
-"""Records by the names that older checkpoints have for them."""
+"""Record types under the names that older checkpoints use."""
 
 MAY_CHANGE = (
     "run.steps",
@@ -81,7 +81,7 @@ MAY_CHANGE = (
     "task.reward_memory_mb",
     "task.tool_timeout_s",
 )
-"""Settings that a resumed run may have otherwise: none of them changes what a step does."""
+"""Settings that may change when a run is resumed: none of them changes the result of a step."""
 
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
@@ -89,18 +89,18 @@ ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     values: Mapping[str, Any]
-    """What `encode` can hold, by name."""
+    """Values that `encode` can store, by name."""
     weights: Mapping[str, mx.array]
     """Adapters and optimizer, by `adapter/<name>` and `optimizer/<name>`."""
 
 
 def capture(session: Session, step: int) -> State:
-    """The state after a step. Cheap: nothing is copied that will not change in place."""
+    """Return the state after a step. Cheap: only copies what will change in place."""
     sampler, updater = session.sampler, session.updater
     values = {
         "tokens": session.tokens,
@@ -133,11 +133,11 @@ def capture(session: Session, step: int) -> State:
 def write(state: State, checkpoints: Checkpoints) -> Path:
     """Publish a state as the checkpoint of its step.
 
-    Raises: CheckpointError when it is not finite or cannot be written.
+    Raises: CheckpointError if it is not finite or cannot be written.
     """
     flat = mx.stack([mx.isfinite(array).all() for array in state.weights.values()])
     if not flat.all().item():
-        raise CheckpointError(f"The weights after step {state.step} are not finite: not saved.")
+        raise CheckpointError(f"The weights after step {state.step} are not finite; not saved.")
     tree, arrays = encode(dict(state.values), TYPES)
     records = {name: mx.array(array) for name, array in arrays.items()}
     text = json.dumps({"step": state.step, "values": tree}).encode()
@@ -152,9 +152,9 @@ def write(state: State, checkpoints: Checkpoints) -> Path:
 
 
 def read(folder: Path) -> State:
-    """The state in a checkpoint that is whole.
+    """Read the state in an intact checkpoint.
 
-    Raises: CheckpointError when another version of localrl has written it.
+    Raises: CheckpointError if another version of localrl wrote it.
     """
     tree = json.loads((folder / VALUES).read_bytes())
     records = folder / RECORDS
@@ -166,15 +166,15 @@ def read(folder: Path) -> State:
 
 
 def restore(state: State, session: Session) -> None:
-    """Make a session that was just opened go on from a state.
+    """Restore a state into a session that was just opened.
 
-    Raises: CheckpointError when its model or its data are not those of the session.
+    Raises: CheckpointError if its model or its data differ from the session's.
     """
     for name, was in state.values["sources"].items():
         if session.sources[name] != was:
             raise CheckpointError(
-                f"The {name} of this run has changed since its checkpoint, so that it would become "
-                "another run. Put it back, or start a new run (--adapter goes on from its adapter)."
+                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
+                "new run (--adapter starts from this run's adapter)."
             )
     values, sampler, updater = state.values, session.sampler, session.updater
     adapter, optimizer = _part(state, ADAPTER), _part(state, OPTIMIZER)
@@ -186,7 +186,7 @@ def restore(state: State, session: Session) -> None:
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
     session.evaluations = dict(values["evaluations"])
-    # In place: the sampler asks the same tracker.
+    # In place, because the sampler uses the same tracker.
     vars(session.tracker).update(vars(values["tracker"]))
     sampler.rule = values["rule"]
     sampler.replays, sampler.earlier = values["replays"], values["earlier"]
@@ -197,7 +197,7 @@ def restore(state: State, session: Session) -> None:
 
 
 def _compute_as(kernels: Choice | None, session: Session) -> None:
-    """Go on with the same steps in C, which other ones differ from in rounding; say where not."""
+    """Use the state's kernels in C, since others round differently; warn if they are missing."""
     engine = session.policy.engine
     if kernels is None or engine.kernels is None:
         return
@@ -205,23 +205,23 @@ def _compute_as(kernels: Choice | None, session: Session) -> None:
         engine.use_kernels(kernels)
     except ConfigError as error:
         session.progress.warn(
-            f"{error} The run goes on with {engine.kernels}: its numbers differ in their last "
-            "digits from those of the machine that it began on."
+            f"{error} The run continues with {engine.kernels}: its numbers will differ in the "
+            "last digits from those of the machine it began on."
         )
 
 
 def broadcast(session: Session) -> None:
-    """Give every rank what rank 0 begins with, after making sure that model and data are the same.
+    """Give every rank the state of rank 0, after checking that model and data are the same.
 
-    Raises: CheckpointError when they are not; ConfigError for adapters to start from that differ.
+    Raises: CheckpointError if they are not; ConfigError if the adapters to start from differ.
     """
     ranks, own = session.ranks, session.watch
     lora = vars(session.config.lora)
     first = json.loads(ranks.broadcast(json.dumps(lora).encode()))
     if json.loads(json.dumps(lora)) != first:
         raise ConfigError(
-            f"The adapter that rank {ranks.rank} starts from has {lora}, that of rank 0 {first}. "
-            "Put the same one on every machine."
+            f"Rank {ranks.rank} starts from an adapter with {lora}, rank 0 from one with {first}. "
+            "Put the same adapter on every machine."
         )
     state = capture(session, session.step)
     arrays = {name: np.array(array) for name, array in state.weights.items()}
@@ -230,7 +230,7 @@ def broadcast(session: Session) -> None:
         return
     step, values, arrays = from_bytes(told, TYPES)
     weights = {name: mx.array(array) for name, array in arrays.items()}
-    # What rewards did is added up over ranks; memory and processor are each machine's own.
+    # Reward tallies are summed over ranks; memory and processor belong to each machine.
     restore(State(step, values | {"rewards": {}, "watch": own, "kernels": None}, weights), session)
     session.step = step
 
@@ -245,7 +245,7 @@ def _part(state: State, prefix: str) -> dict[str, mx.array]:
 
 def _load(path: Path) -> dict[str, mx.array]:
     loaded: Any = mx.load(str(path))
-    # Now, since the file may be pruned before they are first used.
+    # Evaluate now, because the file may be pruned before the arrays are first used.
     mx.eval(loaded)
     return loaded
 
@@ -256,21 +256,21 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PreviousRun:
-    """An earlier process's run, locked."""
+    """The run of an earlier process, locked."""
 
     run: RunFolder
     state: State | None
-    """None when it had not got as far as a checkpoint: then it begins again."""
+    """The state of its newest checkpoint; None if it has none: then the run starts over."""
     changed: Mapping[str, tuple[Any, Any]]
-    """Settings that are not what they were."""
+    """Settings whose values have changed."""
 
     @property
     def plan(self) -> MemoryPlan | None:
-        """The plan that it had."""
+        """The plan of its last checkpoint."""
         return self.state.values["plan"] if self.state else None
 
     def plan_after(self, restart: Restart | None, shape: Shape) -> MemoryPlan | None:
-        """The plan to go on with: its own, or what the supervised process before has left of it."""
+        """Return the plan to continue with: the run's, or what the last supervised process left."""
         if restart is None:
             return self.plan
         plan = MemoryPlan(**json.loads((self.run.path / "plan.json").read_bytes()))
@@ -278,9 +278,9 @@ class PreviousRun:
         return smaller(plan, least_rows=least_rows) if restart.smaller else plan
 
     def continue_in(self, session: Session) -> None:
-        """Make the session go on where the run stood, and take back what came after that.
+        """Continue the run in this session, and cut logs written after its checkpoint.
 
-        Raises: CheckpointError when it cannot.
+        Raises: CheckpointError if it cannot be continued.
         """
         step = 0
         if self.state is not None:
@@ -293,7 +293,8 @@ class PreviousRun:
 
 
 def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> dict[str, str]:
-    """What a run is made from, as SHA-256: the model's files by name and size, and the data."""
+    """Return SHA-256 hashes of a run's sources: the model's files by name and size, and its
+    data."""
     weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
     model = (model_folder / "config.json").read_bytes() + repr(weights).encode()
     examples = [*map(task.train, range(task.train_size)), *held_out]
@@ -304,10 +305,10 @@ def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> d
 
 @contextmanager
 def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousRun]:
-    """The run in `config.run.out`, locked, with the newest state that is whole.
+    """Reopen the run in `config.run.out`, locked, with its newest intact state.
 
-    Raises: ConfigError when there is none, another process uses it, or settings have changed that
-    must not; CheckpointError when all its checkpoints are damaged.
+    Raises: ConfigError if there is none, another process uses it, or settings have changed that
+    must not; CheckpointError if all its checkpoints are damaged.
     """
     folder = Path(config.run.out or "")
     with reopen_run(folder, rollout_log_limit=config.run.rollout_log_limit) as run:
@@ -319,9 +320,9 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousR
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, by key.
+    """Return the settings that differ, by key.
 
-    Raises: ConfigError when one of them would make another run of it.
+    Raises: ConfigError if one of them would make it a different run.
     """
     changed = {
         key: (was, now)
@@ -332,7 +333,7 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
     if wrong:
         told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
         raise ConfigError(
-            f"A run that goes on keeps its settings: {told}. Leave them out, or start a new run. "
-            f"What may change: {', '.join(MAY_CHANGE)}."
+            f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
+            f"Settings that may change: {', '.join(MAY_CHANGE)}."
         )
     return changed

@@ -1,4 +1,4 @@
-"""Settings that cannot work together: said before anything is computed."""
+"""Rejects settings that cannot work together, before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from localrl.rollouts.groups import Shape
 from localrl.tasks.base import Task
 
 KAPPA = 4.0
-"""With two siblings the other one alone is a poor baseline: see docs/strategies.md."""
+"""Default weight; with two siblings, one alone is a poor baseline: see docs/strategies.md."""
 
 
 def tracker_weight(config: RunConfig) -> float:
-    """The tracker's weight in baselines; where completions stand alone they have no other."""
+    """Return the tracker's weight in baselines; single completions have no other baseline."""
     if config.learning.kappa is not None:
         return config.learning.kappa
     plain = config.rollout.strategy == "flat" and config.rollout.completions > 2
@@ -22,15 +22,15 @@ def tracker_weight(config: RunConfig) -> float:
 
 
 def reused_roots(config: RunConfig, shape: Shape) -> int:
-    """How many roots of a prompt may begin from earlier completions; one at least stays fresh.
+    """Return how many roots of a prompt may reuse earlier completions; at least one stays fresh.
 
-    Else a group that teaches nothing would come back as it is for ever.
+    Otherwise a group that teaches nothing would repeat unchanged forever.
     """
     return min(round(config.rollout.reuse * shape.roots), shape.roots - 1)
 
 
 def check(config: RunConfig, shape: Shape, task: Task) -> None:
-    """Refuse what cannot work together.
+    """Reject settings that cannot work together.
 
     Raises: ConfigError.
     """
@@ -38,12 +38,12 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
     if 0 < there < rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step is {rollout.prompts_per_step}, but the task has {there} "
-            f"training prompts. Lower it, --set rollout.prompts_per_step={there}, or give more."
+            f"training prompts. Lower it (--set rollout.prompts_per_step={there}) or add prompts."
         )
     if rollout.completions == 1 and not tracker_weight(config):
         raise ConfigError(
-            "learning.kappa is 0 and rollout.group_size 1: a completion would have nothing to be "
-            "compared with. Leave kappa out, or raise the group size."
+            "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "
+            "be compared with. Leave kappa out, or raise the group size."
         )
     if shape.leaves > shape.roots:
         _check_trees(config, shape)
@@ -52,18 +52,18 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
     if config.rollout.reuse and (task.environment or config.task.environment or config.task.tools):
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
-            "environment cannot be begun again from its middle. Set it to 0."
+            "environment cannot be restarted from its middle. Set it to 0."
         )
 
 
 def check_prompt(example: Example, tokens: int, most: int) -> None:
-    """Refuse a prompt of so many tokens: nothing is cut silently.
+    """Reject a prompt that is too long: nothing is cut silently.
 
-    Raises: DataError when it is empty, or longer than rollout.max_prompt_tokens, which is `most`.
+    Raises: DataError if it is empty, or longer than `most`, which is rollout.max_prompt_tokens.
     """
     if not 0 < tokens <= most:
         raise DataError(
-            f"The prompt of {example.id} has {tokens} tokens; allowed are 1 to {most}. Raise "
+            f"The prompt of {example.id} has {tokens} tokens; 1 to {most} are allowed. Raise "
             "rollout.max_prompt_tokens."
         )
 
@@ -94,17 +94,17 @@ def _check_weights(config: RunConfig, shape: Shape) -> None:
         raise ConfigError(
             f"learning.objective={name} weighs a prompt by its rewards "
             f"({objective.prompt_weight}). A single completion has no such weight, and with rounds "
-            "it would depend on what came later. Set learning.prompt_weight=none, or "
+            "it would depend on later rounds. Set learning.prompt_weight=none, or "
             "rollout.strategy=flat with a larger group."
         )
     if objective.length in ("group", "step") and shape.rounds > 1:
         raise ConfigError(
-            f"learning.objective={name} divides by the tokens that came; with rounds, how many "
-            "come depends on their rewards. Choose clipped or rloo, or rollout.strategy=flat."
+            f"learning.objective={name} divides by the number of sampled tokens; with rounds, that "
+            "number depends on the rewards. Choose clipped or rloo, or rollout.strategy=flat."
         )
     if shape.rounds > 1 and shape.leaves == 1 and not tracker_weight(config):
         raise ConfigError(
-            "learning.kappa is 0 and a round has one beginning: the first has nothing to be "
+            "learning.kappa is 0 and a round has one completion: the first has nothing to be "
             "compared with. Leave kappa out, or lower rollout.rounds."
         )
 
@@ -118,7 +118,7 @@ def _check_reuse(config: RunConfig, shape: Shape) -> None:
         )
     if rollout.reuse and not reused_roots(config, shape):
         raise ConfigError(
-            f"rollout.reuse is {rollout.reuse:g}, but of {shape.roots} completions (of a first "
-            "round, or roots of a tree) at least one stays fresh, and less than one would be "
+            f"rollout.reuse is {rollout.reuse:g}, but of {shape.roots} completions (of the first "
+            "round, or roots of a tree) at least one stays fresh, and fewer than one would be "
             "reused. Raise it, or the group size."
         )

@@ -1,4 +1,4 @@
-"""Where localrl keeps what it can make again: a folder in the user's cache."""
+"""localrl's folder in the user's cache, for files that it can make again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """localrl's folder in the user's cache, as the system names it; it need not exist yet."""
+    """Return localrl's folder in the user's cache, as the system names it; it may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME")
     mac = Path.home() / "Library" / "Caches"
     folder = Path(home) if home else mac if sys.platform == "darwin" else Path.home() / ".cache"

@@ -1,7 +1,7 @@
-"""Records as plain data and back: what a checkpoint writes in place of pickle.
+"""Converts records to plain data and back: used by checkpoints instead of pickle.
 
 JSON alone would turn tuples into lists, keys into text and arrays into numbers, so each of these is
-marked. Floats survive exactly: Python writes as many digits as it takes.
+marked. Floats survive exactly: Python writes as many digits as needed.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ Types = Mapping[str, type]
 
 
 def encode(value: Any, types: Types) -> tuple[Any, dict[str, np.ndarray]]:
-    """The value as what JSON can hold, and its arrays by name.
+    """Return the value in a form that JSON can hold, and its arrays by name.
 
-    Raises: TypeError for what is neither plain, a container, an array nor one of the types.
+    Raises: TypeError for a value that is neither plain, a container, an array nor one of the types.
     """
     arrays: dict[str, np.ndarray] = {}
     return _encode(value, types, arrays), arrays
 
 
 def decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Types) -> Any:
-    """The value that `encode` was given.
+    """Return the value that `encode` was given.
 
-    Raises: CheckpointError for a tree that it did not make, or with an unknown type in it.
+    Raises: CheckpointError for a tree that `encode` did not make, or with an unknown type in it.
     """
     try:
         return _decode(tree, arrays, types)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The state cannot be read ({type(error).__name__}: {error}). It was written by "
-            "another version of localrl; go on with that version, or start a new run."
+            "another version of localrl; continue with that version, or start a new run."
         ) from error
 
 
 def to_bytes(value: Any, types: Types) -> bytes:
-    """The value as bytes: a line of JSON, which names each array's type and shape, and the arrays.
+    """Return the value as bytes: a line of JSON with each array's type and shape, then the arrays.
 
-    Raises: as `encode` does.
+    Raises: the same errors as `encode`.
     """
     tree, arrays = encode(value, types)
     told = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
@@ -57,15 +57,15 @@ def to_bytes(value: Any, types: Types) -> bytes:
 
 
 def from_bytes(data: bytes, types: Types) -> Any:
-    """The value that `to_bytes` was given.
+    """Return the value that `to_bytes` was given.
 
-    Raises: CheckpointError for what it did not make.
+    Raises: CheckpointError for data that `to_bytes` did not make.
     """
     start = data.index(b"\n") + 1
     head, arrays = json.loads(data[:start]), {}
     for name, kind, shape in head["arrays"]:
         count = math.prod(shape)
-        # A copy: a view would keep all of the bytes.
+        # Copied, because a view would keep all of the bytes alive.
         arrays[name] = np.frombuffer(data, kind, count, start).reshape(shape).copy()
         start += arrays[name].nbytes
     return decode(head["tree"], arrays, types)
@@ -89,7 +89,7 @@ def _encode(value: Any, types: Types, arrays: dict[str, np.ndarray]) -> Any:
             raise TypeError(f"{type(value)} is not one of the types of a state")
         own = {f.name: _encode(getattr(value, f.name), types, arrays) for f in fields(value)}
         return {"record": name, "fields": own}
-    # Not isinstance: a number of another library would come back as another type.
+    # No isinstance: a number type of another library would come back as a different type.
     if type(value) in PLAIN:
         return value
     raise TypeError(f"a value of type {type(value)} cannot be part of a state")

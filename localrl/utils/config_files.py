@@ -1,4 +1,4 @@
-"""Files that a configuration names: in the working directory, or else beside the configuration."""
+"""Finds files named in a configuration: in the working directory, or else next to it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FUNCTIONS = ("task.rewards", "task.environment", "task.tools")
 
 
 def found_beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings, with the folder before each file that is only there.
+    """Return the settings, with the folder prepended to each file that exists only there.
 
-    The working directory comes first. So an example's configuration works from its own folder and
+    The working directory comes first, so an example's configuration works from its own folder and
     from any other.
     """
     found = dict(settings)

@@ -1,4 +1,4 @@
-"""How sure a measured share is, and whether two differ."""
+"""Confidence intervals of measured shares, and tests for their difference."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 Z = 1.959964
-"""Of a 95 % interval."""
+"""Quantile of a 95 % interval."""
 FLIPS = 10_000
-"""Random sign flips of a paired test."""
+"""Number of random sign flips in a paired test."""
 
 
 def wilson(passed: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927), in 0..1."""
+    """Return the 95 % interval of a share (Wilson 1927), in 0..1."""
     z = Z
     share = passed / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -23,7 +23,7 @@ def wilson(passed: float, n: float) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Chance that one of k completions passes, unbiased from n of which `passed` did; k <= n.
+    """Return the unbiased probability that one of k <= n completions passes, if `passed` of n did.
 
     Chen et al. 2021, arXiv 2107.03374.
     """
@@ -31,11 +31,11 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
 
 
 def share_interval(values: Sequence[float], samples: int) -> tuple[float, float]:
-    """95 % interval of the mean over prompts of shares that are each of `samples` completions.
+    """Return the 95 % interval of the mean over prompts of shares of `samples` completions each.
 
-    Wilson's, with the number of completions that would be as sure if they were independent: what
-    the spread between prompts says, at least one and at most `samples` for each prompt. Of single
-    completions that is the plain Wilson interval.
+    Wilson's, with the equivalent number of independent completions: derived from the spread between
+    prompts, at least one and at most `samples` for each prompt. For single completions it is the
+    plain Wilson interval.
     """
     prompts, share = len(values), float(np.mean(values))
     square = float(np.var(values, ddof=1)) if prompts > 1 else 0.0
@@ -45,9 +45,9 @@ def share_interval(values: Sequence[float], samples: int) -> tuple[float, float]
 
 
 def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares on the same n prompts, second minus first.
+    """Return the 95 % interval of the second minus the first share on the same n prompts.
 
-    Agresti and Min 2005: half a prompt more in each of the four cells, then the normal one.
+    Agresti and Min 2005: adds half a prompt to each of the four cells, then uses the normal one.
     """
     total, difference = n + 2, only_second - only_first
     variance = only_first + only_second + 1 - difference**2 / total
@@ -55,9 +55,9 @@ def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, f
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p that both sides are as likely to be the only one that passes.
+    """Return the exact two-sided p that both sides are equally likely to pass alone.
 
-    McNemar 1947, with the binomial in place of its limit; 1 when they never differ.
+    McNemar 1947, with the binomial instead of its limit; 1 if they never differ.
     """
     n = only_first + only_second
     tail = sum(math.comb(n, i) for i in range(min(only_first, only_second) + 1))
@@ -65,7 +65,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def mean_interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """95 % normal interval of a mean difference; None for less than two."""
+    """Return the 95 % normal interval of a mean difference; None for fewer than two."""
     if len(differences) < 2:
         return None
     error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
@@ -73,7 +73,7 @@ def mean_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def sign_flip(differences: Sequence[float], seed: int) -> float:
-    """Two-sided p of a mean difference of 0, were the sign of each difference left to chance.
+    """Return the two-sided p of a mean difference of 0, if the sign of each difference were random.
 
     From `FLIPS` random flips, with the observed one counted, so never below 1 / (FLIPS + 1).
     """

@@ -1,4 +1,4 @@
-"""Models that packages of the package index ship, by the name that `--model` takes."""
+"""Models shipped in packages of the package index, by the name that `--model` takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PackagedModel:
     distribution: str
     version: str
     wheel: str
-    """Name of the wheel's file."""
+    """File name of the wheel."""
     wheel_bytes: int
     wheel_sha256: str
     file: str
@@ -31,11 +31,11 @@ class PackagedModel:
     base_id: str
     """The unquantised model on the Hub."""
     quantization: Mapping[str, Any]
-    """As a config.json of mlx-lm says it."""
+    """Quantisation in the form of mlx-lm's config.json."""
 
     @property
     def requirement(self) -> str:
-        """The one version, as pip takes it."""
+        """The exact version, as a pip requirement."""
         return f"{self.distribution}=={self.version}"
 
     @property
@@ -45,7 +45,7 @@ class PackagedModel:
 
     @property
     def pulled(self) -> Path:
-        """Where `localrl pull` keeps the GGUF, whether it is there or not."""
+        """Path where `localrl pull` stores the GGUF; it need not exist."""
         home = cache_folder() / "packages" / f"{self.distribution}-{self.version}"
         return home / PurePosixPath(self.file).name
 
@@ -72,16 +72,16 @@ _MODELS = (
 )
 
 PACKAGED_MODELS: Mapping[str, PackagedModel] = {model.name: model for model in _MODELS}
-"""All of them by name."""
+"""All packaged models by name."""
 
 
 def find_packaged(model: PackagedModel) -> Path | None:
-    """The model's GGUF on this machine, of the right size; None where it is not.
+    """Find the model's GGUF on this machine, with the right size; None if it is missing.
 
-    What was pulled comes first, then the installed package, which is not imported. Asks no network
-    and reads none of the file.
+    A pulled file comes first, then the installed package, which is not imported. Uses no network
+    and reads no part of the file.
 
-    Raises: ConfigError when a file of another size, or another version, is in its place.
+    Raises: ConfigError if a file of another size, or another version, is in its place.
     """
     if model.pulled.exists():
         return _sized(model, model.pulled)
@@ -91,16 +91,16 @@ def find_packaged(model: PackagedModel) -> Path | None:
         return None
     if installed.version != model.version:
         raise ConfigError(
-            f"{model.distribution} {installed.version} is installed, and {model.name} is the file "
+            f"{model.distribution} {installed.version} is installed, but {model.name} is the file "
             f"of version {model.version}. {_mend(model)}"
         )
     return _sized(model, Path(str(installed.locate_file(model.file))))
 
 
 def packaged_file(model: PackagedModel) -> Path:
-    """The model's GGUF on this machine, as `find_packaged` finds it.
+    """Return the model's GGUF on this machine, as found by `find_packaged`.
 
-    Raises: ConfigError, with the commands that fetch it, when it is not there or is another.
+    Raises: ConfigError, with the commands that fetch it, if it is missing or another file.
     """
     found = find_packaged(model)
     if found is None:
@@ -109,7 +109,7 @@ def packaged_file(model: PackagedModel) -> Path:
 
 
 def other_file(model: PackagedModel, path: Path, seen: str) -> ConfigError:
-    """The error that says that a file is not the model's; `seen` tells by what."""
+    """Return the error for a file that is not the model's; `seen` describes the difference."""
     return ConfigError(f"{path} is not the file of {model.name}: {seen}. {_mend(model)}")
 
 

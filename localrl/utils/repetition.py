@@ -1,4 +1,4 @@
-"""When a text repeats itself: what decoding stops for, and what is not learned from."""
+"""Detects repetition in a text, to stop decoding and to exclude it from learning."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 
 LONGEST_PERIOD = 64
 SHORTEST_LOOP = 48
-"""Tokens of a loop, however short its period: shorter repetition may be meant."""
+"""Shortest loop in tokens, however short its period: shorter repetition may be intended."""
 PERIODS = np.arange(1, LONGEST_PERIOD + 1)
 NEEDED = np.maximum(3 * PERIODS, SHORTEST_LOOP) - PERIODS
-"""For each period, how many tokens in a row equal the one a period before when a loop is found:
-three periods, and at least SHORTEST_LOOP tokens, the first period itself not counted."""
+"""For each period, the number of consecutive tokens that must equal the one a period before: a loop
+is three periods, and at least SHORTEST_LOOP tokens, without counting the first period itself."""
 
 
 def repeated_from(token_ids: np.ndarray) -> int | None:
-    """Where a completion that ends in a loop has said everything twice; None without a loop.
+    """Return the index from which a completion only repeats itself; None if it ends in no loop.
 
-    The index of the first token after the second period, counted from the start of the longest
-    tail that has the period; of several periods, the shortest.
+    It is the index of the first token after the second period, counted from the start of the
+    longest tail that has the period; of several periods, the shortest.
     """
     tokens = np.asarray(token_ids)
     for period in range(1, min(LONGEST_PERIOD, len(tokens) // 3) + 1):

@@ -1,15 +1,15 @@
-"""Text that models and users wrote, on its way to people."""
+"""Makes text written by models and users safe to show."""
 
 from __future__ import annotations
 
 import unicodedata
 
 HIDDEN = {"Cc", "Cf", "Cs"}
-"""Unicode categories of characters that drive a terminal, turn a line around, or have no UTF-8."""
+"""Unicode categories of characters that drive a terminal, reverse a line, or have no UTF-8 form."""
 
 
 def printable(text: str) -> str:
-    """The text without characters that could drive a terminal; line ends and tabs stay."""
+    """Replace characters that could drive a terminal; newlines and tabs stay."""
     if text.isprintable():
         return text
     return "".join(
@@ -18,11 +18,11 @@ def printable(text: str) -> str:
 
 
 def sampled_at(temperature: float) -> str:
-    """How completions were drawn, in words."""
+    """Describe in words how completions were sampled."""
     return f"temperature {temperature:g}" if temperature else "greedy"
 
 
 def one_line(text: str, width: int = 0) -> str:
-    """As `printable`, line ends and tabs as signs, cut to `width` characters unless that is 0."""
+    """Make text `printable`, with signs for newlines and tabs; cut to `width` unless it is 0."""
     line = printable(text).replace("\n", "↵").replace("\t", "⇥")
     return line[: width - 1] + "…" if width and len(line) > width else line

@@ -102,7 +102,7 @@ def test_a_run_has_a_folder_of_its_own(tiny_folder, tmp_path, capfd):
         (
             ["train", "--set", "rollout.group_size=1", "--set", "learning.kappa=0"],
             2,
-            "learning.kappa is 0 and rollout.group_size 1",
+            "learning.kappa is 0 and rollout.group_size is 1",
         ),
         (
             ["train", "--rollouts", "adaptive-tree", "--set", "learning.keep_completions=2"],

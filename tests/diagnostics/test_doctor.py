@@ -58,7 +58,7 @@ def test_packages_that_belong_together():
     assert (metal.id, metal.status, cpu.id, cpu.status) == (
         "pair.mlx-metal", "fail", "pair.mlx-cpu", "ok",
     )  # fmt: skip
-    assert metal.text == "mlx 0.32.4 and mlx-metal 0.32.2 must be of one version"
+    assert metal.text == "mlx 0.32.4 and mlx-metal 0.32.2 must have the same version"
     assert metal.todo == "pip install --force-reinstall --no-deps 'mlx-metal==0.32.4'"
     assert list(pair_rows({"mlx": None, "mlx-metal": "0.32.4"})) == []
 

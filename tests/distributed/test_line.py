@@ -162,12 +162,12 @@ def test_one_that_does_not_come_is_named():
 
 def test_rank_0_that_does_not_answer():
     place = LaunchInfo(1, 2, "ring", "127.0.0.1", free_ports(1))
-    with pytest.raises(LocalRLError, match="Rank 0 does not answer"):
+    with pytest.raises(LocalRLError, match="Rank 0 did not answer"):
         meet(place, replace(QUICK, meet=0.3))
 
 
 def test_an_address_of_another_machine():
-    with pytest.raises(LocalRLError, match="must be one of this machine's"):
+    with pytest.raises(LocalRLError, match="must belong to this machine"):
         meet(LaunchInfo(0, 2, "ring", "192.0.2.1", free_ports(1)), QUICK)
 
 

@@ -137,7 +137,7 @@ def test_a_setting_that_cannot_work_ends_both_with_its_message(tiny_folder, tmp_
     codes = together.ends(processes)
     assert 2 in codes
     assert min(codes) > 0
-    assert "not one for each of 2 ranks" in together.said(tmp_path, codes.index(2))
+    assert "fewer than the 2 ranks" in together.said(tmp_path, codes.index(2))
     assert not (tmp_path / "run").exists()
 
 

@@ -130,7 +130,7 @@ def test_a_run_that_stalls_is_ended_and_goes_on(tmp_path, capsys, first, smaller
     assert (status, len(lives)) == (0, 2)
     assert lives[1]["restart"]["reason"].startswith("no sign of life for")
     assert lives[1]["restart"]["smaller"] is smaller
-    assert "the run is ended" in capsys.readouterr().err
+    assert "stopping the run" in capsys.readouterr().err
 
 
 def test_three_deaths_without_progress_are_enough(tmp_path, capsys):
@@ -309,8 +309,8 @@ def test_a_killed_run_ends_as_if_nothing_had_been(tiny_folder, tmp_path):
     (tmp_path / "supervisor").write_text(str(process.pid))
     told = process.stderr.read()  # until both processes are gone
     assert process.wait(DEADLINE_S) == -signal.SIGKILL, told
-    assert "the run died: SIGKILL (killed from outside: the system does so when memory" in told
-    assert "It goes on from step 3 (death 1 of 3 without progress)" in told
+    assert "the run died: SIGKILL (killed from outside, as the system does when memory" in told
+    assert "It restarts from step 3 (death 1 of 3 without progress)" in told
     events = {event["kind"]: event for event in read_jsonl(out / "events.jsonl")}
     assert events["resumed"]["step"] == 3
     assert events["restarted"]["deaths"] == 1
@@ -401,7 +401,7 @@ def test_a_run_pauses_while_the_battery_is_low(tmp_path, capsys):
     assert status == 0
     assert [life["restart"] for life in lives] == [None, None], "a pause is no death"
     assert (tmp_path / "reason").read_text() == "the battery at 29 %"
-    assert "paused with the battery at 29 %" in capsys.readouterr().err
+    assert "paused: battery at 29 %" in capsys.readouterr().err
 
 
 def test_a_run_that_may_use_the_battery_does(tmp_path):
@@ -505,4 +505,4 @@ def test_ends_in_words():
     assert describe(-signal.SIGKILL).startswith("SIGKILL (killed from outside")
     assert describe(128 + signal.SIGSEGV).startswith("SIGSEGV")
     assert describe(71) == "it ran out of memory"
-    assert describe(99) == "status 99, which says nothing"
+    assert describe(99) == "status 99, which has no known meaning"

@@ -91,7 +91,7 @@ def test_resolve_tells_required_arguments(worker: Worker) -> None:
     ("place", "message"),
     [
         (target("missing"), "has no 'missing'"),
-        (target("not_a_function"), "is no function but of type int"),
+        (target("not_a_function"), "is of type int, not a function"),
         ("/nowhere/rewards.py:f", "there is no file /nowhere/rewards.py"),
         ("no_such_module.inner:f", "there is no module 'no_such_module'"),
         ("json.no_such_part:f", "there is no module 'json.no_such_part'"),

@@ -127,7 +127,7 @@ def test_a_run_without_anything_has_a_page(run_copy):
         if path.name != "run.json" and path.is_file():
             path.unlink()
     page = page_of(run_copy)
-    assert "No step yet." in page
+    assert "No steps yet." in page
     assert "No evaluation yet." in page
     assert groups_note(sample(run_copy, 1)) == "no groups yet"
 

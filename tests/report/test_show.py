@@ -93,7 +93,7 @@ def test_two_runs_side_by_side(tree_run, tmp_path):
 def test_runs_of_other_tasks_are_not_ranked(tree_run):
     run = read_run(tree_run)
     other = replace(run, settings={**run.settings, "task.name": "sorting"})
-    assert "say nothing about each other" in "\n".join(comparison(run, other))
+    assert "these pass rates cannot be compared" in "\n".join(comparison(run, other))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_runs_of_other_tasks_are_not_ranked(tree_run):
         (0.3, 0.9, "Better than before"),
         (0.9, 0.3, "Worse than before"),
         (0.5, 0.55, "No clear change"),
-        (None, 0.5, "Not known"),
+        (None, 0.5, "Unknown"),
     ],
 )
 def test_the_verdict(tree_run, first, last, words):
@@ -134,10 +134,10 @@ def test_warnings(tree_run):
     )
     for words in (
         "2 lines of x",
-        "the last: disk full",
+        "the last reason: disk full",
         "Step 9: all rewards are equal",
-        "begun again from its last checkpoint: it was aborted",
-        "From step 7 on rollouts.jsonl has every 10th group",
+        "restarted from its last checkpoint: it was aborted",
+        "From step 7 on, rollouts.jsonl has only every 10th group",
         "without a sandbox",
         "3 reward calls failed",
         "1 of 20 groups",
@@ -202,4 +202,4 @@ def test_an_evaluation_says_how_it_was_sampled_and_other_ways_are_not_ranked(tre
     other = replace(run, scores=[replace(score, temperature=0.0) for score in run.scores])
     assert facts.score_words(other.scores[0]).endswith("held-out prompts, greedy")
     text = "\n".join(comparison(run, other))
-    assert "Evaluated otherwise (temperature 1, greedy), so that the shares do not compare." in text
+    assert "Sampled differently (temperature 1, greedy), so these rates cannot be compared." in text

@@ -99,7 +99,7 @@ def test_names_are_made_different() -> None:
         (["accuracy(a=1)"], None, "'accuracy(a=1)' takes no settings"),
         (["regex"], None, "'regex' needs pattern; write regex(pattern=...)"),
         (["soft_overlong(max_completion_len=9)"], None, "needs soft_punish_cache"),
-        (["regex(pattern=x)"], None, "the value of 'pattern' is no literal"),
+        (["regex(pattern=x)"], None, "the value of 'pattern' is not a literal"),
         (["a.py:make(1)"], None, "not of the form (key=value"),
         (["accuracy", "accuracy_reward"], None, "comes twice"),
         (["accuracy"], [1.0, 2.0], "1 reward functions have 2 weights"),
@@ -136,5 +136,5 @@ def test_builtins_load_the_standard_library_only() -> None:
 
 def test_settings_out_of_range_are_told_before_the_run(worker: Worker) -> None:
     for text in ("regex(pattern='(')", "repetition(ngram_size=0)", "repetition(size=0)"):
-        with pytest.raises(ConfigError, match=r"cannot be loaded: .*(refuses|cannot be called)"):
+        with pytest.raises(ConfigError, match=r"cannot be loaded: .*(rejected|cannot be called)"):
             Scorer(parse_rewards([text]), worker).check()

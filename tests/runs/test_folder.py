@@ -121,7 +121,7 @@ def test_what_a_process_leaves_that_was_killed_before_it_began_is_no_run(tmp_pat
 
 def test_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(ConfigError, match="out cannot be made: Not a directory"):
+    with pytest.raises(ConfigError, match="out cannot be created: Not a directory"):
         open_run(tmp_path / "out", overwrite=True)
 
 

@@ -39,7 +39,7 @@ def test_a_collapse_is_told_once_the_reward_stays():
     names, texts = told(steps)
     # Twenty steps are needed to see that the reward does not rise.
     assert names == [(20, "entropy_collapse")]
-    assert "0.04 nats per token, 8% of the 0.5" in texts[0]
+    assert "0.04 nats per token, 8% of its initial 0.5" in texts[0]
     assert "learning.lr (now 5e-05)" in texts[0]
 
 
@@ -61,7 +61,7 @@ def test_lengths_that_run_away():
     names, texts = told(longer)
     # The first five have 24 tokens; 48 is the mean of the steps 13 to 17, but 20 are needed.
     assert names == [(20, "length_runaway")]
-    assert "54 tokens, 2.2 times the 24" in texts[0]
+    assert "54 tokens, 2.2 times the initial 24" in texts[0]
     assert "rollout.max_completion_tokens (now 256)" in texts[0]
     assert told([{**r, "reward": 0.01 * n} for n, r in enumerate(longer)]) == ([], [])
     short = [{"completions/mean_length": 3.0 + n / 5} for n in range(40)]
@@ -108,7 +108,7 @@ def test_a_shaping_reward_that_decides_alone(form_std, weight, expected):
     names, texts = told(steps, {"right": 1.0, "form": weight})
     assert names == expected
     if texts:
-        assert "'form' makes 96%" in texts[0]
+        assert "'form' causes 96%" in texts[0]
         assert "(now right 1, form 5)" in texts[0]
 
 

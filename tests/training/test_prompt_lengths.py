@@ -73,7 +73,7 @@ def test_of_many_prompts_the_longest_are_measured(tiny_folder, tmp_path, monkeyp
 def test_a_prompt_that_is_too_long_is_refused_at_once(tiny_folder, tmp_path):
     wish = config(tiny_folder, **data(tmp_path, ["1", "4444444"]))
     with pytest.raises(
-        DataError, match=r"has 9 tokens; allowed are 1 to 8\. Raise rollout\.max_pr"
+        DataError, match=r"has 9 tokens; 1 to 8 are allowed\. Raise rollout\.max_pr"
     ):
         find(wish.replace("rollout.max_prompt_tokens", 8))
 
