@@ -192,11 +192,11 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
         ({"rollout.group_size": 1, "learning.kappa": 0.0}, "kappa is 0 and rollout.group_size 1"),
         (
             {"rollout.strategy": "adaptive", "rollout.rounds": 3},
-            "group_size is 4, which 3 rounds cannot share evenly",
+            "group_size is 4, which 3 rounds cannot divide evenly",
         ),
         (
             {"rollout.strategy": "adaptive-tree", "rollout.roots": 3},
-            "rollout.roots is 3, more than the 2 completions of a round",
+            "rollout.roots is 3, more than the 2 completions per round",
         ),
         (
             {"rollout.strategy": "tree", "learning.keep_completions": 2},
