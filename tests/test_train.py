@@ -47,7 +47,7 @@ def test_the_engine_is_in_the_record(result, engine):
 
 def test_an_engine_that_cannot_compute_the_model_is_refused(tmp_path):
     folder = tiny.make_folder(tmp_path / "model", **tiny.FAMILIES["lfm2"])
-    with pytest.raises(ConfigError, match=r"model.engine is cpu, but .* \(another family\)"):
+    with pytest.raises(ConfigError, match=r"model.engine is cpu, but .* \(unsupported family\)"):
         run(folder, tmp_path / "run", **{"model.engine": "cpu"})
     assert not (tmp_path / "run").exists()
 

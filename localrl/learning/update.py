@@ -31,7 +31,7 @@ MOST_SKIPPED = 3
 """Consecutive steps with an update that is not finite after which the run ends."""
 
 _State = tuple[Any, int]
-"""(adapters, optimizer), and the number of updates made."""
+"""Adapters and optimizer state, and the number of updates made."""
 
 DRIFT_TOKENS = 128
 """Number of trained tokens on which the policy's drift is measured."""

@@ -24,7 +24,7 @@ FAILURES: tuple[tuple[str, Failure, str], ...] = (
     ("GPU Timeout Error", "poisoned", "macOS, one kernel ran too long"),
     ("GPU Hang Error", "poisoned", "macOS"),
 )
-"""Part of the message, its meaning, and the place it was seen or stands in the source."""
+"""Part of the message, its meaning, and the place where it was seen or is in the source."""
 
 
 def failure_of(error: BaseException) -> Failure | None:

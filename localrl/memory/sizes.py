@@ -63,7 +63,7 @@ class Sizes:
 
     @property
     def layers(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self.windows)
 
     @property

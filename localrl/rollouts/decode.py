@@ -212,7 +212,7 @@ class _Waiting:
         return bool(self._queue)
 
     def admit(self, rows: int) -> Rows | None:
-        """Start the roots that fit beside the running ones; each prompt is prefilled only once.
+        """Start the roots that fit next to the running ones; each prompt is prefilled only once.
 
         One call uses one prefill; returns None if nothing fits or nothing is waiting.
         """
