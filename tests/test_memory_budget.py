@@ -214,7 +214,7 @@ def test_a_longer_prompt_than_was_planned_for_changes_the_plan_before_its_step(
         assert event["reason"] == f"a prompt has {now} tokens, more than was planned for"
         assert any(line.startswith(event["reason"]) for line in heard.warnings)
     assert result.plan.max_prompt_tokens == max(lengths.values())
-    assert "as met in training" in plan_of(out)["reason"]
+    assert "as seen in training" in plan_of(out)["reason"]
     assert (result.plan.group_size, result.plan.max_completion_tokens) == (8, 24)
     assert_alike(whole.folder, out)
 

@@ -85,7 +85,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
 @pytest.mark.parametrize("lr", [1e20, 1e39])
 def test_a_diverging_run_ends_and_its_last_good_state_can_be_read(tiny_folder, tmp_path, lr):
     out = tmp_path / "run"
-    with pytest.raises(LocalRLError, match=r"3 times in a row .* learning\.lr lower than 1e\+"):
+    with pytest.raises(LocalRLError, match=r"3 times in a row .* learning\.lr below 1e\+"):
         train(config(tiny_folder, out, **{"learning.lr": lr}))
     newest = Checkpoints(out / "checkpoints", pytest.fail).newest()
     state = read(newest)

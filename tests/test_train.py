@@ -47,7 +47,7 @@ def test_the_engine_is_in_the_record(result, engine):
 
 def test_an_engine_that_cannot_compute_the_model_is_refused(tmp_path):
     folder = tiny.make_folder(tmp_path / "model", **tiny.FAMILIES["lfm2"])
-    with pytest.raises(ConfigError, match=r"model.engine is cpu, but .* \(another family\)"):
+    with pytest.raises(ConfigError, match=r"model.engine is cpu, but .* \(unsupported family\)"):
         run(folder, tmp_path / "run", **{"model.engine": "cpu"})
     assert not (tmp_path / "run").exists()
 
@@ -195,11 +195,11 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
         ),
         (
             {"rollout.strategy": "adaptive", "rollout.rounds": 3},
-            "group_size is 4, which 3 rounds cannot share evenly",
+            "group_size is 4, which 3 rounds cannot divide evenly",
         ),
         (
             {"rollout.strategy": "adaptive-tree", "rollout.roots": 3},
-            "rollout.roots is 3, more than the 2 completions of a round",
+            "rollout.roots is 3, more than the 2 completions per round",
         ),
         (
             {"rollout.strategy": "tree", "learning.keep_completions": 2},

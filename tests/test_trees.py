@@ -144,9 +144,9 @@ def test_trees_learn(run):
         ({"memory.decode_rows": 5}, "a tree may have 6 leaves at once"),
         (
             {"rollout.strategy": "adaptive-tree", "rollout.roots": 4},
-            "more than the 3 completions of",
+            "more than the 3 completions per",
         ),
-        ({"rollout.strategy": "adaptive-tree", "rollout.rounds": 4}, "which 4 rounds cannot share"),
+        ({"rollout.strategy": "adaptive-tree", "rollout.rounds": 4}, "4 rounds cannot divide"),
         (
             {"rollout.strategy": "adaptive-tree", "memory.decode_rows": 2},
             "a tree may have 3 leaves at once",

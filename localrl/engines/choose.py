@@ -1,7 +1,7 @@
-"""The engine of a model, checked once per run with some 40 tokens.
+"""Choice of a model's engine, checked once per run on about 40 tokens.
 
 Rollouts pad prompts of different lengths and fork running rows. A family of mlx-lm whose caches do
-not hold that would sample from wrong distributions without an error.
+not support this would silently sample from wrong distributions.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LOGGER = logging.getLogger(__name__)
 PROMPTS = ((5, 6, 7), (1, 2, 3, 4, 8, 9))
 """Token ids of the two prompts; every vocabulary has them."""
 NEXT = (10, 11, 12)
-"""The token after the first prompt, and those after two forks of the second."""
+"""Token ids that follow the first prompt and two forks of the second."""
 FORK = (0, 1, 1)
-"""Rows of the batch that the three go on from."""
+"""Prompt that each of the three continues, as a row index."""
 
 Logits = tuple[np.ndarray, np.ndarray]
 
@@ -38,13 +38,13 @@ Logits = tuple[np.ndarray, np.ndarray]
 def choose_engine(
     policy: Policy, engine: str = "auto", warn: Callable[[str], None] = LOGGER.warning
 ) -> Policy:
-    """Compare padded and forked rows with plain ones; some 40 tokens through the model.
+    """Choose the engine by comparing padded and forked rows with plain ones on about 40 tokens.
 
-    engine: `model.engine`; with "auto" a CPU computes in NumPy what it computes right there.
-    Returns the policy with its engine, which shares prompts where the family computes the same so.
+    engine: `model.engine`; with "auto" the CPU engine is used on a CPU if its logits agree.
+    Returns the policy with its engine, which shares prompts if the family gives the same logits.
 
-    Raises: ConfigError when the family cannot be decoded in batches, or gives other logits there;
-    and when the engine is to be the CPU's and does not compute this model.
+    Raises: ConfigError if the family cannot be decoded in batches or gives different logits there,
+    or if `engine` is "cpu" and that engine cannot compute this model.
     """
     made = policy.engine
     mlx = MLXEngine(made.network if isinstance(made, MLXEngine) else open_network(policy.model))
@@ -59,28 +59,31 @@ def choose_engine(
 
 
 def _check_batching(engine: MLXEngine, expected: Logits) -> None:
-    """Raises: ConfigError when the family does not decode batches as it computes single rows."""
+    """Check that the family gives the same logits in batches as for single rows.
+
+    Raises: ConfigError if it does not.
+    """
     model = engine.network.model
     family = type(model).__module__.rpartition(".")[2]
     try:
         found = _batched(engine, None)
-    except Exception as error:  # whatever a family's own code raises
+    except Exception as error:  # a family's own code may raise anything
         raise ConfigError(
-            f"Models of the family {family} cannot be decoded in batches with this mlx-lm "
+            f"This version of mlx-lm cannot decode models of the family {family} in batches "
             f"({type(error).__name__}: {error}), so localrl cannot train them. Use another model."
         ) from error
     for name, a, b in zip(("padded prompts", "forked rows"), found, expected, strict=True):
         error = difference(a, b)
         if not error < tolerance(model):
             raise ConfigError(
-                f"With this mlx-lm, models of the family {family} compute something else for "
-                f"{name} than for single ones (relative error {error:.2g}), so that localrl would "
+                f"With this version of mlx-lm, models of the family {family} give different logits "
+                f"for {name} than for single rows (relative error {error:.2g}), so localrl would "
                 "train on wrong probabilities. Use another model."
             )
 
 
 def _shares_prompts(engine: MLXEngine, expected: Logits) -> bool:
-    """Whether rows that read one copy of their prompt compute the same."""
+    """Return True if rows that read one copy of their prompt give the same logits."""
     model = engine.network.model
     try:
         use_shared_prompts(model)
@@ -88,7 +91,7 @@ def _shares_prompts(engine: MLXEngine, expected: Logits) -> bool:
         shared = [layer for layer in state.cache if isinstance(layer, PrefixCache)]
         state.step(np.array(NEXT))
         close = difference(state.logits(), expected[1]) < tolerance(model)
-    except Exception:  # whatever a family's own code raises; its rows then have whole caches
+    except Exception:  # a family's own code may raise anything; its rows then get whole caches
         return False
     return bool(shared) and close and all(layer.attended for layer in shared)
 
@@ -96,26 +99,26 @@ def _shares_prompts(engine: MLXEngine, expected: Logits) -> bool:
 def _in_arrays(
     model: Any, expected: Logits, engine: str, warn: Callable[[str], None]
 ) -> CPUEngine | None:
-    """The CPU's engine, if it gives the same logits, with copied prompts and with shared ones.
+    """Return the CPU engine if it gives the same logits, with copied and with shared prompts.
 
-    Raises: ConfigError when `engine` insists on it and it does not.
+    Raises: ConfigError if it does not and `engine` requires it.
     """
     try:
         tried = CPUEngine(CPUModel(model))
         for prompts in (None, range(len(PROMPTS))):
             found = _batched(tried, prompts)
             error = np.max([difference(a, b) for a, b in zip(found, expected, strict=True)])
-            if not error < tolerance(model):  # NaN is not, either
+            if not error < tolerance(model):  # "not <" also catches NaN
                 raise ValueError(f"its logits differ from MLX's, relative error {error:.2g}")
         return tried
     except UnfitError as error:
         why = str(error)
-    except ConfigError:  # of a setting that cannot be met
+    except ConfigError:  # a setting that cannot be satisfied
         raise
-    except Exception as error:  # a family's module may be built otherwise than it was
+    except Exception as error:  # a family's module may have changed
         why = f"{type(error).__name__}: {error}"
         if engine == "auto":
-            warn(f"MLX computes this model, slower: NumPy cannot ({why}). Please report it.")
+            warn(f"MLX computes this model, more slowly: NumPy cannot ({why}). Please report this.")
     if engine == "cpu":
         raise ConfigError(
             f"model.engine is cpu, but NumPy cannot compute this model ({why}). Set it to auto."
@@ -124,16 +127,17 @@ def _in_arrays(
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Root mean square of the error over that of the expected logits' spread; NaN stays NaN."""
+    """Root mean square error relative to the spread of the expected logits; NaN stays NaN."""
     spread = expected - expected.mean(axis=-1, keepdims=True)
     scale = max(float(np.sqrt((spread**2).mean())), 1e-6)
     return float(np.sqrt(((found - expected) ** 2).mean())) / scale
 
 
 def tolerance(model: Any) -> float:
-    """Results in 16 bits depend on the shape of a batch, and only gross errors stand out.
+    """Tolerated `difference`; 16-bit results depend on the batch shape and only show gross errors.
 
-    A random model of 32 layers is 0.03 away from its float32 self in bfloat16, 0.003 in float16.
+    A random model of 32 layers differs from its float32 version by 0.03 in bfloat16, by 0.003 in
+    float16.
     """
     parameters: Any = tree_flatten(model.parameters())
     kinds = {array.dtype for _, array in parameters}

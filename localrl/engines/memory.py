@@ -1,4 +1,4 @@
-"""The memory models of the engines: what `memory.estimate` asks about prefill and update."""
+"""The engines' memory models, which `memory.estimate` uses for prefill and update."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ BY_NAME: dict[str, EngineMemory] = {"cpu": CPUMemory(), "mlx": MLXMemory()}
 
 
 def engines_for(setting: str) -> tuple[EngineMemory, ...]:
-    """Those that `model.engine` leaves open, the preferred one first; MLX computes every model."""
+    """Return the engines allowed by `model.engine`, preferred one first; MLX computes any model."""
     return (BY_NAME["mlx"],) if setting == "mlx" else tuple(BY_NAME.values())

@@ -1,4 +1,4 @@
-"""From a loaded model to a policy: precision, adapters, and MLX as its first engine."""
+"""Turns a loaded model into a policy: precision, adapters, and MLX as its first engine."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def make_policy(
     weights: Mapping[str, mx.array] | None = None,
     source: object = None,
 ) -> Policy:
-    """The policy: this very model, its base frozen, with adapters on it: see `lora.attach`.
+    """Make a policy of this model in place: base frozen, adapters attached, see `lora.attach`.
 
-    MLX computes it; `choose_engine` looks for a faster way. Without `weights`, which come from an
-    adapter in the folder `source`, the adapters change nothing yet. `for_cpu` casts what floats
-    there are to float32 and takes a faster activation, `dense` unpacks the quantised layers; both
-    in place: there is one copy of the weights.
+    MLX computes it; `choose_engine` looks for a faster engine. Without `weights`, which come from
+    an adapter in the folder `source`, the adapters have no effect yet. `for_cpu` casts all floats
+    to float32 and uses a faster activation, `dense` dequantises the quantised layers; both work in
+    place, so there is one copy of the weights.
     """
     model = loaded.model
     if dense:

@@ -1,4 +1,4 @@
-"""Credit: from the rewards of a forest to one advantage and one weight per node.
+"""Credit assignment: one advantage and one weight per node, from the rewards of a forest.
 
 Each token's coefficient is its node's weight times its node's advantage. On a flat group with
 kappa 0 the advantage is the reward minus the mean of the other rewards (leave-one-out).
@@ -19,30 +19,30 @@ class Credit:
     """One number per node of a group."""
 
     advantages: tuple[float | None, ...]
-    """Value minus baseline; None below which no completion has a reward."""
+    """Value minus baseline; None if no completion below the node has a reward."""
     weights: tuple[float, ...]
-    """omega: a node's share of its prompt. Roots sum to 1 and children to their parent."""
+    """omega, a node's share of its prompt. Roots sum to 1 and children to their parent."""
 
     def coefficient(self, node: int) -> float:
-        """weight * advantage; 0 where nothing is known."""
+        """Weight times advantage; 0 if the advantage is unknown."""
         return self.weights[node] * (self.advantages[node] or 0.0)
 
 
 def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0) -> Credit:
-    """Nested values, sibling baselines shrunk toward the parent's, weights that divide at forks.
+    """Compute nested values, sibling baselines shrunk toward the parent's, and split weights.
 
         V(n) = reward of a leaf, else the weighted mean of the children's V
         b(n) = (sum of the siblings' V + kappa * b(parent)) / (siblings + kappa)
         A(n) = V(n) - b(n),   omega(n) = omega(parent) * cond_weight(n)
 
-    Roots have 1 / planned_roots as their weight and `prior` as the baseline above them. Where roots
-    come in rounds, those of later rounds are no siblings of earlier ones: whether they came at all
-    depended on these. By Wald's identity the sum is then E[roots that came] / planned_roots times
-    the gradient, for any rule that decides from what came before.
+    Roots have weight 1 / planned_roots and `prior` as the baseline above them. If roots are sampled
+    in rounds, those of later rounds do not count as siblings of earlier ones, since whether they
+    were sampled at all depended on the earlier ones. By Wald's identity the sum is then
+    E[roots sampled] / planned_roots times the gradient, for any rule that decides from the past.
 
-    A leaf without a reward is left out and the weights of its siblings are scaled to make up for
-    it. With kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline,
-    and a root without siblings has none, hence advantage 0 for it and for such nodes below it.
+    A leaf without a reward is left out and the weights of its siblings are scaled to compensate.
+    With kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline, and a
+    root without siblings has none, hence advantage 0 for it and for such nodes below it.
     """
     group = scored.group
     children = _children(group)
@@ -62,7 +62,7 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
 
 
 def token_coefficients(group: Group, credit: Credit) -> list[np.ndarray]:
-    """The coefficient of every token, (n,) float32 per node; 0 where the model did not write it."""
+    """Coefficient of every token, (n,) float32 per node; 0 for tokens the model did not write."""
     return [
         np.where(node.sampled, credit.coefficient(n), 0.0).astype(np.float32)
         for n, node in enumerate(group.nodes)
@@ -70,7 +70,7 @@ def token_coefficients(group: Group, credit: Credit) -> list[np.ndarray]:
 
 
 def _children(group: Group) -> dict[int, list[int]]:
-    """Children by parent; the roots are the children of -1."""
+    """Children of each node; the roots are the children of -1."""
     children: dict[int, list[int]] = {n: [] for n in range(-1, len(group.nodes))}
     for n, node in enumerate(group.nodes):
         children[node.parent].append(n)
@@ -78,7 +78,7 @@ def _children(group: Group) -> dict[int, list[int]]:
 
 
 def _known_to(group: Group, other: int, node: int) -> bool:
-    """Whether the other may stand in the node's baseline: not if it came in a later round."""
+    """Return True if `other` may enter the node's baseline: it is not from a later round."""
     return group.nodes[other].round <= group.nodes[node].round
 
 
@@ -88,7 +88,7 @@ def _rewards(scored: ScoredGroup) -> dict[int, float | None]:
 
 
 def _shares(group: Group, children: dict[int, list[int]], scored: ScoredGroup) -> list[float]:
-    """Each node's share of its parent, after nodes without any reward have been left out."""
+    """Each node's share of its parent, after leaving out nodes without any reward."""
     rewards = _rewards(scored)
     known = [False] * len(group.nodes)
     for n in reversed(range(len(group.nodes))):
@@ -108,7 +108,7 @@ def _planned(group: Group, node: int, parent: int) -> float:
 
 
 def _baseline(siblings: Sequence[float | None], above: float | None, kappa: float) -> float | None:
-    """The siblings' mean, shrunk toward the baseline above; None where there is neither."""
+    """The siblings' mean, shrunk toward the baseline above; None if neither exists."""
     known = [value for value in siblings if value is not None]
     if kappa == 0 or above is None:
         return sum(known) / len(known) if known else above
@@ -116,7 +116,7 @@ def _baseline(siblings: Sequence[float | None], above: float | None, kappa: floa
 
 
 def _difference(value: float | None, baseline: float | None) -> float | None:
-    """Value minus baseline; 0 where there is none."""
+    """Value minus baseline; 0 without a baseline, None without a value."""
     if value is None or baseline is None:
         return None if value is None else 0.0
     return value - baseline

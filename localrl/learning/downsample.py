@@ -1,7 +1,7 @@
-"""Down-sampling: train on a few completions of a flat group, weighted to stand for all of them.
+"""Down-sampling: train on a few completions of a flat group, weighted to represent all of them.
 
 Advantages come from *all* rewards of the group (`assign_credit` before down-sampling); each is then
-multiplied by its completion's weight, which is 0 for what is dropped.
+multiplied by its completion's weight, which is 0 for dropped completions.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import numpy as np
 
 
 def max_variance(rewards: Sequence[float | None], keep: int, ties: np.ndarray) -> np.ndarray:
-    """Weights (n,) that keep the `keep` completions of greatest reward variance.
+    """Return weights (n,) that keep the `keep` completions with maximal reward variance.
 
-    Which: the k lowest and the keep - k highest rewards, for the k of greatest variance, the
-    smallest if several are as good (PODS, Xu et al. 2025, 2504.13818); O(n log n). Of equal rewards
-    the order of `ties`, (n,) uniform numbers, decides which are kept.
+    Selection: the k lowest and the keep - k highest rewards, for the k of maximal variance, the
+    smallest such k (PODS, Xu et al. 2025, 2504.13818); O(n log n). Among equal rewards the order of
+    `ties`, (n,) uniform numbers, decides which are kept.
 
     Weights: the rewards fall into two strata, the low and the high side of the cut that maximises
     the variance between sides, N_low N_high (mean_high - mean_low)^2, over all cuts between
-    different values (the lowest if several are as good). A kept completion weighs
+    different values (the lowest such cut). A kept completion has weight
 
         N_side / kept_side      (Horvitz and Thompson 1952)
 
-    With two values each is a side, and the weight is 1 over the chance of being kept: given the
-    rewards, E[sum_i w_i A_i g_i] over `ties` is sum_i A_i g_i for any advantages A and any g. With
-    more values the weights make up for the counts of the two sides alone: within a side the
+    With two values each is a side, and the weight is 1 over the probability of being kept: given
+    the rewards, E[sum_i w_i A_i g_i] over `ties` is sum_i A_i g_i for any advantages A and any g.
+    With more values the weights only correct for the counts of the two sides: within a side the
     extreme rewards are kept and the middle ones are not, and the sum is biased toward extremes.
 
-    Neither side ever loses all of its completions: the lowest and the highest reward are kept.
-    Where variance chooses nothing, between equal rewards and for `keep` 1, the lowest `ties` are
-    kept and weigh N / keep, whatever their rewards; that is unbiased too.
+    Neither side ever loses all of its completions: the lowest and the highest reward are kept. If
+    variance cannot decide (equal rewards, or `keep` 1), the lowest `ties` are kept with weight
+    N / keep, regardless of their rewards; this is unbiased too.
 
-    A reward of None has weight 0 and does not count. With `keep` 0, or not less than the number of
-    known rewards, all of these weigh 1.
+    A reward of None has weight 0 and does not count. If `keep` is 0, or at least the number of
+    known rewards, all of these have weight 1.
     """
     known = np.array([reward is not None for reward in rewards], bool)
     values = np.array([reward for reward in rewards if reward is not None], float)
@@ -51,7 +51,7 @@ def _weights(values: np.ndarray, keep: int, ties: np.ndarray) -> np.ndarray:
         side = np.zeros(len(values), int)
     else:
         order = np.lexsort((ties, values))
-        # In units of the range: sums of two-valued rewards are then exact, and so are their ties.
+        # In units of the range, so that sums of two-valued rewards are exact and ties stay ties.
         units = (values[order] - values.min()) / (values.max() - values.min())
         kept = order[_extremes(units, keep)]
         side = (values >= values[order[_cut(units)]]).astype(int)
@@ -61,7 +61,7 @@ def _weights(values: np.ndarray, keep: int, ties: np.ndarray) -> np.ndarray:
 
 
 def _extremes(ascending: np.ndarray, keep: int) -> np.ndarray:
-    """Positions of the k lowest and keep - k highest values, for the k of greatest variance."""
+    """Positions of the k lowest and keep - k highest values, for the k of maximal variance."""
     count, low = len(ascending), np.arange(keep + 1)
     first = count - keep + low
     sums, squares = _cumulated(ascending), _cumulated(ascending**2)
@@ -81,5 +81,5 @@ def _cut(ascending: np.ndarray) -> int:
 
 
 def _cumulated(values: np.ndarray) -> np.ndarray:
-    """(n + 1,): sums of the first 0, 1, ... n values."""
+    """Sums of the first 0, 1, ... n values, (n + 1,)."""
     return np.concatenate([[0.0], np.cumsum(values)])

@@ -1,4 +1,4 @@
-"""The surrogates and the KL: arrays in, sums out."""
+"""The surrogate losses and the KL terms, as functions from arrays to sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ObjectiveSums:
     """Sum of |new - anchor| log-probability."""
     gap_max: mx.array
     kl: mx.array
-    """Sum of the KL's values times its weights."""
+    """Sum of KL values times their weights."""
 
 
 def policy_sums(
@@ -31,18 +31,19 @@ def policy_sums(
     coefficients: mx.array,
     rows: np.ndarray,
 ) -> ObjectiveSums:
-    """Policy-gradient loss, summed over tokens; all arrays (N,), nats.
+    """Compute the policy-gradient loss, summed over tokens; all arrays (N,), nats.
 
         token, sequence   L = - sum_t min(r_t c_t, clip(r_t, 1 - clip_low, 1 + clip_high) c_t)
         weight            L = - sum_t sg[clip(r_t, 1 - clip_low, 1 + clip_high)] c_t logprob_t
         none              L = - sum_t c_t logprob_t
 
-        r_t = exp(logprob - anchor); for sequence exp(its mean over the completion)
+        r_t = exp(logprob - anchor); for sequence: exp(mean of that over the completion)
 
-    `rows` says which completion a token belongs to. Papers: PPO, Schulman et al. 2017 (1707.06347);
-    GSPO, Zheng et al. 2025 (2507.18071), whose min(s C, clip(s) C) per completion this is, C being
-    the sum of its coefficients; CISPO, MiniMax 2025 (2506.13585); RLOO, Ahmadian et al. 2024
-    (2402.14740). For fresh tokens the anchor is the sampler's own record.
+    `rows` holds the index of each token's completion. Papers: PPO, Schulman et al. 2017
+    (1707.06347); GSPO, Zheng et al. 2025 (2507.18071): "sequence" is its min(s C, clip(s) C) per
+    completion, where C is the sum of the coefficients; CISPO, MiniMax 2025 (2506.13585); RLOO,
+    Ahmadian et al. 2024 (2402.14740). For fresh tokens the anchor is the log-probability recorded
+    by the sampler.
     """
     log_ratio = logprobs - anchor_logprobs
     ratio = mx.exp(_row_means(log_ratio, rows) if objective.ratio == "sequence" else log_ratio)
@@ -71,7 +72,7 @@ def policy_sums(
 def kl_terms(
     estimator: str, logprobs: mx.array, ref_logprobs: mx.array, anchor_logprobs: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Per token the loss and the value of KL(policy, reference); all arrays (N,), nats.
+    """Return the loss and the value of KL(policy, reference) per token; all arrays (N,), nats.
 
         d = logprob - ref logprob,   r = exp(logprob - anchor)
 
@@ -80,11 +81,11 @@ def kl_terms(
         k2    d^2 / 2             the value   d grad logprob             KL(policy, reference)
         k3    exp(-d) - 1 + d     the value   (1 - exp(-d)) grad logprob KL(reference, policy)
 
-    The last column is what the gradient's mean is the gradient of. As values k1 and k3 are
+    The last column is the divergence whose gradient is the mean gradient. As values k1 and k3 are
     unbiased and k2 is not (Schulman 2020, joschu.net/blog/kl-approx.html). The mean gradient of d
-    itself is 0, so k1 is used as where it comes from, a penalty in the reward, without the future
-    tokens' part; the same on fresh tokens as k2, and corrected by r later on (Liu et al. 2025,
-    2510.01555). k3 as a loss is GRPO's (Shao et al. 2024, 2402.03300).
+    itself is 0, so k1 is applied as in its original use, a penalty in the reward, without the part
+    of future tokens; on fresh tokens it equals k2, and on later updates it is corrected by r (Liu
+    et al. 2025, 2510.01555). k3 as a loss is GRPO's (Shao et al. 2024, 2402.03300).
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -94,7 +95,7 @@ def kl_terms(
 
 
 def _row_means(values: mx.array, rows: np.ndarray) -> mx.array:
-    """The mean over each row, at every place of the row; (N,)."""
+    """Mean over each row, repeated at every position of the row; (N,)."""
     counts = np.bincount(rows)
     sums = mx.zeros((len(counts),)).at[mx.array(rows)].add(values)
     return (sums / mx.array(np.maximum(counts, 1).astype(np.float32)))[mx.array(rows)]

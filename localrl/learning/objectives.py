@@ -1,13 +1,14 @@
-"""Objectives by name: each paper's choices as one record, and what they do to weights and Z.
+"""Objectives by name: each paper's choices as one record, and their effect on weights and Z.
 
 The loss of a step is a sum over tokens, divided once:
 
     L = 1/Z sum_t [ -s_t(r_t, c_t) + w_t KL_t ],   c_t = share_t * A_t,   w_t = kl_coef * share_t
 
-share_t is what the token counts for: omega, its part of its prompt, or that over a length. All but
-the surrogate s and the KL is known before the update, and stands in c, w and Z. On fresh rollouts
-every ratio r is 1: names that differ only in the ratio (grpo and gspo, dapo and cispo, clipped and
-rloo) then have one gradient, in their papers and here, and part from the step's second update on.
+share_t is the weight of the token: omega, its share of its prompt, possibly over a length. All but
+the surrogate s and the KL is known before the update, and is folded into c, w and Z. On fresh
+rollouts every ratio r is 1: objectives that differ only in the ratio (grpo and gspo, dapo and
+cispo, clipped and rloo) then have the same gradient, in their papers and here, and differ from the
+step's second update on.
 """
 
 from __future__ import annotations
@@ -24,36 +25,36 @@ from localrl.learning.weighting import effective_weight, prompt_weight
 from localrl.records import Group, ScoredGroup
 
 Length = Literal["constant", "sequence", "group", "step"]
-"""What sums are divided by: the configured length of a completion, the tokens of each completion,
-those of each prompt's completions, or those of all completions of the step."""
+"""Divisor of the sums: the configured length of a completion, the tokens of each completion, of
+each prompt's completions, or of all completions of the step."""
 
 Ratio = Literal["token", "sequence", "weight", "none"]
-"""Held per token; held per completion; held, without gradient, as a weight of the log-probability;
-or not formed at all."""
+"""Use of the ratio: clipped per token; clipped per completion; clipped, without gradient, as a
+weight of the log-probability; or not computed at all."""
 
 
 DIFFICULTIES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
-"""Shares of right answers for which `describe` gives the prompt weighting."""
+"""Success rates for which `describe` gives the prompt weighting."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What makes one policy-gradient loss differ from another."""
+    """The choices in which policy-gradient losses differ."""
 
     prompt_weight: str
-    """A name of `localrl.learning.weighting`; it says which baseline and which scale."""
+    """Name from `localrl.learning.weighting`; it determines the baseline and the scale."""
     length: Length
     ratio: Ratio
     clip_low: float
-    """The ratio is held above 1 - clip_low."""
+    """The ratio is clipped below at 1 - clip_low."""
     clip_high: float
-    """The ratio is held below 1 + clip_high."""
+    """The ratio is clipped above at 1 + clip_high."""
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
 
     @property
     def flat_only(self) -> bool:
-        """Whether completions must not share tokens."""
+        """True if completions must not share tokens."""
         return self.length == "sequence" or self.ratio == "sequence"
 
 
@@ -68,20 +69,20 @@ OBJECTIVES: dict[str, Objective] = {
     "bnpo": Objective("std", "step", "token", 0.2, 0.2),
     # Yu et al. 2025 (2503.14476)
     "dapo": Objective("std", "group", "token", 0.2, 0.28),
-    # MiniMax 2025 (2506.13585), its weight held at 5 as Khatri et al. 2025 (2510.13786) do
+    # MiniMax 2025 (2506.13585), with its weight clipped at 5 as in Khatri et al. 2025 (2510.13786)
     "cispo": Objective("std", "group", "weight", 1.0, 4.0),
     # Zheng et al. 2025 (2507.18071)
     "gspo": Objective("std", "sequence", "sequence", 3e-4, 4e-4),
     # Ahmadian et al. 2024 (2402.14740)
     "rloo": Objective("none", "constant", "none", 0.0, 0.0),
 }
-"""Clip ranges are the papers' own, and PPO's 0.2 where a paper gives none."""
+"""Objectives by name. Clip ranges are the papers' own, or PPO's 0.2 if a paper gives none."""
 
 
 def make_objective(config: LearningConfig) -> Objective:
-    """The configured objective; a setting that is given wins over the paper's.
+    """Build the configured objective; explicit settings override the paper's choices.
 
-    Raises: ConfigError when a clip range is given to an objective that forms no ratio.
+    Raises: ConfigError if a clip range is given for an objective without a ratio.
     """
     objective = OBJECTIVES[config.objective]
     given = {
@@ -92,8 +93,8 @@ def make_objective(config: LearningConfig) -> Objective:
     useless = [name for name in given if name.startswith("clip")]
     if objective.ratio == "none" and useless:
         raise ConfigError(
-            f"learning.{useless[0]} is {given[useless[0]]}, but {config.objective} forms no ratio "
-            "that could be held. Leave it out, or set learning.objective to clipped."
+            f"learning.{useless[0]} is {given[useless[0]]}, but {config.objective} has no ratio "
+            "to clip. Leave it out or set learning.objective to clipped."
         )
     return dataclasses.replace(
         objective, **given, kl_coef=config.kl_coef, kl_estimator=config.kl_estimator
@@ -101,10 +102,10 @@ def make_objective(config: LearningConfig) -> Objective:
 
 
 def describe(config: LearningConfig, group_size: int) -> dict[str, Any]:
-    """The objective in full, and what its prompt weighting does to prompts of each difficulty.
+    """Describe the objective in full, with the effect of its prompt weighting by difficulty.
 
-    `effective_weight` is w(p) of a flat group: a prompt answered right with probability p moves the
-    policy as w(p) times its own gradient. None where completions stand alone.
+    `effective_weight` is w(p) of a flat group: a prompt with success probability p moves the policy
+    by w(p) times its own gradient. None if groups have a single completion.
     """
     objective = make_objective(config)
     weights = None
@@ -121,7 +122,7 @@ def describe(config: LearningConfig, group_size: int) -> dict[str, Any]:
 
 
 def weigh_prompt(objective: Objective, scored: ScoredGroup, credit: Credit) -> Credit:
-    """The credit with all advantages of the group times the objective's prompt weight."""
+    """Multiply all advantages of the group by the objective's prompt weight."""
     known = [reward for reward in scored.rewards if reward is not None]
     factor = prompt_weight(objective.prompt_weight, known)
     advantages = tuple(None if a is None else factor * a for a in credit.advantages)
@@ -129,15 +130,15 @@ def weigh_prompt(objective: Objective, scored: ScoredGroup, credit: Credit) -> C
 
 
 def token_shares(objective: Objective, group: Group, credit: Credit) -> tuple[float, ...]:
-    """The share of one token of each node.
+    """Weight of one token of each node.
 
         constant: omega      sequence: omega / |y|      group: omega / T      step: omega G
 
-    G counts the prompt's completions, and T is their mean length: the sum of omega over the tokens
-    that the model wrote. In a flat group omega is 1/G, so that group gives every token 1 over the
-    prompt's tokens, and step gives it 1.
+    G is the number of the prompt's completions and T their mean length: the sum of omega over the
+    tokens that the model wrote. In a flat group omega is 1/G, so "group" gives every token 1 over
+    the prompt's tokens, and "step" gives it 1.
 
-    Raises: ConfigError when the objective needs |y| and completions share tokens.
+    Raises: ConfigError if the objective needs |y| and completions share tokens.
     """
     if objective.flat_only:
         _refuse_forks(group)
@@ -158,12 +159,12 @@ def denominator(
     credits: Sequence[Credit],
     max_completion_tokens: int,
 ) -> float:
-    """Z of a step, from all its groups, whether they have something to teach or not.
+    """Compute Z of a step from all its groups, informative or not.
 
         constant: prompts * max_completion_tokens    sequence, group: prompts    step: sum of G T
 
-    The last is the number of tokens. Completions without a reward have no omega: they count
-    neither in G nor in T.
+    The last is the number of tokens. Completions without a reward have no omega and count neither
+    in G nor in T.
     """
     if objective.length == "step":
         pairs = zip(scored, credits, strict=True)
@@ -183,7 +184,7 @@ def _mean_length(group: Group, credit: Credit) -> float:
 
 
 def _completion_lengths(group: Group) -> list[int]:
-    """|y| of the completion that each node belongs to: the tokens that the model wrote."""
+    """Length |y| of the completion each node belongs to: the tokens that the model wrote."""
     lengths = [0] * len(group.nodes)
     for leaf in group.leaves:
         path = group.path(leaf.node)

@@ -1,10 +1,10 @@
-"""Selection: which rollouts reach the optimizer, and the batch that it sees.
+"""Selection of the rollouts that reach the optimizer, and the batch made of them.
 
-What one token is worth is settled here, before the update:
+The coefficient of each token is fixed here, before the update:
 
     coefficient = share * advantage * weight of its completion * importance of its prefix
 
-and 0 for what repeats itself. Tokens whose coefficient is 0 cost nothing in the update.
+and 0 for repeated text. Tokens whose coefficient is 0 cost nothing in the update.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from localrl.records import Batch, BatchNode, DropReason, Group, ScoredGroup
 from localrl.utils.repetition import repeated_from
 
 NEGLIGIBLE = 1e-8
-"""A coefficient this small teaches nothing."""
+"""Coefficients up to this size are treated as 0."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The batch of a step, and what was left out of it."""
+    """The batch of a step, and a record of what was left out of it."""
 
     batch: Batch
     informative: tuple[bool, ...]
-    """Per group: whether some coefficient is more than negligible."""
+    """True for each group with a coefficient that is not negligible."""
     dropped: tuple[tuple[DropReason | None, ...], ...]
-    """Per group and completion: why it is not in the batch, None if it is."""
+    """Reason each completion of each group is not in the batch; None if it is."""
 
     @property
     def kept(self) -> tuple[bool, ...]:
-        """Per group: whether some of it is in the batch; with a KL also without a coefficient."""
+        """True for each group with completions in the batch; with a KL coefficients may be 0."""
         return tuple(any(reason is None for reason in reasons) for reasons in self.dropped)
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of the batch with a coefficient or a KL weight."""
+        """Number of tokens of the batch with a coefficient or a KL weight."""
         return sum(int(node.trained.sum()) for node in self.batch.nodes)
 
 
@@ -52,11 +52,11 @@ def select(
     objective: Objective,
     leaf_weights: Sequence[np.ndarray] | None = None,
 ) -> Selection:
-    """Keep the groups that have something to teach; with a KL, all that have a reward.
+    """Keep the informative groups; with a KL, all that have a reward.
 
-    `z` counts all prompts of the step, kept or not: what is dropped would have added 0 to the sum,
-    so dropping it must not change the quotient. `leaf_weights` are those of down-sampling, (leaves)
-    per group, by which a completion that shares no tokens is multiplied.
+    `z` counts all prompts of the step, kept or not: dropped groups would have added 0 to the sum,
+    so dropping them must not change the quotient. `leaf_weights` are the down-sampling weights,
+    (leaves,) per group; they multiply completions that share no tokens.
     """
     prompts: list[tuple[int, ...]] = []
     nodes: list[BatchNode] = []
@@ -74,12 +74,12 @@ def select(
 
 
 def round_small(credit: Credit, least: float, uniforms: np.ndarray) -> Credit:
-    """Advantages below `least` in size become that, or 0, at random and without bias.
+    """Round advantages smaller than `least` to it or to 0, at random and without bias.
 
         |A| < least:   A <- sign(A) least   with probability |A| / least,   else 0
 
-    `uniforms` holds a number in (0, 1) per node. It saves the update of completions that would
-    hardly move anything.
+    `uniforms` holds a number in (0, 1) per node. This saves computing updates from completions that
+    would hardly change the policy.
     """
 
     def rounded(advantage: float | None, uniform: float) -> float | None:
@@ -92,7 +92,7 @@ def round_small(credit: Credit, least: float, uniforms: np.ndarray) -> Credit:
 
 
 def _factors(group: Group, leaf_weights: np.ndarray) -> list[np.ndarray]:
-    """What each token's share is multiplied by, (n,) per node."""
+    """Factor on each token's share, (n,) per node."""
     factors = importance(group)
     for leaf, weight in zip(group.leaves, leaf_weights, strict=True):
         for n in group.path(leaf.node):
@@ -103,7 +103,7 @@ def _factors(group: Group, leaf_weights: np.ndarray) -> list[np.ndarray]:
 
 
 def _silence_repetition(group: Group, end: int, factors: list[np.ndarray]) -> None:
-    """Set the factors of a loop's tokens to 0, but for its first two periods."""
+    """Set the factors of a loop's tokens to 0, except for its first two periods."""
     path = group.path(end)
     start = repeated_from(np.concatenate([group.nodes[n].token_ids for n in path]))
     if start is None:
@@ -117,7 +117,7 @@ def _silence_repetition(group: Group, end: int, factors: list[np.ndarray]) -> No
 def _dropped(
     scored: ScoredGroup, nodes: Sequence[BatchNode], weights: np.ndarray
 ) -> tuple[DropReason | None, ...]:
-    """Why each completion has nothing to train, None where it has."""
+    """Reason each completion has nothing to train; None if it has."""
     group = scored.group
     reasons: list[DropReason | None] = []
     for leaf, reward, weight in zip(group.leaves, scored.rewards, weights, strict=True):
@@ -161,5 +161,5 @@ def _batch_nodes(
 
 
 def _above_nothing(coefficients: np.ndarray) -> np.ndarray:
-    """The coefficients as float32, negligible ones as 0."""
+    """Return the coefficients as float32, with negligible ones set to 0."""
     return np.where(abs(coefficients) > NEGLIGIBLE, coefficients, 0.0).astype(np.float32)

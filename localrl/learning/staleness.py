@@ -1,7 +1,7 @@
-"""Staleness: what tokens of an earlier policy count for under the present one.
+"""Staleness: the weight of an earlier policy's tokens under the current policy.
 
-`old` is the policy at the start of the step, `sampled` the one that wrote the token. For tokens
-that the policy itself has just written the two are one, and all of this is exactly neutral.
+`old` is the policy at the start of the step, `sampled` the one that wrote the token. For freshly
+sampled tokens the two are the same, and every weight here is exactly neutral.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 from localrl.records import Group
 
 TRUNCATION = 2.0
-"""C: the most that a token of an earlier policy counts for."""
+"""C: maximum weight of a token of an earlier policy."""
 LARGEST_LOG = 20.0
-"""Nats; beyond them a weight says nothing more, and its exponential would overflow."""
+"""Clip for log-ratios, in nats; larger ones carry no information and exp would overflow."""
 
 
 def importance(group: Group) -> list[np.ndarray]:
-    """Prefix-cumulative weights, truncated: (n,) float64 per node.
+    """Compute truncated prefix-cumulative weights, (n,) float64 per node.
 
         IS_t = min(exp(clip(sum over s <= t of (old_s - sampled_s), -20, 20)), C)
 
-    The sum runs along the path from the root, so that fresh tokens behind a stale prefix have the
-    prefix's weight. Exactly 1 without stale tokens. Cumulative rather than per token, because a
-    token is trained in a context that the earlier policy chose (CTPO, arXiv 2605.07331).
+    The sum runs along the path from the root, so fresh tokens after a stale prefix get the prefix's
+    weight. It is exactly 1 without stale tokens. Weights are cumulative rather than per token
+    because a token is trained in a context that the earlier policy chose (CTPO, arXiv 2605.07331).
     """
     sums: list[float] = []
     weights: list[np.ndarray] = []
@@ -40,17 +40,17 @@ def importance(group: Group) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the policy has moved from those that wrote a group, over its stale sampled tokens."""
+    """The policy's distance from those that wrote a group, over its stale sampled tokens."""
 
     k3: float
-    """Mean of rho - log rho - 1, rho = old / sampled probability: an estimate of the KL divergence,
-    never negative."""
+    """Mean of rho - log rho - 1, rho = old / sampled probability: a non-negative estimate of the KL
+    divergence."""
     mean_log: float
-    """Mean log rho: by how many nats a token has become likelier."""
+    """Mean log rho: average increase of a token's log-probability, in nats."""
 
 
 def drift(group: Group) -> Drift:
-    """The group's drift, 0 without stale tokens; a log-ratio beyond 20 nats counts as 20."""
+    """Compute a group's drift, 0 without stale tokens; log-ratios are clipped at 20 nats."""
     stale = [
         np.clip(log_ratio, -LARGEST_LOG, LARGEST_LOG)[node.sampled]
         for node, log_ratio in zip(group.nodes, _log_ratios(group), strict=True)
@@ -63,16 +63,16 @@ def drift(group: Group) -> Drift:
 
 
 def too_far(group: Group, limit: float) -> bool:
-    """Whether the group is of too different a policy to learn from.
+    """Return True if the group's policy is too different to learn from.
 
-    That is so when its mean K3 or its |mean log rho| is above `limit`, or either is no number.
+    This holds if its mean K3 or its |mean log rho| is above `limit`, or either is NaN.
     """
     found = drift(group)
     return not (found.k3 <= limit and abs(found.mean_log) <= limit)
 
 
 def with_old_logprobs(group: Group, logprobs: Sequence[np.ndarray]) -> Group:
-    """The group, written by an earlier policy, with each node's (n,) under the present one."""
+    """Set each node's `old_logprobs` (n,) in a group written by an earlier policy."""
     nodes = [
         replace(node, old_logprobs=old) for node, old in zip(group.nodes, logprobs, strict=True)
     ]
@@ -80,7 +80,7 @@ def with_old_logprobs(group: Group, logprobs: Sequence[np.ndarray]) -> Group:
 
 
 def _log_ratios(group: Group) -> list[np.ndarray]:
-    """old - sampled in float64, (n,) per node; 0 for fresh tokens and those not sampled."""
+    """Log-ratios old - sampled, (n,) float64 per node; 0 for fresh and for unsampled tokens."""
     found = []
     for node in group.nodes:
         if node.old_logprobs is None:

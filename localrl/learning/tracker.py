@@ -1,4 +1,4 @@
-"""The tracker: what a prompt's completions have been worth so far, known before the next ones."""
+"""The tracker: running reward statistics per prompt, available before the next completions."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from localrl.records import Example, ScoredGroup, mean_or_none
 from localrl.utils.rng import keyed_generator
 
 HALF_LIFE = 0.06
-"""Nats of drift after which half of what was known is forgotten."""
+"""Drift in nats after which old rewards count half."""
 KEPT = (0.875, 0.96)
-"""Least and most that stays when a prompt is seen again: the last 8 to 25 visits count."""
+"""Minimum and maximum retention when a prompt is seen again: the last 8 to 25 visits count."""
 PRIOR_SAMPLES = 2.0
-"""Completions that the mean of all prompts counts for, where a prompt has been seen little."""
+"""Weight of the mean over all prompts, in completions, for prompts rarely seen."""
 KEPT_OF_ALL = 0.99
-"""Of the mean of all prompts, per group: steady, yet fast enough to follow the policy."""
+"""Retention of the mean over all prompts, per group: stable, yet fast enough for the policy."""
 FLOOR = 0.05
-"""Smallest parameter of a posterior, so that it is never certain."""
+"""Minimum parameter of a posterior, so that it never becomes certain."""
 
 
 @dataclass
 class PromptStats:
     total: float
-    """Sum of rewards, forgotten little by little."""
+    """Sum of rewards, with old ones decayed."""
     count: float
-    """Completions in it."""
+    """Number of completions in that sum."""
     tokens: float
-    """Sum of their lengths."""
+    """Sum of their lengths in tokens."""
     clock: float
-    """Drift of the policy up to the last visit, in nats."""
+    """Cumulative drift of the policy at the last visit, in nats."""
 
 
 @dataclass
 class Tracker:
-    """A running mean reward per `tracker_key`, drawn toward that of all prompts.
+    """A running mean reward per `tracker_key`, shrunk toward the mean of all prompts.
 
         total <- kept total + (1 - kept) prior * mean of all + samples * mean reward of the group
         count <- kept count + (1 - kept) prior + samples,         value = total / count
         kept = 2^(-drift / 0.06) within 0.875 and 0.96
 
-    drift is how far the policy has moved since the prompt's last visit: the sum over updates of the
-    mean |change of log-probability|. The forgetting is that of Xu and Ding 2025 (single-stream
-    policy optimization, arXiv 2509.13232), who measure drift on the prompt's last completion; the
-    prior is that of Qu et al. 2025 (MoPPS, arXiv 2507.04632). For rewards of 0 and 1 total and
-    count - total are a Beta posterior; others are placed within the range seen so far. Completions
-    that share tokens are correlated: a group counts as its roots and half of its further leaves.
+    drift is the policy's movement since the prompt's last visit: the sum over updates of the mean
+    |change of log-probability|. The decay is that of Xu and Ding 2025 (single-stream policy
+    optimization, arXiv 2509.13232), who measure drift on the prompt's last completion; the prior is
+    that of Qu et al. 2025 (MoPPS, arXiv 2507.04632). For rewards of 0 and 1 total and count - total
+    are a Beta posterior; others are scaled to the range seen so far. Completions that share tokens
+    are correlated: a group counts as its roots plus half of its other leaves.
     """
 
     _known: dict[str, PromptStats] = field(default_factory=dict)
@@ -56,33 +56,33 @@ class Tracker:
     _range: tuple[float, float] = (0.0, 1.0)
 
     def value(self, key: str) -> float | None:
-        """Expected reward of the prompt; None while no reward at all has been seen."""
+        """Expected reward of the prompt; None until any reward has been seen."""
         if not self._all.count:
             return None
         known = self._of(key)
         return known.total / known.count
 
     def difficulty(self, key: str) -> float | None:
-        """Where the expected reward lies within the range of rewards, 0 to 1."""
+        """Expected reward scaled to the range of rewards, 0 to 1."""
         value = self.value(key)
         return None if value is None else self.place(value)
 
     def expected_tokens(self, key: str) -> float | None:
-        """Expected length of a completion; None while none has been seen."""
+        """Expected length of a completion; None until one has been seen."""
         known = self._of(key)
         return known.tokens / known.count if known.count else None
 
     def posterior(self, key: str) -> tuple[float, float]:
-        """Parameters of the Beta distribution of the prompt's share of right answers."""
+        """Parameters of the Beta distribution of the prompt's success rate."""
         known = self._of(key)
         place = self.place(known.total / known.count) if known.count else 0.5
         count = known.count or PRIOR_SAMPLES
         return max(FLOOR, count * place), max(FLOOR, count * (1 - place))
 
     def worth(self, examples: Sequence[Example], *address: int | str) -> np.ndarray:
-        """What a token spent on each example may teach, (n,): sqrt(p (1 - p) / expected tokens).
+        """Learning value per token of each example, (n,): sqrt(p (1 - p) / expected tokens).
 
-        p is drawn from the posterior (Thompson 1933), so that little-known prompts get their turn.
+        p is drawn from the posterior (Thompson 1933), so that rarely seen prompts are tried too.
         The standard deviation of the reward is what a completion teaches (see docs/strategies.md).
         """
         alpha, beta = np.reshape([self.posterior(e.tracker_key) for e in examples], (-1, 2)).T
@@ -91,11 +91,11 @@ class Tracker:
         return np.sqrt(p * (1 - p) / np.array(tokens))
 
     def drifted(self, nats: float) -> None:
-        """The policy has moved this far."""
+        """Record that the policy has moved by this much."""
         self._all.clock += nats
 
     def update(self, scored: Sequence[ScoredGroup], credits: Sequence[Credit]) -> None:
-        """Take in a step's rewards, weighted as the credit weighs its leaves."""
+        """Add a step's rewards, weighted as the credit weighs its leaves."""
         for group, credit in zip(scored, credits, strict=True):
             mean, samples = _worth(group, credit)
             if samples:
@@ -121,7 +121,7 @@ class Tracker:
         return self._known.get(key) or self._prior()
 
     def _prior(self) -> PromptStats:
-        """What is thought of a prompt never seen: the mean of all, as a few completions."""
+        """Statistics of an unseen prompt: the mean of all, weighted as a few completions."""
         overall = self._all
         if not overall.count:
             return PromptStats(0.0, 0.0, 0.0, overall.clock)
@@ -135,13 +135,13 @@ class Tracker:
         self._range = min(low, *rewards), max(high, *rewards)
 
     def place(self, reward: float) -> float:
-        """A reward's place within the range seen so far, 0 to 1."""
+        """Scale a reward to the range seen so far, 0 to 1."""
         low, high = self._range
         return float(np.clip((reward - low) / (high - low), 0.0, 1.0))
 
 
 def _worth(scored: ScoredGroup, credit: Credit) -> tuple[float, float]:
-    """Weighted mean reward of a group, and how many independent completions it counts for."""
+    """Weighted mean reward of a group, and the number of independent completions it counts as."""
     leaves = [
         (credit.weights[leaf.node], reward)
         for leaf, reward in zip(scored.group.leaves, scored.rewards, strict=True)

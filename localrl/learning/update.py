@@ -28,19 +28,19 @@ from localrl.records import Batch, MemoryPlan, StepStats
 LOGGER = logging.getLogger(__name__)
 
 MOST_SKIPPED = 3
-"""Steps in a row whose update may be skipped, since something in it was not finite."""
+"""Consecutive steps with an update that is not finite after which the run ends."""
 
 _State = tuple[Any, int]
-"""(adapters, optimizer), and the number of updates that they have had."""
+"""Adapters and optimizer state, and the number of updates made."""
 
 DRIFT_TOKENS = 128
-"""Trained tokens from which the policy's drift is measured."""
+"""Number of trained tokens on which the policy's drift is measured."""
 
 NO_UPDATE = StepStats(*(None,) * 8, trained_tokens=0, saved_positions=0, updated=False)
 
 
 class Updater:
-    """Adam on the adapters of a policy; the only thing that changes them."""
+    """Applies Adam to the adapters of a policy; nothing else changes them."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class Updater:
     ) -> None:
         self.policy = policy
         self.ranks: Ranks = ALONE
-        """Those that share each batch."""
+        """The ranks that share each batch."""
         self._beat = beat
         self.shared: bool | None = None
-        """Whether prompts and nodes are computed once; None until the first batch has shown it."""
+        """True if prompts and nodes are computed once; None until checked on the first batch."""
         self._warn = warn
         self.config = config
         self.objective = make_objective(config)
@@ -63,32 +63,32 @@ class Updater:
         self._norms: mx.array | None = None
         self.updates = 0
         self.skipped = 0
-        """Steps in a row with an update that was not made."""
+        """Number of consecutive steps without an update."""
         # Every update sets its own rate.
         self.optimizer = optim.Adam(learning_rate=0.0, bias_correction=True)
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update: rises linearly over the warm-up, then stays."""
+        """Learning rate of the next update: rises linearly over the warm-up, then is constant."""
         return self.config.lr * min(1.0, (self.updates + 1) / (self.config.warmup_steps + 1))
 
     def update(self, batch: Batch, plan: MemoryPlan) -> StepStats:
         """Update the adapters on one step's batch; an empty batch changes nothing.
 
-        With several ranks each gets the whole batch, computes its share of it, and makes the same
+        With several ranks each gets the whole batch, computes its share of it, and applies the same
         update from the sum.
 
-        Nothing that is not finite stays: not a loss, a gradient, an adapter, nor adapters under
-        which a log-probability is none. The adapters and the optimizer are then as they were.
+        If the loss, the gradient, an adapter, or a log-probability under the new adapters is not
+        finite, the adapters and the optimizer are left or restored as they were.
 
-        Raises: LocalRLError when that happened in several steps in a row.
+        Raises: LocalRLError if that happens in several consecutive steps.
         """
         if not any(node.trained.any() for node in batch.nodes):
             return NO_UPDATE
         batch, before = shard_batch(batch, self.ranks.rank, self.ranks.size), self._state()
         first = stats = self._apply(batch, plan)
         for _ in range(self.config.updates_per_step - 1):
-            # Once more would be the same again.
+            # Repeating a failed update would fail the same way.
             stats = stats if stats.problem else self._apply(batch, plan)
         problem, drift = stats.problem, None
         if first.updated:
@@ -111,7 +111,7 @@ class Updater:
 
         One forward pass over a sample: enough trees for `DRIFT_TOKENS` trained tokens.
         """
-        moved = np.zeros(2)  # their sum, and how many there are
+        moved = np.zeros(2)  # their sum and their number
         for micro in self._micro_batches(_some(batch, DRIFT_TOKENS // self.ranks.size), plan):
             change = np.array(self._logprobs(micro, plan.head_chunk)) - micro.anchor_logprobs
             moved += np.abs(change).sum(), len(change)
@@ -119,9 +119,9 @@ class Updater:
         return float(total / count)
 
     def gradient(self, batch: Batch, plan: MemoryPlan) -> tuple[Any, _Totals]:
-        """Gradient of the objective over the batch, divided once by Z; and the sums behind it.
+        """Gradient of the objective over the batch, divided once by Z, and the sums it comes from.
 
-        Of several ranks each gives its share of the batch, and has the sum over all.
+        With several ranks each computes its share of the batch, and all get the sum.
         """
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
         total, gradient = _Totals(), None
@@ -138,7 +138,7 @@ class Updater:
         return tree_map(lambda g: g / batch.z, gradient), total
 
     def _of_all(self, gradient: Any, total: _Totals) -> tuple[Any, _Totals]:
-        """The sums over ranks; gradient: None where there was nothing to compute."""
+        """Sum gradients and totals over ranks; gradient: None if this rank computed nothing."""
         if gradient is None:
             gradient = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
         flat: Any = tree_flatten(gradient)
@@ -152,7 +152,7 @@ class Updater:
         return tree_unflatten(summed), _Totals.of(totals)
 
     def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
-        """The batch as forests, or as plain rows for families that forests do not fit."""
+        """Pack the batch as forests, or as plain rows for families that cannot score forests."""
         if not batch.nodes:  # another rank has it all
             return iter(())
         if self.shared is None:
@@ -161,8 +161,8 @@ class Updater:
             )
             if not self.shared:
                 self._warn(
-                    "this model's family does not score shared prefixes as it scores whole "
-                    "sequences; the update computes every completion on its own, which is slower"
+                    "this model's family scores shared prefixes differently from whole sequences, "
+                    "so the update computes every completion separately, which is slower"
                 )
         pack = forest_batches if self.shared else row_batches
         return pack(batch, plan.micro_rows)
@@ -187,12 +187,12 @@ class Updater:
         return sums.loss, sums
 
     def _reference(self, micro: MicroBatch, head_chunk: int) -> mx.array | None:
-        """Log-probabilities (N,) without the adapters; None where the KL has no weight."""
+        """Log-probabilities (N,) without the adapters; None if all KL weights are 0."""
         if not micro.kl_weights.any():
             return None
         with adapters_off(self.policy.model):
             logprobs = self._logprobs(micro, head_chunk)
-        # Made now, so that this pass's activations are gone before those of the next one.
+        # Evaluated now so that this pass's activations are freed before the next pass.
         mx.eval(logprobs)
         return logprobs
 
@@ -218,7 +218,7 @@ class Updater:
         return total.stats(batch.z, norm)
 
     def _state(self) -> _State:
-        """What an update changes. Arrays are never changed in place, so this copies nothing."""
+        """The state an update changes. Arrays are never modified in place, so nothing is copied."""
         parts = (self.policy.model.trainable_parameters(), self.optimizer.state)
         return tree_map(lambda array: array, parts), self.updates
 
@@ -228,16 +228,16 @@ class Updater:
         self.optimizer.state = moments
 
     def _count(self, problem: str | None) -> None:
-        """Count steps in a row that went wrong: one bad update would ruin the adapters for good.
+        """Count consecutive failed steps: one bad update would ruin the adapters permanently.
 
-        Raises: LocalRLError when they are too many.
+        Raises: LocalRLError if there are too many.
         """
         self.skipped = self.skipped + 1 if problem else 0
         if self.skipped >= MOST_SKIPPED:
             raise LocalRLError(
                 f"An update was not finite {self.skipped} times in a row (the last time: "
-                f"{problem}). The adapter has diverged; the last checkpoint holds it as it was "
-                f"before. Start again with a learning.lr lower than {self.config.lr:g}."
+                f"{problem}). The adapter has diverged; the last checkpoint holds its state from "
+                f"before. Start again with learning.lr below {self.config.lr:g}."
             )
 
 
@@ -257,7 +257,7 @@ class _Totals:
 
     @classmethod
     def of(cls, parts: Sequence[dict[str, Any]]) -> _Totals:
-        """The totals of all ranks, from the fields of each."""
+        """Combine the totals of all ranks, each given as its fields."""
         total = cls(**{name: sum(part[name] for part in parts) for name in parts[0]})
         total.gap_max = max(part["gap_max"] for part in parts)
         return total
@@ -291,7 +291,7 @@ class _Totals:
 
 
 def _some(batch: Batch, tokens: int) -> Batch:
-    """The first trees of a batch that have this many trained tokens, or all of it."""
+    """The first trees of a batch that together have this many trained tokens, or all of it."""
     seen = 0
     for n, node in enumerate(batch.nodes):
         if seen >= tokens and node.parent < 0:
@@ -302,13 +302,13 @@ def _some(batch: Batch, tokens: int) -> Batch:
 
 
 def _finite(tree: Any) -> bool:
-    """Whether all numbers of a tree's arrays are finite."""
+    """Return True if all numbers in a tree of arrays are finite."""
     return all(np.isfinite(array).all() for array in _views(tree))
 
 
 def global_norm(tree: Any) -> float:
-    """Euclidean norm of all float32 arrays of a tree together."""
-    # By NumPy: hundreds of small arrays are as many operations of a graph.
+    """Joint Euclidean norm of all float32 arrays in a tree."""
+    # In NumPy, because hundreds of small arrays would be as many operations in MLX's graph.
     return math.sqrt(sum(float(np.vdot(array, array)) for array in _views(tree)))
 
 

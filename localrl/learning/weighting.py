@@ -1,10 +1,11 @@
-"""Prompt weightings: one factor for all advantages of a group, a function of its rewards alone.
+"""Prompt weightings: one factor on all advantages of a group, a function of its rewards alone.
 
-For rewards of 0 and 1 such a factor cannot bend the gradient within a prompt; it only multiplies it
-by some w(p), p being the prompt's success probability. Many named methods differ in nothing else.
+For rewards of 0 and 1 such a factor does not change the direction of a prompt's gradient; it only
+multiplies it by some w(p), where p is the prompt's success probability. Many named methods differ
+only in this.
 
 The factor multiplies *leave-one-out* advantages, those of `assign_credit` for a flat group with
-kappa 0. They are G/(G-1) times r - mean(r), so a paper's factor on r - mean(r) has (G-1)/G in it
+kappa 0. They are G/(G-1) times r - mean(r), so a paper's factor on r - mean(r) includes (G-1)/G
 here, and the product is the paper's advantage.
 
 | name | advantage of completion i | paper | w(p) |
@@ -15,7 +16,7 @@ here, and the product is the paper's advantage.
 | maxrl | (r_i - mean(r)) / mean(r) | MaxRL, Tajwar et al. 2026 (2602.02710) | (1-(1-p)^(G-1))/p |
 
 std(r) has G-1 in its denominator, as in TRL; std(p) is sqrt(p(1-p)). With few completions w(p) of
-`std` bends down at the ends, where most groups are all alike; `effective_weight` is exact.
+`std` drops near 0 and 1, where most groups have equal rewards; `effective_weight` is exact.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from localrl.config import closest
 from localrl.errors import ConfigError
 
 STD_EPSILON = 1e-4
-"""TRL's, in units of reward."""
+"""TRL's epsilon for the standard deviation, in units of reward."""
 
 
 def prompt_weight(name: str, rewards: Sequence[float]) -> float:
-    """The factor on all leave-one-out advantages of a group, from its known rewards.
+    """Compute the factor on all leave-one-out advantages of a group from its known rewards.
 
-    Finite for any finite rewards. Where a paper's advantages are all 0 the factor is 0, so that no
-    tracker's baseline is blown up: `std` for equal rewards, `maxrl` for a mean that is not above 0,
-    all but `none` for a single reward.
+    It is finite for any finite rewards. If a paper's advantages are all 0 the factor is 0, so that
+    the tracker's baseline is not amplified: `std` for equal rewards, `maxrl` for a mean that is not
+    above 0, all except `none` for a single reward.
 
     Raises: ConfigError for an unknown name.
     """
@@ -45,17 +46,17 @@ def prompt_weight(name: str, rewards: Sequence[float]) -> float:
 
 
 def weighting_names() -> tuple[str, ...]:
-    """The names that `prompt_weight` knows."""
+    """Return the names that `prompt_weight` accepts."""
     return tuple(_WEIGHTINGS)
 
 
 def effective_weight(name: str, p: float, group_size: int) -> float:
-    """w(p): what the factor multiplies the gradient of a prompt's success probability p by.
+    """Compute w(p), the factor on the gradient of a prompt's success probability p.
 
         w(p) = sum_{k=1}^{G-1} C(G-2, k-1) p^(k-1) (1-p)^(G-1-k) factor(k ones, G-k zeros)
 
-    Exact for G = group_size independent rewards of 0 and 1 and leave-one-out advantages: the mean
-    of the factor over groups in which a given completion succeeds and another given one fails.
+    It is exact for G = group_size independent rewards of 0 and 1 and leave-one-out advantages: the
+    mean of the factor over groups in which a given completion succeeds and another one fails.
 
     Raises: ConfigError for an unknown name; ValueError for p outside [0, 1] or G below 2.
     """
@@ -85,12 +86,12 @@ def _one(rewards: Sequence[float]) -> float:
 
 
 def _all_in_mean(rewards: Sequence[float]) -> float:
-    """(G-1)/G, which turns leave-one-out into r - mean(r)."""
+    """Factor (G-1)/G, which turns leave-one-out advantages into r - mean(r)."""
     return (len(rewards) - 1) / len(rewards)
 
 
 def _inverse_std(rewards: Sequence[float]) -> float:
-    # Tested on the rewards: rounding can make the deviation of equal ones tiny instead of 0.
+    # Compare the rewards: rounding can make the deviation of equal ones tiny instead of 0.
     if max(rewards) == min(rewards):
         return 0.0
     return _all_in_mean(rewards) / (stdev(rewards) + STD_EPSILON)

@@ -1,6 +1,6 @@
-"""Between two steps: was memory near its end, and what the next plan is then.
+"""Memory checks between steps: a smaller plan if memory is short, a larger one if there is room.
 
-Only batching changes as long as that helps, so that the expected gradient stays what it was.
+As long as it helps, only batching changes, so the expected gradient stays the same.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH, PlanRequest, PromptLe
 from localrl.records import MemoryPlan
 
 NEAR = 0.95
-"""Share of the limit above which the next plan is smaller."""
+"""Fraction of the limit above which the next plan is smaller."""
 ROOM, CALM_STEPS = 0.7, 10
-"""After so many steps in a row below this share of the limit, what was given up grows again."""
+"""Fraction of the limit, and number of consecutive steps below it before the plan grows again."""
 SMALLER = 0.8
-"""What is left of a plan when memory was lacking."""
+"""Factor on batch sizes when memory is short."""
 LARGER = 1.25
 SPARE = 0.04
-"""Share of the machine's memory that stays available, else the next plan is smaller."""
+"""Fraction of the machine's memory that must stay available, else the next plan is smaller."""
 
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """What a step took, and how the machine is after it."""
+    """The memory a step used, and the state of the machine after it."""
 
     peak_bytes: int
     cached_bytes: int
@@ -35,19 +35,19 @@ class MemoryReading:
 
 @dataclass
 class MemoryMonitor:
-    """What is remembered from step to step."""
+    """Adjusts the plan between steps; remembers the initial plan and recent readings."""
 
     most: MemoryPlan
-    """The plan at the start: nothing grows beyond it."""
+    """The initial plan: nothing grows beyond it."""
     calm: int = 0
-    """Steps in a row with room."""
+    """Number of consecutive steps with room to spare."""
 
     def see(
         self, plan: MemoryPlan, reading: MemoryReading, *, least_rows: int, may_checkpoint: bool
     ) -> tuple[MemoryPlan, str] | None:
-        """The next plan and why, or None when it stays.
+        """Return the next plan and the reason for it, or None if the plan stays.
 
-        least_rows: how many rows must be decoded at once, those of one tree.
+        least_rows: minimum number of rows decoded at once, those of one tree.
         """
         tight = _tight(plan, reading)
         if tight:
@@ -59,7 +59,7 @@ class MemoryMonitor:
         if self.calm < CALM_STEPS or _rows(plan) == _rows(self.most):
             return None
         self.calm = 0
-        return self._more(plan), f"{CALM_STEPS} steps with room"
+        return self._more(plan), f"{CALM_STEPS} steps with room to spare"
 
     def _more(self, plan: MemoryPlan) -> MemoryPlan:
         grown = {
@@ -74,11 +74,11 @@ class MemoryMonitor:
 def for_longer(
     request: PlanRequest, plan: MemoryPlan, tokens: int, coefficients: Coefficients
 ) -> tuple[PlanRequest, MemoryPlan]:
-    """Both for prompts of more tokens than the plan counts with.
+    """Adapt request and plan to prompts with more tokens than the plan assumed.
 
     Group size and length stay; there are as many rows as fit, but no more than now.
     """
-    prompts = PromptLength(tokens, "as met in training")
+    prompts = PromptLength(tokens, "as seen in training")
     wish = replace(request.plan, max_prompt_tokens=tokens)
     request = replace(request, plan=wish, prompts=prompts)
     longer = replace(plan, max_prompt_tokens=tokens)
@@ -89,9 +89,9 @@ def for_longer(
 
 
 def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:
-    """The plan with batches 20 % smaller; what a step computes stays the same but for rounding.
+    """Make batches 20 % smaller; a step computes the same result except for rounding.
 
-    least_rows: how many rows must be decoded at once, those of one tree.
+    least_rows: minimum number of rows decoded at once, those of one tree.
     """
     rows = max(int(SMALLER * plan.decode_rows), least_rows, 1)
     return replace(
@@ -104,7 +104,7 @@ def smaller(plan: MemoryPlan, *, least_rows: int) -> MemoryPlan:
 
 
 def shrink_plan(plan: MemoryPlan, *, least_rows: int, may_checkpoint: bool) -> MemoryPlan | None:
-    """A plan that takes less and computes the same, or None when there is none."""
+    """Return a plan that takes less memory and computes the same, or None if there is none."""
     floor = {
         "decode_rows": max(1, least_rows),
         "prefill_rows": 1,
@@ -130,21 +130,21 @@ def _less(
     length = int(SMALLER * plan.max_completion_tokens)
     if not over or length < LEAST_LENGTH:
         return None
-    note = f"{why}, and batches cannot be smaller: completions are cut off at {length} tokens now"
+    note = f"{why}, and batches cannot shrink further: completions now end at {length} tokens"
     return replace(plan, max_completion_tokens=length), note
 
 
 def _tight(plan: MemoryPlan, reading: MemoryReading) -> str | None:
-    """What is short, in words."""
+    """Describe the shortage of memory, or return None if there is none."""
     limit, machine = plan.limit_bytes, reading.machine
     if limit is not None and reading.peak_bytes + reading.cached_bytes > NEAR * limit:
         held = f"a peak of {show(reading.peak_bytes)} and {show(reading.cached_bytes)} of freed"
-        return f"{held} buffers, near the limit of {show(limit)}"
+        return f"{held} buffers, close to the limit of {show(limit)}"
     if machine.pressure in ("warn", "critical"):
         return f"the system's memory pressure is {machine.pressure}"
     free, total = machine.available_bytes, machine.total_bytes
     if free is not None and total is not None and free < SPARE * total:
-        return f"only {show(free)} of this machine's {show(total)} are available"
+        return f"only {show(free)} of this machine's {show(total)} is available"
     return None
 
 

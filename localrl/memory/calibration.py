@@ -1,6 +1,6 @@
-"""From the peaks of two short passes to coefficients, and the file that keeps them for next time.
+"""Coefficients fitted to the peaks of two short passes, and the file that stores them.
 
-Kept by model shape, adapters, MLX version and device, since they depend on these and nothing else.
+They are stored by model shape, adapters, MLX version and device, the only things they depend on.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ from localrl.records import MemoryPlan
 from localrl.utils.cache import cache_folder
 
 TRUST = 0.05
-"""Weight of the priors beside the measurements: two passes of like length say little on how their
-peak grows with the square."""
+"""Weight of the priors relative to the measurements: two passes of similar length say little about
+how the peak grows with the square of the length."""
 LEAST, MOST = 0.25, 4.0
-"""A factor beyond these is a mistake in measuring, not a machine."""
+"""Range of plausible factors; one outside it is a measurement error."""
 UNEXPLAINED = 0.25
-"""So is a share of a peak, above this, that the factors leave unexplained."""
+"""Maximum fraction of a peak that the factors may leave unexplained; more is an error too."""
 
 
 FORMULA = 5
-"""Of `estimate`: one more when it changes, since factors on another mean nothing."""
+"""Version of the `estimate` formula; increase it with every change, since stored factors are only
+valid for the formula they were fitted to."""
 FACTORS = ("linear", "quadratic", "head")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One short pass: what the priors made of it, and what it took."""
+    """One short pass: the estimate from the priors, and the measured peak."""
 
     predicted: Estimate
-    """With coefficients 1."""
+    """Estimate with all coefficients 1."""
     peak_bytes: int
-    """Above what was there before the pass."""
+    """Peak above the memory in use before the pass."""
 
 
 def solve(probes: Sequence[Probe]) -> Coefficients | None:
-    """Factors b, c, h on the priors with peak = b linear + c quadratic + h head for every probe.
+    """Fit factors b, c, h on the priors: peak = b linear + c quadratic + h head for every probe.
 
-    Least squares of the relative errors, drawn to 1 by `TRUST`. None when no factors between
-    `LEAST` and `MOST` explain what was measured.
+    Least squares of the relative errors, shrunk toward 1 by `TRUST`. None if no factors between
+    `LEAST` and `MOST` explain the measurements.
     """
-    # Gradients have no part in it: a single pass has its peak before most of them are there.
+    # Gradients are left out: a single pass reaches its peak before most of them exist.
     parts = [(p.predicted.linear, p.predicted.quadratic, p.predicted.head) for p in probes]
     shares = np.array(parts) / np.array([[probe.peak_bytes] for probe in probes])
     matrix = np.concatenate([shares, TRUST * np.eye(3)])
@@ -63,7 +64,7 @@ def solve(probes: Sequence[Probe]) -> Coefficients | None:
 
 
 def key_of(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> str:
-    """What coefficients hold for: shapes, adapters, MLX version, device, the formula they scale."""
+    """Cache key of coefficients: shapes, adapters, MLX version, device and formula version."""
     shape = asdict(replace(sizes, stored_bytes=None))
     adapters = [
         workload.rank,
@@ -78,7 +79,7 @@ def key_of(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> str:
 
 
 def recall(key: str, file: Path | None = None) -> Coefficients | None:
-    """The coefficients that were stored; None when there are none that can be read."""
+    """Load stored coefficients; None if there are none or they cannot be read."""
     try:
         found = json.loads((file or store()).read_bytes())[key]
         return _checked(*(float(found[name]) for name in FACTORS))
@@ -87,7 +88,7 @@ def recall(key: str, file: Path | None = None) -> Coefficients | None:
 
 
 def remember(key: str, coefficients: Coefficients, file: Path | None = None) -> str | None:
-    """Store coefficients; returns why that was not possible, or None when it was."""
+    """Store coefficients; return the reason if that failed, else None."""
     path = file or store()
     try:
         known = json.loads(path.read_bytes())
@@ -106,7 +107,7 @@ def remember(key: str, coefficients: Coefficients, file: Path | None = None) -> 
 
 
 def store() -> Path:
-    """The file, in localrl's cache."""
+    """Path of the file, in localrl's cache folder."""
     return cache_folder() / "memory.json"
 
 

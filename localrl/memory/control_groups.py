@@ -1,7 +1,7 @@
-"""Memory limits that Linux sets to this process's control groups: a container's, a service's.
+"""Memory limits of this process's Linux control groups, e.g. those of a container or service.
 
-Version 2 has one tree of groups, version 1 one for memory; both may be mounted. A limit of any
-group on the way from this process's up to the root holds, so the tightest one counts.
+Version 2 has one tree of groups, version 1 a separate one for memory; both may be mounted. The
+limits of all groups from this process's up to the root apply, so the tightest one counts.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NO_LIMIT = 2**60
-"""From here on a number in version 1's files means that there is no limit."""
+"""Numbers from this size on mean "no limit" in the files of version 1."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """What the control groups allow, in bytes; None: no limit."""
+    """The memory the control groups allow, in bytes; None: no limit."""
 
     limit_bytes: int | None
     left_bytes: int | None
@@ -25,13 +25,13 @@ class Container:
 
 @dataclass(frozen=True)
 class _Names:
-    """Where a version keeps its numbers."""
+    """The file names used by one version of control groups."""
 
     mount: str
     limits: tuple[str, ...]
     used: str
     cached: str
-    """In memory.stat: file pages not used lately, which give way before the limit is reached."""
+    """Key in memory.stat of inactive file pages, which are reclaimed before the limit applies."""
 
 
 _V2 = _Names("", ("memory.max", "memory.high"), "memory.current", "inactive_file")
@@ -39,7 +39,7 @@ _V1 = _Names("memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "tot
 
 
 def read_container(root: Path = Path("/")) -> Container:
-    """The tightest limit of this process's groups, and the least that is left below any."""
+    """Return the tightest limit of this process's groups, and the least memory left below any."""
     limits, left = [], []
     for names, folder in _groups(root):
         found = [_number(folder / name) for name in names.limits]
@@ -55,7 +55,7 @@ def read_container(root: Path = Path("/")) -> Container:
 
 
 def full_stalls(root: Path = Path("/")) -> list[float]:
-    """Percent of the last ten seconds that all tasks waited for memory: of the system, and of this
+    """Percent of the last ten seconds that all tasks waited for memory, for the system and for this
     process's own group, which may be short of memory when the system is not."""
     own = [folder / "memory.pressure" for names, folder in _groups(root) if names is _V2]
     found = []
@@ -67,10 +67,10 @@ def full_stalls(root: Path = Path("/")) -> list[float]:
 
 
 def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
-    """The folders of this process's groups, each version's own first, then its parents.
+    """Yield the folders of this process's groups: each version's own first, then its parents.
 
-    Inside a container the path may be the host's, which is not there; then the mount itself is the
-    container's group.
+    Inside a container the path may be the host's, which does not exist there; then the mount itself
+    is the container's group.
     """
     mounts = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():

@@ -1,14 +1,14 @@
-"""How many bytes a run takes at most: the peak of MLX's active memory, before anything is loaded.
+"""An estimate of a run's peak memory (MLX's active memory), made before anything is loaded.
 
-Rollouts and update do not overlap, so the peak is the larger of the two, above what always stays:
+Rollouts and update do not overlap, so the peak is the larger of the two plus the permanent part:
 
     peak = a + max(rollout, update)
     update = b T + c T^2 + head
 
-a: weights, adapters and their Adam moments, read from shapes. T: positions of a backward pass; its
-quadratic term is attention that keeps its scores. What prefill and update take is the engine's to
-say (`EngineMemory`). Its constants are fits to measurements on the CPU (`benchmarks/memory.md`);
-two short passes replace them by those of the machine and the model at hand (`Coefficients`).
+a: weights, adapters and their Adam moments, read from shapes. T: positions of a backward pass; the
+quadratic term comes from attention that keeps its scores. The engine provides the formulas for
+prefill and update (`EngineMemory`). Their constants are fitted to measurements on the CPU
+(`benchmarks/memory.md`); two short passes rescale them for the machine and model (`Coefficients`).
 """
 
 from __future__ import annotations
@@ -21,95 +21,95 @@ from localrl.memory.sizes import Sizes, kv_bytes, lora_parameters, weight_bytes
 from localrl.records import MemoryPlan
 
 LOGIT_COPIES = 6.5
-"""Arrays as large as a row's logits while a token is drawn."""
+"""Number of arrays as large as a row's logits while a token is drawn."""
 OTHER = 2 * 2**20
-"""Random numbers, indices, masks of a small batch."""
+"""Bytes of random numbers, indices and masks of a small batch."""
 
 
 class EngineMemory(Protocol):
-    """What an engine takes beside weights, adapters and caches, from sizes alone."""
+    """An engine's memory besides weights, adapters and caches, from sizes alone."""
 
     @property
     def name(self) -> str:
-        """As `model.engine` has it."""
+        """Name of the engine in `model.engine`."""
         ...
 
     @property
     def counted(self) -> bool:
-        """Whether it is counted array by array, so that measuring would tell nothing new."""
+        """True if memory is counted array by array, so measuring would add nothing."""
         ...
 
     @property
     def cache_step(self) -> int:
-        """Tokens by which caches grow."""
+        """Number of tokens by which caches grow."""
         ...
 
     def computes(self, sizes: Sizes, float_bytes: int, *, dense: bool) -> bool:
-        """Whether it computes such a model."""
+        """Return True if the engine computes such a model."""
         ...
 
     def key(self, sizes: Sizes) -> list[Any]:
-        """Which of its formulas these sizes meet: measured constants hold for one."""
+        """Key of the formula used for these sizes: measured constants are valid for one formula."""
         ...
 
     def kept_bytes(self, sizes: Sizes) -> int | None:
-        """Kept of one position for the way back; None where it need not bound the batch."""
+        """Bytes kept per position for the backward pass; None if it need not bound the batch."""
         ...
 
     def decode_weights(self, sizes: Sizes) -> int:
-        """Bytes of a copy of weights for decoding."""
+        """Bytes of a copy of the weights made for decoding."""
         ...
 
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
-        """Bytes above the keys and values, while so many prompts are prefilled."""
+        """Bytes besides the keys and values while `prompts` prompts are prefilled."""
         ...
 
     def update(
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
     ) -> tuple[float, float, float]:
-        """Bytes that grow with positions, with their square, and of the head's chunks."""
+        """Bytes that grow with positions, with their square, and with the head's chunks."""
         ...
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks of the memory, beside the sizes in its plan."""
+    """The properties of a run that its memory depends on, besides the sizes in its plan."""
 
     prompts: int
-    """Distinct prompts of a step."""
+    """Number of distinct prompts in a step."""
     evaluated: int
-    """Held-out prompts."""
+    """Number of held-out prompts."""
     leaves: int
-    """The most completions of a prompt at once."""
+    """Maximum number of completions of a prompt at once."""
     forks: bool
-    """Trees: their leaves are decoded and scored together."""
+    """True for trees: their leaves are decoded and scored together."""
     turns: bool
-    """Completions of several turns: each turn reads its path again."""
+    """True for multi-turn completions: each turn prefills its path again."""
     rank: int
     lora_layers: int
     lora_keys: tuple[str, ...]
     float_bytes: int
-    """Of an activation: 4 on the CPU, where everything is float32."""
+    """Bytes of one number of an activation: 4 on the CPU, where everything is float32."""
     engines: tuple[EngineMemory, ...]
-    """Those that may compute the model, the preferred one first."""
+    """Engines that may compute the model, the preferred one first."""
     trains: bool = True
 
     def engine(self, sizes: Sizes, *, dense: bool) -> EngineMemory:
-        """The one that computes such a model. dense: its weights are unpacked."""
+        """Return the engine that computes such a model. dense: its weights are dequantised."""
         able = (e for e in self.engines if e.computes(sizes, self.float_bytes, dense=dense))
         return next(able, self.engines[-1])
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What measurements make of the priors: factors on them. All 1: nothing was measured."""
+    """Measured factors on the priors. All 1: nothing was measured."""
 
     linear: float = 1.0
-    """b: on what grows with the positions of a backward pass."""
+    """b: factor on the part that grows with the positions of a backward pass."""
     quadratic: float = 1.0
-    """c: on what grows with their square."""
+    """c: factor on the part that grows with their square."""
     head: float = 1.0
-    """On the logits of the head's chunks."""
+    """Factor on the logits of the head's chunks."""
     measured: bool = False
 
 
@@ -118,54 +118,54 @@ PRIORS = Coefficients()
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of the parts of a run, each at its worst."""
+    """Bytes of the parts of a run, each at its peak."""
 
     weights: int
     adapters: int
-    """Adapters with their two moments."""
+    """Adapters with their two Adam moments."""
     loading: int
-    """Above the weights: the largest matrix as it is stored, while it becomes float32."""
+    """Extra bytes while loading: the largest matrix as stored, while it is cast to float32."""
     prompts: int
     """Keys and values of the prompts."""
     caches: int
-    """Keys and values of the completions, with their growth."""
+    """Keys and values of the completions, including the copies made when caches grow."""
     drawing: int
-    """Logits and what is drawn from them, or the prefill of prompts, whichever is more."""
+    """Logits and arrays for drawing tokens, or the prefill of prompts, whichever is larger."""
     linear: int
     quadratic: int
     head: int
     gradients: int
-    """Sums of gradients beside those of a micro-batch."""
+    """Accumulated gradients besides those of a micro-batch."""
     optimizer: int
-    """Gradients and the adapters and moments before and after, when they change."""
+    """Gradients, and the adapters and moments before and after the optimizer step."""
     merged: int = 0
-    """A copy of the weights with the adapters in it, to decode with."""
+    """A copy of the weights with the adapters merged in, for decoding."""
 
     @property
     def stays(self) -> int:
-        """a: what is there all the time."""
+        """The permanent part a."""
         return self.weights + self.adapters + OTHER
 
     @property
     def rollout(self) -> int:
-        """While completions are decoded, above what stays."""
+        """Bytes besides the permanent part while completions are decoded."""
         return self.merged + self.prompts + self.caches + self.drawing
 
     @property
     def update(self) -> int:
-        """While the adapters learn, above what stays."""
+        """Bytes besides the permanent part during the update."""
         return max(self.linear + self.quadratic + self.head + self.gradients, self.optimizer)
 
     @property
     def peak(self) -> int:
-        """The most of all."""
+        """Peak of the whole run."""
         return self.stays + max(self.loading, self.rollout, self.update)
 
 
 def estimate(
     sizes: Sizes, workload: Workload, plan: MemoryPlan, coefficients: Coefficients = PRIORS
 ) -> Estimate:
-    """Bytes of a run with this plan, for prompts and completions as long as it allows."""
+    """Estimate the bytes of a run with this plan, for the longest prompts and completions."""
     on_cpu = workload.float_bytes == 4
     weights = weight_bytes(sizes, float32=on_cpu, dense=plan.dequantise)
     adapter = 4 * lora_parameters(sizes, workload.rank, workload.lora_layers, workload.lora_keys)
@@ -191,13 +191,13 @@ def estimate(
 
 
 def paths_at_once(workload: Workload, plan: MemoryPlan) -> int:
-    """Completions in one backward pass: a tree is not cut."""
+    """Number of completions in one backward pass: a tree is not split."""
     least = workload.leaves if workload.forks else 1
     return max(least, min(plan.micro_rows, workload.prompts * plan.group_size))
 
 
 def _rollout(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> tuple[int, int, int]:
-    """Prompts' caches, completions' caches, and drawing or prefilling."""
+    """Bytes of prompt caches, completion caches, and drawing or prefilling."""
     length = plan.max_prompt_tokens + plan.max_completion_tokens
     read = length if workload.turns else plan.max_prompt_tokens
     rows = min(plan.decode_rows, max(workload.prompts * plan.group_size, workload.evaluated))
@@ -207,14 +207,14 @@ def _rollout(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> tuple[int, i
         sizes, read, bytes_per_number=workload.float_bytes, step=engine.cache_step, prompt=read
     )
     row = kv_bytes(sizes, length, bytes_per_number=workload.float_bytes, step=engine.cache_step)
-    growth = 1 + 1 / sizes.layers  # a block's cache exists twice while it grows
+    growth = 1 + 1 / sizes.layers  # one block's cache exists twice while it grows
     logits = LOGIT_COPIES * 4 * rows * sizes.vocabulary
     prefill = engine.prefill(sizes, workload, prompts=prefilled, length=read)
     return prefilled * prompt, round(rows * row * growth), round(max(logits, prefill))
 
 
 def told(found: Estimate) -> Iterator[tuple[str, int]]:
-    """The parts with the names that people see, largest phase last."""
+    """Yield the parts with the names shown to users."""
     yield "weights", found.weights
     yield "adapters and Adam", found.adapters
     yield "rollouts: weights with adapters", found.merged

@@ -1,8 +1,8 @@
-"""What MLX says when memory or the GPU fails it, and what may be done then: one table.
+"""A table of MLX's error messages when memory or the GPU fails, and how to recover from each.
 
-An allocation that is refused before work is queued leaves everything as it was, so that the step
-can be tried again with less. After a failed command buffer results may read as zeros, also earlier
-ones, and an error may surface late: nothing since the last finished step can be trusted.
+An allocation refused before work is queued leaves everything unchanged, so the step can be retried
+with less memory. After a failed command buffer results may read as zeros, earlier ones too, and an
+error may surface late: nothing since the last finished step can be trusted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ FAILURES: tuple[tuple[str, Failure, str], ...] = (
     ("GPU Timeout Error", "poisoned", "macOS, one kernel ran too long"),
     ("GPU Hang Error", "poisoned", "macOS"),
 )
-"""Part of the message, what it means, and where it has been seen or is written in the source."""
+"""Part of the message, its meaning, and the place where it was seen or is in the source."""
 
 
 def failure_of(error: BaseException) -> Failure | None:
-    """What an error says of memory and GPU; None when it is about something else."""
+    """Classify an error as a failure of memory or GPU; None if it is about something else."""
     if isinstance(error, MemoryError):
         return "refused"
     if not isinstance(error, RuntimeError):

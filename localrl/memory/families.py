@@ -1,4 +1,4 @@
-"""How the blocks of each family are built by mlx-lm, from the numbers in its config.json."""
+"""The blocks of each model family as mlx-lm builds them from the numbers in config.json."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 from localrl.memory.layers import Block, Matrix
 
 FULL, NONE = 0, -1
-"""Kinds of a layer's cache: all tokens, no keys and values at all; above 0 the window's tokens."""
+"""Cache kinds of a layer: all tokens, or no keys and values; positive: a window of that size."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family differs from Llama."""
+    """The differences between a family and Llama."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Settings that hold where config.json is silent."""
+    """Settings used if config.json does not have them."""
     fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Settings that mlx-lm's model of this family does not read."""
+    """Settings that override config.json, because mlx-lm does not read them for this family."""
     norms: int = 2
-    """Norms of a block over a token's state."""
+    """Number of norms over the hidden state in a block."""
     head_norms: str = ""
-    """Norms of queries and keys: of each "head", or of "all" together."""
+    """Norms of queries and keys: over each "head", or over "all" heads together."""
     fused: tuple[str, ...] = ()
-    """Matrices in one: "qkv_proj", "gate_up_proj"."""
+    """Matrices that are fused into one: "qkv_proj", "gate_up_proj"."""
     out: str = "o_proj"
     feed_forward: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_proj", "down_proj")
     convolutions: bool = False
-    """Whether blocks without keys and values hold short convolutions."""
+    """True if blocks without keys and values hold short convolutions."""
     known: bool = True
-    """False: the general reading."""
+    """False for the fallback, which reads an unknown family as Llama."""
 
 
 _PLAIN = {"attention_bias": False, "mlp_bias": False}
 _FULL = {"layer_types": None, "sliding_window": None}
-_WIDTH = {"head_dim": None}  # the width of a head follows from the model's
+_WIDTH = {"head_dim": None}  # derived from the model's width
 _TIED = {"tie_word_embeddings": True}
 _GEMMA3 = {
     "hidden_size": 1152,
@@ -48,7 +48,7 @@ _GEMMA3 = {
     "vocab_size": 262144,
     "sliding_window": 512,
     "sliding_window_pattern": 6,
-    # mlx-lm asks the weight files for a head of its own; no published ones hold any.
+    # mlx-lm looks for a separate head in the weight files; no published ones have it.
     "tie_word_embeddings": True,
 }
 
@@ -86,7 +86,7 @@ FAMILIES: dict[str, Family] = {
         convolutions=True,
     ),
 }
-"""The families whose blocks are known matrix by matrix."""
+"""Families whose blocks are known matrix by matrix."""
 
 SAME = {
     "mistral": "llama",
@@ -94,13 +94,13 @@ SAME = {
     "xverse": "llama",
     "qwen3_vl_text": "qwen3",
 }
-"""Other names of them."""
+"""Families that are built like another one, by name."""
 
 OTHER = Family(known=False)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json; one that is not known is read as if it were a Llama."""
+    """Return the family of a config.json; an unknown one is read as if it were Llama."""
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, Mapping) else {}):
         name = str(part.get("model_type"))
@@ -110,7 +110,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 
 def kinds(text: Mapping[str, Any], family: Family) -> tuple[int, ...]:
-    """For each block: FULL, NONE, or how many tokens its sliding window has."""
+    """Cache kind of each block: FULL, NONE, or the size of its sliding window in tokens."""
     layers, window = text["num_hidden_layers"], text.get("sliding_window")
     types = text.get("layer_types")
     if family.convolutions and text.get("full_attn_idxs") is not None:
@@ -125,7 +125,7 @@ def kinds(text: Mapping[str, Any], family: Family) -> tuple[int, ...]:
 
 
 def state_numbers(text: Mapping[str, Any], windows: tuple[int, ...]) -> int:
-    """Numbers of a row's recurrent states, of all blocks without keys and values together."""
+    """Size of a row's recurrent states, summed over all blocks without keys and values."""
     number = 0
     if "conv_L_cache" in text:
         number = (text["conv_L_cache"] - 1) * text["hidden_size"]
@@ -138,7 +138,7 @@ def state_numbers(text: Mapping[str, Any], windows: tuple[int, ...]) -> int:
 
 
 def blocks(text: Mapping[str, Any], family: Family, windows: tuple[int, ...]) -> Iterator[Block]:
-    """The blocks in their order; `text` holds counts that were checked, and no gaps."""
+    """Yield the blocks in order; the counts in `text` are complete and were checked."""
     for index, window in enumerate(windows):
         if window == NONE and family.convolutions:
             mixing, others = _convolution(text)
@@ -150,7 +150,7 @@ def blocks(text: Mapping[str, Any], family: Family, windows: tuple[int, ...]) ->
 
 
 def ends(text: Mapping[str, Any]) -> Block:
-    """What stands before and after the blocks: the embedding, the last norm, the head."""
+    """Return the parts before and after the blocks: the embedding, the last norm, the head."""
     width, vocabulary = text["hidden_size"], text["vocab_size"]
     embedding = Matrix("embed_tokens", width, vocabulary, kind="embedding")
     head = Matrix("lm_head", width, vocabulary, kind="head")
@@ -158,7 +158,7 @@ def ends(text: Mapping[str, Any]) -> Block:
 
 
 def ffn(text: Mapping[str, Any], family: Family) -> int:
-    """Numbers between the matrices of a feed-forward layer, of all experts of a token together."""
+    """Inner width of a feed-forward layer, summed over all experts of a token."""
     if not _count_experts(text):
         return _inner(text, family)
     chosen = text.get("num_experts_per_tok") or text.get("num_experts_per_token") or 1
@@ -201,7 +201,7 @@ def _feed_forward(text: Mapping[str, Any], family: Family) -> list[Matrix]:
 
 
 def _inner(text: Mapping[str, Any], family: Family) -> int:
-    """Numbers between the matrices of a layer without experts."""
+    """Inner width of a layer without experts."""
     if not family.convolutions:
         return text["intermediate_size"]
     inner = text.get("block_ff_dim") or text["intermediate_size"]
@@ -231,7 +231,7 @@ def _expert_width(text: Mapping[str, Any]) -> int:
 
 
 def _shared_width(text: Mapping[str, Any]) -> int:
-    """Numbers between the matrices of the experts that every token has."""
+    """Inner width of the experts that every token uses."""
     count = text.get("n_shared_experts") or 0
     return text.get("shared_expert_intermediate_size") or count * _expert_width(text)
 

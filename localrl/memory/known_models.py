@@ -1,4 +1,4 @@
-"""Sizes of well-known models by their name on the Hub, for plans of what is not on this machine."""
+"""Sizes of well-known models by Hub name, for plans of models that are not on this machine."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 from localrl.utils.packaged import PACKAGED_MODELS
 
 CONVERTED = "mlx-community"
-"""Who publishes models under their own names, converted and quantised by mlx-lm."""
+"""Owner that publishes models under their original names, converted and quantised by mlx-lm."""
 
 GROUP_SIZE = 64
-"""Of mlx-lm's conversions, unless another is asked for."""
+"""Default quantisation group size of mlx-lm's conversions."""
 
 _CONVERSION = re.compile(r"(.+)-(?:([2-8])bit|bf16|fp16)", re.IGNORECASE)
 
 
 def known_names() -> list[str]:
-    """Names of all known models."""
+    """Return the names of all known models."""
     return list(_shapes())
 
 
 def find_known(name: str) -> Mapping[str, Any] | None:
-    """What sizes follow from in the config.json of that model; None when it is not known.
+    """Return the size settings from the config.json of that model; None if it is not known.
 
-    name: as on the Hub, with or without its owner: Qwen/Qwen3-0.6B, or as mlx-community has it,
-    with -4bit, -8bit, -bf16 and the like at its end; letter case does not matter. Or as `--model`
-    has it, of a model that a package ships.
+    name: as on the Hub, with or without its owner, e.g. Qwen/Qwen3-0.6B, or as on mlx-community,
+    ending in -4bit, -8bit, -bf16 or similar; case-insensitive. Or the `--model` name of a model
+    that ships in a package.
     """
     if packaged := PACKAGED_MODELS.get(name):
         return {**_shapes()[packaged.base_id], "quantization": packaged.quantization}
@@ -52,7 +52,7 @@ def _shapes() -> dict[str, dict[str, Any]]:
 
 
 def _find(owner: str, model: str) -> Mapping[str, Any] | None:
-    # The Hub has Llama 3.1 under two names, and its conversions under the older one.
+    # The Hub has Llama 3.1 under two names; its conversions use the older one.
     requested = model.lower().removeprefix("meta-")
     for name, shape in _shapes().items():
         its_owner, _, its_model = name.lower().rpartition("/")

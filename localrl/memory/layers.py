@@ -1,4 +1,4 @@
-"""What the blocks of a model consist of: matrices, and the few weights beside them."""
+"""The parts of a model's blocks: matrices and a few other weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Packing:
-    """How the numbers of a matrix are held."""
+    """The number format of a matrix."""
 
     bits: int = 0
-    """Of a number; 0: floats, as the rest of the model."""
+    """Bits of a weight; 0: floats, like the rest of the model."""
     group_size: int = 64
-    """Numbers that share a scale."""
+    """Number of weights that share a scale."""
     mode: str = "affine"
-    """Of MLX; with any other than affine a group has one byte instead of a scale and a bias."""
+    """MLX's quantisation mode; any but affine has one byte per group, no scale and bias."""
 
     def fits(self, matrix: Matrix) -> bool:
-        """Whether the groups divide the rows of the matrix."""
+        """Return True if the group size divides the rows of the matrix."""
         return matrix.inputs % self.group_size == 0
 
 
@@ -28,29 +28,29 @@ class Matrix:
     """A matrix of weights, or one for each expert."""
 
     path: str
-    """Within its block, or within the model, as mlx-lm calls it."""
+    """mlx-lm's path of the matrix within its block, or within the model."""
     inputs: int
     outputs: int
     bias: bool = False
     kind: Literal["linear", "router", "experts", "embedding", "head"] = "linear"
     copies: int = 1
-    """Experts."""
+    """Number of experts."""
     packing: Packing = Packing()
 
     @property
     def weights(self) -> int:
-        """Numbers in it, without its bias."""
+        """Number of weights, without the bias."""
         return self.copies * self.inputs * self.outputs
 
     @property
     def biases(self) -> int:
-        """Numbers that are added to its outputs."""
+        """Number of bias values."""
         return self.copies * self.outputs if self.bias else 0
 
     def bytes(self, *, float_bytes: int, dense: bool) -> int:
-        """What it takes when a float has that many bytes.
+        """Bytes of the matrix if a float has `float_bytes` bytes.
 
-        dense: unpacked, as localrl does with all quantised matrices but stacked experts.
+        dense: dequantised, as localrl does with all quantised matrices except stacked experts.
         """
         packing, biases = self.packing, self.biases * float_bytes
         if not packing.bits or (dense and self.kind != "experts"):
@@ -62,14 +62,14 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of a model, or what stands before and after them all."""
+    """One layer of a model, or the parts before and after all layers."""
 
     matrices: tuple[Matrix, ...]
     others: int
-    """Weights of norms and convolutions, which are never quantised."""
+    """Number of weights of norms and convolutions, which are never quantised."""
 
     def packed(self, packing: Packing) -> Block:
-        """The same, with every matrix packed whose rows the groups divide."""
+        """Return the block with every matrix quantised whose rows the groups divide."""
         return replace(
             self,
             matrices=tuple(
@@ -79,7 +79,7 @@ class Block:
         )
 
     def overridden(self, settings: Mapping[str, Any]) -> Block:
-        """The same, with the quantisation that config.json says for single paths."""
+        """Return the block with config.json's quantisation settings for individual paths."""
         changes = {m.path: settings[m.path] for m in self.matrices if m.path in settings}
         return replace(
             self,
@@ -91,7 +91,7 @@ class Block:
 
 
 def _own(packing: Packing, setting: Any) -> Packing:
-    """The packing of a matrix; setting: False, True for the model's own, or bits and group size."""
+    """The format of a matrix; setting: False, True for the model's own, or bits and group size."""
     if setting is False:
         return Packing()
     if not isinstance(setting, Mapping):

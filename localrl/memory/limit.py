@@ -1,9 +1,9 @@
-"""The most that MLX may hold: what the user says, or what this machine can spare.
+"""The memory limit for MLX: the user's setting, or the memory this machine can spare.
 
-The limit bounds MLX's active and cached memory. The rest of what this process holds (Python,
-libraries, tokenizers) has been counted as used already in the memory that is available and in what
-is left to a container, so it is subtracted only where the limit is counted from the total; a wish
-is taken as it is, and the process's resident memory is shown beside it.
+The limit bounds MLX's active and cached memory. The process's other memory (Python, libraries,
+tokenizers) is already counted as used in the machine's available memory and in the memory left to a
+container, so it is subtracted only if the limit is derived from the total. A setting is taken as it
+is, and the process's resident memory is shown next to it.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from localrl.errors import ConfigError
 from localrl.memory.machine import Machine
 
 UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
-"""Bytes; capitals and small letters are the same."""
+"""Bytes per unit; units are case-insensitive."""
 
 MARGIN = 0.8
-"""Of what there is, what MLX may take: its estimates are not exact, and others ask for memory too.
-Near the whole recommended set Metal swaps before it refuses."""
+"""Fraction of the memory MLX may use: estimates are not exact, and other programs need memory too.
+Close to the whole recommended working set Metal swaps before it refuses."""
 
 SMALL_BYTES, SMALL_RESERVE, LARGE_RESERVE = 16 * 2**30, 4 * 2**30, 6 * 2**30
-"""Macs up to the first keep the second for the system and other programs, larger ones the third:
-macOS with a browser takes some 4 GiB, and on larger Macs more runs beside it."""
+"""Macs with up to SMALL_BYTES reserve SMALL_RESERVE for the system and other programs, larger ones
+LARGE_RESERVE: macOS with a browser takes about 4 GiB, and larger Macs run more besides."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How many bytes MLX's active and cached memory may take together."""
+    """The limit for MLX's active and cached memory together."""
 
     bytes: int | None
-    """None: unknown, nothing is limited."""
+    """Limit in bytes; None if memory is unknown and nothing is limited."""
     reason: str
     from_machine: bool
-    """Whether it was chosen from readings of the machine; False: the user's wish."""
+    """True if derived from readings of the machine, False if set by the user."""
 
 
 def parse_limit(text: str) -> int | float:
-    """A limit as bytes (int), or as a share of the machine's memory (float, above 0, at most 1).
+    """Parse a limit to bytes (int), or to a fraction of the machine's memory (float, 0 < f <= 1).
 
     GB and MB are 10**9 and 10**6 bytes, GiB and MiB 2**30 and 2**20; `70%` is a share.
 
-    Raises: ConfigError when it is none of these, is 0, or is more than 100 %.
+    Raises: ConfigError if it is none of these, is 0, or is more than 100 %.
     """
     found = re.fullmatch(LIMIT_FORM, text)
     if not found:
         raise ConfigError(
-            f"memory.limit is {text!r}; it must be a size or a share, such as 6GB, 600MiB or 70%."
+            f"memory.limit is {text!r}; it must be a size or a share, e.g. 6GB, 600MiB or 70%."
         )
     number, unit = Decimal(found[1]), found[2].upper()
     if unit == "%":
@@ -58,25 +58,25 @@ def parse_limit(text: str) -> int | float:
         return float(number / 100)
     size = int(number * UNITS[unit])
     if size < 1:
-        raise ConfigError(f"memory.limit is {text!r}; it must be above 0. Name more, as in 6GB.")
+        raise ConfigError(f"memory.limit is {text!r}; it must be above 0, for example 6GB.")
     return size
 
 
 def write_limit(size: int) -> str:
-    """A number of bytes as `parse_limit` reads it, rounded up to whole megabytes."""
+    """Format a number of bytes for `parse_limit`, rounded up to whole megabytes."""
     return f"{-(-size // 10**6)}MB"
 
 
 def memory_limit(wish: str | None, machine: Machine, held: int = 0) -> Limit:
-    """The limit for MLX's active and cached memory on this machine.
+    """Determine the limit for MLX's active and cached memory on this machine.
 
-    wish: `memory.limit` of the settings. A size is the limit as it is; a share is of the machine's
-    memory, or of its container's where that is less.
-    held: bytes that MLX's active and cached memory had when the machine was read. They may be held
-    on, so a run may ask again in its middle.
+    wish: the setting `memory.limit`. A size is used as it is; a share is of the machine's memory,
+    or of its container's if that is less.
+    held: bytes of MLX's active and cached memory when the machine was read. The run may keep them,
+    so the limit can be computed again during a run.
 
-    Raises: ConfigError when the wish cannot be read, is more than the machine has, or is a share of
-    a memory that is unknown.
+    Raises: ConfigError if the setting cannot be parsed, is more than the machine has, or is a share
+    of a memory that is unknown.
     """
     if wish is not None:
         return _wished(wish, machine)
@@ -86,7 +86,7 @@ def memory_limit(wish: str | None, machine: Machine, held: int = 0) -> Limit:
 
 
 def show(size: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes for display."""
     return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
 
 
@@ -99,20 +99,20 @@ def _wished(wish: str, machine: Machine) -> Limit:
         if total is None:
             raise ConfigError(
                 f"memory.limit is {wish!r}, a share, but this machine's memory cannot be read. "
-                "Name a size, as in --memory-limit 6GB."
+                "Give a size instead, for example --memory-limit 6GB."
             )
         reason = f"memory.limit: {wish} of this {place}'s {show(total)}"
         return Limit(int(size * total), reason, from_machine=False)
     if total is not None and size > total:
         raise ConfigError(
-            f"memory.limit is {wish!r}, but this {place} has {show(total)} ({total} bytes) in all. "
-            "Name less, or leave it out."
+            f"memory.limit is {wish!r}, but this {place} has {show(total)} ({total} bytes) in "
+            "total. Lower it or leave it out."
         )
     return Limit(size, f"memory.limit: {wish}", from_machine=False)
 
 
 def _on_metal(machine: Machine, held: int) -> Limit:
-    """The least of three: most of what Metal recommends, what is free, what the system leaves."""
+    """The least of: most of Metal's recommendation, available memory, total minus reserve."""
     recommended, available = machine.recommended_bytes, machine.available_bytes
     total = machine.total_bytes
     if recommended is None or available is None or total is None:
@@ -126,18 +126,18 @@ def _on_metal(machine: Machine, held: int) -> Limit:
     own = max(0, (machine.resident_bytes or 0) - held)
     return _least(
         (MARGIN * recommended, f"80 % of the {show(recommended)} that Metal recommends"),
-        (available + held, f"what is available of {show(total)}"),
+        (available + held, f"the available memory, out of {show(total)}"),
         (
             total - reserve - own,
-            f"{show(total)} in all, less {show(reserve)} for the system and {show(own)} that this "
-            "process holds beside MLX",
+            f"{show(total)} in total, minus {show(reserve)} for the system and {show(own)} that "
+            "this process holds besides MLX",
         ),
     )
 
 
 def _on_host(machine: Machine, held: int) -> Limit:
     left = machine.container_bytes if machine.device != "cuda" else None
-    what = {"available memory": machine.available_bytes, "what is left to this container": left}
+    what = {"available memory": machine.available_bytes, "memory left to this container": left}
     free = [
         (MARGIN * (size + held), f"80 % of {name}, {show(size + held)}")
         for name, size in what.items()

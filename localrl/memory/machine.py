@@ -1,8 +1,8 @@
-"""What is known of this machine's memory; an unknown reading is None.
+"""Readings of this machine's memory; an unknown reading is None.
 
-One record, `Machine`, read from MLX's device information and the operating system: below an
-injected root on Linux (`localrl.memory.control_groups` has the container's part), from `sysctl` and
-`vm_stat` on a Mac.
+They form one record, `Machine`, read from MLX's device information and the operating system: from
+files below an injectable root on Linux (`localrl.memory.control_groups` reads the container's
+part), from `sysctl` and `vm_stat` on a Mac.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Pressure = Literal["normal", "warn", "critical"]
 Run = Callable[[Sequence[str]], str | None]
 
 WARN_STALL, CRITICAL_STALL = 10.0, 40.0
-"""Percent of the last ten seconds in which every task waited for memory (PSI's "full avg10"). A
-tenth of the time is more than smaller batches cost; systemd-oomd kills at 60."""
+"""Thresholds in percent of the last ten seconds in which every task waited for memory (PSI's "full
+avg10"). A tenth of the time is more than smaller batches cost; systemd-oomd kills at 60."""
 
 SYSCTLS = ("hw.memsize", "kern.memorystatus_vm_pressure_level", "vm.swapusage")
 LEVELS: dict[str, Pressure] = {"1": "normal", "2": "warn", "4": "critical"}
-"""Of macOS: DISPATCH_MEMORYPRESSURE_NORMAL, _WARN and _CRITICAL."""
+"""Pressure levels of macOS: DISPATCH_MEMORYPRESSURE_NORMAL, _WARN and _CRITICAL."""
 
 AVAILABLE_PAGES = ("free", "inactive", "purgeable", "speculative")
 
 FOOTPRINT_AT, RUSAGE_BYTES = 72, 96
-"""Of `ri_phys_footprint` in struct rusage_info_v0 (16 bytes of UUID, seven numbers of 8 bytes), and
-of that struct."""
+"""Offset of `ri_phys_footprint` in struct rusage_info_v0 (16 bytes of UUID, seven numbers of 8
+bytes), and size of that struct."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,29 @@ class Machine:
     """One reading of a machine's memory, in bytes."""
 
     system: str
-    """"Darwin" or "Linux"."""
+    """Operating system: "Darwin" or "Linux"."""
     device: str
-    """"metal", "cpu" or "cuda"; on CUDA total and available are the GPU's own memory."""
+    """Device: "metal", "cpu" or "cuda"; on CUDA, total and available are the GPU's own memory."""
     total_bytes: int | None = None
     available_bytes: int | None = None
-    """What can be had without swapping; what this process holds has been counted as used."""
+    """Memory available without swapping; this process's memory is counted as used."""
     recommended_bytes: int | None = None
     """Metal's max_recommended_working_set_size."""
     largest_buffer_bytes: int | None = None
     """Metal's max_buffer_length."""
     container_bytes: int | None = None
-    """What is left below the limits of this process's control groups; None: no limit."""
+    """Memory left below the limits of this process's control groups; None: no limit."""
     container_limit_bytes: int | None = None
     """The smallest of those limits."""
     swap_used_bytes: int | None = None
     pressure: Pressure | None = None
     resident_bytes: int | None = None
-    """What this process holds now, MLX's arrays included."""
+    """Memory this process holds now, MLX's arrays included."""
 
 
 def run_command(command: Sequence[str]) -> str | None:
-    """What a command prints, also where it complains of a part; None where it cannot be run."""
-    # In another locale the numbers would have another decimal mark.
+    """Return a command's output, even if it partly failed; None if it cannot be run."""
+    # Other locales may use another decimal mark.
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         told = subprocess.run(
@@ -88,10 +88,10 @@ def read_machine(
     root: Path = Path("/"),
     resident: Callable[[], int | None] | None = None,
 ) -> Machine:
-    """This machine's memory as it is now; on Linux in less than a millisecond.
+    """Read this machine's current memory; on Linux in less than a millisecond.
 
-    system, device, info (of `mx.device_info`), resident: what MLX and Python say, if not given.
-    run: how a Mac's commands are run. root: where Linux's `proc` and `sys` are.
+    system, device, info (from `mx.device_info`), resident: read from MLX and Python if not given.
+    run: runs a Mac's commands. root: folder that contains Linux's `proc` and `sys`.
     """
     system = platform.system() if system is None else system
     device = backend.describe().device if device is None else device
@@ -106,10 +106,10 @@ def mac(total_gb: int) -> Machine:
     """A simulated Apple Silicon Mac with `total_gb` GiB, for plans; not a reading of any machine.
 
     The recommended working set is 2/3 of the memory up to 32 GiB and 3/4 above, the largest buffer
-    3/4 of that set: what llama.cpp's logs in public issues show (10,922 MiB of 16 GiB, 21,845 of
-    32, 49,152 of 64, 73,728 of 96; buffers of 8,192 MiB on 16 GiB and 55,296 on 96). Newer macOS
-    recommends more (11.8 of 16 GiB, 107.5 of 128), so this is a careful guess. That 3/4 of the
-    memory are available and the process holds 0.5 GiB before it loads a model is a guess too.
+    3/4 of that set, as llama.cpp's logs in public issues show (10,922 MiB of 16 GiB, 21,845 of 32,
+    49,152 of 64, 73,728 of 96; buffers of 8,192 MiB on 16 GiB and 55,296 on 96). Newer macOS
+    recommends more (11.8 of 16 GiB, 107.5 of 128), so this is a conservative guess. It is also a
+    guess that 3/4 of the memory is available and the process holds 0.5 GiB before loading a model.
     """
     total = total_gb * 2**30
     recommended = total * 2 // 3 if total_gb <= 32 else total * 3 // 4
@@ -127,12 +127,12 @@ def mac(total_gb: int) -> Machine:
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Memory that can be had without swapping, as Linux estimates it; None elsewhere."""
+    """Return Linux's estimate of the memory available without swapping; None elsewhere."""
     return _meminfo(meminfo).get("MemAvailable")
 
 
 def resident_bytes(statm: Path = Path("/proc/self/statm")) -> int | None:
-    """Memory that this process holds now; None where it cannot be read."""
+    """Return the memory that this process holds now; None if it cannot be read."""
     import resource
 
     if sys.platform == "darwin":
@@ -145,12 +145,13 @@ def resident_bytes(statm: Path = Path("/proc/self/statm")) -> int | None:
 
 
 def available_in(vm_stat: str) -> int | None:
-    """Memory that can be had without swapping, from what macOS's `vm_stat` prints.
+    """Return the memory available without swapping, from the output of macOS's `vm_stat`.
 
-    Free pages, those read ahead ("speculative", which `vm_stat` takes out of the free ones), those
-    that their owner lets go ("purgeable") and those not used lately ("inactive"). The last are in
-    part other programs' memory, which is compressed first, so this is an upper estimate; only the
-    pressure tells how near the end is. The page size is in the header: 16 KiB on Apple Silicon.
+    It sums free pages, pages read ahead ("speculative", which `vm_stat` excludes from the free
+    ones), pages their owner can give up ("purgeable") and pages not used recently ("inactive"). The
+    last partly belong to other programs and are compressed first, so this is an upper estimate;
+    only the pressure shows how close to exhaustion memory is. The header has the page size: 16 KiB
+    on Apple Silicon.
     """
     size = re.search(r"page size of (\d+) bytes", vm_stat)
     pages = dict(re.findall(r"^Pages ([\w ]+):\s+(\d+)", vm_stat, re.MULTILINE))
@@ -160,7 +161,7 @@ def available_in(vm_stat: str) -> int | None:
 
 
 def _read_mac(device: str, info: Mapping[str, Any], run: Run, resident: int | None) -> Machine:
-    # With their names: one that this macOS lacks leaves its line out.
+    # sysctl prints names too, because it omits the line of a value this macOS lacks.
     told = run(["sysctl", *SYSCTLS]) or ""
     values = dict(line.split(": ", 1) for line in told.splitlines() if ": " in line)
     memory, level, swap = (values.get(name, "") for name in SYSCTLS)
@@ -202,7 +203,7 @@ def _read_linux(
 
 
 def _meminfo(path: Path) -> dict[str, int]:
-    """Bytes by name; empty where there is no such file."""
+    """Bytes by name; empty if the file does not exist."""
     try:
         text = path.read_text(encoding="ascii")
     except (OSError, ValueError):
@@ -221,7 +222,7 @@ def _pressure(stalls: Sequence[float]) -> Pressure | None:
 
 
 def _footprint() -> int | None:
-    """macOS's own count of this process, Metal's buffers and compressed memory included."""
+    """This process's footprint as macOS counts it: with Metal buffers and compressed memory."""
     try:
         system = ctypes.CDLL(None)
         answer = ctypes.create_string_buffer(RUSAGE_BYTES)
@@ -233,5 +234,5 @@ def _footprint() -> int | None:
 
 
 def footprint_in(rusage: bytes) -> int:
-    """The `ri_phys_footprint` of a struct rusage_info_v0."""
+    """Return the `ri_phys_footprint` of a struct rusage_info_v0."""
     return struct.unpack_from("=Q", rusage, FOOTPRINT_AT)[0]

@@ -1,4 +1,4 @@
-"""The plan: how large the batches may be. Plain integers for everyone else."""
+"""The memory plan: batch sizes that fit the limit, as plain integers for all other modules."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
 
 LOGIT_BYTES = 32 * 2**20
-"""Logits of one head chunk, in float32: a larger vocabulary has fewer positions in a chunk."""
+"""Bytes of a head chunk's float32 logits: a larger vocabulary means fewer positions per chunk."""
 LEAST_CHUNK, LEAST_LENGTH = 16, 16
-"""Positions of a chunk, and tokens of a completion, below which nothing is given up."""
+"""Minimum positions of a chunk, and minimum tokens of a completion, in any plan."""
 MICRO_TOKENS = 4096
-"""Tokens of one backward pass, when the user does not say."""
+"""Default number of tokens in one backward pass."""
 KEPT_ON_CPU = 256 * 2**20
-"""Bytes that such a pass keeps on a CPU, whose products gain nothing from more columns."""
+"""Bytes kept by such a pass on a CPU, where matrix products gain nothing from more columns."""
 CACHED, CACHED_ON_CPU = 0.05, 32 * 2**20
-"""Share of the limit for freed buffers that MLX keeps; on the CPU not more than these bytes, which
-are MLX's own choice there."""
+"""Fraction of the limit for freed buffers that MLX keeps; on the CPU at most these bytes, MLX's
+default there."""
 MEASURED_SHARE, PRIOR_SHARE = 0.85, 0.75
-"""Of the limit, what the predicted peak may take. The rest is for freed buffers and for what the
-prediction is wrong by: 10 % where it is counted or measured, more while it rests on priors."""
+"""Fraction of the limit that the predicted peak may take. The rest is for freed buffers and for
+prediction errors: 10 % if the peak is counted or measured, more while it rests on priors."""
 TIGHT_SHARE = 0.95
-"""The same for the fewest rows, which priors have promised to fit: freed buffers have the rest."""
+"""The same for the fewest rows, which the priors predicted to fit: the rest is freed buffers."""
 
 
 @dataclass(frozen=True)
 class PromptLength:
-    """The longest prompt that sizes are planned for, and how that is known."""
+    """The longest prompt that is planned for, and the source of that number."""
 
     tokens: int
     basis: str
-    """In words, behind "prompts of up to N tokens, "."""
+    """Source in words, printed after "prompts of up to N tokens, "."""
 
     def __str__(self) -> str:
         return f"prompts of up to {self.tokens} tokens, {self.basis}"
@@ -45,34 +45,34 @@ class PromptLength:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a run wants, and what it may have."""
+    """The plan a run wants, and the constraints on it."""
 
     plan: MemoryPlan
-    """Its sizes where memory is no matter."""
+    """The sizes if memory were unlimited."""
     sizes: Sizes
     workloads: Mapping[int, Workload]
-    """By group size, the wanted one first, then smaller ones that the strategy can have too."""
+    """Workloads by group size: the wanted one first, then smaller ones the strategy allows."""
     limit: Limit
     may_checkpoint: bool = True
     prompts: PromptLength | None = None
-    """None: nothing is known of them but the longest that is allowed."""
+    """Longest prompt; None if only the configured maximum is known."""
 
     def estimate(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> Estimate:
-        """Bytes with this plan."""
+        """Estimate the bytes of this plan."""
         return estimate(self.sizes, self.workloads[plan.group_size], plan, coefficients)
 
     def needed(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> int:
-        """The least limit that lets this plan through."""
+        """Smallest limit that admits this plan."""
         peak = self.estimate(plan, coefficients).peak
         return -int(-peak // self.share(plan, coefficients)) + 1
 
     def counted(self, plan: MemoryPlan) -> bool:
-        """Whether the engine that computes within this plan counts what it takes."""
+        """Return True if the engine used with this plan counts its memory exactly."""
         engine = self.workloads[plan.group_size].engine(self.sizes, dense=plan.dequantise)
         return engine.counted
 
     def share(self, plan: MemoryPlan, coefficients: Coefficients) -> float:
-        """Of the limit, what this plan's predicted peak may take."""
+        """Fraction of the limit that this plan's predicted peak may take."""
         sure = coefficients.measured or self.counted(plan)
         return MEASURED_SHARE if sure else PRIOR_SHARE
 
@@ -86,20 +86,20 @@ def initial_plan(
     prompt_tokens: int | None = None,
     kept: int | None = None,
 ) -> MemoryPlan:
-    """The sizes that the configuration asks for, the others by rule of thumb.
+    """Build the plan from the configured sizes, with rules of thumb for the others.
 
-    prompt_tokens: of the longest prompt; None: as long as the configuration allows. kept: bytes of
-    a position in a backward pass on a CPU, where they are known.
+    prompt_tokens: tokens of the longest prompt; None: the configured maximum. kept: bytes kept per
+    position in a backward pass on a CPU, if known.
     """
     rollout, memory = config.rollout, config.memory
     prompt_tokens = prompt_tokens or rollout.max_prompt_tokens
-    # A prompt is computed once for its group.
+    # Each prompt is computed once for its whole group.
     each = rollout.max_completion_tokens + prompt_tokens / rollout.completions
-    paths = rollout.prompts_per_step * rollout.completions  # more rows could not be made fewer
+    paths = rollout.prompts_per_step * rollout.completions  # with more rows, cuts would do nothing
     rows = memory.decode_rows or paths
     micro_tokens = min(MICRO_TOKENS, KEPT_ON_CPU // kept) if kept else MICRO_TOKENS
     most = max(1, min(paths, int(micro_tokens / each)))
-    # Whole groups, as a pass takes them where they fit.
+    # Whole groups, since a pass takes whole groups if they fit.
     whole = most - most % rollout.completions or most
     micro_rows = memory.micro_rows or whole
     chunk = min(LOGIT_BYTES // (4 * vocabulary), micro_rows * rollout.max_completion_tokens)
@@ -121,13 +121,13 @@ def initial_plan(
 
 
 def fit(request: PlanRequest, coefficients: Coefficients = PRIORS) -> MemoryPlan:
-    """The wanted plan, or what of it fits under the limit.
+    """Return the wanted plan, reduced as far as needed to fit the limit.
 
-    It gives way in this order, and only where that helps: rows of a backward pass, the head's
-    chunk, gradient checkpointing, prompts prefilled and rows decoded at once, dequantised weights,
-    the group size, the length of completions. What then fits again is taken back.
+    It is reduced in this order, and only if that helps: rows of a backward pass, the head's chunk,
+    gradient checkpointing, prompts prefilled and rows decoded at once, dequantised weights, the
+    group size, the length of completions. Reductions that turn out unnecessary are then undone.
 
-    Raises: MemoryBudgetError when nothing fits, naming the limit that would do.
+    Raises: MemoryBudgetError if nothing fits; the message gives a sufficient limit.
     """
     if request.limit.bytes is None:
         return _unlimited(request, coefficients)
@@ -145,11 +145,11 @@ def fit(request: PlanRequest, coefficients: Coefficients = PRIORS) -> MemoryPlan
 def refit(
     request: PlanRequest, plan: MemoryPlan, coefficients: Coefficients, *, must_fit: bool = True
 ) -> MemoryPlan:
-    """The plan after a measurement: other rows, the same group size and length.
+    """Adapt the plan after a measurement: new numbers of rows, same group size and length.
 
-    must_fit: else the fewest rows are what there is, also where they are predicted not to fit.
+    must_fit: if False, the fewest rows are used even if they are predicted not to fit.
 
-    Raises: MemoryBudgetError when not even the fewest rows fit.
+    Raises: MemoryBudgetError if not even the fewest rows fit.
     """
     kept = {
         "group_size": plan.group_size,
@@ -164,19 +164,19 @@ def refit(
     if found is None or kept.keys() & changes(found, same.plan).keys():
         found, limit = _finished(_smallest(same), same, coefficients), request.limit.bytes or 0
         if must_fit and (found.predicted_bytes or 0) > TIGHT_SHARE * limit:
-            # Under the limit that it names nothing need be given up but rows.
+            # Under the limit that the message gives, only rows have to be reduced.
             raise _refusal(request, _smallest(request), coefficients)
     return replace(found, reason=_reason(request, found, coefficients))
 
 
 def cache_bytes(limit: int, *, on_cpu: bool) -> int:
-    """Freed buffers that MLX may keep under a limit."""
+    """Bytes of freed buffers that MLX may keep under a limit."""
     share = int(CACHED * limit)
     return min(share, CACHED_ON_CPU) if on_cpu else share
 
 
 def changes(before: MemoryPlan, after: MemoryPlan) -> dict[str, tuple[object, object]]:
-    """What differs between two plans, but for the numbers that say so."""
+    """Differences between two plans, ignoring predictions and reasons."""
     told = ("predicted_bytes", "limit_bytes", "reason", "measured")
     pairs = {f.name: (getattr(before, f.name), getattr(after, f.name)) for f in fields(before)}
     return {name: pair for name, pair in pairs.items() if name not in told and pair[0] != pair[1]}
@@ -184,7 +184,7 @@ def changes(before: MemoryPlan, after: MemoryPlan) -> dict[str, tuple[object, ob
 
 @dataclass(frozen=True)
 class _Room:
-    """What there is for a plan."""
+    """The memory available to a plan, and checks against it."""
 
     request: PlanRequest
     coefficients: Coefficients
@@ -212,7 +212,7 @@ Fits = Callable[[MemoryPlan], bool]
 
 
 def _update(plan: MemoryPlan, room: _Room) -> MemoryPlan:
-    """Fewer rows, a smaller chunk, recomputed blocks, as far as the update needs them."""
+    """Use fewer rows, a smaller chunk and gradient checkpointing, as far as the update needs."""
     if room.updates(plan):
         return plan
     plan = _most(plan, "micro_rows", 1, room.updates)
@@ -224,7 +224,7 @@ def _update(plan: MemoryPlan, room: _Room) -> MemoryPlan:
 
 
 def _rollout(plan: MemoryPlan, room: _Room) -> MemoryPlan:
-    """Fewer rows decoded and prompts prefilled at once, as far as the rollouts need it."""
+    """Prefill fewer prompts and decode fewer rows at once, as far as the rollouts need it."""
     if room.decodes(plan):
         return plan
     plan = _most(plan, "prefill_rows", 1, room.decodes)
@@ -239,7 +239,7 @@ def _dense(plan: MemoryPlan, room: _Room) -> MemoryPlan:
 
 
 def _group(plan: MemoryPlan, room: _Room) -> MemoryPlan:
-    """A smaller group, where its completions are decoded or scored together."""
+    """Use a smaller group, if its completions are decoded or scored together."""
     best = plan
     for size in room.request.workloads:
         if size < best.group_size and not room.fits(best):
@@ -256,7 +256,7 @@ def _length(plan: MemoryPlan, room: _Room) -> MemoryPlan:
 
 
 def _take_back(plan: MemoryPlan, room: _Room) -> MemoryPlan:
-    """The plan with as much of what it gave up as fits after all."""
+    """Undo as many reductions of the plan as fit after all."""
     for field, value in (("grad_checkpoint", False), ("dequantise", room.request.plan.dequantise)):
         back = replace(plan, **{field: value})
         if room.fits(back):
@@ -268,9 +268,9 @@ def _take_back(plan: MemoryPlan, room: _Room) -> MemoryPlan:
 
 
 def _most(plan: MemoryPlan, field: str, least: int, fits: Fits, *, step: int = 1) -> MemoryPlan:
-    """The plan with the largest value of a field, from `least` to its own, that fits, or `least`.
+    """Set a field to the largest value from `least` to its current one that fits, or to `least`.
 
-    By bisection: more never takes less.
+    It is found by bisection, since a larger value never takes less memory.
     """
     most = getattr(plan, field)
     if most <= least or fits(plan):
@@ -285,7 +285,7 @@ def _most(plan: MemoryPlan, field: str, least: int, fits: Fits, *, step: int = 1
 
 
 def _smallest(request: PlanRequest) -> MemoryPlan:
-    """The wanted group and length with the smallest batches."""
+    """The plan with the wanted group size and length and the smallest batches."""
     return replace(
         request.plan,
         decode_rows=min(request.plan.decode_rows, _least_rows(request.plan, request)),
@@ -302,7 +302,7 @@ def _least_rows(plan: MemoryPlan, request: PlanRequest) -> int:
 
 
 def _unlimited(request: PlanRequest, coefficients: Coefficients) -> MemoryPlan:
-    """No limit is known: the wanted plan, but nothing is unpacked."""
+    """The plan if no limit is known: the wanted one, without dequantised weights."""
     plan = request.plan
     if request.limit.from_machine and request.sizes.bits:
         plan = replace(plan, dequantise=False)
@@ -320,7 +320,7 @@ def _finished(plan: MemoryPlan, request: PlanRequest, coefficients: Coefficients
 
 
 def _reason(request: PlanRequest, plan: MemoryPlan, coefficients: Coefficients) -> str:
-    """One line: what is predicted from what, under which limit, and what was given up."""
+    """Explain the plan in one line: predicted peak, its basis, the limit, and reductions."""
     peak = show(request.estimate(plan, coefficients).peak)
     basis = "measured constants" if coefficients.measured else "priors"
     basis = "counted" if request.counted(plan) else f"from {basis}"
@@ -329,7 +329,7 @@ def _reason(request: PlanRequest, plan: MemoryPlan, coefficients: Coefficients) 
     given = ", ".join(_given(request.plan, plan))
     counted = f" for {request.prompts}" if request.prompts else ""
     told = f"predicted peak {peak} {basis}{counted}; {bound}"
-    return told + (f"; gave up: {given}" if given else "")
+    return told + (f"; changed to fit: {given}" if given else "")
 
 
 def _given(wish: MemoryPlan, plan: MemoryPlan) -> Iterator[str]:
@@ -347,9 +347,9 @@ def _refusal(
     enough = write_limit(request.needed(least, coefficients))
     limit = request.limit
     return MemoryBudgetError(
-        f"This does not fit: with the smallest batches it takes {show(found.peak)}, of them "
-        f"{show(found.weights)} the weights, and it may take a part of {show(limit.bytes or 0)} "
-        f"({limit.reason}). The least limit that would do is --memory-limit {enough}. Or "
-        f"choose a smaller model, --quantize 4, or shorter prompts (up to "
-        f"{least.max_prompt_tokens} tokens now)."
+        f"This run does not fit in memory: even the smallest batches need {show(found.peak)}, "
+        f"including {show(found.weights)} for the weights, and only part of the limit of "
+        f"{show(limit.bytes or 0)} ({limit.reason}) may be used. The smallest sufficient limit is "
+        f"--memory-limit {enough}. Or choose a smaller model, --quantize 4, or shorter prompts "
+        f"(now up to {least.max_prompt_tokens} tokens)."
     )

@@ -1,4 +1,4 @@
-"""The settings of a config.json that sizes follow from: checked, and without gaps."""
+"""The settings of a config.json that determine sizes, checked and completed with defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from localrl.memory.families import Family
 from localrl.memory.layers import Packing
 
 MOST_LAYERS = 100_000
-"""More blocks than this are a mistake in the file."""
+"""Maximum number of blocks; more are an error in the file."""
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "vocab_size")
 _POSITIVE = (
@@ -36,16 +36,16 @@ _BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 
 
 def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The settings of a text model, with the family's own ones and defaults for all others.
+    """Return the settings of a text model, completed with the family's values and defaults.
 
-    Raises: ConfigError when a size is missing or impossible.
+    Raises: ConfigError if a size is missing or impossible.
     """
     given = {name: value for name, value in config.items() if value is not None}
     text = {**family.defaults, **given, **family.fixed}
     for name in _REQUIRED:
         if name not in text:
             raise ConfigError(
-                f"The config.json has no {name}; name the config.json of a language model."
+                f"The config.json has no {name}; give the config.json of a language model."
             )
     for name in (*_POSITIVE, *_COUNTS):
         _check_count(name, text.get(name), least=1 if name in _POSITIVE else 0)
@@ -72,11 +72,11 @@ def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def packing_of(settings: Mapping[str, Any]) -> Packing:
-    """How matrices are packed by default; 0 bits where MLX would hold floats, as of fp8 files.
+    """Return the default format of matrices; 0 bits if MLX would hold floats, as for fp8 files.
 
     settings: `quantization` or `quantization_config` of a config.json.
 
-    Raises: ConfigError when a number is impossible.
+    Raises: ConfigError if a number is impossible.
     """
     method = settings.get("quant_method")
     if method in _FOREIGN:
@@ -91,9 +91,9 @@ def packing_of(settings: Mapping[str, Any]) -> Packing:
 
 
 def exceptions(settings: Mapping[str, Any]) -> dict[int | None, dict[str, Any]]:
-    """What the quantisation says of single matrices, by path in the block of that number.
+    """Return quantisation settings of individual matrices, by block number and path in the block.
 
-    None stands for the embedding and the head.
+    The number is None for the embedding and the head.
     """
     found: dict[int | None, dict[str, Any]] = {}
     for name, value in settings.items():
@@ -116,7 +116,7 @@ def _check_count(name: str, value: Any, *, least: int) -> None:
 def _check_list(name: str, value: Any) -> None:
     if value is None or (isinstance(value, list) and all(isinstance(v, int | str) for v in value)):
         return
-    raise ConfigError(f"The config.json has a {name} that is no plain list: {value!r:.80}.")
+    raise ConfigError(f"The config.json has a {name} that is not a plain list: {value!r:.80}.")
 
 
 def _default(text: dict[str, Any], name: str, value: Any) -> None:

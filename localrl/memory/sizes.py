@@ -1,4 +1,4 @@
-"""The sizes of a model that its memory follows from, read from its config.json alone."""
+"""The sizes of a model that determine its memory, read from its config.json alone."""
 
 from __future__ import annotations
 
@@ -29,85 +29,85 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of a text model."""
+    """The sizes of a text model."""
 
     family: str
     """`model_type` of its config.json."""
     width: int
-    """Numbers of a token's state between blocks."""
+    """Width of the hidden state between blocks."""
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    """Numbers between the matrices of a feed-forward layer; of all experts of a token together."""
+    """Inner width of a feed-forward layer, summed over all experts of a token."""
     vocabulary: int
     tied: bool
-    """Whether the head is the embedding."""
+    """True if the head is the embedding."""
     windows: tuple[int, ...]
-    """For each block: FULL, NONE, or how many tokens its sliding window has."""
+    """Cache kind of each block: FULL, NONE, or the size of its sliding window in tokens."""
     state_numbers: int = 0
-    """Numbers of a row's recurrent states, of all blocks together."""
+    """Size of a row's recurrent states, summed over all blocks."""
     bits: int = 0
-    """Of a quantised weight; 0: not quantised."""
+    """Bits of a quantised weight; 0: not quantised."""
     quant_group_size: int = 64
     stored_bytes: int | None = None
-    """Of the files with the weights; None: not on this machine."""
+    """Bytes of the weight files; None: not on this machine."""
     float_bytes: int = 2
-    """Of a float as it is stored: 2 of bfloat16 and float16, 4 of float32."""
+    """Bytes of a stored float: 2 for bfloat16 and float16, 4 for float32."""
     known: bool = True
-    """Whether the family is known matrix by matrix; False: read as if it were a Llama."""
+    """True if the family is known matrix by matrix; False: read as if it were Llama."""
     blocks: tuple[Block, ...] = ()
-    """What each block holds, for counting weights; `read_sizes` fills it."""
+    """Contents of each block, for counting weights; filled by `read_sizes`."""
     ends: Block | None = None
     """Embedding, last norm, and the head unless it is tied."""
 
     @property
     def layers(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self.windows)
 
     @property
     def matrices(self) -> Iterator[Matrix]:
-        """All matrices of the model."""
+        """Yield all matrices of the model."""
         for block in self.parts:
             yield from block.matrices
 
     @property
     def parts(self) -> tuple[Block, ...]:
-        """Blocks and ends.
+        """All blocks and the ends.
 
-        Raises: ValueError when this was not made by `read_sizes`.
+        Raises: ValueError if this was not made by `read_sizes`.
         """
         if self.ends is None:
-            raise ValueError("Weights can be counted in what read_sizes made alone.")
+            raise ValueError("Weights can only be counted in sizes made by read_sizes.")
         return (*self.blocks, self.ends)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights by kind; scales of quantised ones are not counted."""
+    """Number of weights by kind; scales of quantised ones are not counted."""
 
     embedding: int
     head: int
-    """0 where the head is the embedding."""
+    """Weights of the head; 0 if it is the embedding."""
     linear: int
-    """Of linear layers in the blocks, routers included, with their biases."""
+    """Weights of linear layers in the blocks, routers and biases included."""
     experts: int
     others: int
-    """Of norms and convolutions."""
+    """Weights of norms and convolutions."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Total number of weights."""
         return self.embedding + self.head + self.linear + self.experts + self.others
 
 
 def read_sizes(config: Mapping[str, Any], *, weight_bytes: int | None = None) -> Sizes:
-    """Sizes of the text model that a parsed config.json describes, as mlx-lm builds it.
+    """Read the sizes of the text model in a parsed config.json, as mlx-lm builds it.
 
-    weight_bytes: of its weight files, where they are on this machine.
+    weight_bytes: bytes of its weight files, if they are on this machine.
 
-    Raises: ConfigError when a size is missing or impossible.
+    Raises: ConfigError if a size is missing or impossible.
     """
     nested = config.get("text_config")
     inner = nested if isinstance(nested, Mapping) else {}
@@ -136,7 +136,7 @@ def read_sizes(config: Mapping[str, Any], *, weight_bytes: int | None = None) ->
 
 
 def parameters(sizes: Sizes) -> Parameters:
-    """How many weights the model has, as mlx-lm counts them."""
+    """Count the model's weights as mlx-lm does."""
     kinds = dict.fromkeys(("embedding", "head", "linear", "router", "experts"), 0)
     for matrix in sizes.matrices:
         kinds[matrix.kind] += matrix.weights + matrix.biases
@@ -150,11 +150,11 @@ def parameters(sizes: Sizes) -> Parameters:
 
 
 def weight_bytes(sizes: Sizes, *, float32: bool, dense: bool) -> int:
-    """Bytes of the weights as MLX holds them.
+    """Compute the bytes of the weights as MLX holds them.
 
     float32: every float is cast to float32, scales of quantised weights too, as on the CPU. dense:
-    quantised linear layers and embeddings are unpacked. Of a family that is not known the ratio to
-    the form in the files is counted, and the files give the rest where they are there.
+    quantised linear layers and embeddings are dequantised. For an unknown family whose files are
+    present, the result is their size times the computed ratio to the stored form.
     """
     held = _bytes(sizes, 4 if float32 else sizes.float_bytes, dense)
     if sizes.known or sizes.stored_bytes is None:
@@ -163,11 +163,11 @@ def weight_bytes(sizes: Sizes, *, float32: bool, dense: bool) -> int:
 
 
 def lora_parameters(sizes: Sizes, rank: int, layers: int = 0, keys: Collection[str] = ()) -> int:
-    """Weights of adapters of that rank on the last `layers` blocks (0: on all).
+    """Count the weights of adapters of this rank on the last `layers` blocks (0: all).
 
-    keys: paths inside a block; without any, all linear layers but routers. Experts have none.
+    keys: paths inside a block; if empty, all linear layers except routers. Experts have none.
 
-    Raises: ConfigError when there are not as many blocks, or, in a known family, no such layers.
+    Raises: ConfigError if there are fewer blocks, or, in a known family, no such layers.
     """
     if layers > sizes.layers:
         raise ConfigError(f"lora.layers is {layers}; the model has {sizes.layers} blocks (0: all).")
@@ -193,11 +193,11 @@ def kv_bytes(
     step: int = 64,
     prompt: int | None = None,
 ) -> int:
-    """Bytes of one row's cache when it holds that many tokens.
+    """Compute the bytes of one row's cache when it holds this many tokens.
 
-    Layers that keep all tokens grow by `step`. A window's layer keeps the whole prompt until the
-    first token after it, and then at most its window. prompt: how many of the tokens were
-    prefilled at once; None: the row is past its prompt, and windows count as grown by `step`.
+    Layers that keep all tokens grow by `step`. A layer with a window keeps the whole prompt until
+    the first token after it, and then at most its window. prompt: number of tokens prefilled at
+    once; None: the row is past its prompt, and windows count as grown by `step`.
     """
     kept = sum(_kept(window, tokens, step, prompt) for window in sizes.windows)
     numbers = 2 * sizes.kv_heads * sizes.head_dim * kept + sizes.state_numbers
@@ -205,21 +205,21 @@ def kv_bytes(
 
 
 def quantised(sizes: Sizes, bits: int) -> Sizes:
-    """The sizes after `localrl train --quantize`: groups of 64, or of 32 where 64 do not fit.
+    """Return the sizes after `localrl train --quantize`: groups of 64, or of 32 if 64 do not fit.
 
-    0 bits, and as many as the model has, change nothing. Otherwise the bytes of its files are no
+    0 bits, or the bits the model already has, change nothing. Otherwise the size of its files is no
     longer known.
     """
     if bits in (0, sizes.bits) or sizes.ends is None:
         return sizes
     parts = [part.packed(Packing(bits, 32)).packed(Packing(bits, 64)) for part in sizes.parts]
-    if sizes.family == "qwen3_moe":  # the family's own wish
+    if sizes.family == "qwen3_moe":  # mlx-lm's rule for this family
         parts = [part.overridden({"mlp.gate": {"bits": 8}}) for part in parts]
     return replace(sizes, bits=bits, blocks=tuple(parts[:-1]), ends=parts[-1], stored_bytes=None)
 
 
 def _packed(sizes: Sizes, settings: Mapping[str, Any]) -> Sizes:
-    """The sizes of a model that is stored quantised like this."""
+    """Sizes of a model that is stored with this quantisation."""
     packing, special = packing_of(settings), exceptions(settings)
     numbered: list[int | None] = [*range(sizes.layers), None]
     parts = [
@@ -244,13 +244,13 @@ def _check_keys(keys: Collection[str], paths: Sequence[str], known: bool) -> Non
     for key in sorted(set(keys) - set(paths)):
         if known:
             raise ConfigError(
-                f"lora.keys holds {key!r}, which is no linear layer of the adapted blocks."
-                f"{closest(key, paths)} There are {', '.join(paths)}."
+                f"lora.keys contains {key!r}, which is not a linear layer of the adapted blocks."
+                f"{closest(key, paths)} Available: {', '.join(paths)}."
             )
 
 
 def _kept(window: int, tokens: int, step: int, prompt: int | None) -> int:
-    """Tokens that a layer has room for."""
+    """Number of tokens that a layer's cache has room for."""
     if window == NONE:
         return 0
     if window == FULL:

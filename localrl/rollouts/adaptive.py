@@ -1,4 +1,4 @@
-"""Rounds: a group comes in parts, and later ones only where they are worth their tokens."""
+"""Rounds: a group is sampled in parts, later ones only for prompts worth the extra tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from localrl.records import Group, ScoredGroup
 from localrl.rollouts.groups import Shape, join
 
 Sample = Callable[[Sequence[int], int], list[Group]]
-"""Sample one round, by its number from 0, for the prompts with these indices."""
+"""Samples one round for the prompts with these indices; rounds are numbered from 0."""
 Score = Callable[[Sequence[Group]], list[ScoredGroup]]
 Belief = Callable[[int], tuple[float, float]]
-"""Beta parameters of a prompt's share of right answers, as thought before the step."""
+"""Returns the Beta parameters of a prompt's success rate, as estimated before the step."""
 
 
 def collect(
@@ -24,13 +24,13 @@ def collect(
     place: Callable[[float], float],
     give_up: float,
 ) -> list[ScoredGroup]:
-    """The groups of `count` prompts: a first round for all, then more for those worth it.
+    """Sample and score groups for `count` prompts: one round for all, then more where worthwhile.
 
-    With one round this samples and scores, no more. `place` puts a reward into 0..1. After each
-    round a prompt goes on while all its rewards are alike and the chance that this would stay so
-    up to its last round is no more than `give_up`. The idea of rounds is that of Xiong et al. 2025
-    (Reinforce-Ada, arXiv 2510.04996); we divide by the planned number instead of selecting, see
-    `assign_credit`.
+    With a single round this only samples and scores. `place` maps a reward to 0..1. After each
+    round a prompt continues while all its rewards are equal and the probability that they would
+    stay equal up to the last round is at most `give_up`. The idea of rounds is that of Xiong et al.
+    2025 (Reinforce-Ada, arXiv 2510.04996); we divide by the planned number instead of selecting,
+    see `assign_credit`.
     """
 
     def places(group: ScoredGroup) -> list[float]:
@@ -52,17 +52,17 @@ def collect(
 
 
 def alike(scored: ScoredGroup) -> bool:
-    """Whether there are rewards, and all of them are equal."""
+    """Return True if there are rewards and all of them are equal."""
     return len({reward for reward in scored.rewards if reward is not None}) == 1
 
 
 def chance_alike(rewards: Sequence[float], belief: tuple[float, float], left: int) -> float:
-    """The chance that `left` more completions all fall on the side of those there are.
+    """Probability that `left` more completions all get the same outcome as the existing ones.
 
         prod_{i < left} (same + i) / (right + wrong + i)
 
-    right and wrong being the belief with the rewards counted in (beta-binomial), and same the one
-    of them that the rewards were.
+    where right and wrong are the belief updated with the rewards (beta-binomial), and same is
+    whichever of the two the rewards were.
     """
     right = belief[0] + sum(rewards)
     wrong = belief[1] + len(rewards) - sum(rewards)

@@ -1,4 +1,4 @@
-"""The bookkeeping of a decode batch: requests, the rows being decoded, and what they have drawn."""
+"""Bookkeeping of a decode batch: requests, the rows being decoded, and the tokens drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localrl.rollouts.stops import Early, RecentTokens
 from localrl.utils.rng import keyed_uniforms
 
 EndReason = Literal["stop", "length", "fork"] | Early
-"""Why a segment ended."""
+"""The reason a segment ended."""
 
 
 @dataclass(frozen=True)
@@ -27,37 +27,37 @@ class TreeRequest:
     prompt: int
     """Index of the prompt."""
     address: tuple[int | str, ...]
-    """Where its random numbers come from: (seed, step, example id)."""
+    """Key of its random numbers: (seed, step, example id)."""
     roots: int
     leaves: int
-    """The most completions that forks may lead to; `roots` when there are none."""
+    """Maximum number of completions, forks included; equals `roots` when nothing forks."""
     max_tokens: int
-    """The longest completion."""
+    """Maximum length of a completion."""
     first_root: int = 0
-    """Number of its first root: the roots of earlier rounds come before it."""
+    """Number of its first root; roots of earlier rounds are numbered before it."""
     expected_tokens: float | None = None
-    """How long a completion is thought to be; None: nothing is known of this prompt."""
+    """Expected length of a completion; None if nothing is known about this prompt."""
     before: tuple[int, ...] = ()
     """Tokens at the end of the prompt that belong to the completion, for rules that end it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of tokens as it was drawn: the node of a tree. Arrays are (n,)."""
+    """A sequence of tokens as drawn: one node of a tree. Arrays are (n,)."""
 
     tree: int
     """Index of its request."""
     parent: int
-    """Index of the segment that it goes on from, -1 for a root. Parents come first."""
+    """Index of the segment it continues, -1 for a root. Parents come first."""
     siblings: int
-    """How many were drawn alike at the fork; 1 for a root."""
+    """Number of segments created by the same fork; 1 for a root."""
     token_ids: np.ndarray
     logprobs: np.ndarray
     entropies: np.ndarray
     end: EndReason
 
     def node(self, parent: int, version: int, round: int = 0) -> Node:
-        """Its record in a group, behind the node with that index there."""
+        """Its record in a group, as a child of the node with index `parent` there."""
         return Node(
             parent=parent,
             token_ids=self.token_ids,
@@ -71,19 +71,19 @@ class Segment:
 
 
 def end_leaf(node: int, ids: Sequence[int], reason: FinishReason, tokenizer: Tokenizer) -> Leaf:
-    """The leaf of a completion with these tokens; its text is without the end token."""
+    """Build the leaf of a completion with these tokens; its text excludes the end token."""
     return Leaf(node, reason, tokenizer.decode(ids[:-1] if reason == "stop" else ids))
 
 
 @dataclass(eq=False)
 class Rows:
-    """The rows being decoded: which segment each is writing, and what computes its next token."""
+    """The rows being decoded: the segment each one writes, and the state of the engine."""
 
     state: DecodeState
     segments: np.ndarray  # (B,) index of the segment being written
     lengths: np.ndarray  # (B,) tokens on the path so far
-    alive: np.ndarray  # (B,) bool; a finished row may ride along for a while
-    tails: RecentTokens | None = None  # None: no rule asks for it
+    alive: np.ndarray  # (B,) bool; a finished row may stay in the batch for a while
+    tails: RecentTokens | None = None  # None: no rule needs it
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -108,42 +108,42 @@ class Rows:
 
 @dataclass(eq=False)
 class _OpenSegment:
-    """A segment while it is written."""
+    """A segment that is still being written."""
 
     tree: int
     parent: int
     siblings: int
     address: tuple[int | str, ...]
-    """Where its random numbers come from; the last part is its name within the tree."""
+    """Key of its random numbers; the last part is its name within the tree."""
     start: int
-    """Tokens on the path before it."""
+    """Number of tokens on the path before it."""
     room: int
-    """Tokens that the path may still have."""
+    """Number of tokens that may still be added to the path."""
     forks: int
-    """Forks on the path to it."""
+    """Number of forks on the path to it."""
     end: EndReason = "fork"
 
     @cached_property
     def uniforms(self) -> np.ndarray:
-        """(room,) numbers in (0, 1), one for each token."""
+        """Uniform numbers (room,) in (0, 1), one for each token."""
         return keyed_uniforms(self.room, *self.address)
 
     @cached_property
     def coins(self) -> np.ndarray:
-        """(room,) numbers of another stream."""
+        """Uniform numbers (room,) of a second stream."""
         return keyed_uniforms(self.room, *self.address, "coins")
 
 
 @dataclass(eq=False)
 class DecodeLog:
-    """Every segment begun so far, and every token drawn, in the order of drawing."""
+    """All segments started so far, and all tokens in the order they were drawn."""
 
     requests: Sequence[TreeRequest]
     open: list[_OpenSegment] = field(default_factory=list)
     leaves: np.ndarray = field(init=False)
-    """(trees,) leaves begun, finished ones included."""
+    """Leaves started, finished ones included, (trees,)."""
     finished: np.ndarray = field(init=False)
-    """(trees,) leaves finished."""
+    """Leaves finished, (trees,)."""
     _drawn: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class DecodeLog:
         self.finished = np.zeros(len(self.requests), np.int64)
 
     def committed(self) -> int:
-        """Rows that the trees begun may still need at once, forks to come included."""
+        """Most rows the started trees may still need at once, future forks included."""
         most = [request.leaves for request in self.requests]
         may_fork = np.array([request.leaves > request.roots for request in self.requests])
         growing = self.leaves > self.finished
@@ -163,11 +163,11 @@ class DecodeLog:
         return self.requests[self.open[segment].tree]
 
     def begin_root(self, tree: int, number: int) -> int:
-        """The segment of one root of a tree."""
+        """Start one root of a tree and return its segment."""
         return self._begin(tree, -1, 1, str(self.requests[tree].first_root + number), 0, 0)
 
     def fork(self, parent: int, length: int, children: int) -> list[int]:
-        """Segments that go on from this one, whose path has that length; it ends there."""
+        """End a segment whose path has this length, and start its children."""
         before = self.open[parent]
         self.leaves[before.tree] -= 1
         names = [f"{before.address[-1]}/{length}.{n}" for n in range(children)]
@@ -187,25 +187,25 @@ class DecodeLog:
         return len(self.open) - 1
 
     def uniforms(self, rows: Rows) -> np.ndarray:
-        """(B,) the number for the next token of each row; anything for a finished one."""
+        """Uniform numbers (B,) for each row's next token; arbitrary for finished rows."""
         segments = [self.open[s] for s in rows.segments]
         places = zip(segments, rows.lengths, strict=True)
         return np.array([s.uniforms[min(n - s.start, s.room - 1)] for s, n in places])
 
     def coins(self, rows: Rows) -> np.ndarray:
-        """(B,) numbers in (0, 1) of another stream than the tokens', for fork rules."""
+        """Uniform numbers (B,) for fork rules, from a stream separate from the tokens'."""
         segments = [self.open[s] for s in rows.segments]
         places = zip(segments, rows.lengths, strict=True)
         return np.array([s.coins[min(n - s.start, s.room - 1)] for s, n in places])
 
     def trees(self, rows: Rows) -> np.ndarray:
-        """(B,) the tree of each row."""
+        """Tree index of each row, (B,)."""
         return np.array([self.open[s].tree for s in rows.segments])
 
     def write(
         self, rows: Rows, tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray
     ) -> None:
-        """Write down the draws of living rows; their paths are a token longer.
+        """Record the tokens drawn for live rows; their paths grow by one token.
 
         Raises: LocalRLError when a log-probability is not finite.
         """
@@ -219,9 +219,9 @@ class DecodeLog:
         rows.lengths[alive] += 1
 
     def finish(self, rows: Rows, ended: Mapping[EndReason, np.ndarray]) -> None:
-        """End the segments of living rows that a reason ends, or that have reached their limit.
+        """End the segments of live rows that have a reason to end or have reached their limit.
 
-        `ended` holds (B,) bool for each reason; of several, the first counts, and length is last.
+        `ended` holds (B,) bool for each reason; the first that applies counts, length is last.
         """
         limits = np.array([self.request(s).max_tokens for s in rows.segments])
         done = rows.alive & (np.any([*ended.values()], axis=0) | (rows.lengths >= limits))
@@ -232,7 +232,7 @@ class DecodeLog:
         rows.alive &= ~done
 
     def close(self) -> list[Segment]:
-        """All segments with their tokens."""
+        """Return all segments with their tokens."""
         if not self.open:
             return []
         columns = [np.concatenate(column) for column in zip(*self._drawn, strict=True)]

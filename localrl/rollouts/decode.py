@@ -1,8 +1,8 @@
 """Batched decoding: many completions of many prompts, one forward call per token.
 
-Each prompt is prefilled once and its cache forked to its completions. A running row is forked the
-same way, by gathering its cache. Finished rows leave and waiting ones take their places, so
-that there are never more than `rows`.
+Each prompt is prefilled once and its cache is forked for its completions. A running row is forked
+the same way, by gathering its cache. Finished rows leave the batch and waiting ones take their
+places; there are never more than `rows`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from localrl.rollouts.batch import DecodeLog, EndReason, Rows, Segment, TreeRequ
 from localrl.rollouts.stops import Stops
 
 CHILDREN = 2
-"""Rows that a fork makes of one."""
+"""Number of rows that one row becomes at a fork."""
 SHARED_POSITIONS = 1024
-"""Prompts are stored once where copies of them would have so many positions more. Below, the
-further operations of a step take longer than the reading of the copies."""
+"""Extra positions that copies of the prompts must take before prompts are stored once. Below this,
+the additional operations of a step take longer than reading the copies."""
 
 
 @dataclass
 class DecodeCounts:
-    """What decoding has cost so far."""
+    """The cost of decoding so far."""
 
     forward_calls: int = 0
     prefill_positions: int = 0
@@ -38,52 +38,52 @@ class DecodeCounts:
 
 @dataclass(frozen=True, eq=False)
 class LiveView:
-    """All that a fork rule may look at: what has been generated so far. Arrays are (B,)."""
+    """The information a fork rule may use: only past tokens. Arrays are (B,)."""
 
     trees: np.ndarray
-    """Which tree the row belongs to."""
+    """Index of the row's tree."""
     entropies: np.ndarray
-    """Nats, of the distribution of the row's next token."""
+    """Entropy of the row's next-token distribution, in nats."""
     lengths: np.ndarray
-    """Tokens on the path so far."""
+    """Number of tokens on the path so far."""
     since_fork: np.ndarray
-    """Tokens since the last fork on the path, or since its start."""
+    """Number of tokens since the last fork on the path, or since its start."""
     forks: np.ndarray
-    """Forks on the path so far."""
+    """Number of forks on the path so far."""
     leaves_left: np.ndarray
-    """Leaves that the row's tree may still add."""
+    """Number of leaves that the row's tree may still add."""
     coins: np.ndarray
-    """A number in (0, 1) for each row, for rules that toss a coin."""
+    """Uniform number in (0, 1) for each row, for randomised rules."""
     alive: np.ndarray
     """False for a finished row."""
     expected: np.ndarray
-    """Tokens that a completion of the row's prompt is thought to have; NaN where unknown."""
+    """Expected length of completions of the row's prompt, in tokens; NaN if unknown."""
 
 
 class ForkRule(Protocol):
-    """Decides from a `LiveView` alone, so before the next token is drawn, where paths fork."""
+    """Decides where paths fork, from a `LiveView` alone: before the next token is drawn."""
 
     def choose(self, view: LiveView) -> np.ndarray:
-        """(B,) bool: the rows that fork now; at most `leaves_left` for each tree."""
+        """Return the rows that fork now, (B,) bool; at most `leaves_left` for each tree."""
         ...
 
 
 @dataclass(eq=False)
 class Decoder:
-    """Decodes with one policy; the counts add up over calls."""
+    """Decodes with one policy; its counts accumulate over calls."""
 
     policy: Policy
     temperature: float
-    """0 takes the likeliest token each time: see `DecodeState.sample`."""
+    """Sampling temperature; 0 always takes the most likely token, see `DecodeState.sample`."""
     rows: int
-    """The most sequences decoded at once."""
+    """Maximum number of sequences decoded at once."""
     counts: DecodeCounts = field(default_factory=DecodeCounts)
     stops: Stops | None = None
     """Rules that end completions early."""
     beat: Callable[[], None] = lambda: None
-    """Called with every forward call; it may raise to end the decoding."""
+    """Called with every forward pass; it may raise to end the decoding."""
     prefill_rows: int = 0
-    """The most prompts prefilled at once; 0: as many as there are rows for."""
+    """Maximum number of prompts prefilled at once; 0: as many as there are free rows."""
 
     def decode(
         self,
@@ -91,11 +91,12 @@ class Decoder:
         requests: Sequence[TreeRequest],
         rule: ForkRule | None = None,
     ) -> list[Segment]:
-        """Complete every request, sampling from the whole distribution unless the temperature is 0;
-        segments in the order they began.
+        """Complete every request and return the segments in the order they were started.
 
-        Raises: ConfigError when a tree may have more leaves than there are rows; LocalRLError when
-        the model's logits are not finite.
+        Samples from the whole distribution unless the temperature is 0.
+
+        Raises: ConfigError if a tree may have more leaves than there are rows; LocalRLError if the
+        model's logits are not finite.
         """
         self._check(requests)
         log = DecodeLog(requests)
@@ -124,7 +125,7 @@ class Decoder:
             )
 
     def _refill(self, live: Rows | None, waiting: _Waiting) -> Rows:
-        """Begin waiting roots where there is room, or go on with what is there."""
+        """Start waiting roots if there are free rows."""
         while fresh := waiting.admit(self.rows):
             if live is None:
                 live = fresh
@@ -136,7 +137,7 @@ class Decoder:
         return live
 
     def _fork(self, live: Rows, log: DecodeLog, rule: ForkRule) -> None:
-        """Let the rule's choice of rows become two each; finished rows leave on the way."""
+        """Fork the rows chosen by the rule in two; finished rows are dropped at the same time."""
         entropies = live.state.entropies(self.temperature)
         chosen = rule.choose(_view(live, log, entropies)) & live.alive
         if not chosen.any():
@@ -153,17 +154,17 @@ class Decoder:
         live.segments = np.array(segments)
 
     def _draw(self, live: Rows, log: DecodeLog) -> np.ndarray:
-        """Draw the next token of every row, and write down those of living rows."""
+        """Draw the next token of every row, and record those of live rows."""
         uniforms = log.uniforms(live) if self.temperature else None
         drawn = live.state.sample(uniforms, self.temperature)
         log.write(live, *drawn)
         return drawn.tokens
 
     def _forward(self, live: Rows, tokens: np.ndarray) -> Rows | None:
-        """Feed the tokens just drawn, which gives the next logits; None when no row is left.
+        """Feed the tokens just drawn, giving the next logits; None if no row is left.
 
-        Finished rows leave once they are an eighth of the batch. Gathering the cache costs as much
-        as several rows' share of a step, so the last few of a large batch ride along.
+        Finished rows are removed once they are an eighth of the batch. Gathering the cache costs as
+        much as decoding several rows for a step, so a few finished rows stay in a large batch.
         """
         finished = len(live) - int(live.alive.sum())
         if finished == len(live):
@@ -178,7 +179,7 @@ class Decoder:
         return live
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
-        """One forward pass over all prompts."""
+        """Run one forward pass over all prompts."""
         self.beat()
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
@@ -191,7 +192,7 @@ class Decoder:
 
 
 class _Waiting:
-    """Roots not yet begun, and the prefilled prompts that some of them still need."""
+    """Roots not yet started, and the prefilled prompts that some of them still need."""
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], log: DecodeLog) -> None:
         self._decoder = decoder
@@ -204,16 +205,16 @@ class _Waiting:
         self._queue = deque(
             (tree, n) for tree, request in enumerate(log.requests) for n in range(request.roots)
         )
-        self._places: dict[int, int] = {}  # prompt -> its place among those prefilled last
+        self._places: dict[int, int] = {}  # prompt -> index in the latest prefill
         self._prefilled: Prefilled | None = None
 
     def __bool__(self) -> bool:
         return bool(self._queue)
 
     def admit(self, rows: int) -> Rows | None:
-        """Begin the roots that fit beside those begun; prefills each prompt only once.
+        """Start the roots that fit next to the running ones; each prompt is prefilled only once.
 
-        One call uses one prefill; None when nothing fits or nothing waits.
+        One call uses one prefill; returns None if nothing fits or nothing is waiting.
         """
         if not self._queue or not self._fits(rows):
             return None
@@ -226,7 +227,7 @@ class _Waiting:
             segments.append(self._ledger.begin_root(*self._queue.popleft()))
         shared = list(self._places) if self._shares else None
         state = self._prefilled.fork(np.array(sources), shared)
-        if not self._queue:  # nobody goes on from them any more
+        if not self._queue:  # no remaining root continues from them
             self._prefilled = None
         count = len(segments)
         stops = self._decoder.stops
@@ -240,7 +241,7 @@ class _Waiting:
         )
 
     def _fits(self, rows: int) -> bool:
-        """Whether the next root, and the forks of its tree if it is the first, find room."""
+        """Return True if the next root fits, and its tree's forks too if it is the first root."""
         tree, _ = self._queue[0]
         request = self._ledger.requests[tree]
         forks = request.leaves > request.roots
@@ -252,7 +253,7 @@ class _Waiting:
         return self._ledger.requests[self._queue[place][0]].prompt
 
     def _prefill(self, free: int) -> Prefilled:
-        """Prefill the prompts of as many waiting roots as there are free rows, or the first few."""
+        """Prefill the prompts of the waiting roots, up to the free rows and `prefill_rows`."""
         count = min(max(free, 1), len(self._queue))
         wanted = list(dict.fromkeys(self._prompt(i) for i in range(count)))
         wanted = wanted[: self._decoder.prefill_rows or None]
@@ -261,10 +262,10 @@ class _Waiting:
 
 
 def sharing_pays_off(copies: Sequence[int], share: float) -> bool:
-    """Whether storing prompts once saves more time than it costs.
+    """Return True if storing each prompt once saves more time than it costs.
 
-    copies: positions of each request's further copies of its prompt; share: the part of all rows
-    that is decoded at once, above 1 where there is more room.
+    copies: positions taken by the extra copies of each request's prompt; share: fraction of all
+    rows that is decoded at once, above 1 if there is more room.
     """
     return sum(copies) * min(share, 1) >= SHARED_POSITIONS
 

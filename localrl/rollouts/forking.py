@@ -1,7 +1,8 @@
-"""Where paths fork: rules that see only what has been generated so far.
+"""Fork rules, which see only the tokens generated so far.
 
-A decision that looks at the future of its path, or at the token drawn next, would bias the
-gradient; a `LiveView` holds neither. What a rule learns from a batch it uses from the next on.
+A decision that depends on the future of its path, or on the next token drawn, would bias the
+gradient; a `LiveView` contains neither. A rule applies what it learns from a batch from the next
+batch on.
 """
 
 from __future__ import annotations
@@ -18,34 +19,35 @@ from localrl.rollouts.decode import LiveView
 from localrl.rollouts.groups import Shape
 
 FIRST_TOKENS = 4
-"""No path forks before it has this many tokens: there, a fork shares almost nothing."""
+"""Minimum length of a path before it forks: earlier forks would share almost nothing."""
 SHORTEST_GAP = 8
 MEMORY = 0.7
-"""Share of what was learned that stays when a new batch is seen."""
+"""Weight of the old estimate when a new batch is seen."""
 QUANTILES = (0.5, 0.99)
 NUDGE = 0.02
 
 
 @dataclass
 class Spacing:
-    """How far apart forks are, and how many; the half that both rules share.
+    """The spacing and number of forks, shared by both rules.
 
-    Forks unlock along the expected length of a path, so that they are not all spent at its start.
+    Forks become available along the expected length of a path, so they are not all used at its
+    start.
     """
 
     roots: int
     leaves: int
     gap: int
-    """Tokens between two forks of a path; 0: a fifth of the expected length, at least 8."""
+    """Tokens between forks of a path; 0: a fifth of the expected length, at least 8."""
     expected_length: float
 
     @property
     def target(self) -> float:
-        """Forks of a path in a tree that is full and even."""
+        """Number of forks on each path of a full, balanced tree."""
         return math.log2(self.leaves / self.roots)
 
     def open(self, view: LiveView) -> np.ndarray:
-        """(B,) bool: rows that may fork as far as spacing goes."""
+        """Return the rows that the spacing allows to fork, (B,) bool."""
         expected = np.where(np.isnan(view.expected), self.expected_length, view.expected)
         gap = self.gap or np.maximum(SHORTEST_GAP, expected / 5)
         most = math.ceil(self.target) + 1
@@ -54,33 +56,33 @@ class Spacing:
         return view.alive & (view.lengths >= FIRST_TOKENS) & spaced & (view.forks < unlocked)
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Follow the mean length of paths."""
+        """Update the expected path length from the mean of a finished batch."""
         lengths = [len(path) for group in groups for path in group.completions()]
         self.expected_length = _follow(self.expected_length, float(np.mean(lengths)))
 
 
 @dataclass
 class EntropyRule:
-    """Fork where the model is uncertain: above a running quantile of earlier batches' entropies.
+    """Forks where the model is uncertain: above a running quantile of earlier batches' entropies.
 
-    The quantile is nudged until paths have as many forks as an even tree. In the first batch, with
-    nothing to compare with, nothing forks.
+    The quantile is adjusted until paths have as many forks as a balanced tree. Nothing forks in the
+    first batch, since there is no threshold yet.
     """
 
     spacing: Spacing
     quantile: float = 0.9
     threshold: float | None = None
-    """Nats."""
+    """Entropy in nats above which a path may fork; None before the first batch."""
 
     def choose(self, view: LiveView) -> np.ndarray:
-        """Rows above the threshold, the most uncertain of each tree first."""
+        """Choose rows above the threshold, the most uncertain of each tree first."""
         if self.threshold is None:
             return np.zeros(len(view.alive), bool)
         wanted = self.spacing.open(view) & (view.entropies > self.threshold)
         return within_budget(wanted, view.entropies, view)
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Follow the entropies and the number of forks of a finished batch."""
+        """Update the threshold from the entropies and the number of forks of a finished batch."""
         self.spacing.learn(groups)
         forks = forks_per_path(groups)
         if self.threshold is not None and forks is not None:
@@ -94,33 +96,33 @@ class EntropyRule:
 
 @dataclass
 class PeriodicRule:
-    """The control: fork when the gap has passed and a coin says so, whatever the entropy."""
+    """The control: forks at random once the gap has passed, regardless of entropy."""
 
     spacing: Spacing
     chance: float = 0.5
 
     def choose(self, view: LiveView) -> np.ndarray:
-        """Rows whose coin falls right, the luckiest of each tree first."""
+        """Choose rows by their random number, the smallest of each tree first."""
         wanted = self.spacing.open(view) & (view.coins < self.chance)
         return within_budget(wanted, -view.coins, view)
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Follow the length of paths."""
+        """Update the expected path length."""
         self.spacing.learn(groups)
 
 
 def make_rule(config: RolloutConfig, shape: Shape) -> EntropyRule | PeriodicRule | None:
-    """The configured rule as it is before the first batch; None where nothing may fork."""
+    """Build the configured rule in its initial state; None if nothing may fork."""
     if shape.leaves == shape.roots:
         return None
-    # Half of the longest completion, until the first batch has shown better.
+    # Half of the longest completion, until the first batch gives a better estimate.
     expected = config.max_completion_tokens / 2
     spacing = Spacing(shape.roots, shape.leaves, config.fork_gap, expected)
     return EntropyRule(spacing) if config.fork_rule == "entropy" else PeriodicRule(spacing)
 
 
 def within_budget(wanted: np.ndarray, priority: np.ndarray, view: LiveView) -> np.ndarray:
-    """(B,) bool: of the wanted rows, as many of each tree as it has leaves left, highest first."""
+    """Limit the wanted rows to each tree's remaining leaves, highest priority first; (B,) bool."""
     chosen = np.zeros(len(wanted), bool)
     rows = np.flatnonzero(wanted)
     for tree in np.unique(view.trees[rows]):
@@ -131,7 +133,7 @@ def within_budget(wanted: np.ndarray, priority: np.ndarray, view: LiveView) -> n
 
 
 def forks_per_path(groups: Sequence[Group]) -> float | None:
-    """Mean number of forks between root and leaf; the end of a reused prefix is none."""
+    """Mean number of forks between root and leaf; the end of a reused prefix is not a fork."""
     paths = [(g, g.path(leaf.node)) for g in groups for leaf in g.leaves]
     return mean_or_none([sum(g.nodes[n].cond_weight < 1 for n in path) for g, path in paths])
 

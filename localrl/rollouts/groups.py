@@ -1,6 +1,6 @@
-"""Groups of completions: flat ones, and trees whose paths fork while they are written.
+"""Groups of completions: flat groups, and trees whose paths fork during decoding.
 
-A flat group is a tree without forks: the same code, the same draws.
+A flat group is a tree without forks: it uses the same code and the same random draws.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from localrl.rollouts.turns import Turns, run_turns
 
 @dataclass(frozen=True)
 class Shape:
-    """How the completions of one prompt are asked for."""
+    """The number of roots, leaves and rounds sampled for one prompt."""
 
     roots: int
-    """Independent beginnings in a round."""
+    """Independent roots in a round."""
     leaves: int
-    """The most completions of a round: more than its roots where they may fork."""
+    """Maximum completions of a round: more than its roots if they may fork."""
     rounds: int = 1
-    """The most rounds."""
+    """Maximum number of rounds."""
 
     @property
     def planned_roots(self) -> int:
-        """What weights divide by, however many roots come."""
+        """The divisor of the weights, regardless of how many roots are sampled."""
         return self.roots * self.rounds
 
 
@@ -39,13 +39,13 @@ ONE = Shape(roots=1, leaves=1)
 """A single completion."""
 
 ROUND = 2
-"""Completions of a round, and rounds of a tree, where the user does not say."""
+"""Default completions of a flat round, and default rounds of a tree."""
 
 
 def make_shape(config: RolloutConfig) -> Shape:
-    """The shape of the configured strategy.
+    """Return the shape of the configured strategy.
 
-    Raises: ConfigError when the numbers do not go together.
+    Raises: ConfigError if the settings are inconsistent.
     """
     group_size = config.completions
     if config.strategy == "flat":
@@ -55,14 +55,14 @@ def make_shape(config: RolloutConfig) -> Shape:
     tree = config.strategy == "adaptive-tree"
     if not config.rounds and group_size % ROUND:
         raise ConfigError(
-            f"rollout.group_size is {group_size}, which {config.strategy} cannot share out evenly. "
+            f"rollout.group_size is {group_size}, which {config.strategy} cannot divide evenly. "
             "Make it even, or set rollout.rounds."
         )
     rounds = config.rounds or (ROUND if tree else group_size // ROUND)
     if group_size % rounds:
         raise ConfigError(
-            f"rollout.group_size is {group_size}, which {rounds} rounds cannot share evenly. "
-            "Change it, or rollout.rounds."
+            f"rollout.group_size is {group_size}, which {rounds} rounds cannot divide evenly. "
+            "Change it or rollout.rounds."
         )
     if tree:
         return _tree(config, group_size, rounds)
@@ -72,10 +72,10 @@ def make_shape(config: RolloutConfig) -> Shape:
 def _tree(config: RolloutConfig, group_size: int, rounds: int) -> Shape:
     leaves = group_size // rounds
     if config.roots > leaves:
-        each = f"{leaves} completions of a round" if rounds > 1 else f"{leaves} completions"
+        each = f"{leaves} completions per round" if rounds > 1 else f"{leaves} completions"
         raise ConfigError(
-            f"rollout.roots is {config.roots}, more than the {each} of rollout.group_size. Lower "
-            "it, or raise the group size."
+            f"rollout.roots is {config.roots}, more than the {each} that rollout.group_size "
+            "allows. Lower it or raise rollout.group_size."
         )
     return Shape(config.roots, leaves, rounds)
 
@@ -96,13 +96,13 @@ def sample_groups(
     begun: Sequence[Sequence[Prefix]] = (),
     turns: Turns | None = None,
 ) -> list[Group]:
-    """A group of every example, or one round of it, all decoded as one batch.
+    """Sample a group for every example, or one round of it, all decoded as one batch.
 
     `prompts` holds the examples' token ids. A draw depends on (seed, step, example, place in the
-    tree) and the policy, not on what else is in the batch; roots are counted over rounds.
-    `expected_tokens` says for each example how long completions are thought to be. Prefixes in
-    `begun` take the places of as many roots of their example, at most all of them. With `turns`
-    completions go on after their environment has answered, see `run_turns`.
+    tree) and the policy, not on the rest of the batch; roots are numbered across rounds.
+    `expected_tokens` is the expected completion length for each example. Each prefix in `begun`
+    replaces one root of its example, at most all of them. With `turns`, completions continue after
+    their environment has replied, see `run_turns`.
     """
     begun = begun or [()] * len(examples)
     expected = expected_tokens or [None] * len(examples)
@@ -151,7 +151,7 @@ def sample_groups(
 
 
 def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
-    """The two groups of one prompt as one: the second one's roots come after the first one's."""
+    """Merge two groups of one prompt; the second group's roots follow the first group's."""
     one, two = first.group, second.group
     offset = len(one.nodes)
     nodes = [
@@ -173,7 +173,7 @@ def _group(
     planned_roots: int,
     round: int,
 ) -> Group:
-    """The record of one tree, whose segments have the numbers in `tree`."""
+    """Build the record of one tree from the segments with the indices in `tree`."""
     places = {index: place for place, index in enumerate(tree)}
     nodes = tuple(
         segments[i].node(places.get(segments[i].parent, -1), version, round) for i in tree

@@ -1,8 +1,8 @@
-"""Replay: groups of earlier steps, kept with their rewards to be learned from once more.
+"""Replay: groups of earlier steps, stored with their rewards to be trained on again.
 
-Only whole groups with unequal rewards are kept, never successes alone, so that the baseline stays
-what it was. Correcting for the earlier policy is the learner's business; here is decided what is
-kept and what may come back.
+Only whole groups with unequal rewards are stored, never successes alone, so the baseline does not
+change. This module decides which groups are stored and which may be drawn; correcting for the
+earlier policy is up to the learner.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from localrl.records import Example, Group, ScoredGroup
 from localrl.utils.rng import keyed_uniforms
 
 CAPACITY = 512
-"""The most groups kept; the oldest leave."""
+"""Maximum number of groups stored; the oldest are dropped."""
 DIFFICULTY = (0.1, 0.9)
-"""Prompts that the policy almost never or almost always solves have little to teach."""
+"""Success rates between which a prompt is replayed: outside, it has little to teach."""
 
 
 @dataclass
 class ReplayCounts:
-    """What became of stored groups so far."""
+    """Counts of stored groups drawn and rejected so far, by reason."""
 
     drawn: int = 0
     age: int = 0
-    """Forgotten, because too many updates have been made since."""
+    """Dropped because too many updates have been made since."""
     difficulty: int = 0
-    """Passed over in a draw, because the prompt is too easy or too hard by now."""
+    """Skipped in a draw because the prompt is now too easy or too hard."""
     prompt: int = 0
-    """Forgotten, because the prompt is encoded to other tokens than it was."""
+    """Dropped because the prompt is now encoded to different tokens."""
     drift: int = 0
-    """Forgotten after a draw, because the policy has moved too far from theirs."""
+    """Dropped after a draw because the policy has moved too far from the one that sampled them."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A group in store."""
+    """A stored group."""
 
     scored: ScoredGroup
     updates: int
-    """Policy updates made before it was sampled."""
+    """Number of policy updates made before it was sampled."""
 
 
 @dataclass(eq=False)
@@ -56,13 +56,13 @@ class Replay:
         return len(self._stored)
 
     def copy(self) -> Replay:
-        """One that may go its own way; groups themselves never change."""
+        """Return an independent copy; the groups themselves are immutable."""
         return replace(self, counts=replace(self.counts), _stored=dict(self._stored))
 
     def add(self, scored: Sequence[ScoredGroup], updates: int) -> None:
-        """Keep the mixed ones of groups sampled after `updates` policy updates.
+        """Store the groups with unequal rewards, sampled after `updates` policy updates.
 
-        A group that is all of earlier policies is not kept: it would seem newer than it is.
+        A group written entirely by earlier policies is not stored: it would seem newer than it is.
         """
         for group in scored:
             if _mixed(group) and not _all_stale(group.group):
@@ -84,11 +84,11 @@ class Replay:
         address: tuple[int | str, ...],
         exclude: Collection[str] = (),
     ) -> list[ScoredGroup]:
-        """At most `count` groups, 1 to `max_age` updates old, each with the same chance.
+        """Draw at most `count` groups, 1 to `max_age` updates old, with equal probability.
 
-        `updates` is the number made so far, `difficulty` an example's share of successes (None:
-        unknown), `encode` its prompt's tokens now; examples in `exclude` are left alone. A group's
-        random number depends on the address and its example alone.
+        `updates` is the number made so far, `difficulty` returns an example's success rate (None:
+        unknown), `encode` its prompt's current tokens; examples in `exclude` are skipped. A group's
+        random number depends only on the address and its example.
         """
         self._expire(updates - max_age)
         ready = [i for i, s in self._stored.items() if s.updates < updates and i not in exclude]
@@ -104,7 +104,7 @@ class Replay:
         return found
 
     def reject(self, scored: ScoredGroup) -> None:
-        """Forget a drawn group because the policy has moved too far from that which wrote it."""
+        """Drop a drawn group because the policy has moved too far from the one that wrote it."""
         if self._stored.pop(scored.group.example.id, None) is not None:
             self.counts.drift += 1
 
@@ -131,7 +131,7 @@ class Replay:
 
 
 def without_old_logprobs(group: Group) -> Group:
-    """The group as its samplers left it; those of a past step say nothing about the next one."""
+    """The group without `old_logprobs`: those of a past step are not valid for the next one."""
     return replace(group, nodes=tuple(replace(n, old_logprobs=None) for n in group.nodes))
 
 

@@ -1,13 +1,13 @@
-"""Reuse: earlier completions, as far as the present policy would write them, begin new ones.
+"""Reuse: prefixes of earlier completions that the current policy accepts start new completions.
 
-From a prompt's second visit on, one forward pass over an earlier completion y says how likely the
-present policy finds its tokens. Token t is accepted while
+From a prompt's second visit on, one forward pass over an earlier completion y gives the current
+policy's probabilities of its tokens. Token t is accepted while
 
     U_t <= min(1, p_now(y_t) / p_sampled(y_t)),      U_t keyed and uniform
 
-and the tail behind the accepted prefix is sampled anew. The rule is that of SPEC-RL (arXiv
-2509.23232) without its lenience. It is no exact draw from the present policy, as the first refused
-token is not redrawn from what is left of the distribution. So accepted tokens keep the
+and the tail after the accepted prefix is sampled again. The rule is that of SPEC-RL (arXiv
+2509.23232) without its lenience. It is not an exact draw from the current policy, because the first
+rejected token is not redrawn from the residual distribution. Accepted tokens therefore keep the
 log-probabilities they were sampled with and are corrected like all tokens of an earlier policy: the
 rule only decides how stale a prefix may be.
 """
@@ -25,53 +25,53 @@ from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.utils.rng import keyed_uniforms
 
 MOST_TOKENS = 4_000_000
-"""Tokens kept for later: about 70 MB. The groups longest unseen leave."""
+"""Maximum number of stored tokens, about 70 MB. The least recently seen groups are dropped."""
 NOT_REUSED = ("turns", "error")
-"""Completions that ended in these ways hold what is not the policy's own."""
+"""Finish reasons of completions that contain text the policy did not write."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What was accepted of an earlier completion. Arrays are (n,), n may be 0."""
+    """The accepted part of an earlier completion. Arrays are (n,); n may be 0."""
 
     token_ids: np.ndarray
     sampled_logprobs: np.ndarray
-    """Under the policy that wrote the tokens."""
+    """Log-probabilities under the policy that wrote the tokens."""
     entropies: np.ndarray
     version: int
     """Number of updates made before the oldest of the tokens was sampled."""
     old_logprobs: np.ndarray
-    """Under the present policy."""
+    """Log-probabilities under the current policy."""
     finish_reason: FinishReason | None
-    """Why the earlier completion ended, where it was accepted whole; else None."""
+    """Finish reason of the earlier completion if all of it was accepted; else None."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def complete(self) -> bool:
-        """Whether there is nothing to add."""
+        """True if nothing needs to be sampled after it."""
         return self.finish_reason is not None
 
 
 @dataclass(eq=False)
 class CompletionCache:
-    """The newest group of each example, whatever its rewards."""
+    """The newest group of each example, regardless of its rewards."""
 
     most_tokens: int = MOST_TOKENS
     _groups: dict[str, Group] = field(default_factory=dict)
-    """By example id, the one longest unseen first."""
+    """Groups by example id, the least recently seen first."""
     _tokens: int = 0
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def copy(self) -> CompletionCache:
-        """One that may go its own way; groups themselves never change."""
+        """Return an independent copy; the groups themselves are immutable."""
         return replace(self, _groups=dict(self._groups))
 
     def add(self, groups: Sequence[Group]) -> None:
-        """Keep these in place of what was kept of their examples."""
+        """Store these groups, replacing earlier ones of the same examples."""
         for group in groups:
             self._forget(group.example.id)
             self._groups[group.example.id] = group
@@ -87,11 +87,11 @@ class CompletionCache:
         *,
         address: tuple[int | str, ...],
     ) -> Group | None:
-        """At most `count` earlier completions of the example, as a flat group of whole paths.
+        """Return at most `count` earlier completions of the example as a flat group of whole paths.
 
-        One for each root, the first roots first, so that all are independent: of a tree, a leaf
-        drawn as the tree's forks would have drawn it. None where there is nothing, or where the
-        prompt was encoded to other tokens. A path of several policies has the oldest one's version.
+        They are independent, one for each root, the first roots first: in a tree, a leaf is drawn
+        with the probability its forks gave it. None if nothing is stored or if the prompt was
+        encoded to different tokens. A path written by several policies has the oldest's version.
         """
         group = self._groups.get(example_id)
         if group is None or group.prompt_ids != prompt_ids:
@@ -110,19 +110,19 @@ class CompletionCache:
 
 
 def accepted(now: np.ndarray, sampled: np.ndarray, uniforms: np.ndarray) -> int:
-    """How many tokens from the first on are accepted, given (T,) log-probabilities and uniforms."""
+    """Number of leading tokens accepted, given (T,) log-probabilities and uniforms."""
     likelier = np.subtract(now, sampled, dtype=np.float64)
-    refused = ~(uniforms <= np.exp(np.minimum(likelier, 0.0)))  # what is no number is refused
+    refused = ~(uniforms <= np.exp(np.minimum(likelier, 0.0)))  # NaN is rejected
     return int(refused.argmax()) if refused.any() else len(refused)
 
 
 def verified_prefix(
     draft: Node, reason: FinishReason, now: np.ndarray, uniforms: np.ndarray, max_tokens: int
 ) -> Prefix:
-    """What of an earlier completion may begin a new one of at most `max_tokens`.
+    """Return the prefix of an earlier completion that may start a new one of `max_tokens` at most.
 
-    It is whole when all tokens were accepted, fit, and end it now as they did then: one that was
-    cut at a shorter limit goes on. Else it leaves room for a token at least.
+    It is complete if all tokens were accepted, fit, and still end the completion: one that was cut
+    off at a shorter limit continues. Otherwise it leaves room for at least one token.
     """
     length = len(draft.token_ids)
     ends = length == max_tokens if reason == "length" else length <= max_tokens
@@ -142,7 +142,7 @@ def verified_prefix(
 def verify(
     drafts: Group, now: Sequence[np.ndarray], *, max_completion_tokens: int, seed: int, step: int
 ) -> list[Prefix]:
-    """The verified prefix of every draft; `now` has their (T,) under the present policy."""
+    """Verify every draft; `now` holds its log-probabilities (T,) under the current policy."""
     found = []
     for j, (draft, leaf) in enumerate(zip(drafts.nodes, drafts.leaves, strict=True)):
         address = (*_address(seed, step, drafts.example, j), "accept")
@@ -162,9 +162,9 @@ def tail_requests(
     seed: int,
     step: int,
 ) -> tuple[list[tuple[int, ...]], list[TreeRequest]]:
-    """What to decode behind the incomplete prefixes of every example, in their order.
+    """Build prompts and requests for the tails of all incomplete prefixes, in order.
 
-    Further prompts, each with its prefix, and requests for them whose `prompt` counts on from
+    Each new prompt ends with its prefix, and `prompt` in the requests continues the numbering of
     `prompts`. A draw depends on (seed, step, example, number of the prefix, place in the tail) and
     on the policy.
     """
@@ -194,7 +194,7 @@ def tail_requests(
 def place_tails(
     prefixes: Sequence[Sequence[Prefix]], segments: Sequence[Segment]
 ) -> list[list[Segment | None]]:
-    """The segments of `tail_requests`, in their order, beside their prefixes; None if complete."""
+    """Match the segments of `tail_requests`, in order, to their prefixes; None if complete."""
     tails = iter(segments)
     return [[None if p.complete else next(tails) for p in family] for family in prefixes]
 
@@ -207,10 +207,10 @@ def with_reused(
     tokenizer: Tokenizer,
     version: int,
 ) -> Group:
-    """The group of freshly sampled completions, if any, with reused ones, each a root of its own.
+    """Add reused completions to a group of freshly sampled ones, each as a root of its own.
 
-    A reused completion is a root that an earlier policy wrote, with the fresh tail as its only
-    child; it is one node where either of them is empty.
+    A reused completion is a root written by an earlier policy, with the fresh tail as its only
+    child; it is a single node if either of them is empty.
     """
     nodes, leaves = list(group.nodes), list(group.leaves)
     for prefix, tail in zip(prefixes, tails, strict=True):
@@ -250,7 +250,7 @@ def _prefix_node(prefix: Prefix) -> Node:
 
 
 def _one_per_root(group: Group, address: tuple[int | str, ...]) -> list[int]:
-    """A leaf of every root, drawn by the weights of the nodes on the way."""
+    """Draw one leaf of every root, weighted by the nodes on its path."""
     families: dict[int, list[tuple[int, float]]] = {}
     for i, leaf in enumerate(group.leaves):
         root, *below = group.path(leaf.node)
@@ -272,7 +272,7 @@ def _reusable(group: Group, leaf: int) -> bool:
 
 
 def _path_node(group: Group, leaf: int) -> Node:
-    """The whole path to a leaf as one root."""
+    """Join the whole path to a leaf into one root node."""
     completion = group.completion(leaf)
     path = group.path(group.leaves[leaf].node)
     return Node(

@@ -1,10 +1,9 @@
-"""Completions that end early by a rule on what has been generated so far.
+"""Rules that end completions early, based on the tokens generated so far.
 
-Two rules: a completion that repeats itself rarely ends by itself and only costs time, and one
-that has written the stop text has said all that is asked of it. Both look at what was generated,
-never at the prompt and at nothing that comes later, so what is kept is what would have been drawn
-without them. When several reasons coincide at a token, the first of these counts: stop, closed,
-loop, length.
+There are two rules: a completion that repeats itself rarely ends by itself and only costs time, and
+one that has written the stop text is complete. Both look only at generated text, never at the
+prompt or at anything later, so the tokens kept are those that would have been drawn without them.
+If several reasons apply at the same token, the first of these counts: stop, closed, loop, length.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from localrl.policy.tokenizer import Tokenizer
 from localrl.utils.repetition import LONGEST_PERIOD, NEEDED
 
 SPARE = 8
-"""Tokens looked at beyond those that the stop text can fill: some decode to nothing."""
+"""Tokens examined beyond the most that the stop text can fill: some decode to nothing."""
 LONGEST_TEXT = LONGEST_PERIOD - SPARE
 NO_TOKEN = -1
 
@@ -29,13 +28,13 @@ Early = Literal["closed", "loop"]
 
 @dataclass(eq=False)
 class RecentTokens:
-    """What each row has drawn last, and how long it has been repeating; forks copy it."""
+    """The latest tokens of each row, and how long it has been repeating; forks copy them."""
 
     recent: np.ndarray
-    """(B, LONGEST_PERIOD) int32, the newest first; NO_TOKEN where there is none yet."""
+    """Token ids (B, LONGEST_PERIOD) int32, newest first; NO_TOKEN where there is none yet."""
     runs: np.ndarray
-    """(B, LONGEST_PERIOD) int32: in column p - 1, how many of the last tokens in a row equal the
-    one p before."""
+    """Run lengths (B, LONGEST_PERIOD) int32: column p - 1 counts the latest consecutive tokens that
+    equal the one p before."""
 
     def take(self, keep: np.ndarray) -> None:
         """Keep these rows only; an index that repeats forks its row."""
@@ -47,40 +46,40 @@ class RecentTokens:
         self.runs = np.concatenate([self.runs, other.runs])
 
     def push(self, tokens: np.ndarray) -> None:
-        """Go on by one token in every row."""
+        """Append one token to every row."""
         self.runs += 1
         self.runs *= self.recent == tokens[:, None]
         self.recent[:, 1:] = self.recent[:, :-1]
         self.recent[:, 0] = tokens
 
     def loops(self) -> np.ndarray:
-        """(B,) bool: rows that repeat themselves."""
+        """Return the rows that repeat themselves, (B,) bool."""
         return np.any(self.runs >= NEEDED, axis=1)
 
     def last(self, row: int, count: int) -> list[int]:
-        """At most so many tokens of one row, the newest last."""
+        """Return up to `count` of the latest tokens of one row, newest last."""
         tokens = self.recent[row, :count]
         return tokens[tokens != NO_TOKEN][::-1].tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class Stops:
-    """The rules that are wanted; made by `make_stops`."""
+    """The active rules; built by `make_stops`."""
 
     loops: bool
     text: str | None
     tokenizer: Tokenizer
     completing: np.ndarray
-    """(V + 1,) bool by token id: tokens that may complete the stop text. The last entry, false,
-    serves ids that the model has and the tokenizer has not."""
+    """Tokens that may complete the stop text, (V + 1,) bool by token id. The last entry is false
+    and covers ids that the model has but the tokenizer lacks."""
 
     def begin(self, before: Sequence[Sequence[int]]) -> RecentTokens:
-        """The state of rows whose completions begin with these tokens, none or more for each."""
+        """Initial state of rows whose completions begin with these tokens, which may be empty."""
         shape = (len(before), LONGEST_PERIOD)
         tails = RecentTokens(np.full(shape, NO_TOKEN, np.int32), np.zeros(shape, np.int32))
         longest = max(len(tokens) for tokens in before)
         for t in range(longest):
-            # The rows end together, so that shorter ones begin later.
+            # Rows are aligned at the end, so shorter ones start later.
             starts = [t - longest + len(tokens) for tokens in before]
             pairs = zip(before, starts, strict=True)
             tails.push(np.array([tokens[i] if i >= 0 else NO_TOKEN for tokens, i in pairs]))
@@ -89,7 +88,7 @@ class Stops:
     def ended(
         self, tails: RecentTokens, tokens: np.ndarray, alive: np.ndarray
     ) -> dict[Early, np.ndarray]:
-        """Go on by the tokens just drawn; per reason, (B,) bool, in order of precedence."""
+        """Append the tokens just drawn; return (B,) bool per reason, in order of precedence."""
         tails.push(tokens)
         nowhere = np.zeros(len(tokens), bool)
         closed = nowhere if self.text is None else self._closed(self.text, tails, tokens, alive)
@@ -98,7 +97,7 @@ class Stops:
     def _closed(
         self, text: str, tails: RecentTokens, tokens: np.ndarray, alive: np.ndarray
     ) -> np.ndarray:
-        """(B,) bool: living rows whose text has just come to contain the stop text."""
+        """Live rows whose latest token completed the stop text, (B,) bool."""
         candidates = self.completing[np.minimum(tokens, len(self.completing) - 1)] & alive
         # A token of the stop text holds at least one of its bytes.
         count = len(text.encode()) + SPARE
@@ -109,9 +108,9 @@ class Stops:
 
 
 def make_stops(tokenizer: Tokenizer, *, loops: bool, text: str | None) -> Stops | None:
-    """The rules, or None when neither is wanted; no text and an empty one are the same.
+    """Build the rules, or return None if neither is wanted; empty text means no text.
 
-    Raises: ConfigError when the stop text is too long to be looked for.
+    Raises: ConfigError if the stop text is too long to be searched for.
     """
     if not loops and not text:
         return None
@@ -122,12 +121,12 @@ def make_stops(tokenizer: Tokenizer, *, loops: bool, text: str | None) -> Stops 
 
 
 def _completing(tokenizer: Tokenizer, last: str) -> np.ndarray:
-    """(V + 1,) bool: tokens whose text holds this character, or a part of one."""
+    """Tokens whose text contains this character, or part of a character, (V + 1,) bool."""
     ids = tokenizer.inner.get_vocab().values()
     found = np.zeros(max(ids) + 2, bool)
     for token in ids:
-        # Twice, since some tokenizers drop the space before the first word.
+        # Decoded twice because some tokenizers drop the space before the first word.
         written = tokenizer.decode([token, token])
-        # U+FFFD stands for bytes that are no character by themselves.
+        # U+FFFD stands for bytes that are not a character by themselves.
         found[token] = last in written or "\ufffd" in written
     return found

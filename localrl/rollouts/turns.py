@@ -1,12 +1,12 @@
-"""Several turns: completions that go on after an environment has answered.
+"""Multi-turn completions, which continue after an environment has replied.
 
-All completions whose turn has ended are answered together and decoded together. What an environment
-wrote becomes a node whose tokens are not sampled: the model reads them, and they carry no
+All completions whose turn has ended get their replies together and are decoded together. A reply
+becomes a node whose tokens are not sampled: the model reads them, and they carry no
 log-probability, loss or length. The tokens of earlier turns stay as they were drawn and are never
-rendered again, so that what is sampled is what is scored.
+rendered again, so the sampled tokens are exactly the ones scored.
 
-A turn reads its whole path again, in one prefill for all: that costs positions, but no calls, and
-no cache has to be kept while an environment works.
+Each turn prefills its whole path again, all paths in one call: this costs positions but no extra
+calls, and no cache has to be kept while an environment works.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 
 Answer = Callable[[Sequence[ModelTurn]], list[EnvironmentReply]]
-"""Takes turns to their environments and brings back what these say."""
+"""Passes turns to their environments and returns the replies."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How completions go on."""
+    """The settings of multi-turn completions."""
 
     answer: Answer
     most: int
-    """Turns of the model in one completion."""
+    """Maximum number of model turns in one completion."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class _Conversation:
 
     group: int
     place: tuple[int, ...]
-    """Which completion of its group, after each turn: one of one unless paths have forked."""
+    """Index of the completion in its group, then one index per turn: 0 unless paths forked."""
     leaf: Leaf
     ids: tuple[int, ...]
     """Its tokens so far."""
     turn: tuple[int, ...]
-    """Those of the turn."""
+    """Tokens of its latest turn."""
 
 
 def run_turns(
@@ -60,13 +60,13 @@ def run_turns(
     address: tuple[int | str, ...],
     version: int,
 ) -> list[Group]:
-    """Let every completion of groups of one turn talk to its environment until that has done.
+    """Continue every completion of single-turn groups with its environment until it is done.
 
-    `leaves` is the most completions of a group: forks of later turns share what earlier ones left
-    over. A completion ends when its environment says so; with "turns" after `turns.most` of them;
-    with "length" where an answer leaves no room for another token; with "error" where the
-    environment broke. `max_completion_tokens` holds for all of it, answers included. A draw depends
-    on (address, example, turn, place in the tree) and on the policy.
+    `leaves` is the maximum number of completions in a group: forks of later turns share what
+    earlier ones left unused. A completion ends when its environment says so; with "turns" after
+    `turns.most` turns; with "length" if a reply leaves no room for another token; with "error" if
+    the environment failed. `max_completion_tokens` covers the whole completion, replies included. A
+    draw depends on (address, example, turn, place in the tree) and on the policy.
     """
     nodes = [list(group.nodes) for group in groups]
     going, done = _first_turns(groups), []
@@ -124,7 +124,7 @@ def _spoken(group: Group, talk: _Conversation) -> ModelTurn:
 def _apply_reply(
     talk: _Conversation, heard: EnvironmentReply, *, last: bool, most: int
 ) -> tuple[_Conversation, tuple[int, ...]]:
-    """The completion with what it heard, and what its next turn goes on from, if there is one."""
+    """The completion with its reply, and the tokens its next turn continues from, if any."""
     reason: FinishReason = talk.leaf.finish_reason
     more = heard.token_ids
     if heard.failed:
@@ -145,7 +145,7 @@ def _shares(
     waiting: Sequence[tuple[_Conversation, tuple[int, ...]]],
     leaves: int,
 ) -> list[int]:
-    """How many completions forks may add to each that goes on, evenly within its group."""
+    """Number of completions forks may add to each one that continues, even within a group."""
     there = Counter(talk.group for talk in done)
     going = Counter(talk.group for talk, _ in waiting)
     shares, seen = [], Counter[int]()
@@ -173,7 +173,7 @@ def _append_turn(
     version: int,
     tokenizer: Tokenizer,
 ) -> list[_Conversation]:
-    """Add the answer and the next turn behind a completion; where that forked there are several."""
+    """Append the reply and the next turn to a completion; returns several if the turn forked."""
     nodes.append(_unsampled(talk.leaf.node, more, version))
     root, places, turns, after = len(nodes) - 1, {}, {-1: ()}, []
     for index, segment in tree:
@@ -189,7 +189,7 @@ def _append_turn(
 
 
 def _unsampled(parent: int, ids: tuple[int, ...], version: int) -> Node:
-    """What the model did not write."""
+    """A node of tokens that the model did not write."""
     nothing = np.zeros(len(ids), np.float32)
     tokens = np.array(ids, np.int32)
     return Node(parent, tokens, np.zeros(len(ids), bool), nothing, nothing, version=version)

@@ -115,7 +115,7 @@ def test_a_run_has_a_folder_of_its_own(tiny_folder, tmp_path, capfd):
         (["train", "--task", "sumz"], 2, "did you mean 'sums'"),
         (["train", "--resume", "--out", "none"], 2, "There is no run in none"),
         (["train", "--memory-limit", "lots"], 2, "memory.limit is 'lots'"),
-        (["train", "--memory-limit", "1MB"], 3, "The least limit that would do is --memory-limit"),
+        (["train", "--memory-limit", "1MB"], 3, "The smallest sufficient limit is --memory-limit"),
         (["train", "none.toml"], 2, "Cannot read the configuration none.toml"),
         (["tasks", "show", "sumz"], 2, "did you mean 'sums'"),
         (["nonsense"], 2, "No such command"),

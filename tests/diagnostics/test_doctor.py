@@ -97,7 +97,7 @@ def test_memory_of_a_container():
     inside = Machine("Linux", "cpu", container_limit_bytes=4 * 10**9, container_bytes=3 * 10**9)
     rows = memory(inside)
     assert "container 4.0 GB, 3.0 GB left" in rows["memory"].text
-    assert "80 % of what is left to this container" in rows["memory.limit"].text
+    assert "80 % of memory left to this container" in rows["memory.limit"].text
 
 
 def test_memory_that_is_unknown():

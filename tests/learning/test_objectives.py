@@ -267,7 +267,7 @@ def test_settings_win_over_the_paper():
 
 
 def test_a_clip_range_that_would_do_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"learning\.clip_high is 0\.3, but rloo forms no ratio"):
+    with pytest.raises(ConfigError, match=r"learning\.clip_high is 0\.3, but rloo has no ratio"):
         make_objective(LearningConfig(objective="rloo", clip_high=0.3))
 
 

@@ -69,7 +69,7 @@ def test_near_the_limit_batches_are_a_fifth_smaller():
     plan, why = see(PLAN, reading(NEAR + 0.001))
     assert [getattr(plan, row) for row in ROWS] == [16, 8, 4, 80]
     assert changes(PLAN, plan).keys() == set(ROWS)
-    assert why == "a peak of 9.5 GB and 0 MB of freed buffers, near the limit of 10.0 GB"
+    assert why == "a peak of 9.5 GB and 0 MB of freed buffers, close to the limit of 10.0 GB"
 
 
 def test_freed_buffers_count():
@@ -90,7 +90,7 @@ def test_little_free_memory_makes_batches_smaller():
     assert see(PLAN, reading(0.1, available_bytes=int(SPARE * 64 * GB) + 1)) is None
     plan, why = see(PLAN, reading(0.1, available_bytes=int(SPARE * 64 * GB) - 1))
     assert plan.decode_rows == 16
-    assert why == "only 2.6 GB of this machine's 64.0 GB are available"
+    assert why == "only 2.6 GB of this machine's 64.0 GB is available"
 
 
 def test_what_is_not_known_is_no_reason():
@@ -135,7 +135,7 @@ def test_the_length_falls_last_and_only_above_the_limit():
     assert see(floor, reading(0.5, pressure="critical")) is None
     plan, why = see(floor, reading(1.01))
     assert changes(floor, plan) == {"max_completion_tokens": (100, 80)}
-    assert why.endswith("batches cannot be smaller: completions are cut off at 80 tokens now")
+    assert why.endswith("batches cannot shrink further: completions now end at 80 tokens")
     for _ in range(20):
         plan = (see(plan, reading(1.01)) or (plan, ""))[0]
     assert 16 <= plan.max_completion_tokens < 20
@@ -149,7 +149,7 @@ def test_after_calm_steps_it_grows_up_to_what_it_was():
         assert (found is not None) == (step % CALM_STEPS == 0 and plan.decode_rows < 20)
         if found is not None:
             grown, why = found
-            assert why == f"{CALM_STEPS} steps with room"
+            assert why == f"{CALM_STEPS} steps with room to spare"
             for row in ROWS:
                 now, most = getattr(grown, row), getattr(PLAN, row)
                 before = getattr(plan, row)
@@ -210,7 +210,7 @@ def test_longer_prompts_take_rows_and_neither_group_nor_length():
         <= 30 * 10**6
         < later.estimate(replace(plan, max_prompt_tokens=400)).peak
     )
-    assert "prompts of up to 400 tokens, as met in training" in longer.reason
+    assert "prompts of up to 400 tokens, as seen in training" in longer.reason
 
 
 def test_longer_prompts_never_bring_back_what_was_given_up():

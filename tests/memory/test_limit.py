@@ -95,7 +95,7 @@ def test_a_wish_above_the_total_names_both():
 
 
 def test_a_share_of_an_unknown_memory_is_an_error():
-    with pytest.raises(ConfigError, match="Name a size"):
+    with pytest.raises(ConfigError, match="Give a size"):
         memory_limit("50%", Machine("Linux", "cpu"))
 
 
@@ -135,7 +135,7 @@ def test_what_mlx_holds_may_be_held_on():
     ("total", "size", "reason"),
     [
         # 8 GiB less 4 GiB for the system, less the half GiB of the process.
-        (8, 7 * GIB // 2, "8.6 GB in all, less 4.3 GB for the system and 537 MB that this process"),
+        (8, 7 * GIB // 2, "8.6 GB in total, minus 4.3 GB for the system and 537 MB that this"),
         # 0.8 of 2/3 of the memory; from 64 GiB on of 3/4.
         (16, 9_162_596_897, "80 % of the 11.5 GB that Metal recommends"),
         (24, 13_743_895_347, "80 % of the 17.2 GB that Metal recommends"),
@@ -152,7 +152,7 @@ def test_macs(total, size, reason):
 def test_a_mac_that_is_full_of_other_programs():
     full = replace(mac(16), available_bytes=3 * GIB)
     found = memory_limit(None, full)
-    assert (found.bytes, found.reason) == (3 * GIB, "what is available of 17.2 GB")
+    assert (found.bytes, found.reason) == (3 * GIB, "the available memory, out of 17.2 GB")
 
 
 def test_larger_macs_keep_more_for_the_system():

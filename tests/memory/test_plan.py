@@ -212,7 +212,9 @@ def test_then_the_dense_base_then_the_group_then_the_length(
 
 def test_a_refusal_names_a_limit_that_does():
     short = by_hand(11, decode=4, dense=True, tree=True)
-    with pytest.raises(MemoryBudgetError, match=r"it takes 13 MB, of them 8 MB the weights") as it:
+    with pytest.raises(
+        MemoryBudgetError, match=r"need 13 MB, including 8 MB for the weights"
+    ) as it:
         fit(short)
     assert it.value.exit_code == 3
     named = named_limit(it.value)
@@ -229,9 +231,9 @@ def named_limit(error: MemoryBudgetError) -> int:
 
 def test_the_reason_says_what_was_given_up():
     reason = fit(by_hand(41, decode=4, dense=True, tree=True)).reason
-    assert "gave up: group_size 8 -> 4, decode_rows 16 -> 7, dequantise off" in reason
+    assert "changed to fit: group_size 8 -> 4, decode_rows 16 -> 7, dequantise off" in reason
     assert "from priors; limit 57 MB (a test)" in reason
-    assert "gave up" not in fit(by_hand(114, decode=4, dense=True, tree=True)).reason
+    assert "changed to fit" not in fit(by_hand(114, decode=4, dense=True, tree=True)).reason
 
 
 def draw_case(draws: random.Random) -> PlanRequest:

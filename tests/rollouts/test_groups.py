@@ -36,10 +36,10 @@ def test_shapes(settings, size, shape):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strategy": "tree", "roots": 9}, "roots is 9, more than the 8 completions of rollout"),
-        ({"strategy": "adaptive-tree", "roots": 5}, "roots is 5, more than the 4 completions of a"),
-        ({"strategy": "adaptive", "rounds": 3}, "group_size is 8, which 3 rounds cannot share"),
-        ({"strategy": "adaptive", "rounds": 16}, "group_size is 8, which 16 rounds cannot share"),
+        ({"strategy": "tree", "roots": 9}, "roots is 9, more than the 8 completions that rollout"),
+        ({"strategy": "adaptive-tree", "roots": 5}, "roots is 5, more than the 4 completions per"),
+        ({"strategy": "adaptive", "rounds": 3}, "group_size is 8, which 3 rounds cannot divide"),
+        ({"strategy": "adaptive", "rounds": 16}, "group_size is 8, which 16 rounds cannot divide"),
         ({"strategy": "adaptive-tree", "rounds": 5}, "group_size is 8, which 5 rounds cannot"),
     ],
 )

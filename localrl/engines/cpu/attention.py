@@ -1,8 +1,8 @@
-"""Attention over many positions in NumPy, and its gradient.
+"""Attention over many positions and its gradient, on the CPU.
 
-It goes block by block of queries over the keys that they see, and keeps no scores: for the gradient
-they are computed again, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). In C where that
-was built (`c/attention.h`), else in NumPy.
+It processes queries in blocks over the keys they attend to, and keeps no scores: the backward pass
+recomputes them, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135). It runs in C if that was
+built (`c/attention.h`), else in NumPy.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from localrl.engines.cpu.kernel_choice import steps
 from localrl.engines.cpu.math import softmax, softmax_back
 
 QUERIES = 128
-"""Positions whose scores exist at once."""
+"""Number of query positions whose scores exist at once."""
 SCORES = 1 << 20
-"""Scores that exist at once, of as many rows as that allows."""
+"""Maximum number of scores that exist at once; it bounds the rows computed together."""
 
 Heads = np.ndarray
-"""(R, kv_heads, r, L, head_dim), heads that share keys and values side by side."""
+"""Array (R, kv_heads, r, L, head_dim) in which the r query heads share one head of keys."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """softmax(scale * queries keys^T) values of R rows, for keys and values (R, kv_heads, T, d)."""
+    """Attention softmax(scale * queries keys^T) values of R rows.
+
+    Keys and values are (R, kv_heads, T, d).
+    """
 
     queries: Heads
     keys: np.ndarray
     values: np.ndarray
     valid: np.ndarray
-    """(R, P) bool: which of the first P keys are ancestors. The others are the queries' own
-    positions, of which each sees those up to itself."""
+    """Mask (R, P) of real ancestors among the first P keys. The other keys are the queries' own
+    positions, with a causal mask."""
     scale: float
 
     def forward(self) -> Heads:
-        """What every query finds."""
+        """Compute the output for every query."""
         found = empty((*self.queries.shape[:-1], self.values.shape[-1]))
         if (c := self._steps) is not None:
             hidden = _hiding(self.valid)
@@ -54,7 +57,7 @@ class Attention:
         return found
 
     def back(self, found: Heads, grad: Heads) -> tuple[Heads, np.ndarray, np.ndarray]:
-        """Gradients w.r.t. queries, keys and values, given `grad` w.r.t. the output."""
+        """Gradients w.r.t. queries, keys and values, given the output `found` and its `grad`."""
         grad_queries = empty(self.queries.shape)
         within = np.einsum("...i,...i->...", grad, found)[..., None]
         if (c := self._steps) is not None:
@@ -78,22 +81,22 @@ class Attention:
 
     @property
     def _steps(self) -> ModuleType | None:
-        """The steps in C, where they do it: scores exist for a few queries of a head at once."""
+        """The C kernels, if usable: their scores exist for only a few queries of a head at once."""
         return steps_for(self.keys.shape[-1])
 
     @cached_property
     def _each(self) -> int:
-        """Scores of one row's block, at most."""
+        """Maximum number of scores in one row's block."""
         _, heads, more, length, _ = self.queries.shape
         return heads * more * min(length, QUERIES) * self.keys.shape[2]
 
     @property
     def _rows(self) -> int:
-        """Rows whose scores exist at once."""
+        """Number of rows whose scores exist at once."""
         return min(len(self.queries), max(1, SCORES // max(self._each, 1)))
 
     def _blocks(self) -> Iterator[tuple[slice, slice, slice, np.ndarray]]:
-        """Rows, their queries, the keys that these see, and the weights (rows, h, r * L, T)."""
+        """Yield rows, block of queries, keys attended to, and weights (rows, h, r * L, T)."""
         count, _, _, length, _ = self.queries.shape
         scratch = empty((self._rows * self._each,))
         for start in range(0, length, QUERIES):
@@ -111,7 +114,7 @@ class Attention:
         return seen, softmax(scores, self._hidden(rows, block))
 
     def _hidden(self, rows: slice, block: slice) -> np.ndarray:
-        """What makes nothing of keys that a query does not see, (.., 1, L, P + block's end)."""
+        """Additive mask of keys that a query does not attend to, (.., 1, L, P + block's end)."""
         valid = self.valid[rows]
         valid = valid[:1] if valid.all() else valid
         shape = (len(valid), block.stop - block.start)
@@ -124,12 +127,12 @@ class Attention:
 
 
 def steps_for(head_dim: int) -> ModuleType | None:
-    """The steps in C, where they attend to heads of this size: whole vectors of any build."""
+    """Return the C kernels if they support heads of this size: whole vectors in every build."""
     return steps() if _whole_vectors(head_dim) else None
 
 
 def attends_in_c(head_dim: int) -> bool:
-    """Whether they would, unless a timing finds NumPy to be faster."""
+    """Return True if C kernels can be used for heads of this size, whatever timing finds."""
     return kernels is not None and _whole_vectors(head_dim)
 
 
@@ -138,23 +141,23 @@ def _whole_vectors(head_dim: int) -> bool:
 
 
 def _hiding(seen: np.ndarray) -> np.ndarray:
-    """What is added to scores: it makes nothing of those that are not seen."""
+    """Additive mask for scores: 0 where seen, -1e30 elsewhere."""
     return np.where(seen, np.float32(0), np.float32(-1e30))
 
 
 def _folded(heads: Heads) -> np.ndarray:
-    """(R, h, r, L, d) as (R, h, r * L, d)."""
+    """Reshape (R, h, r, L, d) to (R, h, r * L, d)."""
     rows, kv_heads, more, length, size = heads.shape
     return heads.reshape(rows, kv_heads, more * length, size)
 
 
 def _within(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """An array at the front of some room."""
+    """View the start of a scratch buffer as an array of this shape."""
     return scratch[: math.prod(shape)].reshape(shape)
 
 
 def as_heads(columns: np.ndarray, rows: int, size: int, kv_heads: int) -> Heads:
-    """Columns (heads * size, R * L) as (R, kv_heads, r, L, size)."""
+    """Copy columns (heads * size, R * L) to (R, kv_heads, r, L, size)."""
     heads = columns.shape[0] // size
     split = columns.reshape(kv_heads, heads // kv_heads, size, rows, -1)
     found = empty((rows, kv_heads, heads // kv_heads, split.shape[-1], size))
@@ -163,7 +166,7 @@ def as_heads(columns: np.ndarray, rows: int, size: int, kv_heads: int) -> Heads:
 
 
 def as_columns(heads: Heads) -> np.ndarray:
-    """The inverse of `as_heads`."""
+    """Invert `as_heads`."""
     rows, kv_heads, more, length, size = heads.shape
     found = empty((kv_heads, more, size, rows, length))
     found[...] = heads.transpose(1, 2, 4, 0, 3)

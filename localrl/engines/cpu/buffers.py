@@ -1,8 +1,8 @@
-"""Where large arrays lie: in MLX's memory, where they are counted, and where they are used again.
+"""A pool of float32 buffers allocated from MLX, so that they are counted and reused.
 
-A layer's arrays have the sizes of the one before. Buffers are kept for the length of a pass, and
-one that nobody looks at any more is lent to the next array of its size; MLX, which can't give
-memory that it does not fill, is asked for the first only.
+Each layer's arrays have the same sizes as the previous layer's. Buffers are kept for the duration
+of a pass, and one that is no longer referenced is reused for the next array of its size; MLX, which
+cannot allocate without filling, is only asked when none is free.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 from localrl.backend import mx
 
 LARGE = 1 << 12
-"""Numbers from which on an array is laid into MLX's memory."""
+"""Minimum number of elements of an array that is allocated from MLX."""
 
 SPARE = 16 << 20
-"""Bytes that may be free when MLX is asked for more, so that they hardly add to the peak."""
+"""Maximum bytes of free buffers when MLX is asked for more, so they hardly add to the peak."""
 
 FEW = 64
-"""Columns, one for each row that is decoded, up to which it is not: a step is soon over."""
+"""Maximum columns, one per decoded row, that are left to NumPy: a decoding step is short."""
 
 
 def _free(buffers: list[np.ndarray]) -> list[int]:
-    """Places of those that no array looks at."""
+    """Indices of the buffers that no array references."""
     return [place for place, buffer in enumerate(buffers) if getrefcount(buffer) == UNUSED]
 
 
 def _first_free(buffers: list[np.ndarray]) -> int | None:
-    """The first of them; a pass asks thousands of times, so no function is called for each."""
+    """Index of the first free buffer; inlined, because a pass calls this thousands of times."""
     for place, buffer in enumerate(buffers):
         if getrefcount(buffer) == UNUSED:
             return place
@@ -39,7 +39,7 @@ def _first_free(buffers: list[np.ndarray]) -> int | None:
 
 
 def _unused() -> int:
-    """What is counted of a buffer that is in a list and that no array looks at, in such a loop."""
+    """Reference count, in such a loop, of a buffer in a list that no array references."""
     return next(getrefcount(buffer) for _, buffer in enumerate([np.empty(1), np.empty(1)]))
 
 
@@ -47,16 +47,16 @@ UNUSED = _unused()
 
 
 class BufferPool:
-    """Those of one pass by how many numbers they hold."""
+    """The buffers of one pass, by number of elements."""
 
     def __init__(self) -> None:
         self._all: dict[int, list[np.ndarray]] = {}
         self._lock = Lock()
         self._grown = 0
-        """Bytes asked of MLX since the last look at what is free, which takes as long as a norm."""
+        """Bytes allocated since the last search for free buffers, which takes as long as a norm."""
 
     def lend(self, count: int) -> np.ndarray:
-        """A buffer of this size with anything in it, until nobody looks at it any more."""
+        """An uninitialised buffer of `count` elements; reused once its last view is dropped."""
         with self._lock:
             mine = self._all.get(count, [])
             if (place := _first_free(mine)) is not None:
@@ -65,18 +65,18 @@ class BufferPool:
             if self._grown >= SPARE // 4:
                 self._trim()
                 self._grown = 0
-            # A copy of nothing takes MLX a tenth of the time of an operation that fills.
+            # Copying uninitialised memory takes MLX a tenth of the time of an operation that fills.
             new = np.array(mx.array(np.empty(count, np.float32)), copy=False)
             self._all.setdefault(count, []).append(new)
             return new[:]
 
     def _trim(self) -> None:
-        """Give MLX back what is free beyond `SPARE`."""
+        """Return free buffers beyond `SPARE` to MLX."""
         free = {size: _free(buffers) for size, buffers in self._all.items()}
         total = sum(4 * size * len(places) for size, places in free.items())
         while total > SPARE:
-            # Those that will not fit first; then of the size of which there are most: of others all
-            # may be needed again.
+            # First those larger than SPARE, then those of the size with the most free buffers: of
+            # other sizes all may be needed again.
             size = max(
                 free, key=lambda size: (4 * size > SPARE and bool(free[size]), len(free[size]))
             )
@@ -88,34 +88,34 @@ _pool = BufferPool()
 
 
 def empty(shape: tuple[int, ...]) -> np.ndarray:
-    """An array to be written."""
+    """Allocate an uninitialised array."""
     count = math.prod(shape)
     return np.empty(shape, np.float32) if count < LARGE else _pool.lend(count).reshape(shape)
 
 
 def persistent_zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros that will stay for many steps: MLX gets their memory as soon as they go."""
+    """Allocate zeros outside the pool, for many steps: MLX gets the memory back when they go."""
     return np.array(mx.zeros(shape), copy=False)
 
 
 def release_all() -> None:
-    """Forget all buffers, for a pass is over: each goes with the last array that looks at it."""
+    """Drop all buffers at the end of a pass; each is freed with the last array that uses it."""
     global _pool
     _pool = BufferPool()
 
 
 def zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros, in such room."""
+    """Allocate zeros from the pool."""
     found = empty(shape)
     found[...] = 0
     return found
 
 
 def empty_columns(shape: tuple[int, ...]) -> np.ndarray:
-    """Room for columns; few of them are soon done with, and left to NumPy."""
+    """Allocate uninitialised columns; a few, being short-lived, are left to NumPy."""
     return np.empty(shape, np.float32) if shape[-1] <= FEW else empty(shape)
 
 
 def empty_like(x: np.ndarray) -> np.ndarray:
-    """Room for as many columns."""
+    """Allocate uninitialised columns in the shape of x."""
     return empty_columns(x.shape)

@@ -1,11 +1,11 @@
 """Decoding on the CPU: one token of every row at a time, in NumPy on MLX's own memory.
 
-MLX's CPU backend takes tens of microseconds for each operation and some 20 ns for each exponential;
-NumPy takes one and one. A small model's token is hundreds of operations, so it is made here, with
-the arithmetic of mlx-lm's families and the same BLAS.
+MLX's CPU backend takes tens of microseconds per operation and about 20 ns per exponential; NumPy
+takes about one of each. A small model's token is hundreds of operations, so it is computed here,
+with the arithmetic of mlx-lm's families and the same BLAS.
 
 Rows of one prompt can share its keys and values, as in `mlx.prefix_cache`: then all rows of a
-prompt are multiplied with them at once.
+prompt are multiplied by them at once.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from localrl.policy.engine import Sampled
 from localrl.policy.forest_packing import Level
 
 STEP = 64
-"""Tokens by which buffers grow."""
+"""Number of tokens by which buffers grow."""
 
 
 @dataclass(frozen=True, eq=False)
 class CPUPrefilled:
-    """Prompts (P) that rows go on from: see `Prefilled`."""
+    """Prefilled prompts (P) that rows continue: see `Prefilled`."""
 
     layers: list[KV]
     """Keys and values (P, kv_heads, L, head_dim) in every layer, padded on the right."""
     lengths: np.ndarray
-    """(P,)"""
+    """Lengths (P,) of the prompts."""
     weights: Weights
-    """To go on with."""
+    """Weights for decoding."""
     model: CPUModel
     last: np.ndarray
     """Logits (P, V) after each prompt."""
 
     def fork(self, rows: np.ndarray, prompts: Sequence[int] | None) -> CPUState:
-        """A state of rows that go on from them: see `Prefilled.fork`."""
+        """Create a state of rows that continue the prompts: see `Prefilled.fork`."""
         return CPUState(self, rows, prompts)
 
     def logits(self) -> np.ndarray:
@@ -77,19 +77,19 @@ class Prompt:
 class CPUState:
     """Keys and values that rows have written in every layer, and their next logits.
 
-    See `DecodeState`. It has the weights of the prefill.
+    See `DecodeState`. It uses the weights of the prefill.
     """
 
     def __init__(
         self, prefilled: CPUPrefilled, rows: np.ndarray, prompts: Sequence[int] | None
     ) -> None:
-        """Rows (B,) go on from those of a prefilled batch; prompts: see `Prefilled.fork`."""
+        """rows (B,): the prompt that each row continues; prompts: see `Prefilled.fork`."""
         self._model, self._weights = prefilled.model, prefilled.weights
         self._next = prefilled.last[rows]
         self.prompts: list[Prompt] = []
         self._seats: list[tuple[int, slice | np.ndarray]] = []
         self._addresses = np.zeros((0, 0, 4), np.int64)
-        """(layers, B, 4): of each row's prompt, as `attend_token` in C takes it."""
+        """Addresses (layers, B, 4) of each row's prompt, as `attend_token` in C takes them."""
         own = prefilled.lengths[rows].astype(np.int64)
         self.sources, none = rows, np.zeros(len(rows), int)
         self.starts, self.lengths = (none, own) if prompts is None else (own, none)
@@ -127,14 +127,14 @@ class CPUState:
         self._next = weights.logits(x)
 
     def wait(self) -> None:
-        """Nothing is computed later than it is asked for."""
+        """Do nothing: computation here is never deferred."""
 
     def logits(self) -> np.ndarray:
         """Float32 logits (B, V)."""
         return self._next
 
     def sample(self, uniforms: np.ndarray | None, temperature: float) -> Sampled:
-        """One token per row."""
+        """Sample one token per row."""
         return Sampled(*draw(self._next, uniforms, temperature))
 
     def entropies(self, temperature: float) -> np.ndarray:
@@ -146,14 +146,14 @@ class CPUState:
         self._next = self._next[rows]
         used = int(self.lengths.max())
         pick = _close if (np.diff(rows) > 0).all() else _gather
-        for n, (keys, values) in enumerate(self._layers):  # one after another, for their memory
+        for n, (keys, values) in enumerate(self._layers):  # one at a time, to save memory
             self._layers[n] = pick(keys, rows, used), pick(values, rows, used)
         self.sources, self.starts = self.sources[rows], self.starts[rows]
         self.lengths = self.lengths[rows]
         self._seat()
 
     def extend(self, other: CPUState) -> None:
-        """Add the rows of another state, and its prompts where they are new."""
+        """Add the rows of another state, and those of its prompts that are new."""
         self._next = np.concatenate([self._next, other._next])
         used = int(max(self.lengths.max(), other.lengths.max()))
         for n, (keys, values) in enumerate(self._layers):
@@ -167,14 +167,14 @@ class CPUState:
         self._seat()
 
     def _adopt(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Add the prompts that are new; the place of each."""
+        """Add the prompts that are new; return the index of each."""
         keys = [prompt.key for prompt in self.prompts]
         self.prompts += [prompt for prompt in prompts if prompt.key not in keys]
         keys = [prompt.key for prompt in self.prompts]
         return np.array([keys.index(prompt.key) for prompt in prompts], int)
 
     def _seat(self) -> None:
-        """Look which rows go on from which prompt; prompts without rows are forgotten."""
+        """Group rows by the prompt they continue; prompts without rows are dropped."""
         if not self.prompts:
             return
         used, self.sources = np.unique(self.sources, return_inverse=True)
@@ -186,7 +186,7 @@ class CPUState:
         self._addresses = np.ascontiguousarray(places[self.sources].swapaxes(0, 1))
 
     def _grow(self, tokens: int) -> None:
-        """Make room, one layer after another, for that many tokens in each row."""
+        """Make room for this many tokens in each row, one layer at a time."""
         if tokens <= self._layers[0][0].shape[2]:
             return
         everything = np.arange(len(self))
@@ -195,7 +195,7 @@ class CPUState:
             self._layers[n] = keys, values
 
     def _mask(self) -> np.ndarray | None:
-        """0 where a row attends to, -inf where not, (B, 1, 1, prompts + tails); None if all do."""
+        """Additive mask, 0 or -inf, (B, 1, 1, prompts + tails); None if nothing is masked."""
         last = int(self.lengths.max())
         most = max((prompt.length for prompt in self.prompts), default=0)
         if (self.lengths == last).all() and (not most or (self.starts == most).all()):
@@ -208,7 +208,7 @@ class CPUState:
     def _attend(
         self, n: int, block: Block, x: np.ndarray, tables: RopeTables, mask: np.ndarray | None
     ) -> np.ndarray:
-        """What attention finds (heads * head_dim, B) for normed states (d, B) of layer n."""
+        """Attention output (heads * head_dim, B) for normed hidden states (d, B) of layer n."""
         model, rotate, rows = self._model, self._model.ropes[n].rotate, x.shape[1]
         queries, keys, values = (
             y.reshape(-1, model.head_dim, rows) for y in block.queries_keys_values(x)
@@ -226,13 +226,13 @@ class CPUState:
 
     @property
     def _steps(self) -> ModuleType | None:
-        """The steps in C, where they do the attention."""
+        """The C kernels, if they compute the attention."""
         return steps_for(self._model.head_dim)
 
     def _attend_in_c(
         self, c: ModuleType, n: int, queries: np.ndarray, keys: np.ndarray, values: np.ndarray
     ) -> np.ndarray:
-        """The same as `_write` and `_find`, on columns."""
+        """Do the same as `_write` and `_find`, on columns."""
         found = np.empty((queries.size // len(self), len(self)), np.float32)
         prompts = self._addresses[n] if self.prompts else None
         new = queries, keys, np.ascontiguousarray(values)
@@ -240,7 +240,7 @@ class CPUState:
         return found
 
     def _write(self, n: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """Put those of one token, (kv_heads, head_dim, B) each, at the end of every row."""
+        """Append one token's keys and values, (kv_heads, head_dim, B) each, to every row."""
         places = self.lengths
         for buffer, new in zip(self._layers[n], (keys, values), strict=True):
             if (places == places[0]).all():
@@ -249,7 +249,7 @@ class CPUState:
                 buffer[np.arange(len(places)), :, places] = new.transpose(2, 0, 1)
 
     def _find(self, n: int, queries: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """Values (B, kv_heads, r, head_dim) weighted by one softmax over prompt and tail."""
+        """Attention output (B, kv_heads, r, head_dim), one softmax over prompt and tail."""
         last = int(self.lengths.max()) + 1
         keys, values = (buffer[:, :, :last] for buffer in self._layers[n])
         if not self.prompts:
@@ -273,7 +273,7 @@ class CPUState:
 
 
 def _addresses(prompt: Prompt) -> list[tuple[int, int, int, int]]:
-    """In every layer: where keys and values are, their positions, and numbers between two heads."""
+    """For every layer: addresses of keys and values, prompt length, and stride between heads."""
     return [
         (_address(keys), _address(values), prompt.length, keys.strides[0] // keys.itemsize)
         for keys, values in prompt.layers
@@ -285,19 +285,19 @@ def _address(array: np.ndarray) -> int:
 
 
 def _over(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """(n, kv_heads, r, a) times (kv_heads, a, b), as one product of a head: (n, kv_heads, r, b)."""
+    """Multiply (n, kv_heads, r, a) by (kv_heads, a, b), one product per head."""
     n, heads, r, a = rows.shape
     folded = rows.swapaxes(0, 1).reshape(heads, n * r, a)
     return (folded @ matrix).reshape(heads, n, r, -1).swapaxes(0, 1)
 
 
 def _whole(tokens: int) -> int:
-    """Room for so many tokens."""
+    """Round a number of tokens up to whole steps."""
     return -(-tokens // STEP) * STEP
 
 
 def _copied(pair: KV, shape: tuple[int, ...], rows: np.ndarray, lengths: np.ndarray) -> KV:
-    """A layer's own copy of these rows of a prefilled one."""
+    """Copy these rows of a prefilled layer's keys and values."""
     keys, values = persistent_zeros(shape), persistent_zeros(shape)
     for new, old in zip((keys, values), pair, strict=True):
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -306,7 +306,7 @@ def _copied(pair: KV, shape: tuple[int, ...], rows: np.ndarray, lengths: np.ndar
 
 
 def _gather(buffer: np.ndarray, keep: np.ndarray, used: int, tokens: int = 1) -> np.ndarray:
-    """A new buffer with these rows' first `used` tokens, and room for at least `tokens`."""
+    """Copy the first `used` tokens of these rows to a new buffer with room for `tokens`."""
     heads, size = buffer.shape[1], buffer.shape[3]
     new = persistent_zeros((len(keep), heads, max(buffer.shape[2], _whole(tokens)), size))
     for i, row in enumerate(keep):
@@ -315,7 +315,7 @@ def _gather(buffer: np.ndarray, keep: np.ndarray, used: int, tokens: int = 1) ->
 
 
 def _close(buffer: np.ndarray, keep: np.ndarray, used: int) -> np.ndarray:
-    """The same buffer with these rows, ascending, moved up to its front."""
+    """Move these rows, ascending, to the front of the same buffer."""
     for i, row in enumerate(keep):
         if i != row:
             buffer[i, :, :used] = buffer[row, :, :used]
@@ -323,7 +323,7 @@ def _close(buffer: np.ndarray, keep: np.ndarray, used: int) -> np.ndarray:
 
 
 def _join(one: np.ndarray, two: np.ndarray, used: int) -> np.ndarray:
-    """Rows of both, with room for more than `used` tokens."""
+    """Join the rows of two buffers, with room for more than `used` tokens."""
     heads, size = one.shape[1], one.shape[3]
     new = persistent_zeros((len(one) + len(two), heads, _whole(used + 1), size))
     for start, old in ((0, one), (len(one), two)):
@@ -333,6 +333,6 @@ def _join(one: np.ndarray, two: np.ndarray, used: int) -> np.ndarray:
 
 
 def _rows_of(index: np.ndarray) -> slice | np.ndarray:
-    """The same rows as a slice, where they follow each other: a view instead of a copy."""
+    """Convert consecutive row indices to a slice, which gives a view instead of a copy."""
     follows = len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index)))
     return slice(int(index[0]), int(index[-1]) + 1) if follows else index

@@ -1,4 +1,4 @@
-"""NumPy and C on a CPU, behind the door of `policy.engine`."""
+"""The engine that computes in NumPy and C on a CPU: implements `policy.engine`."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ class CPUEngine:
 
     @property
     def name(self) -> Literal["cpu"]:
-        """As `model.engine` has it."""
+        """Name of the engine in `model.engine`."""
         return "cpu"
 
     @property
     def shares_prompts(self) -> bool:
-        """Rows may."""
+        """True: rows may share a prompt."""
         return True
 
     @property
     def splits_head(self) -> bool:
-        """Body and head are apart."""
+        """True: body and head are separate."""
         return True
 
     @property
     def packs_forests(self) -> bool:
-        """Forests and rows are one code."""
+        """True: forests and rows use the same code."""
         return True
 
     @property
     def kernels(self) -> Choice:
-        """The steps in C that are in use."""
+        """The C kernels in use."""
         return kernel_choice.current()
 
     def use_kernels(self, kernels: Choice) -> None:
-        """Compute with those of an earlier run.
+        """Use the kernels of an earlier run.
 
-        Raises: ConfigError when this processor cannot run them.
+        Raises: ConfigError if this processor cannot run them.
         """
         if (kernels.bytes, kernels.columns) != (self.kernels.bytes, self.kernels.columns):
             kernel_choice.use(kernels)
 
     def can_recompute(self) -> bool:
-        """Blocks may be computed again."""
+        """Return True: blocks can be recomputed."""
         return True
 
     def decode_numbers(self) -> int:
-        """Numbers of the head and of the matrices of all blocks."""
+        """Number of weights in the head and the matrices of all blocks."""
         weights = self.model.read()
         layers = [weights.head]
         for block in weights.blocks:
@@ -79,7 +79,7 @@ class CPUEngine:
         gradient: bool = False,
         recompute: bool = False,
     ) -> mx.array:
-        """Float32 log-probabilities (N,) as a function of MLX."""
+        """Float32 log-probabilities (N,) as a differentiable MLX function."""
         return logprobs.token_logprobs(
             self.model,
             micro,
@@ -92,6 +92,6 @@ class CPUEngine:
     def head_logprobs(
         self, states: np.ndarray, targets: np.ndarray, *, temperature: float, chunk: int
     ) -> np.ndarray:
-        """The head's part alone, from states (N, d)."""
+        """Compute only the head's part, from hidden states (N, d)."""
         head = logprobs.ChunkedHead(self.model.read(), targets, temperature, chunk)
         return head.logprobs(np.ascontiguousarray(states.T))

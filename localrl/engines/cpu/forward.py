@@ -1,9 +1,9 @@
 """A forward pass over many positions in NumPy, and the gradient of the adapters.
 
-The counterpart of `mlx.forest` and of MLX's gradient for models that `model` reads. Levels of a
-forest go through the blocks together: a level's keys and values are those of its rows' parents,
-gathered, and its own behind them. What the gradient needs is kept in this module's own records, one
-for each block and level, and let go as the backward pass meets them.
+This is the counterpart of `mlx.forest` and of MLX's gradient for models that `model` can read.
+Levels of a forest go through the blocks together: a level attends to the gathered keys and values
+of its rows' parents, followed by its own. Activations for the gradient are kept in records, one for
+each block and level, and freed as the backward pass uses them.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from localrl.policy.forest_packing import Level
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """A block's activations for one level, as (.., R * L) columns; keys and values by head."""
+    """A block's activations for one level, as columns (.., R * L); `own` by head."""
 
     entered: np.ndarray
     own: KV
     """Keys and values (R, kv_heads, L, head_dim)."""
     queries: np.ndarray | None = None
-    """Before norm and positions, as the next one."""
+    """Queries before norm and rope, as are `keys`."""
     keys: np.ndarray | None = None
     attn_out: np.ndarray | None = None
     residual: np.ndarray | None = None
-    """States between attention and feed-forward layer."""
+    """Hidden states between attention and feed-forward layer."""
     gate: np.ndarray | None = None
     up: np.ndarray | None = None
 
 
 class ForwardPass:
-    """One forward pass, and at most one backward pass."""
+    """One forward pass and at most one backward pass."""
 
     def __init__(
         self, model: CPUModel, levels: Sequence[Level], *, keep: bool, recompute: bool = False
     ) -> None:
-        """keep: for `back`. recompute: keep what goes into each block, and its keys and values."""
+        """keep: keep activations for `back`. recompute: only each block's input, keys, values."""
         self._model, self.weights = model, model.read()
         self._keep, self._recompute = keep, recompute
         self.levels: list[LevelContext] = []
@@ -64,14 +64,14 @@ class ForwardPass:
 
     @property
     def positions(self) -> int:
-        """Of all levels, padding included."""
+        """Number of positions in all levels, padding included."""
         return sum(context.level.tokens.size for context in self.levels)
 
     @ignore_overflow
     def forward(self, pairs: list[KV] | None = None) -> np.ndarray:
-        """States (d, positions) before the last norm, of all levels one after another.
+        """Hidden states (d, positions) before the last norm, all levels one after another.
 
-        pairs: gets the keys and values of the last level in each block.
+        pairs: receives the keys and values of the last level in each block.
         """
         weights = self.weights
         states = [
@@ -92,7 +92,7 @@ class ForwardPass:
 
     @ignore_overflow
     def back(self, grad: np.ndarray) -> list[LoraGrads]:
-        """Gradients w.r.t. the adapters of `CPUModel.adapters`, given `grad` w.r.t. the states."""
+        """Gradients w.r.t. the adapters in `CPUModel.adapters`, given `grad` w.r.t. the states."""
         edges = np.cumsum([context.level.tokens.size for context in self.levels])[:-1]
         grads = [np.ascontiguousarray(part) for part in np.split(grad, edges, axis=1)]
         found: list[list[LoraGrads]] = []
@@ -103,7 +103,7 @@ class ForwardPass:
     def _block_back(self, n: int, grads: list[np.ndarray]) -> list[LoraGrads]:
         """Gradients w.r.t. a block's adapters.
 
-        grads: w.r.t. the block's output, by level; they become those w.r.t. its input.
+        grads: gradients w.r.t. the block's output, by level; replaced by those w.r.t. its input.
         """
         kept, total = self._kept.pop(), list[LoraGrads]()
         pairs: list[KV] = []
@@ -123,7 +123,7 @@ class ForwardPass:
         return total
 
     def _again(self, n: int, place: int, kept: Activations, ancestors: KV | None) -> Activations:
-        """The block's activations for the level, recomputed where they were not kept."""
+        """The block's activations for the level, recomputed if they were not kept."""
         if kept.queries is not None:
             return kept
         block = self.weights.blocks[n]
@@ -138,9 +138,9 @@ class ForwardPass:
         ancestors: KV | None,
         whole: bool = False,
     ) -> tuple[Activations, KV, np.ndarray]:
-        """What is kept of a level in a block, its keys and values, and the states after it.
+        """Run a level through a block; return activations, all keys and values, and the output.
 
-        ancestors: keys and values of the parent level. whole: keep what the backward pass needs.
+        ancestors: keys and values of the parent level. whole: keep all that a backward pass needs.
         """
         queries, keys, values = block.queries_keys_values(block.attention_norm(x))
         own = self._heads(place, self._positioned(n, place, block.key_norm, keys))
@@ -160,36 +160,36 @@ class ForwardPass:
         return replace(kept, residual=residual, gate=gate, up=up) if whole else kept, pair, after
 
     def _heads(self, place: int, columns: np.ndarray) -> np.ndarray:
-        """Columns of keys or values as (R, kv_heads, L, head_dim)."""
+        """Reshape columns of keys or values to (R, kv_heads, L, head_dim)."""
         model, rows = self._model, self.levels[place].rows
         return as_heads(columns, rows, model.head_dim, model.kv_heads)[:, :, 0]
 
     def attention(
         self, n: int, block: Block, place: int, queries: np.ndarray, pair: KV
     ) -> Attention:
-        """The attention of a level in a block, from its queries' columns."""
+        """Attention of a level in a block, from its queries' columns."""
         model, context = self._model, self.levels[place]
         turned = self._positioned(n, place, block.query_norm, queries)
         heads = as_heads(turned, context.rows, model.head_dim, model.kv_heads)
         return Attention(heads, *pair, context.valid, model.scale)
 
     def _positioned(self, n: int, place: int, norm: Norm | None, columns: np.ndarray) -> np.ndarray:
-        """Queries or keys, normed and turned."""
+        """Apply norm and rope to queries or keys."""
         split = self.split(columns)
         rope = self.rope(n)
         turned = rope.rotate(split if norm is None else norm(split), self.tables(n, place))
         return turned.reshape(columns.shape)
 
     def split(self, columns: np.ndarray) -> np.ndarray:
-        """(heads * head_dim, B) as (heads, head_dim, B)."""
+        """Reshape (heads * head_dim, B) to (heads, head_dim, B)."""
         return columns.reshape(-1, self._model.head_dim, columns.shape[1])
 
     def rope(self, n: int) -> Rope:
-        """Of block n."""
+        """Rope of block n."""
         return self._model.ropes[n]
 
     def tables(self, n: int, place: int) -> RopeTables:
-        """Of a level's positions in block n."""
+        """Rope tables for a level's positions in block n."""
         key = id(self.rope(n)), place
         if key not in self._tables:
             self._tables[key] = self.rope(n).tables(self.levels[place].positions)
@@ -207,10 +207,10 @@ class BlockBackward:
     def run(
         self, grad: np.ndarray, below: KV | None, need_grad_x: bool
     ) -> tuple[np.ndarray, list[LoraGrads], KV]:
-        """Gradients w.r.t. the block's input, its adapters, and keys and values of all ancestors.
+        """Gradients w.r.t. the block's input, its adapters, and all keys and values it read.
 
-        below: w.r.t. the level's keys and values, from its child levels. Without `need_grad_x` the
-        first is not computed.
+        below: gradients w.r.t. the level's keys and values, from its child level. Without
+        `need_grad_x` the first is not computed.
         """
         grad, feed_forward = self._feed_forward(grad)
         block, kept, one = self._block, self._kept, self._forward_pass
@@ -236,7 +236,7 @@ class BlockBackward:
     def _attention(
         self, queries: np.ndarray, found: np.ndarray, grad_attn: np.ndarray, below: KV | None
     ) -> tuple[np.ndarray, KV]:
-        """Gradients w.r.t. the rotated queries' columns, and keys and values."""
+        """Gradients w.r.t. the rotated queries, as columns, and w.r.t. keys and values."""
         attention = self._forward_pass.attention(
             self._n, self._block, self._place, queries, self._pair
         )
@@ -249,7 +249,7 @@ class BlockBackward:
         return as_columns(grad_queries), (grad_keys, grad_values)
 
     def _feed_forward(self, grad: np.ndarray) -> tuple[np.ndarray, list[LoraGrads]]:
-        """Gradients w.r.t. the residual after attention, and the feed-forward layer's adapters."""
+        """Gradients w.r.t. the residual after attention and the feed-forward layer's adapters."""
         block, kept = self._block, self._kept
         assert kept.gate is not None
         assert kept.up is not None

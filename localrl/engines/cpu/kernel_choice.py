@@ -1,9 +1,9 @@
-"""Which steps in C compute a model on this processor: chosen by timing, not by its flags.
+"""Selection of the C kernels for a model on this processor, by timing instead of CPU flags.
 
-There are builds for vectors of 16, 32 and 64 bytes, and NumPy alone. At a model's own sizes each
-build that the processor can run is timed beside NumPy. The choice is kept in the user's cache, so
-that the next run of the same model computes the same bits, and in the state of a run, which goes on
-with it. `LOCALRL_KERNELS` sets it by hand: 16, 32, 64 or numpy.
+There are builds for SIMD widths of 16, 32 and 64 bytes, and NumPy alone. At a model's own sizes
+each build that the processor can run is timed against NumPy. The choice is stored in the user's
+cache, so that the next run of the same model computes the same bits, and in the state of a run,
+which resumes with it. `LOCALRL_KERNELS` sets it by hand: 16, 32, 64 or numpy.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ from localrl.utils.cache import cache_folder
 
 VARIABLE = "LOCALRL_KERNELS"
 COLUMNS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Columns at which products are timed; those between are like them."""
+"""Numbers of columns at which products are timed; those between behave alike."""
 TRIES, TRY_S = 5, 3e-4
 MARGIN = 1.1
-"""How much slower a wider build may seem: clocks waver, and a choice should not."""
+"""Factor by which a wider build may seem slower: timings are noisy, the choice should not be."""
 FORMAT = 5
-"""Of the stored choices: one more when the steps change, since timings of others mean nothing."""
+"""Version of the stored choices; increase it when the kernels change, as old timings are void."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A build of the steps in C, and what its products are used for."""
+    """A build of the C kernels, and the products it is used for."""
 
     bytes: int
-    """Of a vector; 0: NumPy computes everything."""
+    """SIMD width in bytes; 0: NumPy computes everything."""
     columns: tuple[int, ...]
-    """Of `COLUMNS`: up to so many, and more than half of it, are not left to the BLAS."""
+    """Entries c of `COLUMNS` for which products of c/2 < n <= c columns are not left to BLAS."""
     gains: dict[str, float] = field(default_factory=dict)
-    """How many times as fast as NumPy alone it was, by what was timed; empty when set by hand."""
+    """Measured speed relative to NumPy alone, by operation; empty if set by hand."""
 
     def __str__(self) -> str:
         if not self.bytes:
             return "NumPy alone"
         told = ", ".join(f"{name} {gain:.1f}" for name, gain in self.gains.items())
-        beside = f"; times as fast as NumPy: {told}" if told else ""
+        beside = f"; speed relative to NumPy: {told}" if told else ""
         return (
-            f"steps in C for vectors of {self.bytes} bytes, products of up to "
+            f"C kernels for vectors of {self.bytes} bytes, products of up to "
             f"{max(self.columns, default=0)} columns{beside}"
         )
 
     @property
     def bits(self) -> int:
-        """The columns, as `kernels.use` takes them."""
+        """The columns as a bit set, as `kernels.use` takes them."""
         return sum(columns for columns in self.columns)  # powers of two: a bit each
 
     def takes(self, n: int) -> bool:
-        """Whether products of n columns are not left to the BLAS."""
+        """Return True if products of n columns are not left to the BLAS."""
         return 1 << (n - 1).bit_length() in self.columns
 
 
@@ -72,10 +72,10 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model asks of the steps."""
+    """The sizes of a model that the kernels depend on."""
 
     rows: int
-    """Of its largest matrix between layers."""
+    """Number of rows of its largest matrix between layers."""
     inputs: int
     ffn: int
     heads: int
@@ -88,26 +88,26 @@ _steps: ModuleType | None = None
 
 
 def steps() -> ModuleType | None:
-    """The steps in C, where they are in use."""
+    """Return the C kernels if they are in use."""
     return _steps
 
 
 def current() -> Choice:
-    """What is in use."""
+    """Return the choice in use."""
     return _choice
 
 
 def use(choice: Choice) -> None:
-    """Compute with this from now on.
+    """Use this choice from now on.
 
-    Raises: ConfigError when this processor cannot run that build.
+    Raises: ConfigError if this processor cannot run that build.
     """
     global _choice, _steps
     if choice.bytes:
         if kernels is None or choice.bytes not in kernels.builds():
             raise ConfigError(
-                f"This machine cannot run the steps in C for vectors of {choice.bytes} bytes; it "
-                f"has {kernels.builds() if kernels else 'none'}."
+                f"This machine cannot run the C kernels for vectors of {choice.bytes} bytes; it "
+                f"supports {kernels.builds() if kernels else 'none'}."
             )
         kernels.use(choice.bytes, choice.bits)
     elif kernels is not None:
@@ -117,7 +117,7 @@ def use(choice: Choice) -> None:
 
 @contextmanager
 def using(choice: Choice) -> Iterator[None]:
-    """Compute with this for a while."""
+    """Use this choice within a context."""
     before = _choice
     use(choice)
     try:
@@ -127,9 +127,9 @@ def using(choice: Choice) -> Iterator[None]:
 
 
 def default() -> Choice:
-    """The widest build, before anything is timed; or what the environment says.
+    """Return the choice from the environment, or the widest build until anything is timed.
 
-    Raises: ConfigError when that names a build that this processor cannot run.
+    Raises: ConfigError if the environment names a build that this processor cannot run.
     """
     wish = os.environ.get(VARIABLE, "")
     if kernels is None or wish == "numpy":
@@ -139,12 +139,12 @@ def default() -> Choice:
         return Choice(builds[-1], COLUMNS)
     if wish not in map(str, builds):
         known = "".join(f" or {width}" for width in builds)
-        raise ConfigError(f"{VARIABLE} is {wish!r}; here it may be numpy{known}, or be left out.")
+        raise ConfigError(f"{VARIABLE} is {wish!r}; here it may be numpy{known}, or unset.")
     return Choice(int(wish), COLUMNS)
 
 
 def choose(sizes: Sizes) -> Choice:
-    """Take the fastest for a model of these sizes: as set, as stored, or as timed now."""
+    """Use the fastest choice for a model of these sizes: set by hand, stored, or timed now."""
     if kernels is None or os.environ.get(VARIABLE):
         found = default()
     else:
@@ -154,7 +154,7 @@ def choose(sizes: Sizes) -> Choice:
 
 
 def _measure(sizes: Sizes, module: ModuleType) -> Choice:
-    """Time all builds in turn with NumPy, and keep the outcome; some tenths of a second."""
+    """Time all builds alternately with NumPy and store the result; takes tenths of a second."""
     with using(_choice):
         builds = module.builds()
         ways = [NUMPY, *(Choice(width, COLUMNS) for width in builds)]
@@ -178,7 +178,7 @@ def _fastest(
     plain: dict[str, float],
     timed: dict[int, tuple[list[float], dict[str, float]]],
 ) -> Choice:
-    """The widest build that no narrower one, nor NumPy, beats by the margin."""
+    """Return the widest build that neither a narrower one nor NumPy beats by the margin."""
     best, least = NUMPY, sum(blas) + sum(plain.values())
     for width, (mine, others) in timed.items():  # ascending
         taken = [min(one, two) for one, two in zip(mine, blas, strict=True)]
@@ -196,14 +196,14 @@ def _fastest(
 
 
 def _product(sizes: Sizes, module: ModuleType, n: int) -> Work:
-    """One product of n columns."""
+    """Work of one product of n columns."""
     weight, x, out = _ones(sizes.rows, sizes.inputs), _ones(sizes.inputs, n), _ones(sizes.rows, n)
     return lambda: module.matmul(weight, x, out, False, False)
 
 
 def _others(sizes: Sizes) -> dict[str, Work]:
-    """Attention over a short prompt, and a gate."""
-    from localrl.engines.cpu.attention import Attention  # which asks this module
+    """Work of attention over a short prompt, and of a gate."""
+    from localrl.engines.cpu.attention import Attention  # which imports this module
     from localrl.engines.cpu.math import swiglu
 
     each, length = sizes.heads // sizes.kv_heads, 64
@@ -219,7 +219,7 @@ def _ones(*shape: int) -> np.ndarray:
 
 
 def _in_turn(ways: Sequence[Choice], work: Work) -> list[float]:
-    """Seconds of the work each way, the least of a few tries, each long enough for a clock."""
+    """Seconds of the work with each choice, the best of a few tries, each long enough to time."""
     least, calls = [math.inf] * len(ways), 1
     for _ in range(TRIES + 1):
         for place, way in enumerate(ways):
@@ -233,7 +233,7 @@ def _in_turn(ways: Sequence[Choice], work: Work) -> list[float]:
 
 
 def _key(sizes: Sizes) -> str:
-    """What a choice holds for: the processor, NumPy and its BLAS, threads, the model's sizes."""
+    """Cache key of a choice: the processor, NumPy and its BLAS, threads, the model's sizes."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -245,7 +245,7 @@ def _key(sizes: Sizes) -> str:
 
 
 def store() -> Path:
-    """The file of choices, in localrl's cache."""
+    """Path of the file of choices, in localrl's cache folder."""
     return cache_folder() / "kernels.json"
 
 
@@ -260,7 +260,7 @@ def _recall(sizes: Sizes) -> Choice | None:
 
 
 def _remember(sizes: Sizes, choice: Choice) -> None:
-    """Keep it; where that cannot be, the next run times again."""
+    """Store the choice; if that fails, the next run times again."""
     path = store()
     try:
         known = json.loads(path.read_bytes())
@@ -276,5 +276,5 @@ def _remember(sizes: Sizes, choice: Choice) -> None:
         pass
 
 
-with suppress(ConfigError):  # told when a model is opened
+with suppress(ConfigError):  # reported when a model is opened
     use(default())

@@ -21,12 +21,12 @@ class LevelContext:
 
     @property
     def rows(self) -> int:
-        """R."""
+        """Number of rows R."""
         return len(self.level.tokens)
 
     @cached_property
     def valid(self) -> np.ndarray:
-        """(R, P) bool: positions of the levels above that are real ancestors."""
+        """Mask (R, P) of the positions in the levels above that are real ancestors."""
         if self.parent is None:
             return np.zeros((self.rows, 0), bool)
         own = np.arange(self.parent.level.tokens.shape[1]) < self.parent.level.lengths[:, None]
@@ -34,14 +34,14 @@ class LevelContext:
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """(R * L,) rotary positions."""
+        """Rope positions (R * L,)."""
         length = self.level.tokens.shape[1]
         return (self.valid.sum(axis=1, keepdims=True) + np.arange(length)).ravel()
 
     def with_ancestors(self, own: KV, ancestors: KV | None) -> KV:
-        """Keys and values (R, kv_heads, P + L, head_dim): the ancestors', then the level's own.
+        """Join keys and values to (R, kv_heads, P + L, head_dim): ancestors', then the level's own.
 
-        ancestors: the same of the parent level; None for the first level.
+        ancestors: the result for the parent level; None for the first level.
         """
         if ancestors is None:
             return own
@@ -59,7 +59,7 @@ class LevelContext:
     def scatter_to_parent(self, grads: KV, ancestors: KV) -> KV:
         """Gradients w.r.t. the parent level's keys and values (R', kv_heads, P, head_dim).
 
-        grads: w.r.t. what `with_ancestors` returned; a row's is added to its parent row's.
+        grads: gradients w.r.t. the result of `with_ancestors`; each row's is added to its parent's.
         """
         keys, values = (self._scatter(*two) for two in zip(grads, ancestors, strict=True))
         return keys, values

@@ -1,4 +1,4 @@
-"""Log-probabilities in NumPy, as a function of MLX that is differentiable by the adapters."""
+"""Log-probabilities in NumPy, as an MLX function that is differentiable w.r.t. the adapters."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def token_logprobs(
 ) -> mx.array:
     """Float32 log-probabilities (N,) of a micro-batch's targets: see `Engine.token_logprobs`.
 
-    gradient: keep what the gradient by the adapters needs; with `recompute` only what enters each
-    block, and its keys and values.
+    gradient: keep the activations for the adapters' gradient; with `recompute` only each block's
+    input, keys and values.
     """
     one = ForwardPass(model, _levels(micro), keep=gradient, recompute=recompute)
     head = ChunkedHead(one.weights, micro.targets, temperature, head_chunk)
@@ -47,7 +47,7 @@ def token_logprobs(
 
     def backward(_: Any, cotangent: mx.array, __: mx.array) -> tuple[mx.array, ...]:
         grad = zeros((len(states[0]), one.positions))
-        # Every position predicts one token.
+        # Each source position predicts one token, so nothing has to be added up.
         grad[:, micro.sources] = head.back(states[0], np.array(cotangent))
         found = tuple(mx.array(array) for pair in one.back(grad) for array in pair)
         release_all()
@@ -59,12 +59,12 @@ def token_logprobs(
 
 
 class ChunkedHead:
-    """The head at some targets (N,), `chunk` of them at a time.
+    """The head at given targets (N,), computed `chunk` targets at a time.
 
     The gradient is closed-form: d logp / d state = (w[target] - sum of p w) / temperature, with the
-    rows w of the head and their probabilities p. That sum, the expected row, is taken while a
-    chunk's probabilities are there, and is all that is kept of them: on the way back the vocabulary
-    is not met again.
+    rows w of the head and their probabilities p. That sum, the expected row, is computed while a
+    chunk's probabilities exist, and is all that is kept of them: the backward pass needs no second
+    pass over the vocabulary.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ChunkedHead:
 
     @ignore_overflow
     def logprobs(self, states: np.ndarray, *, keep: bool = False) -> np.ndarray:
-        """Log-probabilities (N,) of the targets from states (d, N). keep: for `back`."""
+        """Log-probabilities (N,) of the targets from states (d, N). keep: prepare for `back`."""
         found = np.empty(len(self._targets), np.float32)
         if keep:
             self._expected = empty_like(states)
@@ -87,7 +87,7 @@ class ChunkedHead:
             found[part] = target_logprobs(logits, self._targets[part], float(self._temperature))
             if self._expected is not None:
                 self._expected[:, part] = matmul(logits, self._weights.head.weight).T
-            del logits  # before the next ones are made
+            del logits  # freed before the next chunk is computed
         return found
 
     @ignore_overflow
@@ -102,7 +102,7 @@ class ChunkedHead:
 
 
 def _levels(micro: MicroBatch) -> tuple[Level, ...]:
-    """Those of a forest; or rows, which are its first level."""
+    """Levels of a forest; plain rows form a single level."""
     if isinstance(micro.tokens, Layout):
         return micro.tokens.levels
     rows, length = micro.tokens.shape

@@ -1,8 +1,9 @@
 """Arithmetic of a transformer block in NumPy, forward and backward, on columns of states.
 
-A state is a column, one for each token: for a few tokens the BLAS is up to twice as fast with the
-weights first (`benchmarks/matmul.md`). What takes NumPy several passes is in C in `c/columns.h`,
-and said once more here: for where that could not be built, and to test it by.
+Hidden states are columns, one for each token: for a few tokens the BLAS is up to twice as fast with
+the weights first (`benchmarks/matmul.md`). Operations that take NumPy several passes are also
+written in C in `c/columns.h`; the versions here are used if that could not be built, and to test
+it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from localrl.engines.cpu.buffers import empty_columns, empty_like
 from localrl.engines.cpu.kernel_choice import current, steps
 
 ignore_overflow = np.errstate(over="ignore", invalid="ignore", divide="ignore")
-"""A diverging model's infinities are caught where they end up, in loss and adapters."""
+"""Silences overflow: a diverging model's infinities are caught later, in loss and adapters."""
 
 KV = tuple[np.ndarray, np.ndarray]
 """Keys and values."""
@@ -32,7 +33,7 @@ class Norm:
     """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) of columns (..., d, B)."""
 
     weight: np.ndarray
-    """(d, 1)"""
+    """Weight (d, 1)."""
     eps: float
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -66,31 +67,31 @@ class Adapter:
     """One layer's adapter within a `FusedLinear`."""
 
     ranks: slice
-    """Its rows of `lora_a`, its columns of `lora_b`."""
+    """Its rows of `lora_a` and columns of `lora_b`."""
     scale: float
 
 
 @dataclass(frozen=True, eq=False)
 class FusedLinear:
-    """Linear layers of one input as one matrix, with their adapters.
+    """Linear layers with the same input, fused into one matrix, with their adapters.
 
-    One product reads each weight once, and fills the threads better than two or three small ones.
+    One product reads each weight once and uses the threads better than two or three small ones.
     """
 
     weight: np.ndarray
-    """(out of all, in)"""
+    """Weights (out of all layers, in)."""
     places: tuple[slice, ...]
-    """The outputs of each layer among those of all."""
+    """Rows of each layer's outputs among those of all."""
     bias: np.ndarray | None = None
-    """(out of all, 1)"""
+    """Biases (out of all layers, 1); None if no layer has one."""
     lora_a: np.ndarray | None = None
-    """(ranks of all, in); None without adapters."""
+    """Stacked lora_a (ranks of all layers, in); None without adapters."""
     lora_b: np.ndarray | None = None
-    """(out of all, ranks of all), times the scale; 0 between one layer and another's ranks."""
+    """Block-diagonal lora_b (out of all layers, ranks of all layers), times the scale."""
     adapters: tuple[Adapter | None, ...] = ()
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
-        """Columns (in, B) to columns (out, B) of each layer."""
+        """Map columns (in, B) to columns (out, B) of each layer."""
         y = self._product(x)
         if self.bias is not None:
             y += self.bias
@@ -111,9 +112,9 @@ class FusedLinear:
     def back(
         self, x: np.ndarray, grads: Sequence[np.ndarray], need_grad_x: bool = True
     ) -> tuple[np.ndarray | None, list[LoraGrads]]:
-        """Slope by x, if it is wanted `need_grad_x`; and by each adapter's lora_a and lora_b.
+        """Gradients w.r.t. x (None unless `need_grad_x`) and each adapter's lora_a and lora_b.
 
-        slopes: by what was made of x, (out, B) each.
+        grads: gradients w.r.t. each layer's output, (out, B).
         """
         found: np.ndarray | None = None
         if need_grad_x:
@@ -137,7 +138,7 @@ class FusedLinear:
 
 
 def matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """a @ b, for matrices (m, k) and (k, n)."""
+    """Compute a @ b for matrices (m, k) and (k, n)."""
     found = empty_columns((len(a), b.shape[1])) if out is None else out
     if kernels is None or not found.size or not a.size:
         return np.matmul(a, b, out=found)
@@ -154,7 +155,7 @@ def add_matmul(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
 
 
 def matmul_rows(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(weight @ x).T for columns x (k, n): rows (n, m)."""
+    """Compute (weight @ x).T for columns x (k, n): rows (n, m)."""
     if kernels is None or not x.size:
         return np.ascontiguousarray(np.matmul(weight, x).T)
     found = empty_columns((x.shape[1], len(weight)))
@@ -163,8 +164,8 @@ def matmul_rows(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), elementwise."""
-    with np.errstate(over="ignore"):  # e ** 89 is inf, and 1 / inf the 0 that it should be
+    """Compute 1 / (1 + exp(-x)), elementwise."""
+    with np.errstate(over="ignore"):  # e ** 89 overflows to inf, and 1 / inf is 0, as it should be
         found = np.negative(x, out=empty_like(x))
         np.exp(found, out=found)
     found += 1
@@ -172,7 +173,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """silu(gate) * x, elementwise (Shazeer 2020, arXiv 2002.05202)."""
+    """Compute silu(gate) * x, elementwise (Shazeer 2020, arXiv 2002.05202)."""
     if (c := steps()) is not None:
         found = empty_like(gate)
         c.swiglu(gate, x, found)
@@ -184,7 +185,7 @@ def swiglu(gate: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def swiglu_back(gate: np.ndarray, x: np.ndarray, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients w.r.t. gate and x, given `grad` w.r.t. the product; overwrites `grad`."""
+    """Gradients w.r.t. gate and x, given `grad` w.r.t. the output; overwrites `grad`."""
     if (c := steps()) is not None:
         grad_gate = empty_like(gate)
         c.swiglu_back(gate, x, grad, grad_gate)
@@ -201,7 +202,7 @@ def swiglu_back(gate: np.ndarray, x: np.ndarray, grad: np.ndarray) -> tuple[np.n
 
 
 def apply_rope(x: np.ndarray, pair_index: np.ndarray, tables: RopeTables) -> np.ndarray:
-    """x * cosines + x[partners] * sines, for heads (h, d, B) and tables (d, B)."""
+    """Compute x * cosines + x[pair_index] * sines, for heads (h, d, B) and tables (d, B)."""
     found = empty_like(x)
     x.take(pair_index, axis=1, out=found, mode="wrap")  # "raise" would buffer it
     found *= tables[1]
@@ -210,9 +211,9 @@ def apply_rope(x: np.ndarray, pair_index: np.ndarray, tables: RopeTables) -> np.
 
 
 def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
-    """Over the last axis of scores (R, h, .., T), and writes over them.
+    """Softmax over the last axis of scores (R, h, .., T), in place.
 
-    hidden: (1 or R, 1, L, T), is added first; each of h has every L of its rows in turn.
+    hidden (1 or R, 1, L, T) is added first, broadcast over heads.
     """
     if hidden is not None:
         rows = scores.reshape(len(scores), -1, *hidden.shape[2:])
@@ -226,10 +227,10 @@ def softmax(scores: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
 def softmax_back(
     weights: np.ndarray, within: np.ndarray, grad: np.ndarray, scale: float
 ) -> np.ndarray:
-    """Slope by scores that were multiplied by `scale`, from that by the weights (.., T) they
-    became; writes over the latter.
+    """Gradient w.r.t. scores that were multiplied by `scale`, given `grad` w.r.t. their softmax
+    weights (.., T); overwrites `grad`.
 
-    within: for each softmax (.., 1) the sum of weights * slope.
+    within: sum of weights * grad for each softmax (.., 1).
     """
     grad -= within
     grad *= weights

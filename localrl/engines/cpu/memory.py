@@ -1,7 +1,7 @@
-"""Bytes of prefill and update where NumPy and C compute the model: counted, not fitted.
+"""Memory of prefill and update if NumPy and C compute the model: counted, not fitted.
 
-`cpu.forward` decides what is kept. Nothing here grows with the square of a length: scores exist for
-one part of the queries at a time, and where attention is in C, hardly any.
+The arrays counted are those that `cpu.forward` keeps. Nothing grows with the square of a length:
+scores exist for one block of queries at a time, and with attention in C there are hardly any.
 """
 
 from __future__ import annotations
@@ -22,72 +22,72 @@ from localrl.records import MemoryPlan
 LLAMAS = {"mistral": "llama", "iquestcoder": "llama", "xverse": "llama"}
 """Families that are mlx-lm's Llama under another name."""
 SCORE_COPIES = 2.0
-"""Arrays as large as the scores at work: weights and their gradients."""
+"""Number of arrays as large as the current scores: weights and their gradients."""
 LOGIT_COPIES = 1.0
-"""Arrays as large as a chunk's logits: they become their gradient in place."""
+"""Number of arrays as large as a chunk's logits: their gradient is computed in place."""
 FLOAT = 4
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What one pass computes."""
+    """The size of one pass."""
 
     positions: int
     largest: int
-    """Positions of the largest level: one is worked on at a time."""
+    """Positions of the largest level: one level is processed at a time."""
     copied: int
-    """Positions of ancestors, for each row that attends to them."""
+    """Positions of ancestors, summed over the rows that attend to them."""
     paths: int
     length: int
-    """Positions of a path that are its own."""
+    """Positions of a path that it does not share."""
     seen: int
-    """The most positions that one attends to."""
+    """Maximum number of positions that one attends to."""
 
 
 @dataclass(frozen=True)
 class CPUMemory:
-    """See `EngineMemory`."""
+    """The memory model of the CPU engine: see `EngineMemory`."""
 
     @property
     def name(self) -> Literal["cpu"]:
-        """As `model.engine` has it."""
+        """Name of the engine in `model.engine`."""
         return "cpu"
 
     @property
     def counted(self) -> bool:
-        """Every array of a pass is, and tests hold it to what MLX has counted."""
+        """True: every array of a pass is counted, and tests compare with MLX's own count."""
         return True
 
     @property
     def cache_step(self) -> int:
-        """Tokens by which caches grow."""
+        """Number of tokens by which caches grow."""
         return STEP
 
     def computes(self, sizes: Sizes, float_bytes: int, *, dense: bool) -> bool:
-        """Its families, in float32, without windows."""
+        """Return True for dense float32 models of its families without sliding windows."""
         return fits(sizes, float_bytes=float_bytes, dense=dense)
 
     def key(self, sizes: Sizes) -> list[Any]:
-        """Scores exist in NumPy and hardly in C."""
+        """Key of the formula: NumPy holds scores, C hardly any."""
         return [True, attends_in_c(sizes.head_dim)]
 
     def kept_bytes(self, sizes: Sizes) -> int:
-        """Kept of one position: products gain nothing from more columns."""
+        """Bytes kept per position; they bound the batch, as more columns gain nothing."""
         return kept_bytes(sizes)
 
     def decode_weights(self, sizes: Sizes) -> int:
-        """The copy with adapters added in."""
+        """Bytes of the copy with adapters merged in."""
         return merged_bytes(sizes)
 
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
-        """Bytes above the keys and values."""
+        """Bytes besides the keys and values."""
         positions = prompts * length
         return prefill_bytes(sizes, Extent(positions, positions, 0, prompts, length, length))
 
     def update(
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
     ) -> tuple[float, float, float]:
-        """Bytes that grow with positions, of scores, and of the head's chunks."""
+        """Bytes that grow with positions, bytes of scores, and bytes of the head's chunks."""
         paths = paths_at_once(workload, plan)
         prompt, own = plan.max_prompt_tokens, plan.max_completion_tokens
         prompts, paths_own = math.ceil(paths / max(1, plan.group_size)) * prompt, paths * own
@@ -104,7 +104,7 @@ class CPUMemory:
 
 
 def fits(sizes: Sizes, *, float_bytes: int, dense: bool) -> bool:
-    """Whether NumPy computes such a model: one of its families, in float32, without windows."""
+    """Return True if NumPy can compute such a model: a known family, float32, no windows."""
     return (
         float_bytes == FLOAT
         and LLAMAS.get(sizes.family, sizes.family) in FAMILIES
@@ -116,20 +116,20 @@ def fits(sizes: Sizes, *, float_bytes: int, dense: bool) -> bool:
 def update_bytes(
     sizes: Sizes, extent: Extent, logits: int, *, recompute: bool
 ) -> tuple[float, float, float]:
-    """What grows with the positions, scores, and logits, of one backward pass.
+    """Bytes that grow with positions, of scores, and of logits, in one backward pass.
 
-    logits: bytes of a head chunk's.
+    logits: bytes of a head chunk's logits.
     """
     keys = 2 * sizes.kv_heads * sizes.head_dim  # and values
     inside = _inside(sizes)
     kept = (sizes.width + keys) * extent.positions
-    # Of one block at a time: every row's copy of its ancestors, and the gradients.
+    # For one block at a time: every row's copy of its ancestors, and the gradients.
     work = _work(sizes) * extent.largest + 2 * keys * extent.copied
     if recompute:
         work += inside * extent.largest
     else:
         kept += inside * extent.positions
-    # Buffers of this work that wait for the next array of their size.
+    # Free buffers of this work, kept for the next array of their size.
     spare = min(SPARE, FLOAT * work)
     scores = SCORE_COPIES * FLOAT * scores_at_once(sizes, extent)
     head = max(0.0, LOGIT_COPIES * logits - FLOAT * work - scores)
@@ -137,26 +137,26 @@ def update_bytes(
 
 
 def kept_bytes(sizes: Sizes) -> int:
-    """What the way back through all blocks keeps of one position."""
+    """Bytes kept per position for the backward pass through all blocks."""
     keys = 2 * sizes.kv_heads * sizes.head_dim  # and values
     return FLOAT * sizes.layers * (sizes.width + keys + _inside(sizes))
 
 
 def prefill_bytes(sizes: Sizes, extent: Extent) -> float:
-    """Above the keys and values, while prompts are prefilled."""
+    """Bytes besides the keys and values while prompts are prefilled."""
     states = (_inside(sizes) + 3 * sizes.width + sizes.ffn) * extent.positions
     return FLOAT * (states + SCORE_COPIES * scores_at_once(sizes, extent))
 
 
 def merged_bytes(sizes: Sizes) -> int:
-    """The copy of the blocks' matrices that rows are decoded with; none of a larger model."""
+    """Bytes of the merged copy of the blocks' matrices for decoding; 0 for a larger model."""
     matrices = (m for block in sizes.parts[:-1] for m in block.matrices if m.kind == "linear")
     size = FLOAT * sum(matrix.inputs * matrix.outputs for matrix in matrices)
     return size if size <= MOST_BYTES else 0
 
 
 def scores_at_once(sizes: Sizes, extent: Extent) -> int:
-    """Scores of as many rows as `cpu.attention` takes together; in C a few queries' alone."""
+    """Number of scores of the rows `cpu.attention` computes together; in C a negligible few."""
     if attends_in_c(sizes.head_dim):
         return 0
     row = sizes.heads * min(extent.length, QUERIES) * extent.seen
@@ -164,15 +164,15 @@ def scores_at_once(sizes: Sizes, extent: Extent) -> int:
 
 
 def _inside(sizes: Sizes) -> int:
-    """Numbers of a position that a block keeps beside its entering states, keys and values.
+    """Numbers per position that a block keeps besides its input, keys and values.
 
-    Its product of queries, keys and values is kept as it is, the raw values with it.
+    The fused product of queries, keys and values is kept whole, including the raw values.
     """
     queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     return sizes.width + 2 * queries + 2 * keys + 2 * sizes.ffn
 
 
 def _work(sizes: Sizes) -> int:
-    """Numbers of a position on the way back through a block: feed-forward layer or attention."""
+    """Numbers per position in the backward pass of a block: feed-forward layer or attention."""
     queries = sizes.heads * sizes.head_dim
     return max(4 * sizes.ffn, 5 * queries) + 2 * sizes.width

@@ -1,8 +1,8 @@
-"""Weights for decoding: adapters added in.
+"""Weights for decoding, with the adapters merged in.
 
-A token of a few rows is a hundred products of small matrices, and more than half of them are the
-adapters'. In a copy there are none. It is made before rows are decoded and goes with
-them; a larger model would gain less than it costs.
+A token of a few rows takes a hundred products of small matrices, more than half of them for the
+adapters. A merged copy needs none of those. It is made before rows are decoded and freed with them;
+a larger model would gain less than the copy costs.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from localrl.engines.cpu.math import FusedLinear, matmul
 from localrl.engines.cpu.weights import Block, Weights
 
 MOST_BYTES = 128 << 20
-"""Of a copy; a larger model would gain less than it costs."""
+"""Maximum size of a copy; a larger model would gain less than it costs."""
 
 
 class Merging:
-    """The merged weights of a model, while anyone decodes with them."""
+    """The merged weights of a model, kept as long as a state decodes with them."""
 
     def __init__(self) -> None:
         self._made_of: Sequence[mx.array] = ()
         self._merged: weakref.ref[Weights] | None = None
 
     def of(self, weights: Weights, made_of: Sequence[mx.array]) -> Weights:
-        """What to decode with in place of these weights, whose adapters are `made_of` these."""
+        """Return merged weights to decode with; `made_of` are the arrays of the adapters."""
         known = self._merged() if self._merged is not None else None
-        # Arrays of MLX never change in place: the same ones have the same numbers.
+        # MLX arrays never change in place, so the same objects hold the same numbers.
         if known is None or list(map(id, made_of)) != list(map(id, self._made_of)):
             known = merged(weights)
             self._merged, self._made_of = weakref.ref(known), made_of
@@ -38,7 +38,7 @@ class Merging:
 
 
 def merged(weights: Weights) -> Weights:
-    """A copy for decoding; the weights themselves where that would be too large."""
+    """Make a merged copy for decoding, or return the weights if it would be too large."""
     if sum(map(_bytes, weights.blocks)) > MOST_BYTES:
         return weights
     return replace(weights, blocks=tuple(map(_block, weights.blocks)))

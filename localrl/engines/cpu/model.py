@@ -1,7 +1,7 @@
 """A model's weights as NumPy arrays: views of MLX's own memory.
 
-Families whose blocks are attention and a gated feed-forward layer, with root-mean-square norms and
-rotary positions, can be read so; others stay with MLX.
+This supports families whose blocks are attention and a gated feed-forward layer, with
+root-mean-square norms and rope; others stay with MLX.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from localrl.engines.cpu.weights import Block, Weights
 from localrl.policy.lora import LoRALinear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
-"""Modules of mlx-lm whose models are computed in NumPy as they are there."""
+"""Modules of mlx-lm whose models NumPy computes identically."""
 ROTARIES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
-"""Layers that turn each position by its own angles, however long the text gets."""
+"""Rope layers whose angles depend only on the position, not on the length of the text."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-"""Layers of a block, in the order in which its `FusedLinear` have them."""
+"""Layers of a block, in the order of its `FusedLinear`s."""
 PROBED = 16
-"""Positions by which two rotary layers are told apart."""
+"""Number of positions at which rope layers are compared."""
 
 
 class UnfitError(Exception):
-    """The model is not one that is computed here."""
+    """Raised for a model that this engine cannot compute."""
 
 
 class Rope:
-    """The rotary positions of a layer as tables: columns x * cosines + x[partners] * sines.
+    """The rope of a layer as tables: columns x * cosines + x[pair_index] * sines.
 
-    They are read off the layer itself, whatever its scaling, since it is linear in its input.
+    The tables are read from the layer itself, whatever its scaling, as it is linear in its input.
     """
 
     def __init__(self, layer: Any, size: int) -> None:
-        """size: of a head. Raises: UnfitError for a layer that is not known to be linear."""
+        """size: head size. Raises: UnfitError for a layer that is not known to be linear."""
         if type(layer).__name__ not in ROTARIES:
-            raise UnfitError(f"positions by {type(layer).__name__}")
+            raise UnfitError(f"unsupported rope layer {type(layer).__name__}")
         self._layer = layer
         dims = getattr(layer, "dims", getattr(layer, "dim", size))
         places = np.arange(size)
@@ -55,7 +55,7 @@ class Rope:
         self._tables = self._read(PROBED)
 
     def tables(self, positions: np.ndarray) -> RopeTables:
-        """Cosines and sines (head_dim, B) at these positions (B,)."""
+        """Look up cosines and sines (head_dim, B) at these positions (B,)."""
         most = int(positions.max()) + 1
         if most > self._tables[0].shape[1]:
             self._tables = self._read(1 << (most - 1).bit_length())
@@ -63,21 +63,21 @@ class Rope:
         return cosines.take(positions, axis=1), sines.take(positions, axis=1)
 
     def rotate(self, x: np.ndarray, tables: RopeTables) -> np.ndarray:
-        """Columns (heads, head_dim, B) turned by their positions."""
+        """Apply rope to columns (heads, head_dim, B)."""
         return apply_rope(x, self.pair_index, tables)
 
     def back(self, grad: np.ndarray, tables: RopeTables) -> np.ndarray:
-        """Gradient w.r.t. what was rotated, given `grad` w.r.t. the result."""
+        """Gradient w.r.t. the input of `rotate`, given `grad` w.r.t. its output."""
         cosines, sines = tables
         return apply_rope(grad, self.pair_index, (cosines, sines.take(self.pair_index, axis=0)))
 
     def same_rotation(self, other: Rope) -> bool:
-        """Whether the other turns as this one does."""
+        """Return True if the other applies the same rotation."""
         mine, others = (np.stack([t[:, :PROBED] for t in r._tables]) for r in (self, other))
         return np.array_equal(mine, others) and np.array_equal(self.pair_index, other.pair_index)
 
     def _read(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """What becomes of an input of ones at the first members of all pairs, and at the second."""
+        """Read the tables, from inputs with ones at the first, then the second of each pair."""
         shape = (1, 1, length, len(self._first))
         one, two = (
             np.array(self._layer(mx.broadcast_to(mx.array(half.astype(np.float32)), shape)))[0, 0]
@@ -88,18 +88,21 @@ class Rope:
 
 
 class CPUModel:
-    """A model of one of the families above, whose weights are read anew for every batch of rows."""
+    """A model of one of the families above; its weights are read again for every batch of rows."""
 
     def __init__(self, model: Any) -> None:
-        """Raises: UnfitError for other families, for windows, and for weights that are not dense
-        float32."""
+        """Prepare a model of mlx-lm.
+
+        Raises: UnfitError for other families, for windows, and for weights that are not dense
+        float32.
+        """
         if type(model).__module__.rpartition(".")[2] not in FAMILIES:
-            raise UnfitError("another family")
+            raise UnfitError("unsupported family")
         if any(getattr(block, "use_sliding", False) for block in model.layers):
-            raise UnfitError("windows")
+            raise UnfitError("sliding windows")
         self._model = model
         first = model.layers[0].self_attn
-        block = self.read().blocks[0]  # raises what does not fit before anything is moved
+        block = self.read().blocks[0]  # raises UnfitError before anything is moved
         for layer in model.layers:
             lay_beside(*(layer.self_attn[name] for name in ATTENTION[:3]))
             lay_beside(*(layer.mlp[name] for name in FEED_FORWARD[:2]))
@@ -120,7 +123,7 @@ class CPUModel:
         self._merging = Merging()
 
     def adapters(self) -> list[LoRALinear]:
-        """The adapted layers, in the order in which a block's `FusedLinear` come."""
+        """Return the adapted layers, in the order of each block's `FusedLinear`s."""
         return [
             module
             for block in self._model.layers
@@ -132,7 +135,7 @@ class CPUModel:
         ]
 
     def read(self) -> Weights:
-        """The weights as they are now; adapters of scale 0 are left out."""
+        """Read the current weights; adapters of scale 0 are left out."""
         body = self._model.model
         embedding = _array(body.embed_tokens.weight)
         tied = "lm_head" not in self._model
@@ -145,13 +148,13 @@ class CPUModel:
         )
 
     def for_decoding(self, weights: Weights) -> Weights:
-        """The weights, as they were just read, in the form that decodes a few rows fastest."""
+        """Convert weights that were just read to the form that decodes a few rows fastest."""
         layers = self.adapters()
         made_of = [array for layer in layers for array in (layer.lora_a, layer.lora_b)]
         return self._merging.of(weights, made_of)
 
     def _rotaries(self) -> list[Rope]:
-        """Of each block; blocks that turn alike have one in common."""
+        """The rope of each block; blocks with the same rotation share one."""
         found: list[Rope] = []
         for block in self._model.layers:
             mine = Rope(block.self_attn.rope, self.head_dim)
@@ -175,7 +178,7 @@ def _block(block: Any) -> Block:
 
 def _norm(norm: Any) -> Norm:
     if type(norm) is not nn.RMSNorm:
-        raise UnfitError(f"norm {type(norm).__name__}")
+        raise UnfitError(f"unsupported norm {type(norm).__name__}")
     return Norm(_array(norm.weight)[:, None], norm.eps)
 
 
@@ -203,7 +206,7 @@ def _linears(*layers: Any) -> FusedLinear:
 
 
 def _adapters(layers: Sequence[Any]) -> tuple[tuple[Adapter | None, ...], list[np.ndarray]]:
-    """The adapters of layers of one input, and lora_a (rank, in) of each that has one."""
+    """Adapters of layers with the same input, and lora_a (rank, in) of each that has one."""
     downs: list[np.ndarray] = []
     adapters: list[Adapter | None] = []
     rank = 0
@@ -218,7 +221,7 @@ def _adapters(layers: Sequence[Any]) -> tuple[tuple[Adapter | None, ...], list[n
 
 
 def _biases(bases: Sequence[Any], weights: Sequence[np.ndarray]) -> np.ndarray | None:
-    """(out of all, 1); None where no layer has one."""
+    """Biases (out of all layers, 1); None if no layer has one."""
     if not any("bias" in base for base in bases):
         return None
     parts = [
@@ -229,9 +232,9 @@ def _biases(bases: Sequence[Any], weights: Sequence[np.ndarray]) -> np.ndarray |
 
 
 def lay_beside(*layers: Any) -> None:
-    """Move the weights of layers of one input into one array, in the layers themselves.
+    """Move the weights of layers with the same input into one array, in the layers themselves.
 
-    Their numbers stay, and both forms exist of these layers only.
+    Their values do not change, and only these layers' weights exist twice meanwhile.
     """
     bases = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
     whole = mx.concatenate([base.weight for base in bases])
@@ -245,7 +248,7 @@ def lay_beside(*layers: Any) -> None:
 
 
 def beside(weights: Sequence[np.ndarray]) -> np.ndarray:
-    """All rows of these matrices: a view where they lie one behind another, else a copy."""
+    """Stack these matrices: a view if they are adjacent in memory, else a copy."""
     if len(weights) == 1:
         return weights[0]
     ends = [weight.ctypes.data + weight.nbytes for weight in weights]
@@ -257,7 +260,7 @@ def beside(weights: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _array(array: mx.array) -> np.ndarray:
-    """A view of it."""
+    """View an MLX array in NumPy."""
     if array.dtype != mx.float32:
-        raise UnfitError(f"weights of {array.dtype}")
+        raise UnfitError(f"weights in {array.dtype}")
     return np.array(array, copy=False)

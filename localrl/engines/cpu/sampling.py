@@ -1,7 +1,7 @@
-"""Tokens drawn from logits, and the log-probabilities of given ones, in C or NumPy.
+"""Drawing tokens from logits, and log-probabilities of given tokens, in C or NumPy.
 
-A real vocabulary has tens of thousands of tokens: in NumPy a dozen passes over the logits of a few
-rows take as long as the model itself.
+A real vocabulary has tens of thousands of tokens: in NumPy the dozen passes over the logits of a
+few rows take as long as the model itself.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import numpy as np
 from localrl.engines.cpu.kernel_choice import steps
 
 LEAST = np.float32(-1e4)
-"""As good as -inf to the exponential, but 0 times -inf would be no number in the entropy."""
+"""Lower bound of shifted logits: exp gives 0 as for -inf, but 0 * -inf would be NaN in entropy."""
 
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Tokens, their log-probabilities, and the entropy of the whole distribution, (B,) each."""
+"""Tokens, their log-probabilities, and entropies of the whole distributions, (B,) each."""
 
 
 def draw(logits: np.ndarray, uniforms: np.ndarray | None, temperature: float) -> Drawn:
-    """One token per row by inverting the cumulative distribution, or the likeliest.
+    """Draw one token per row by inverting the cumulative distribution, or take the most likely.
 
     logits (B, V), uniforms (B,) in (0, 1); None at temperature 0, where the log-probabilities and
-    entropies are those of temperature 1. One exponential serves all that is returned.
+    entropies are those of temperature 1. All results come from one exponential.
     """
     temperature = temperature or 1.0
     if (c := steps()) is not None:
@@ -35,7 +35,7 @@ def draw(logits: np.ndarray, uniforms: np.ndarray | None, temperature: float) ->
         tokens = np.argmax(shifted, axis=-1)
     else:
         cumulative = np.cumsum(weights, axis=-1)
-        # The first entry above the mark: a token of weight 0 is never it.
+        # The first entry above the mark, which is never a token of weight 0.
         mark = (np.asarray(uniforms, np.float32) * cumulative[:, -1])[:, None]
         tokens = np.argmax(cumulative > mark, axis=-1)
     logprobs = np.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0] - np.log(total)
@@ -48,20 +48,20 @@ def entropy(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def target_logprobs(logits: np.ndarray, targets: np.ndarray, temperature: float) -> np.ndarray:
-    """Log-probabilities (n,) of the targets; the logits (n, V) become all probabilities."""
+    """Log-probabilities (n,) of the targets; overwrites logits (n, V) with all probabilities."""
     logits -= logits.max(axis=-1, keepdims=True)
     logits /= np.float32(temperature)
     chosen = logits[np.arange(len(logits)), targets]
     np.exp(logits, out=logits)
-    # In float32 the small ones of a large vocabulary would be lost.
+    # In float32 the many small terms of a large vocabulary would be lost.
     total = logits.sum(axis=-1, dtype=np.float64).astype(np.float32)
     logits /= total[:, None]
     return chosen - np.log(total)
 
 
-@np.errstate(invalid="ignore")  # the ledger refuses what is not finite
+@np.errstate(invalid="ignore")  # DecodeLog rejects values that are not finite
 def _weigh(logits: np.ndarray, temperature: float) -> Drawn:
-    """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
+    """Logits minus their maximum (B, V), their exponentials, and the sums of those (B,)."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     shifted /= np.float32(temperature)
     np.maximum(shifted, LEAST, out=shifted)

@@ -1,4 +1,4 @@
-"""A model's weights as arrays, by block: what passes and decoding go through."""
+"""A model's weights as arrays, by block, as used by passes and decoding."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class Block:
 
     @property
     def adapted(self) -> bool:
-        """Whether any of its layers has an adapter."""
+        """True if any of its layers has an adapter."""
         layers = (self.queries_keys_values, self.output, self.gate_up, self.down)
         return any(layer.lora_a is not None for layer in layers)
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The weights as they were when they were read."""
+    """The weights at the time they were read."""
 
     embedding: np.ndarray
-    """(V, d)"""
+    """Token embeddings (V, d)."""
     blocks: tuple[Block, ...]
     norm: Norm
     head: FusedLinear
 
     def logits(self, states: np.ndarray) -> np.ndarray:
-        """(n, V) of states (d, n) after the last block."""
+        """Logits (n, V) from hidden states (d, n) after the last block."""
         found = matmul_rows(self.norm(states), self.head.weight)
         if self.head.bias is not None:
             found += self.head.bias[:, 0]
@@ -48,6 +48,6 @@ class Weights:
 
     @property
     def lowest_adapted(self) -> int:
-        """The first block with an adapter: the way back ends there."""
+        """Index of the first block with an adapter: the backward pass ends there."""
         adapted = (n for n, block in enumerate(self.blocks) if block.adapted)
         return next(adapted, len(self.blocks))

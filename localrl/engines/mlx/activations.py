@@ -1,8 +1,8 @@
-"""A faster gate for the CPU backend, whose exponential takes some 20 ns per number.
+"""A faster gate for the CPU backend, whose exponential takes about 20 ns per number.
 
 Most models of mlx-lm gate their feed-forward layers with `swiglu(gate, x) = silu(gate) * x`. On the
 CPU its exponential is a large part of a small model's time; a polynomial in plain vector arithmetic
-and a derivative that needs no second exponential take a third of it. Values agree to float32.
+and a derivative without a second exponential take a third of it. Values agree to float32 precision.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _POLYNOMIAL = tuple(math.log(2) ** n / math.factorial(n) for n in range(7))
 
 
 def use_fast_swiglu(model: Any) -> bool:
-    """Let the model's family use `swiglu` below, where it uses mlx-lm's; returns whether it does.
+    """Replace mlx-lm's `swiglu` by the one below in the model's family; return True if it uses it.
 
-    The name is bound anew in the module that defines the family, so it holds for every model of
-    that family in this process.
+    The name is rebound in the module that defines the family, so this affects every model of that
+    family in this process.
     """
     from mlx_lm.models import activations
 
@@ -32,7 +32,7 @@ def use_fast_swiglu(model: Any) -> bool:
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x, elementwise and differentiable, in the type of `gate`."""
+    """Compute silu(gate) * x, elementwise and differentiable, in the dtype of `gate`."""
     return silu(gate) * x
 
 
@@ -41,7 +41,7 @@ def _silu(x: mx.array) -> mx.array:
 
 
 silu: Any = mx.custom_function(_silu)
-"""x / (1 + exp(-x)), elementwise (Elfwing et al. 2017, arXiv 1702.03118)."""
+"""Computes x / (1 + exp(-x)), elementwise (Elfwing et al. 2017, arXiv 1702.03118)."""
 
 
 @silu.vjp
@@ -51,14 +51,14 @@ def _silu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + exp(-x)), elementwise."""
+    """Compute 1 / (1 + exp(-x)), elementwise."""
     return 1 / (1 + exp(-x))
 
 
 def exp(x: mx.array) -> mx.array:
-    """e ** x as 2 ** k * 2 ** f: the whole part by its exponent bits, the rest by a polynomial.
+    """Compute e ** x as 2 ** k * 2 ** f: 2 ** k by exponent bits, 2 ** f by a polynomial.
 
-    Held at e ** +-87, beyond which float32 overflows; a NaN stays one.
+    The result is clipped at e ** +-87, beyond which float32 overflows; NaN stays NaN.
     """
     scaled = mx.clip(x.astype(mx.float32), -87.0, 87.0) * math.log2(math.e)
     whole = mx.round(scaled)

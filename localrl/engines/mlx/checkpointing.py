@@ -1,7 +1,7 @@
-"""Gradient checkpointing: what goes on inside a block is computed again in the backward pass.
+"""Gradient checkpointing: activations inside a block are recomputed in the backward pass.
 
-Kept from the forward pass are what goes into each block and, in a forest, the keys and values that
-the levels below attend to, each row once. Paper: Chen et al. 2016, arXiv 1604.06174.
+The forward pass only keeps each block's input and, in a forest, the keys and values that child
+levels attend to, each row once. Paper: Chen et al. 2016, arXiv 1604.06174.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from localrl.engines.mlx.forest import KeysValues, LevelCache
 from localrl.engines.mlx.network import Network
 
 PROBE = (1, 2, 3, 4)
-"""Token ids of the pass that shows whether a family can be checkpointed."""
+"""Token ids of the pass that checks if a family can be checkpointed."""
 
 
 @contextmanager
 def checkpointed(network: Network) -> Iterator[None]:
-    """Within this context a forward pass keeps for its gradient only what goes into each block.
+    """Within this context a forward pass keeps only each block's input for its gradient.
 
-    For passes over rows without a cache and over forests. It belongs inside the function that is
-    differentiated, since the model has no parameters in its blocks meanwhile. The model must be
-    one of which `can_checkpoint` holds; afterwards its blocks are what they were.
+    It works for passes over rows without a cache and over forests. It must be used inside the
+    differentiated function, since the model has no parameters in its blocks meanwhile, and only
+    with models for which `can_checkpoint` is True. Its blocks are restored afterwards.
     """
     body = _body(network)
     assert body is not None
@@ -39,16 +39,16 @@ def checkpointed(network: Network) -> Iterator[None]:
 
 
 def can_checkpoint(network: Network) -> bool:
-    """Whether the gradient through recomputed blocks is the plain one: two passes of four tokens.
+    """Return True if recomputed blocks give the plain gradient, checked in two passes of 4 tokens.
 
-    A family may keep its blocks elsewhere, or hand values from one to another beside their inputs.
+    A family may keep its blocks elsewhere, or pass values between blocks other than their inputs.
     """
     if _body(network) is None:
         return False
     plain = _probe(network, nullcontext())
     try:
         again = _probe(network, checkpointed(network))
-    except Exception:  # whatever a family's own code raises, plain passes will do
+    except Exception:  # a family's own code may raise anything; plain passes still work
         return False
     error = mx.stack([mx.square(again[name] - plain[name]).sum() for name in plain]).sum()
     size = mx.stack([mx.square(array).sum() for array in plain.values()]).sum()
@@ -56,7 +56,7 @@ def can_checkpoint(network: Network) -> bool:
 
 
 class _Recomputed:
-    """A block of a model's body in whose place it is called; all else is the block's own."""
+    """A stand-in for a block that recomputes when called; other attributes are the block's own."""
 
     def __init__(self, block: nn.Module) -> None:
         self.called = False
@@ -71,10 +71,10 @@ class _Recomputed:
 
 
 def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the block returns, by a function of all that may need a gradient.
+    """Call the block through a checkpointed function of everything that may need a gradient.
 
-    It is run again in the backward pass, so it meets a new cache each time; what the block has put
-    into that is handed out as a result.
+    The function runs again in the backward pass, so it gets a fresh cache each time; the keys and
+    values that the block puts into the cache are returned as a result.
     """
     call = (list(args), dict(kwargs))
     cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, LevelCache)), None)
@@ -91,7 +91,7 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             result = block(*swapped[0], **swapped[1])
         finally:
             block.update(before)
-        # As a result they would be kept, also where no level is below to attend to them.
+        # Results are kept in memory, so the last level, to which none attends, returns none.
         return result, None if renewed is None or renewed.last else renewed.own
 
     leaves: Any = tree_flatten(call)
@@ -104,7 +104,7 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _swap(leaf: Any, arrays: Iterator[mx.array], cache: LevelCache | None) -> Any:
-    """What stands in an argument's place: masks and the like, which need no gradient, do."""
+    """Replace caches and floating arrays of an argument; others, e.g. masks, need no gradient."""
     if isinstance(leaf, LevelCache):
         return cache
     return next(arrays) if _floating(leaf) else leaf
@@ -115,7 +115,7 @@ def _floating(leaf: Any) -> bool:
 
 
 def _body(network: Network) -> Any:
-    """The module that holds the blocks in a list; None where they are elsewhere."""
+    """The module that holds the list of blocks; None if they are elsewhere."""
     if network.hidden is not None:
         body = network.hidden
     else:
@@ -125,7 +125,7 @@ def _body(network: Network) -> Any:
 
 
 def _probe(network: Network, context: AbstractContextManager[None]) -> dict[str, mx.array]:
-    """Gradient, by every adapter's weights, of a number made of all logits."""
+    """Gradient of a scalar function of all logits w.r.t. every adapter's weights."""
 
     def loss() -> mx.array:
         with context:

@@ -15,13 +15,13 @@ from localrl.engines.mlx.prefix_cache import fork_prompts
 from localrl.policy.engine import Sampled
 
 CACHE_STEP = 64
-"""Tokens by which the cache of a batch grows; mlx-lm's 256 would copy mostly empty room here."""
+"""Tokens by which the cache of a batch grows; mlx-lm's 256 would mostly copy empty space here."""
 
 
 def prefill(network: Network, tokens: np.ndarray, lengths: Sequence[int]) -> MLXPrefilled:
     """Run right-padded prompts (P, L).
 
-    The head runs on the last position of each prompt alone, where the family allows it.
+    The head runs only on the last position of each prompt, if the family allows it.
     """
     cache = _empty_cache(network.model, len(lengths))
     padding = [tokens.shape[1] - length for length in lengths]
@@ -39,7 +39,7 @@ def prefill(network: Network, tokens: np.ndarray, lengths: Sequence[int]) -> MLX
 
 
 def _empty_cache(model: Any, rows: int) -> list[Any]:
-    """mlx-lm's own caches for a batch of this model, one per layer."""
+    """Create mlx-lm's own caches for a batch of this model, one per layer."""
     from mlx_lm.models.cache import make_prompt_cache
 
     single = make_prompt_cache(model)
@@ -59,7 +59,7 @@ class MLXPrefilled:
     last: mx.array
 
     def fork(self, rows: np.ndarray, prompts: Sequence[int] | None) -> MLXState:
-        """A state of rows that go on from them: see `Prefilled.fork`."""
+        """Create a state of rows that continue the prompts: see `Prefilled.fork`."""
         cache = fork_prompts(self.cache, rows, prompts)
         return MLXState(self.model, cache, self.last[mx.array(rows)])
 
@@ -93,9 +93,9 @@ class MLXState:
         self.next = mx.concatenate([self.next, other.next])
 
     def sample(self, uniforms: np.ndarray | None, temperature: float) -> Sampled:
-        """One token per row: see `draw`."""
+        """Sample one token per row: see `draw`."""
         drawn = draw(self.next, uniforms, temperature)
-        mx.eval(drawn)  # together with the step that led here
+        mx.eval(drawn)  # together with the pending step
         return Sampled(*map(np.array, drawn))
 
     def entropies(self, temperature: float) -> np.ndarray:
@@ -103,11 +103,11 @@ class MLXState:
         return np.array(entropy(self.next, temperature))
 
     def step(self, tokens: np.ndarray) -> None:
-        """Feed one token (B,) to each row; computed when its logits are first asked for."""
+        """Feed one token (B,) to each row; computed when the logits are first used."""
         self.next = self.model(mx.array(tokens[:, None]), cache=self.cache)[:, -1]
 
     def wait(self) -> None:
-        """Compute what was begun."""
+        """Compute the pending step."""
         mx.eval(self.next, [layer.state for layer in self.cache])
 
     def logits(self) -> np.ndarray:
@@ -118,16 +118,16 @@ class MLXState:
 def draw(
     logits: mx.array, uniforms: np.ndarray | None, temperature: float
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Tokens, their log-probabilities and entropies, (B,) each: see `DecodeState.sample`.
+    """Draw tokens; return log-probabilities and entropies too, (B,) each: see `DecodeState.sample`.
 
-    logits (B, V), uniforms (B,) in (0, 1). One exponential serves all three.
+    logits (B, V), uniforms (B,) in (0, 1). All three come from one exponential.
     """
     shifted, weights, total = _weigh(logits, temperature or 1.0)
     if uniforms is None:
         tokens = mx.argmax(shifted, axis=-1)
     else:
         cumulative = mx.cumsum(weights, axis=-1)
-        # The first entry above the mark: a token of weight 0 is never it.
+        # The first entry above the mark, which is never a token of weight 0.
         mark = (mx.array(uniforms, dtype=mx.float32) * cumulative[:, -1])[:, None]
         tokens = mx.argmax(cumulative > mark, axis=-1)
     log_total = mx.log(total)
@@ -142,9 +142,9 @@ def entropy(logits: mx.array, temperature: float) -> mx.array:
 
 
 def _weigh(logits: mx.array, temperature: float) -> tuple[mx.array, mx.array, mx.array]:
-    """Logits below their maximum (B, V), their exponentials, and the sum of these (B,)."""
+    """Logits minus their maximum (B, V), their exponentials, and the sums of those (B,)."""
     logits = logits.astype(mx.float32) / temperature
-    # -1e4 is as good as -inf to the exponential, but 0 * -inf would be no number in the entropy.
+    # exp(-1e4) is 0 as for -inf, but 0 * -inf would be NaN in the entropy.
     shifted = mx.maximum(logits - logits.max(axis=-1, keepdims=True), -1e4)
     weights = mx.exp(shifted)
     return shifted, weights, weights.sum(axis=-1)

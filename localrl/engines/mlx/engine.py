@@ -1,4 +1,4 @@
-"""mlx-lm's models on MLX's default device, behind the door of `policy.engine`."""
+"""The engine for mlx-lm's models on MLX's default device: implements `policy.engine`."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ class MLXEngine:
 
     network: Network
     shares_prompts: bool = False
-    """Whether rows may read the keys and values of one prompt: see `prefix_cache`."""
+    """True if rows may share the keys and values of one prompt: see `prefix_cache`."""
 
     @property
     def name(self) -> Literal["mlx"]:
-        """As `model.engine` has it."""
+        """Name of the engine in `model.engine`."""
         return "mlx"
 
     @property
     def splits_head(self) -> bool:
-        """Whether the family's body and head could be told apart."""
+        """True if the family's body and head could be separated."""
         return self.network.hidden is not None
 
     @property
     def packs_forests(self) -> bool | None:
-        """Some families do, where body and head are apart."""
+        """None, to be checked, if body and head are separate, since only some families do."""
         return None if self.splits_head else False
 
     @property
     def kernels(self) -> None:
-        """None of ours."""
+        """None: MLX's own kernels are used."""
         return
 
     def use_kernels(self, kernels: Any) -> None:
-        """Nothing to choose."""
+        """Do nothing: there are no kernels to choose."""
 
     def can_recompute(self) -> bool:
-        """Whether the family's blocks can be checkpointed."""
+        """Return True if the family's blocks can be checkpointed."""
         return can_checkpoint(self.network)
 
     def decode_numbers(self) -> int | None:
-        """Not counted."""
+        """None: not counted."""
         return None
 
     def prefill(self, tokens: np.ndarray, lengths: Sequence[int]) -> decode.MLXPrefilled:
@@ -68,7 +68,7 @@ class MLXEngine:
         gradient: bool = False,
         recompute: bool = False,
     ) -> mx.array:
-        """Float32 log-probabilities (N,); what a gradient needs is in MLX's graph in any case."""
+        """Float32 log-probabilities (N,); MLX's graph always keeps what a gradient needs."""
         with checkpointed(self.network) if recompute else nullcontext():
             return logprobs.token_logprobs(
                 self.network, micro, temperature=temperature, head_chunk=head_chunk
@@ -77,7 +77,7 @@ class MLXEngine:
     def head_logprobs(
         self, states: np.ndarray, targets: np.ndarray, *, temperature: float, chunk: int
     ) -> np.ndarray:
-        """The head's part alone, from states (N, d)."""
+        """Compute only the head's part, from hidden states (N, d)."""
         assert self.network.head is not None
         found = logprobs.head_logprobs(
             self.network.head, mx.array(states), mx.array(targets), temperature, chunk

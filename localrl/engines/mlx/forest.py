@@ -1,8 +1,8 @@
-"""Scoring a forest: the prompt and every node computed once, children attending to ancestors.
+"""Scoring a forest: each prompt and node is computed once, children attend to their ancestors.
 
-Level by level: prompts, roots, their children, and so on. A level's keys and values are those of
-its rows' parents, gathered, and its own behind them. The gather is differentiable, so that a node's
-gradient is the sum over all that grew from it. Stock mlx-lm models do the computing: they meet the
+It goes level by level: prompts, roots, their children, and so on. A level attends to the gathered
+keys and values of its rows' parents, followed by its own. The gather is differentiable, so a node's
+gradient is the sum over all its descendants. Stock mlx-lm models do the computing: they see the
 levels as a cache. Papers: Prefix Grouper (arXiv 2506.05433), Tree Training (2511.00413).
 """
 
@@ -20,7 +20,7 @@ from localrl.policy.forest_packing import Layout, Level
 
 
 def forest_states(network: Network, layout: Layout) -> mx.array:
-    """States (positions, d) before the head of all levels, flattened one after another."""
+    """Hidden states (positions, d) before the head, of all levels, one after another."""
     assert network.hidden is not None
     states = []
     above: list[LevelCache] | None = None
@@ -34,20 +34,20 @@ def forest_states(network: Network, layout: Layout) -> mx.array:
 
 
 KeysValues = tuple[mx.array, mx.array]
-"""Both (R, heads, L, head_dim)."""
+"""Keys and values, both (R, heads, L, head_dim)."""
 
 
 class LevelCache:
-    """One layer's keys and values of a level, in the place of one of mlx-lm's caches.
+    """One layer's keys and values of a level, in place of one of mlx-lm's caches.
 
-    Knows the cache of the level above, which of its positions are real ancestors, and after the
-    layer has run the level's own keys and values and those with the ancestors' before them.
+    It holds the cache of the parent level, the mask of its real ancestors and, after the layer has
+    run, the level's own keys and values, both alone and with the ancestors' before them.
     """
 
     def __init__(self, level: Level, above: LevelCache | None, last: bool) -> None:
         self._above, self._lengths = above, level.lengths
         self.last = last
-        """Whether no level is below."""
+        """True for the last level."""
         self.own: KeysValues | None = None
         self._whole: KeysValues | None = None
         if above is None:
@@ -56,10 +56,10 @@ class LevelCache:
             self._valid = above._valid_below(level)  # (R, P) bool
             self._parents = mx.array(level.parents)
         before = self._valid.sum(axis=1).astype(np.int32)
-        self.offset = mx.array(before)  # (R,) rotary position
+        self.offset = mx.array(before)  # (R,) rope position
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
-        """The ancestors' and these, (R, heads, P + L, head_dim)."""
+        """Store these; return them after the ancestors', (R, heads, P + L, head_dim)."""
         self.own = keys, values
         if self._above is not None:
             assert self._above._whole is not None
@@ -70,7 +70,7 @@ class LevelCache:
         return keys, values
 
     def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array:
-        """(R, 1, n, P + n) bool: real ancestors, own positions up to each, within the window."""
+        """Mask (R, 1, n, P + n): real ancestors and causal own positions, within the window."""
         real = np.concatenate([self._valid, np.ones((len(self._valid), n), bool)], axis=1)
         before = self._valid.sum(axis=1, keepdims=True)  # (R, 1)
         own = before + np.arange(n)  # (R, n) position of each query
@@ -81,14 +81,14 @@ class LevelCache:
         return mx.array(mask[:, None])
 
     def lineage(self) -> list[KeysValues]:
-        """The levels' own keys and values above this one, from the top: no row stands twice."""
+        """Own keys and values of the levels above, from the top: each row appears only once."""
         if self._above is None:
             return []
         assert self._above.own is not None
         return [*self._above.lineage(), self._above.own]
 
     def renewed(self, lineage: Sequence[KeysValues]) -> LevelCache:
-        """This cache as it was before its layer ran, below levels with these keys and values."""
+        """Copy this cache as before its layer ran, under ancestors with these keys and values."""
         fresh = copy.copy(self)
         fresh.own = fresh._whole = None
         if self._above is not None:
@@ -97,7 +97,7 @@ class LevelCache:
         return fresh
 
     def _valid_below(self, level: Level) -> np.ndarray:
-        """(R, P) bool: which positions, for each row of the level below, are its ancestors'."""
+        """Mask (R, P) of the positions that are ancestors of each row of the child level."""
         assert self.own is not None
         own = np.arange(self.own[0].shape[2]) < self._lengths[:, None]
         return np.concatenate([self._valid, own], axis=1)[level.parents]

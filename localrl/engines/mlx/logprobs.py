@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens under a model of mlx-lm, differentiable by its adapters."""
+"""Log-probabilities of given tokens under an mlx-lm model, differentiable w.r.t. adapters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def token_logprobs(
 def head_logprobs(
     head: Head, states: mx.array, targets: mx.array, temperature: float, chunk: int
 ) -> mx.array:
-    """Log-probabilities (N,) from states (N, d), with the logits of `chunk` positions at a time.
+    """Log-probabilities (N,) from states (N, d), computing `chunk` positions' logits at a time.
 
     The gradient is closed-form, d logp / d logits = (onehot(target) - softmax) / temperature, taken
     through the frozen head chunk by chunk; no chunk's logits are kept for it. Idea: Liger Kernel,
@@ -73,7 +73,7 @@ def gather_logprobs(logits: mx.array, targets: mx.array, temperature: float) -> 
 def _one_by_one(
     states: mx.array, chunk: int, done: list[mx.array]
 ) -> Iterator[tuple[slice, mx.array]]:
-    """Pieces of the states, each to be computed only after what was made of the one before."""
+    """Yield pieces of the states, each computed only after the results of the previous one."""
     for start in range(0, len(states), chunk):
         part = slice(start, start + chunk)
         yield part, mx.depends([states[part]], done[-1:])[0] if done else states[part]

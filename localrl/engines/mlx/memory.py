@@ -1,6 +1,6 @@
-"""Bytes of MLX's prefill and update: attention keeps the scores of every block.
+"""Memory of MLX's prefill and update: attention keeps the scores of every block.
 
-The constants are fits to measurements on the CPU backend (`benchmarks/memory.md`).
+The constants are fitted to measurements on the CPU backend (`benchmarks/memory.md`).
 """
 
 from __future__ import annotations
@@ -14,65 +14,65 @@ from localrl.memory.estimate import Workload, paths_at_once
 from localrl.memory.sizes import NONE, Sizes
 from localrl.records import MemoryPlan
 
-# Numbers kept for the backward pass, by position and block, for each number of the block's width,
-# of its queries, keys (values), feed-forward layer and adapters.
+# Numbers kept for the backward pass per position and block: coefficients of the block's width, its
+# queries, keys (and values), feed-forward width and adapter ranks.
 WIDTH, QUERIES, KEYS, FEED_FORWARD, RANK = 1.5, 4.0, 3.0, 4.7, 1.0
 ADAPTED = 7
-"""Linear layers of a block, each with one adapter."""
+"""Number of linear layers in a block, each with one adapter."""
 ANCESTORS = 0.8
-"""Copies of the ancestors' keys and values that a path keeps in each block."""
+"""Number of copies of the ancestors' keys and values that a path keeps in each block."""
 SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
-"""Copies of a block's attention scores kept by every block; and more of the block at work."""
+"""Copies of attention scores kept by every block, and further copies in the current block."""
 ONE_BLOCK = 17.0
-"""States of all positions, in widths, that the block at work holds beside what is kept."""
+"""Further numbers per position in the current block, in multiples of the width."""
 PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
-"""The same while prompts are prefilled, where nothing is kept."""
+"""Copies of scores and multiples of the width in prefill, where nothing is kept."""
 HEAD_FIRST, HEAD_MORE, HEAD_MOST = 1.2, 0.7, 8.5
-"""Arrays as large as a chunk's logits: with one chunk, for each further one, and the most. Chunks
-follow each other, but the backend runs ahead of what it computes."""
+"""Number of arrays as large as a chunk's logits: base, per chunk, and maximum. Chunks run one after
+another, but the backend allocates ahead of the computation."""
 GATES = {"gemma": 1.3, "qwen3": 1.0, "llama": 0.94, "qwen2": 0.94, "smollm3": 0.94}
-"""Families whose blocks keep more or less than Qwen3's: other norms and gates."""
+"""Memory of each family's blocks relative to Qwen3's: norms and gates differ."""
 UNKNOWN_GATE = 1.2
-"""Of a family that was not measured: rather too much."""
+"""The same for a family that was not measured: a conservative value."""
 
 
 @dataclass(frozen=True)
 class MLXMemory:
-    """See `EngineMemory`."""
+    """The memory model of the MLX engine: see `EngineMemory`."""
 
     @property
     def name(self) -> Literal["mlx"]:
-        """As `model.engine` has it."""
+        """Name of the engine in `model.engine`."""
         return "mlx"
 
     @property
     def counted(self) -> bool:
-        """Its constants are fits."""
+        """False: its constants are fitted."""
         return False
 
     @property
     def cache_step(self) -> int:
-        """Tokens by which caches grow."""
+        """Number of tokens by which caches grow."""
         return CACHE_STEP
 
     def computes(self, sizes: Sizes, float_bytes: int, *, dense: bool) -> bool:
-        """Every model."""
+        """Return True: MLX computes every model."""
         return True
 
     def key(self, sizes: Sizes) -> list[Any]:
-        """One formula for all."""
+        """Key of the formula: one for all sizes."""
         return [False]
 
     def kept_bytes(self, sizes: Sizes) -> None:
-        """No bound: larger batches are faster."""
+        """None: no bound, since larger batches are faster."""
         return
 
     def decode_weights(self, sizes: Sizes) -> int:
-        """No copy."""
+        """Return 0: no copy is made."""
         return 0
 
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
-        """Scores and states of one block at work."""
+        """Bytes of scores and hidden states of the current block."""
         scores = PREFILL_SCORES * sizes.heads * length * length
         states = PREFILL_STATES * length * sizes.width
         return workload.float_bytes * prompts * (scores + states)
@@ -80,7 +80,7 @@ class MLXMemory:
     def update(
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
     ) -> tuple[float, float, float]:
-        """Bytes that grow with positions, with their square, and of the head's chunks."""
+        """Bytes that grow with positions, with their square, and with the head's chunks."""
         paths, rows = paths_at_once(workload, plan), NONE in sizes.windows
         length = plan.max_prompt_tokens + plan.max_completion_tokens
         if rows:  # families that do not share prompts
@@ -100,7 +100,7 @@ class MLXMemory:
             kept, blocks = sizes.layers * states + 2 * sizes.layers * positions * _keys(sizes), 1
         else:
             kept, blocks = 0.0, sizes.layers
-        # The head's logits are gone when a block's gradients come, and with them what that takes.
+        # The head's logits are freed before the blocks' gradients exist, so they can overlap.
         linear = kept + blocks * one + ONE_BLOCK * states
         quadratic = (SCORES * min(blocks, attending) + ONE_BLOCK_SCORES) * scores
         targets = paths * plan.max_completion_tokens
@@ -113,14 +113,14 @@ class MLXMemory:
 
 
 def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:
-    """Logits of a head chunk, in float32, and what is made of them."""
+    """Bytes of a head chunk's float32 logits and of the arrays computed from them."""
     chunk = max(1, min(chunk, targets))
     copies = min(HEAD_MOST, HEAD_FIRST + HEAD_MORE * math.ceil(targets / chunk))
     return round(copies * 4 * chunk * vocabulary)
 
 
 def _kept(sizes: Sizes, rank: int) -> float:
-    """Numbers kept by one block for a position."""
+    """Numbers kept by one block per position."""
     gate = next((g for family, g in GATES.items() if sizes.family.startswith(family)), UNKNOWN_GATE)
     queries = sizes.heads * sizes.head_dim
     mine = WIDTH * sizes.width + QUERIES * queries + KEYS * _keys(sizes)

@@ -1,4 +1,4 @@
-"""A model of mlx-lm as functions: the whole, and body and head where they can be told apart."""
+"""An mlx-lm model as functions: the whole, and body and head if they can be separated."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class Network:
     """A model whose parameters are read at each call."""
 
     model: Any
-    """(B, L) tokens to (B, L, V) logits."""
+    """Maps tokens (B, L) to logits (B, L, V)."""
     hidden: Callable[..., mx.array] | None = None
-    """(B, L) tokens to (B, L, d) states before the head; None where the family hides them."""
+    """Maps tokens (B, L) to hidden states (B, L, d) before the head; None if inaccessible."""
     head: Callable[[mx.array], mx.array] | None = None
-    """(N, d) states to (N, V) logits."""
+    """Maps hidden states (N, d) to logits (N, V)."""
 
 
 def open_network(model: Any) -> Network:
-    """The model, with body and head checked against the whole.
+    """Open a model, checking its body and head against the whole.
 
     Families whose body is `model.model` and whose head is `lm_head` or the tied embedding agree,
-    also as the text part of a model that sees images; others (scaled or capped logits) do not, and
-    have neither: their logits are made whole.
+    also as the text part of a vision model; others (with scaled or capped logits) do not, and get
+    neither: their logits are computed by the whole model.
     """
     probe = mx.array([[1, 2, 3, 4]])
     try:

@@ -1,10 +1,10 @@
 """Prompts stored once: rows of one prompt read the same keys and values of it.
 
-mlx-lm's cache of a batch has the whole prompt in every row. Here a full-attention layer keeps the
-prompts by themselves, and for each row only what it has written. A decode step multiplies all rows
-of a prompt with its keys at once, so that these are read once a step, and puts what rows find there
-and in their own tail together under one softmax. Layers with other caches (windows, convolutions,
-recurrent state) keep mlx-lm's. Papers: Hydragen (arXiv 2402.05099), ChunkAttention (2402.15220).
+mlx-lm's cache of a batch has the whole prompt in every row. Here a full-attention layer stores the
+prompts separately, and for each row only its own tail. A decode step multiplies all rows of a
+prompt by its keys at once, so these are read once per step, and combines attention to the prompt
+and to the tail under one softmax. Layers with other caches (windows, convolutions, recurrent state)
+keep mlx-lm's. Papers: Hydragen (arXiv 2402.05099), ChunkAttention (2402.15220).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from localrl.backend import mx
 from localrl.engines.mlx.activations import exp
 
 MANY = 8192
-"""Numbers from which on the CPU's own exponential takes longer than two dozen plain operations."""
+"""Array size above which the CPU's own exponential is slower than two dozen plain operations."""
 LOW = -1e30
-"""The score of a position that is padding: below all others, and its exponential is 0."""
+"""Score of a padding position: below all others, and its exponential is 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +32,14 @@ class SharedPrompts:
     """The keys and values of P prompts in one layer, padded on the left to the longest."""
 
     prompt_keys: tuple[int, ...]
-    """Which prompts they are; each has a name of its own."""
+    """Unique key of each prompt."""
     keys: mx.array  # (P, heads, L, head_dim)
     values: mx.array
     lengths: np.ndarray  # (P,) int
 
     @cached_property
     def mask(self) -> mx.array | None:
-        """(P, 1, 1, L) bool, True at tokens; None where all are as long."""
+        """Mask (P, 1, 1, L), True at tokens; None if all prompts have the same length."""
         length = self.keys.shape[2]
         if (self.lengths == length).all():
             return None
@@ -47,7 +47,7 @@ class SharedPrompts:
         return (mx.arange(length) >= padding[:, None])[:, None, None]
 
     def take(self, rows: np.ndarray) -> SharedPrompts:
-        """These prompts only, without a copy where they are all."""
+        """Select these prompts, without a copy if they are all."""
         if np.array_equal(rows, np.arange(len(self.prompt_keys))):
             return self
         lengths = self.lengths[rows]
@@ -56,7 +56,7 @@ class SharedPrompts:
         return SharedPrompts(tuple(self.prompt_keys[i] for i in rows), keys, values, lengths)
 
     def join(self, other: SharedPrompts) -> tuple[SharedPrompts, np.ndarray]:
-        """Both without repeats, and the place there of each of the other's."""
+        """Join both without duplicates; also return the index of each of the other's prompts."""
         new = np.array([name not in self.prompt_keys for name in other.prompt_keys])
         if not new.any():
             return self, np.array([self.prompt_keys.index(name) for name in other.prompt_keys])
@@ -74,13 +74,13 @@ class SharedPrompts:
 
 
 def _lengthen(array: mx.array, length: int) -> mx.array:
-    """Padded on the left along the third axis."""
+    """Pad an array on the left along the third axis."""
     more = length - array.shape[2]
     return mx.pad(array, [(0, 0), (0, 0), (more, 0), (0, 0)]) if more else array
 
 
 class RowsByPrompt:
-    """Rows by prompt: a rectangle of P prompts with as many seats each as the fullest one needs."""
+    """Rows grouped by prompt: P prompts with as many slots each as the fullest one needs."""
 
     def __init__(self, rows: np.ndarray, prompts: int) -> None:
         counts = np.bincount(rows, minlength=prompts)
@@ -92,19 +92,19 @@ class RowsByPrompt:
         seat += rows * self.each
         self._assign = self._row = None
         if len(rows) < prompts * self.each or (seat != np.arange(len(rows))).any():
-            row = np.zeros(prompts * self.each, int)  # an empty seat computes what nobody reads
+            row = np.zeros(prompts * self.each, int)  # results of empty slots are never read
             row[seat] = np.arange(len(rows))
             self._assign, self._row = mx.array(seat), mx.array(row)
 
     def group(self, array: mx.array) -> mx.array:
-        """(B, heads, n, d) of rows as (P, heads, each * n, d) of seats."""
+        """Arrange rows (B, heads, n, d) in slots (P, heads, each * n, d)."""
         heads, n, d = array.shape[1:]
         array = array if self._row is None else array[self._row]
         array = array.reshape(-1, self.each, heads, n, d)
         return array.swapaxes(1, 2).reshape(-1, heads, self.each * n, d)
 
     def ungroup(self, array: mx.array) -> mx.array:
-        """The inverse of `group`."""
+        """Invert `group`."""
         heads, n, d = array.shape[1], array.shape[2] // self.each, array.shape[3]
         array = array.reshape(-1, heads, self.each, n, d).swapaxes(1, 2)
         array = array.reshape(-1, heads, n, d)
@@ -112,7 +112,7 @@ class RowsByPrompt:
 
 
 class PrefixCache:
-    """One layer's cache of rows that go on from prompts, in the place of mlx-lm's BatchKVCache.
+    """One layer's cache of rows that continue prompts, in place of mlx-lm's BatchKVCache.
 
     It takes one token of each row at a time.
     """
@@ -121,48 +121,48 @@ class PrefixCache:
         from mlx_lm.models.cache import BatchKVCache
 
         self.tail = BatchKVCache([0] * len(rows))
-        """What the rows have written; its offsets count the prompts too."""
+        """Keys and values of the rows' own tokens; its offsets include the prompts."""
         self.tail.step = step
         self.tail.offset = mx.array(prompts.lengths[rows])
         self._ragged = False
         self._assign(prompts, rows)
 
     def _assign(self, prompts: SharedPrompts, rows: np.ndarray) -> None:
-        """Take the prompts that rows (B,) still go on from."""
+        """Keep the prompts that rows (B,) still continue."""
         used, self.rows = np.unique(rows, return_inverse=True)
         self.prompts = prompts.take(used)
         self.by_prompt = RowsByPrompt(self.rows, len(used))
         self.attended = True
-        """Whether attention has seen the prompts since the last token."""
+        """True if attention has read the prompts since the last token."""
 
     @property
     def offset(self) -> mx.array:
-        """(B,) rotary position of the next token."""
+        """Rope position (B,) of the next token."""
         return self.tail.offset
 
     @property
     def state(self) -> list[mx.array]:
-        """All arrays."""
+        """All arrays of the cache."""
         tail = [self.tail.keys, self.tail.values, self.tail.offset]
         return [self.prompts.keys, self.prompts.values, *(a for a in tail if a is not None)]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write a token of each row (B, heads, 1, head_dim); the tails with it.
+        """Append a token of each row (B, heads, 1, head_dim); return the tails including it.
 
-        Raises: ValueError for several tokens, and where attention was not asked after the last.
+        Raises: ValueError for several tokens, or if attention did not run after the last one.
         """
         if keys.shape[2] != 1 or not self.attended:
-            raise ValueError("prompts stored once are for attention of one token at a time")
+            raise ValueError("shared prompts support attention of one token at a time only")
         self.attended = False
         return self.tail.update_and_fetch(keys, values)
 
     def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array | None:
-        """(B, 1, 1, T) bool over the tails; None where all are as long.
+        """Mask (B, 1, 1, T) of the tails; None if all have the same length.
 
         Raises: ValueError for windows.
         """
         if window_size is not None:
-            raise ValueError("prompts stored once are for attention without windows")
+            raise ValueError("shared prompts support attention without windows only")
         return self.tail.make_mask(n) if self._ragged else None
 
     def filter(self, indices: mx.array) -> None:
@@ -172,7 +172,7 @@ class PrefixCache:
         self._look()
 
     def extend(self, other: PrefixCache) -> None:
-        """Add the rows of another cache, and its prompts where they are new."""
+        """Add the rows of another cache, and those of its prompts that are new."""
         self.tail.extend(other.tail)
         prompts, places = self.prompts.join(other.prompts)
         self._assign(prompts, np.concatenate([self.rows, places[other.rows]]))
@@ -185,11 +185,11 @@ class PrefixCache:
 def fork_prompts(
     cache: Sequence[Any], rows: np.ndarray, prompt_keys: Sequence[int] | None
 ) -> list[Any]:
-    """A cache of B rows that go on from prompts, of a prefilled one, which stays as it is.
+    """Create a cache of B rows that continue the prompts of a prefilled one, which is unchanged.
 
-    rows: (B,) int, the row of the prefilled cache that each goes on from. names: what its prompts
-    are called, for layers of plain keys and values to store them once; None: each row gets a copy,
-    as it does in all other layers.
+    rows: (B,) int, the row of the prefilled cache that each continues. prompt_keys: keys of its
+    prompts, so that layers of plain keys and values store them once; None: each row gets a copy, as
+    it does in all other layers.
     """
     from mlx_lm.models.cache import BatchKVCache
 
@@ -201,7 +201,7 @@ def fork_prompts(
             prompts = SharedPrompts(tuple(prompt_keys), keys, values, lengths)
             forked.append(PrefixCache(prompts, rows, layer.step))
         else:
-            # The copy shares its arrays; gathering rebinds them, and the prefilled ones stay.
+            # The copy shares its arrays; filtering rebinds them and leaves the prefilled ones.
             copied = copy.deepcopy(layer)
             copied.filter(mx.array(rows))
             forked.append(copied)
@@ -209,9 +209,9 @@ def fork_prompts(
 
 
 def use_shared_prompts(model: Any) -> None:
-    """Let the model's families attend to a `PrefixCache`, where they use mlx-lm's attention.
+    """Let the model's families attend to a `PrefixCache`, if they use mlx-lm's attention.
 
-    The name is bound anew in the modules that define them, so it holds for every model of these
+    The name is rebound in the modules that define them, so this affects every model of these
     families in this process; with any other cache it is mlx-lm's attention as before.
     """
     from mlx_lm.models import base
@@ -242,9 +242,9 @@ def _attend(
     mask: mx.array | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Attention of one token of each row (B, H, 1, D) to its prompt and its tail."""
+    """Attention of one token of each row (B, H, 1, D) to its prompt and tail."""
     if sinks is not None or queries.shape[2] != 1 or (mask is not None and mask.dtype != mx.bool_):
-        raise ValueError("prompts stored once are for plain attention of one token at a time")
+        raise ValueError("shared prompts support plain attention of one token at a time only")
     cache.attended = True
     prompts, by_prompt = cache.prompts, cache.by_prompt
     rows, heads, _, size = queries.shape
@@ -254,7 +254,7 @@ def _attend(
     found, total, highest = mx.split(
         by_prompt.ungroup(mx.concatenate(prefix, axis=-1)), [-2, -1], axis=-1
     )
-    # Beyond e ** 60, which is far from float32's end, the tail is nothing beside the prompt.
+    # Beyond e ** 60, well within float32's range, the tail is negligible next to the prompt.
     weight = mx.exp(mx.minimum(highest - tail[2], 60.0))
     found = (found * weight + tail[0]) / (total * weight + tail[1])
     return found.reshape(rows, heads, 1, -1).astype(values.dtype)
@@ -263,7 +263,7 @@ def _attend(
 def _weigh(
     queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
 ) -> list[mx.array]:
-    """Values weighted by exponentials of scores below the highest, their total, the highest."""
+    """Values weighted by exponentials of scores minus their maximum, their sum, the maximum."""
     scores = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32)
     if mask is not None:
         scores = mx.where(mask, scores, LOW)

@@ -213,8 +213,8 @@ def made(folder, *, dense=True, **changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (tiny.FAMILIES["gemma3_text"], "another family"),
-        (tiny.FAMILIES["qwen3_moe"], "another family"),
+        (tiny.FAMILIES["gemma3_text"], "unsupported family"),
+        (tiny.FAMILIES["qwen3_moe"], "unsupported family"),
         ({"dense": False}, "uint32"),
     ],
     ids=["windows", "experts", "quantised"],
@@ -266,7 +266,7 @@ def test_windows_in_a_family_that_is_computed_here_otherwise(tmp_path):
 def test_sixteen_bits_are_left_to_mlx(tmp_path, kind):
     policy = made(tmp_path / "model")
     policy.model.set_dtype(kind)
-    with pytest.raises(UnfitError, match="weights of"):
+    with pytest.raises(UnfitError, match="weights in"):
         CPUModel(policy.model)
     assert choose_engine(policy).engine.name == "mlx"
 
@@ -286,8 +286,8 @@ def test_a_failure_of_our_own_is_told(policy, monkeypatch):
     told: list[str] = []
     assert choose_engine(policy, warn=told.append).engine.name == "mlx"
     assert told == [
-        "MLX computes this model, slower: NumPy cannot (AttributeError: 'numpy.ndarray' object has "
-        "no attribute 'nothing'). Please report it."
+        "MLX computes this model, more slowly: NumPy cannot (AttributeError: 'numpy.ndarray' "
+        "object has no attribute 'nothing'). Please report this."
     ]
 
 

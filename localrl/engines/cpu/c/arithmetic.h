@@ -1,11 +1,11 @@
-/* The arithmetic on single numbers, rows and tiles that steps are made of. */
+/* Arithmetic on single numbers, rows and tiles, the building blocks of the kernels. */
 
-/* e ** x to 2 units in the last place; 0 below the smallest normal number, NaN for NaN. */
+/* e ** x to within 2 units in the last place; 0 below the smallest normal number, NaN for NaN. */
 INLINE float exponential(float x)
 {
     const float most = 88.72f, least = -87.33f;
     float within = x > most ? most : (x < least ? least : x);
-    /* x = n ln 2 + r; the sum with 1.5 * 2**23 rounds to a whole number, which ends its bits. */
+    /* x = n ln 2 + r; adding 1.5 * 2**23 rounds to an integer, which ends up in the lowest bits. */
     float shifted = within * 1.44269504f + 12582912.0f;
     float n = shifted - 12582912.0f;
     float r = within - n * 0.693145752f - n * 1.42860677e-6f;
@@ -18,7 +18,7 @@ INLINE float exponential(float x)
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
     union { float number; int32_t bits; } power = {.number = shifted};
-    /* In two halves, since 2 ** 128 has no float. */
+    /* As two factors, since 2 ** 128 is not a float. */
     int32_t whole = power.bits - 0x4B400000, half = whole >> 1;
     union { int32_t bits; float number; } one = {.bits = (half + 127) << 23};
     union { int32_t bits; float number; } two = {.bits = (whole - half + 127) << 23};
@@ -32,8 +32,8 @@ INLINE float sigmoid(float x)
     return 1.0f / (1.0f + exponential(-x));
 }
 
-/* Adds to `rows` rows of sums the products of weights with `vectors` vectors of columns. A matrix's
- * next row is `_step` numbers on. Both counts are constants where this is compiled into a step. */
+/* Adds products of weights and `vectors` vectors of columns to `rows` rows of sums. The rows of a
+ * matrix are `_step` numbers apart. Both counts are constants wherever this is inlined in a kernel. */
 INLINE void accumulate(lanes sums[][2], const float *weight, Size weight_step,
                        const float *columns, Size columns_step, int rows, int vectors, Size k)
 {
@@ -43,7 +43,7 @@ INLINE void accumulate(lanes sums[][2], const float *weight, Size weight_step,
         for (int v = 0; v < vectors; v++) {
             x[v] = *(const lanes *)(columns + i * columns_step + v * LANES);
         }
-        if (i % 2 == 0) { /* of the next rows; a line holds the weights of two turns of eight rows */
+        if (i % 2 == 0) { /* the next rows; with 8 rows, a cache line holds 2 iterations' weights */
             __builtin_prefetch(weight + rows * (weight_step + i));
         }
 #pragma GCC unroll 12
@@ -56,7 +56,7 @@ INLINE void accumulate(lanes sums[][2], const float *weight, Size weight_step,
     }
 }
 
-/* Rows of weights, from `row` on, times up to two vectors of columns, from `first` on. */
+/* Multiplies rows of weights, from `row` on, by one or two vectors of columns, from `first` on. */
 INLINE void tile_times(const Product *p, Size row, Size first, int rows, int vectors)
 {
     const float *weight = p->weight + row * p->k, *columns = p->columns + first;
@@ -101,7 +101,7 @@ INLINE void tile_times(const Product *p, Size row, Size first, int rows, int vec
     }
 }
 
-/* Rows of weights (rows, k) times some whole vectors of columns. */
+/* Multiplies rows of weights (rows, k) by a number of whole vectors of columns. */
 INLINE void rows_times(const float *weight, Size weight_step, const float *columns,
                        Size columns_step, float *restrict out, Size out_step, int rows,
                        int vectors, Size k)
@@ -126,7 +126,7 @@ INLINE void rows_times(const float *weight, Size weight_step, const float *colum
 
 typedef float four_lanes __attribute__((vector_size(16), aligned(4)));
 
-/* Of all lanes: four at a time, so that few additions wait for each other. */
+/* The sum of all lanes, four at a time, which shortens the chain of dependent additions. */
 INLINE float sum_of(lanes x)
 {
     union { lanes all; four_lanes part[LANES / 4]; } split = {.all = x};
@@ -143,7 +143,7 @@ INLINE float larger(float x, float y)
     return x > y ? x : y;
 }
 
-/* A row of scores becomes weights. */
+/* Replaces a row of scores by its softmax weights. */
 INLINE void softmax_row(float *restrict row, Size n)
 {
     float most[LANES], sums[LANES] = {0}, highest = -INFINITY, total = 0;

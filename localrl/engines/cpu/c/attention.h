@@ -1,6 +1,6 @@
-/* Attention over many positions, forward and back. */
+/* Attention over many positions, forward and backward. */
 
-/* (d, room) of rows (n, d). */
+/* Transposes rows (n, d) to (d, room), padded with 0. */
 INLINE void transpose(const float *restrict rows, float *restrict out, Size n, Size d,
                       Size room)
 {
@@ -14,7 +14,8 @@ INLINE void transpose(const float *restrict rows, float *restrict out, Size n, S
     }
 }
 
-/* Rows of weights times n columns, whole vectors of them: all of QUERIES at once, or one by one. */
+/* Multiplies rows of weights by n columns, a number of whole vectors: QUERIES rows at once, or one
+ * by one. */
 INLINE void some_rows_times(const float *weight, Size weight_step, const float *columns,
                             Size columns_step, float *restrict out, Size out_step, Size rows,
                             Size n, Size k)
@@ -44,21 +45,21 @@ INLINE void some_rows_times(const float *weight, Size weight_step, const float *
     }
 }
 
-/* x (rows, d) times columns (d, room), for the first n columns, whole vectors of them. */
+/* Multiplies x (rows, d) by the first n of columns (d, room), rounded up to whole vectors. */
 INLINE void tile(const float *x, const float *columns, float *restrict out, Size rows, Size d,
                  Size n, Size room)
 {
     some_rows_times(x, d, columns, room, out, room, rows, (n + LANES - 1) / LANES * LANES, d);
 }
 
-/* The sum over n places of weights (rows, room) times x (n, d). */
+/* Sums weights (rows, room) times x (n, d) over n positions. */
 INLINE void gathered(const float *weights, const float *x, float *restrict out, Size rows, Size d,
                      Size n, Size room)
 {
     some_rows_times(weights, room, x, d, out, d, rows, d, n);
 }
 
-/* Adds to out (n, d) weights (rows, room) times x (rows, d), by places. */
+/* Adds weights (rows, room) times x (rows, d), summed over rows, to out (n, d), by position. */
 INLINE void spread(const float *weights, const float *x, float *restrict out, Size rows,
                    Size d, Size n, Size room)
 {
@@ -90,7 +91,8 @@ INLINE void add_spread(const float *weights, const float *x, float *restrict out
     }
 }
 
-/* Weights (rows, room) of some queries of one head, from position `first` on; 0 behind a query. */
+/* Weights (rows, room) of some queries of one head, from position `first` on; 0 after a query's own
+ * position. */
 INLINE void weigh(const Attention *p, const float *queries, const float *keys, const float *hidden,
                   Size first, Size rows, float *restrict weights)
 {
@@ -111,7 +113,7 @@ INLINE void weigh(const Attention *p, const float *queries, const float *keys, c
     }
 }
 
-/* Items are rows' heads of keys; scores exist for eight queries at once. */
+/* An item is one key head of one row; scores exist for QUERIES queries at once. */
 STEP void attend(const void *what, Size from, Size to)
 {
     const Attention *p = what;
@@ -179,7 +181,7 @@ STEP void attend_back(const void *what, Size from, Size to)
     free(scratch);
 }
 
-/* Scores of `each` queries (d,) with keys (n, d): each times `scale`. */
+/* Scores of `each` queries (d,) with keys (n, d), multiplied by `scale`. */
 INLINE void score(const float *queries, const float *keys, float *restrict scores, Size each, Size n,
                   Size room, Size d, float scale)
 {
@@ -194,7 +196,7 @@ INLINE void score(const float *queries, const float *keys, float *restrict score
     }
 }
 
-/* Adds to out (d,) the sum of values (n, d) by their weights. */
+/* Adds the weighted sum of values (n, d) to out (d,). */
 INLINE void add_weighted(const float *weights, const float *values, float *restrict out, Size n,
                          Size d)
 {
@@ -225,7 +227,7 @@ INLINE void add_weighted(const float *weights, const float *values, float *restr
     }
 }
 
-/* Numbers (n,) of one column, and back. */
+/* Copy one column to contiguous numbers (n,), and back. */
 INLINE void take_column(const float *columns, float *restrict out, Size n, Size step)
 {
     for (Size i = 0; i < n; i++) {
@@ -240,7 +242,7 @@ INLINE void put_column(const float *x, float *restrict columns, Size n, Size ste
     }
 }
 
-/* One head of keys of one row; `scratch` has room for its queries, scores and what it finds. */
+/* Attends with one key head of one row; `scratch` holds its queries, scores and output. */
 INLINE void attend_head(const DecodeAttention *p, Size row, Size head, float *scratch)
 {
     const Size size = p->each * p->d, item = row * p->heads + head, own = p->lengths[row] + 1;
@@ -264,7 +266,7 @@ INLINE void attend_head(const DecodeAttention *p, Size row, Size head, float *sc
     for (Size r = 0; r < p->each; r++) {
         float *weights = scores + r * p->longest, *out = found + r * p->d;
         for (Size t = past + own; t < whole; t++) {
-            weights[t] = -INFINITY; /* no rest that vectors do not take */
+            weights[t] = -INFINITY; /* pads to whole vectors */
         }
         softmax_row(weights, whole);
         for (Size i = 0; i < p->d; i++) {

@@ -40,16 +40,16 @@ static atomic_ulong calls;
 
 static inline void count_call(void)
 {
-    /* A lost increment is harmless; a locked instruction on each tiny product is not free. */
+    /* A lost increment is harmless, while an atomic instruction for each tiny product has a cost. */
     unsigned long seen = atomic_load_explicit(&calls, memory_order_relaxed);
     atomic_store_explicit(&calls, seen + 1, memory_order_relaxed);
 }
 
-/* Whether sgemv, row by row, beats sgemm for these few rows times a large matrix.
+/* True if sgemv, row by row, is faster than sgemm for these few rows times a large matrix.
  *
- * sgemm repacks the whole matrix before it multiplies, which a few rows never earn back; up to
- * about a million multiplications it has kernels that do not repack, and wins. A transposed matrix
- * is dearer to repack, so more rows are worth it. benchmarks/matmul.md has the figures.
+ * sgemm repacks the whole matrix before it multiplies, which never pays off for a few rows; up to about
+ * a million multiplications it has kernels that do not repack, and wins. Repacking a transposed matrix
+ * costs more, so sgemv is faster for more rows. benchmarks/matmul.md has the figures.
  */
 static inline bool rows_are_few(int order, int trans_b, int m, int n, int k)
 {
@@ -98,7 +98,7 @@ EXPORT void cblas_cgemm(int order, int trans_a, int trans_b, int m, int n, int k
     target_cgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
-/* Loads this very file once more, which only adds its names to the global scope. */
+/* Loads this file a second time, which only adds its names to the global scope. */
 static int make_names_global(void)
 {
     Dl_info self;

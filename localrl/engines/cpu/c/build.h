@@ -1,11 +1,11 @@
-/* One build of the steps, for vectors of BYTES. */
+/* One build of the kernels, for vectors of BYTES. */
 #include "steps.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-/* Instructions are named function by function: one set of flags builds all files, and no function of
- * this build is ever called on a processor without them. */
+/* The instruction set is given per function: all files are compiled with the same flags, and no function
+ * of this build is ever called on a processor without it. */
 #if BYTES > 16 && defined(__x86_64__) && defined(__GNUC__)
 #if BYTES == 64
 #define FOR "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
@@ -26,14 +26,14 @@
 
 typedef float lanes __attribute__((vector_size(BYTES), aligned(4)));
 
-/* Numbers in a vector; rows of a tile of one and of two vectors of columns, by the registers there
- * are; queries that attention takes at once. */
+/* Floats in a vector; rows of a tile with one and with two vectors of columns, limited by the number of
+ * registers; queries that attention processes at once. */
 enum {
     LANES = BYTES / 4,
     ROWS1 = BYTES == 32 ? 12 : 8,
     ROWS2 = BYTES == 64 ? 8 : 6,
     QUERIES = ROWS2,
-    ALONG = BYTES == 64 ? 4 : 3, /* rows of weights that are multiplied with FEWEST columns at once */
+    ALONG = BYTES == 64 ? 4 : 3, /* rows of weights multiplied by FEWEST columns at once */
 };
 
 #include "arithmetic.h"

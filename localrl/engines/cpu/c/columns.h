@@ -1,6 +1,6 @@
-/* Products, norms and gates. */
+/* Matrix products, norms and gates. */
 
-/* `count` rows of weights times the columns from `first` on, at most two vectors of them. */
+/* Multiplies `count` rows of weights by the columns from `first` on, at most two vectors of them. */
 INLINE void block_times(const Product *p, Size row, Size count, Size first, int vectors)
 {
     const int rows = vectors == 1 ? ROWS1 : ROWS2;
@@ -13,7 +13,7 @@ INLINE void block_times(const Product *p, Size row, Size count, Size first, int 
     }
 }
 
-/* Each weight comes from memory once, whatever the number of columns: a block's rows stay near. */
+/* Each weight is read from memory once, for any number of columns: a block's rows stay in cache. */
 STEP void product(const void *what, Size from, Size to)
 {
     const Product *p = what;
@@ -29,7 +29,7 @@ STEP void product(const void *what, Size from, Size to)
     }
 }
 
-/* Adds products of `rows` rows of a matrix with `n` columns, which lie as rows. Both are constants. */
+/* Adds products of `rows` rows of a matrix and `n` columns, stored as rows. Both are constants. */
 INLINE void accumulate_along(lanes sums[][FEWEST], float rest[][FEWEST], const float *weight,
                              const float *columns, int rows, int n, Size k)
 {
@@ -92,7 +92,7 @@ INLINE void rows_along(const Product *p, Size row, Size end, int n)
     }
 }
 
-/* For a few columns, of which padded ones would be most of a vector. */
+/* A product with few columns, where most of a vector of columns would be padding. */
 STEP void product_along(const void *what, Size from, Size to)
 {
     const Product *p = what;
@@ -105,7 +105,7 @@ STEP void product_along(const void *what, Size from, Size to)
     }
 }
 
-/* 1 / sqrt(mean of squares + eps) of some columns. */
+/* 1 / sqrt(mean of squares + eps) of each of `width` columns. */
 INLINE void factors(const Norm *p, const float *x, Size width, float *found)
 {
     for (Size j = 0; j < width; j++) {
@@ -121,7 +121,7 @@ INLINE void factors(const Norm *p, const float *x, Size width, float *found)
     }
 }
 
-/* Items are blocks of 64 columns of each of g. */
+/* An item is a block of 64 columns in one of the g matrices. */
 STEP void norm(const void *what, Size from, Size to)
 {
     const Norm *p = what;

@@ -1,9 +1,9 @@
-/* localrl._kernels: steps of a transformer's block that NumPy would take several passes for, products
- * of matrices that share a team of threads with them, and the tokens drawn from logits.
+/* localrl._kernels: operations of a transformer block that take NumPy several passes, matrix products
+ * that share a team of threads with them, and drawing tokens from logits.
  *
- * Every step has its counterpart in `policy/array_math.py` or `array_attention.py`, which says what it
- * computes, and is used where this module could not be built or is not faster. Results are written into
- * arrays that the caller gives.
+ * Every kernel has a counterpart in `math.py`, `attention.py`, `decode.py` or `sampling.py` of
+ * `engines/cpu/`, which defines what it computes and is used if this module could not be built or is not
+ * faster. Results are written into arrays provided by the caller.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,8 +15,8 @@
 #include "team.h"
 #include "matmul.h"
 
-/* The build in use, and for which numbers of columns its product is: bit i for those up to 2 ** i that
- * are more than half of that. */
+/* The build in use, and the numbers of columns its product is used for: bit i for those up to 2 ** i and
+ * above half of that. */
 static const Steps *steps = &steps16;
 static unsigned few = 0;
 
@@ -34,8 +34,8 @@ static void release(Arrays *arrays)
     }
 }
 
-/* Take the first `count` arguments as contiguous arrays; `written` has a bit for each that is
- * written. All are float32, but for those of the bits `whole`, which are int64. */
+/* Take the first `count` arguments as contiguous arrays; `written` has a bit for each that is written to.
+ * All are float32 except those with a bit in `whole`, which are int64. */
 static bool take(Arrays *arrays, PyObject *const *given, Py_ssize_t got, int count, int all,
                  unsigned written, unsigned whole)
 {
@@ -73,7 +73,7 @@ static Py_ssize_t axis(const Arrays *arrays, int place, int from_end)
     return view->ndim < from_end ? 1 : view->shape[view->ndim - from_end];
 }
 
-/* None, or an error where shapes do not fit. */
+/* Returns None, or sets an error if shapes do not match. */
 static PyObject *done(Arrays *arrays, bool fits)
 {
     release(arrays);
@@ -92,15 +92,15 @@ static PyObject *no_memory(Arrays *arrays)
     return PyErr_NoMemory();
 }
 
-/* A matrix of float32 as a BLAS takes it. */
+/* A float32 matrix as a BLAS takes it. */
 typedef struct {
     Py_buffer view;
     float *at;
-    int64_t rows, columns, step; /* step: between rows, or between columns where it is turned */
+    int64_t rows, columns, step; /* step: between rows, or between columns if transposed (`turned`) */
     bool turned;
 } Matrix;
 
-/* False, with an error, where it is no matrix of float32 whose rows or columns are contiguous. */
+/* Returns false, with an error set, unless it is a float32 matrix with contiguous rows or columns. */
 static bool take_matrix(PyObject *given, Matrix *matrix, bool written)
 {
     Py_buffer *view = &matrix->view;
@@ -126,7 +126,7 @@ static bool take_matrix(PyObject *given, Matrix *matrix, bool written)
     return false;
 }
 
-/* The build that multiplies n columns: half a vector of 64 bytes is a whole one of 32. */
+/* The build that multiplies n columns: if they fill half a vector of 64 bytes, the 32-byte build. */
 static const Steps *steps_for(Py_ssize_t n)
 {
     return steps == &steps64 && n > FEWEST && n <= 8 ? &steps32 : steps;
@@ -138,7 +138,7 @@ static Py_ssize_t whole_vectors(Py_ssize_t n, const Steps *mine)
     return (n + lanes - 1) / lanes * lanes;
 }
 
-/* A product by the steps, on the team. */
+/* Computes a product with the kernels, on the team. */
 static void multiply_blocks(const Product *p)
 {
     const Steps *mine = steps_for(p->n);
@@ -148,7 +148,7 @@ static void multiply_blocks(const Product *p)
              BLOCK * (p->k + p->ranks) * vectors / (along ? 2 : 1));
 }
 
-/* Whether n columns are multiplied by the steps, and not left to the BLAS. */
+/* True if products of n columns use the kernels and are not left to the BLAS. */
 static bool takes(Py_ssize_t n)
 {
     int power = 0;
@@ -158,8 +158,8 @@ static bool takes(Py_ssize_t n)
     return (Py_ssize_t)1 << power >= n && few >> power & 1;
 }
 
-/* Columns (k, n) in the form that their product takes: rows of few, else whole vectors of them. As they
- * are, or in new memory, which `made` gets; NULL where there is none. */
+/* Columns (k, n) in the layout that their product takes: as rows if few, else whole vectors. Returns them
+ * unchanged, or in new memory, which is stored in `made`; NULL if out of memory. */
 static const float *laid_out(const Matrix *x, float **made)
 {
     Py_ssize_t k = x->rows, n = x->columns, whole = whole_vectors(n, steps_for(n));
@@ -187,7 +187,7 @@ static const float *laid_out(const Matrix *x, float **made)
     return *made;
 }
 
-/* By the steps' product, for few columns. False where there is no memory. */
+/* Multiplies few columns with the kernels. Returns false if out of memory. */
 static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *out, bool add)
 {
     float *made;
@@ -205,8 +205,8 @@ static bool multiply_few(const Matrix *weight, const Matrix *x, const Matrix *ou
     return true;
 }
 
-/* Out = weight x + up (down x), for few columns: the adapter's part goes into the same sums. False
- * where there is no memory. */
+/* Out = weight x + up (down x), for few columns: the adapter's part is added to the same sums. Returns
+ * false if out of memory. */
 static bool multiply_adapted(const Matrix *weight, const Matrix *down, const Matrix *up,
                              const Matrix *x, const Matrix *out)
 {
@@ -238,7 +238,7 @@ static bool multiply_adapted(const Matrix *weight, const Matrix *down, const Mat
     return low != NULL;
 }
 
-/* Out = a b, or added to. `out` has contiguous rows, or is turned and takes a few columns. */
+/* Out = a b, or out += a b. `out` has contiguous rows, or is transposed and takes few columns. */
 static bool multiply(const Matrix *a, const Matrix *b, const Matrix *out, bool add)
 {
     bool whole = !a->turned && a->step == a->columns;
@@ -261,7 +261,7 @@ static bool multiply(const Matrix *a, const Matrix *b, const Matrix *out, bool a
     return true;
 }
 
-/* matmul(a, b, out, add, turned): out = a @ b, or added to it; turned: out is the transpose */
+/* matmul(a, b, out, add, turned): out = a @ b, or out += a @ b; turned: out is the transpose */
 static PyObject *py_matmul(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     Matrix a, b, out;
@@ -284,7 +284,7 @@ static PyObject *py_matmul(PyObject *self, PyObject *const *given, Py_ssize_t go
         PyBuffer_Release(&b.view);
         return NULL;
     }
-    if (turned) { /* the transpose of what is wanted has contiguous rows */
+    if (turned) { /* the transpose of the result has contiguous rows */
         int64_t rows = out.rows;
         out.rows = out.columns;
         out.columns = rows;
@@ -377,7 +377,7 @@ static PyObject *py_norm(PyObject *self, PyObject *const *given, Py_ssize_t got)
     return normed(steps->norm, given, got);
 }
 
-/* norm_back(x, weight, slope, eps) */
+/* norm_back(x, weight, grad, eps): grad w.r.t. the output becomes that w.r.t. x */
 static PyObject *py_norm_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     return normed(steps->norm_back, given, got);
@@ -399,7 +399,7 @@ static PyObject *py_swiglu(PyObject *self, PyObject *const *given, Py_ssize_t go
     return done(&a, fits);
 }
 
-/* swiglu_back(gate, x, slope, by_gate) */
+/* swiglu_back(gate, x, grad, grad_gate): grad w.r.t. the output becomes that w.r.t. x */
 static PyObject *py_swiglu_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     Arrays a;
@@ -415,7 +415,7 @@ static PyObject *py_swiglu_back(PyObject *self, PyObject *const *given, Py_ssize
     return done(&a, fits);
 }
 
-/* Fill in the shapes of queries, keys, values and what hides, the first four arrays. */
+/* Fill in the shapes of queries, keys, values and the additive mask, the first four arrays. */
 static bool attended(const Arrays *a, PyObject *scale, atomic_bool *failed, Attention *p)
 {
     const Py_buffer *queries = &a->views[0], *keys = &a->views[1], *hidden = &a->views[3];
@@ -461,7 +461,7 @@ static PyObject *py_attend(PyObject *self, PyObject *const *given, Py_ssize_t go
     return attending(steps->attend, &p, &a);
 }
 
-/* attend_back(queries, keys, values, hidden, within, slope, by_queries, by_keys, by_values, scale)
+/* attend_back(queries, keys, values, hidden, within, grad, grad_queries, grad_keys, grad_values, scale)
  */
 static PyObject *py_attend_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
@@ -534,7 +534,7 @@ static PyObject *py_attend_token(PyObject *self, PyObject *const *given, Py_ssiz
     return atomic_load(&failed) ? no_memory(&a) : done(&a, true);
 }
 
-/* draw(logits, uniforms or None, tokens, logprobs, entropies, temperature): None takes the likeliest */
+/* draw(logits, uniforms or None, tokens, logprobs, entropies, temperature): None: most likely token */
 static PyObject *py_draw(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     Arrays a;
@@ -559,8 +559,8 @@ static PyObject *py_draw(PyObject *self, PyObject *const *given, Py_ssize_t got)
     return done(&a, fits);
 }
 
-/* lend(sgemm, sgemv): addresses of a BLAS of 64-bit integers, which has one thread; gives addresses
- * of the same by the team. */
+/* lend(sgemm, sgemv): takes addresses in a single-threaded BLAS with 64-bit integers; returns addresses of
+ * the same functions run by the team. */
 static PyObject *py_lend(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     if (got != 2) {
@@ -590,7 +590,7 @@ static const Steps *build_of(long bytes)
     return NULL;
 }
 
-/* Whether this processor, and the system, have the instructions of a build. */
+/* True if this processor and the operating system support the instructions of a build. */
 static bool can_run(long bytes)
 {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -606,7 +606,7 @@ static bool can_run(long bytes)
 #endif
 }
 
-/* builds(): bytes of a vector in each build that this processor can run, ascending */
+/* builds(): vector bytes of each build that this processor can run, ascending */
 static PyObject *py_builds(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     PyObject *found = PyList_New(0);
@@ -622,8 +622,8 @@ static PyObject *py_builds(PyObject *self, PyObject *const *given, Py_ssize_t go
     return found;
 }
 
-/* use(bytes, columns): this build, and its product for the numbers of columns that have a bit: bit i
- * for those up to 2 ** i that are more than half of that */
+/* use(bytes, columns): use this build, and its product for the numbers of columns given by bits: bit i for
+ * those up to 2 ** i and above half of that */
 static PyObject *py_use(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     if (got != 2) {
@@ -642,7 +642,7 @@ static PyObject *py_use(PyObject *self, PyObject *const *given, Py_ssize_t got)
     Py_RETURN_NONE;
 }
 
-/* set_threads(n): of these functions, the caller's included; gives the number in force. */
+/* set_threads(n): threads of these functions, the caller's included; returns the number in effect. */
 static PyObject *py_set_threads(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     long wanted = got == 1 ? PyLong_AsLong(given[0]) : 0;

@@ -1,15 +1,15 @@
-/* Products of matrices by the team: each part is one call of a BLAS on one thread.
+/* Matrix products by the team: each part is one single-threaded BLAS call.
  *
- * A BLAS shares a product out in advance and waits for the slowest of its threads, turn by turn: beside
- * one other busy process that took thirty times as long. Here parts are taken as threads come for them.
+ * A BLAS divides a product in advance and waits for its slowest thread at every step: next to one other
+ * busy process this took thirty times as long. Here threads take parts as they become free.
  */
 
 /* Values from the CBLAS standard, whose enumerations are passed as int. */
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 
-/* Of the product that one part is: columns of out, and multiplications at least and at most, between
- * which it is an eighth of the whole; and numbers of a matrix that a vector is multiplied with. A BLAS
- * packs its matrices anew for each part, which a part of many rows and columns makes up for. */
+/* The size of a part: columns of out; minimum and maximum number of multiplications, between which a part
+ * is an eighth of the product; and, for a vector, numbers of the matrix. A BLAS repacks its matrices for
+ * each part, which only pays off in parts with many rows and columns. */
 enum { PART_COLUMNS = 512, LEAST_STEPS = 1 << 21, MOST_STEPS = 1 << 27, PART_LINE = 1 << 16 };
 
 typedef void Gemm(int, int, int, int64_t, int64_t, int64_t, float, const float *, int64_t,
@@ -27,7 +27,7 @@ typedef struct {
     const float *a, *b;
     float *c;
     int64_t lda, ldb, ldc;
-    int64_t rows, columns, across; /* of a part; parts side by side */
+    int64_t rows, columns, across; /* of a part; number of parts side by side */
 } Multiplication;
 
 static int64_t least(int64_t x, int64_t y)
@@ -53,7 +53,7 @@ static void multiply_part(const void *what, Size from, Size to)
     }
 }
 
-/* As cblas_sgemm; parts depend on the sizes alone. */
+/* Like cblas_sgemm; the parts depend only on the sizes. */
 static void team_gemm(int order, int trans_a, int trans_b, int64_t m, int64_t n, int64_t k,
                       float alpha, const float *a, int64_t lda, const float *b, int64_t ldb,
                       float beta, float *c, int64_t ldc)
@@ -66,7 +66,7 @@ static void team_gemm(int order, int trans_a, int trans_b, int64_t m, int64_t n,
     p.columns = n > PART_COLUMNS * 3 / 2 ? PART_COLUMNS : n;
     int64_t steps = m * n * k / 8;
     steps = steps < LEAST_STEPS ? LEAST_STEPS : least(steps, MOST_STEPS);
-    /* Whole tiles of any BLAS: multiples of 48. */
+    /* Multiples of 48 are whole tiles in any BLAS. */
     int64_t rows = parts_in(steps / (p.columns * k) + 1, 48) * 48;
     p.rows = m > rows * 3 / 2 ? rows : m;
     p.across = parts_in(n, p.columns);
@@ -75,7 +75,7 @@ static void team_gemm(int order, int trans_a, int trans_b, int64_t m, int64_t n,
 
 typedef struct {
     int trans;
-    int64_t m, n; /* of the matrix as it lies there */
+    int64_t m, n; /* of the matrix as stored */
     float alpha, beta;
     const float *a, *x;
     float *y;
@@ -95,7 +95,7 @@ static void line_part(const void *what, Size from, Size to)
     }
 }
 
-/* As cblas_sgemv. */
+/* Like cblas_sgemv. */
 static void team_gemv(int order, int trans, int64_t m, int64_t n, float alpha, const float *a,
                       int64_t lda, const float *x, int64_t step_x, float beta, float *y,
                       int64_t step_y)

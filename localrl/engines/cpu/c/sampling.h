@@ -1,6 +1,6 @@
 /* Drawing tokens from logits. */
 
-enum { PARTS = 512, TOGETHER = 256 }; /* of a vocabulary, and the fewest tokens of one part */
+enum { PARTS = 512, TOGETHER = 256 }; /* of a vocabulary; minimum tokens of a part */
 
 INLINE float highest_of(const float *x, Size n)
 {
@@ -23,15 +23,15 @@ INLINE float highest_of(const float *x, Size n)
     return highest;
 }
 
-/* A logit below the highest, over the temperature. 0 times -inf would be no number in the entropy,
- * and -1e4 is as good to the exponential; what is no number stays none. */
+/* A logit minus the highest, over the temperature, bounded at -1e4: the exponential is 0 as for -inf,
+ * but 0 * -inf would be NaN in the entropy. NaN stays NaN. */
 INLINE float below(float logit, float highest, float temperature)
 {
     float found = (logit - highest) / temperature;
     return found < -1e4f ? -1e4f : found;
 }
 
-/* The sum of the weights of some tokens, and of each times its logit below the highest. */
+/* The sum of the weights of some tokens, and the sum of weights times shifted logits. */
 INLINE void weigh_some(const float *logits, Size n, float highest, float temperature,
                        float *restrict sum, float *restrict spread)
 {
@@ -57,8 +57,8 @@ INLINE void weigh_some(const float *logits, Size n, float highest, float tempera
     }
 }
 
-/* The first token at which the sum of weights is above the mark, from a place on before which it was
- * `sum`. A token of weight 0 is never it. */
+/* The first token from `from` on at which the cumulative weight, `sum` before that, exceeds the mark. It
+ * is never a token of weight 0. */
 INLINE Size token_above(const float *logits, Size from, Size n, float highest, float temperature,
                         double sum, double mark)
 {
@@ -76,7 +76,7 @@ INLINE Size token_above(const float *logits, Size from, Size n, float highest, f
     return last;
 }
 
-/* The token that a row's uniform number falls on: first the part of the vocabulary, by its sum. */
+/* The token that a row's uniform number selects; finds the part of the vocabulary by its sum first. */
 INLINE Size drawn(const float *logits, Size all, Size each, const float *sums, double mark,
                   float highest, float temperature)
 {
@@ -84,7 +84,7 @@ INLINE Size drawn(const float *logits, Size all, Size each, const float *sums, d
     Size part = 0;
     for (Size i = 0; i * each < all; i++) {
         if (sums[i] > 0) {
-            part = i; /* the last one with anything in it, should rounding pass the mark by */
+            part = i; /* the last non-empty one, in case rounding misses the mark */
             if (before + sums[i] > mark) {
                 break;
             }

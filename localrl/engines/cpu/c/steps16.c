@@ -1,4 +1,4 @@
-/* The steps, for vectors of 16 bytes. */
+/* The kernels, for vectors of 16 bytes. */
 #define BYTES 16
 #include "build.h"
 

@@ -1,4 +1,4 @@
-/* The steps, for vectors of 32 bytes. */
+/* The kernels, for vectors of 32 bytes. */
 #define BYTES 32
 #include "build.h"
 

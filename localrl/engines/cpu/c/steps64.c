@@ -1,4 +1,4 @@
-/* The steps, for vectors of 64 bytes. */
+/* The kernels, for vectors of 64 bytes. */
 #define BYTES 64
 #include "build.h"
 

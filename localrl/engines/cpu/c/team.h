@@ -1,9 +1,10 @@
-/* The team: one piece of work, done by several threads.
+/* The team: several threads that do one piece of work together.
  *
- * A piece is cut into parts of whole items, and what becomes of an item depends on nothing but itself,
- * so that results are the same on any number of threads. These take parts one by one: one whose
- * processor is busy with another program takes few. Who waits for others looks out for a moment, since the next piece follows soon,
- * and then sleeps: a processor that spins would keep a part's owner from being moved onto it.
+ * A piece is divided into parts of whole items, and the result of an item depends only on the item, so
+ * results are the same on any number of threads. Threads take parts one by one: a thread whose processor
+ * is busy with another program takes few. A waiting thread polls for a moment, since the next piece
+ * usually follows soon, and then sleeps: a spinning processor would prevent the scheduler from moving
+ * another thread of the team onto it.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -21,19 +22,19 @@ enum { MOST_HELPERS = 7, LOOKS = 400, PART = 1 << 14, SHARES = 2, TURN_SHIFT = 3
 #endif
 
 static struct {
-    /* The turn in the upper half, the next part in the lower: taken by one exchange, which fails
-     * when another turn has begun since this one's work was read. */
+    /* The turn number in the upper half, the next part in the lower: a part is taken by one atomic
+     * exchange, which fails if a new turn has begun since the work was read. */
     atomic_ulong ticket;
     _Atomic(Work *) work;
     _Atomic(const void *) what;
     atomic_long items, each, parts, active;
     atomic_long finished;
     atomic_int asleep;
-    atomic_bool awaited; /* the caller sleeps until all parts are done */
+    atomic_bool awaited; /* true while the caller sleeps until all parts are done */
     atomic_flag taken;
     pthread_mutex_t lock;
     pthread_cond_t begun, done;
-    int helpers, wanted; /* that there are, and that are asked for */
+    int helpers, wanted; /* existing and requested */
 } team = {.taken = ATOMIC_FLAG_INIT,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .begun = PTHREAD_COND_INITIALIZER,
@@ -44,7 +45,7 @@ static unsigned long turn_of(unsigned long ticket)
     return ticket >> TURN_SHIFT;
 }
 
-/* Take parts of the work until none is left; returns the turn that was seen last. */
+/* Take parts of the work until none is left; returns the last turn seen. */
 static unsigned long take_parts(long number)
 {
     for (;;) {
@@ -91,7 +92,7 @@ static void *help(void *number)
     return NULL;
 }
 
-/* A child of a fork has no helpers. */
+/* After a fork, the child process has no helpers. */
 static void forget_helpers(void)
 {
     pthread_mutex_init(&team.lock, NULL);
@@ -133,12 +134,12 @@ static void await_parts(long parts)
     }
 }
 
-/* Do all items of the work, of which one takes about `size` steps of arithmetic; alone where that is
- * little, or where another thread has the team. */
+/* Do all items of the work, each about `size` arithmetic operations; without helpers if that is little,
+ * or if another thread is using the team. */
 static void together(Work *work, const void *what, Size items, Size size)
 {
     Size each = size < PART ? PART / (size > 0 ? size : 1) : 1;
-    /* Items that follow each other are read ahead: no more parts than it takes to share them well. */
+    /* Adjacent items are prefetched, so use no more parts than good load balancing needs. */
     Size most = items / (SHARES * (team.wanted + 1));
     each = each < most ? most : each;
     Size parts = items / each + (items % each != 0);
@@ -149,7 +150,7 @@ static void together(Work *work, const void *what, Size items, Size size)
         return;
     }
     find_helpers();
-    /* A turn in which nothing can be taken, while the work is written down. */
+    /* A turn in which no part can be taken, while the work is being set up. */
     unsigned long turn = turn_of(atomic_load(&team.ticket)) + 2;
     atomic_store(&team.ticket, (turn - 1) << TURN_SHIFT | 0xffffffff);
     atomic_store(&team.work, work);
