@@ -222,7 +222,10 @@ LEAVERS = {
     "setsid, then an endless loop": (
         "if os.fork() == 0:\n    os.setsid()\n    hold()\nwhile True: pass"
     ),
-    "fork bomb": ("if True:\n  while True:\n    try: os.fork()\n    except OSError: pass"),
+    # Bounded: root has no limit on processes but what is seen from outside.
+    "fork bomb": (
+        "if True:\n  for _ in range(9):\n    try: os.fork()\n    except OSError: pass\n  hold()"
+    ),
 }
 
 
