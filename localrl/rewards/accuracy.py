@@ -142,7 +142,7 @@ def _golds(
     solution: Sequence[Any] | None, answer: Sequence[Any] | None, count: int
 ) -> list[Gold | None]:
     if solution is None and answer is None:
-        raise ValueError("there is neither a column `solution` nor a column `answer`")
+        raise ValueError("there is neither a `solution` nor an `answer` column")
     nothing = [None] * count
     pairs = zip(solution or nothing, answer or nothing, strict=True)
     return [read_gold(second if first is None else first) for first, second in pairs]

@@ -49,7 +49,7 @@ _SHAPING = "localrl.rewards.shaping"
 
 BUILTINS: Mapping[str, Builtin] = {
     "accuracy": Builtin(
-        "accuracy_reward", _ACCURACY, "the answer is the gold one", "accuracy_reward"
+        "accuracy_reward", _ACCURACY, "the answer matches the gold one", "accuracy_reward"
     ),
     "reasoning_accuracy": Builtin(
         "reasoning_accuracy_reward",
@@ -63,7 +63,7 @@ BUILTINS: Mapping[str, Builtin] = {
     "json": Builtin(
         "json_reward",
         "localrl.rewards.json_answers",
-        "the JSON equals the gold one, and fits a schema",
+        "the JSON equals the gold value and fits a schema",
         "json_reward",
         "get_json_reward",
         ("schema",),
@@ -71,11 +71,14 @@ BUILTINS: Mapping[str, Builtin] = {
     "math_verify": Builtin(
         "math_verify_reward",
         "localrl.rewards.latex",
-        "the answer is the gold one, in any LaTeX; needs localrl[math]",
+        "the answer matches the gold one, in any LaTeX; needs localrl[math]",
         "math_verify_reward",
     ),
     "final_answer": Builtin(
-        "final_answer", "localrl.rewards.answers", "what follows the last # is gold", "final_answer"
+        "final_answer",
+        "localrl.rewards.answers",
+        "the text after the last # is gold",
+        "final_answer",
     ),
     "think_format": Builtin(
         "think_format_reward", _SHAPING, "<think>...</think>, then text", "think_format_reward"
@@ -90,7 +93,7 @@ BUILTINS: Mapping[str, Builtin] = {
     "soft_overlong": Builtin(
         "soft_overlong_punishment_reward",
         _SHAPING,
-        "0 down to -1 near the longest length",
+        "0 down to -1 near the maximum length",
         factory="get_soft_overlong_punishment",
         needs=("max_completion_len", "soft_punish_cache"),
     ),
@@ -154,7 +157,7 @@ def parse_rewards(
     for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
         name, target = _find(text.strip())
         if any(target == reward.target for reward in rewards):
-            raise ConfigError(f"The reward {text!r} comes twice; leave one out.")
+            raise ConfigError(f"The reward {text!r} is given twice; remove one.")
         rewards.append(RewardSpec(_different(name, rewards), target, float(weight)))
     return tuple(rewards)
 
@@ -195,8 +198,8 @@ def _different(name: str, rewards: Sequence[RewardSpec]) -> str:
 
 def _unknown(text: str, name: str) -> ConfigError:
     close = get_close_matches(name, [*BUILTINS, *filter(None, _FULL_NAMES)], n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return ConfigError(
-        f"Unknown reward {text!r}; {hint}Name your own as path/to/file.py:function or "
+        f"Unknown reward {text!r}{hint} Name your own as path/to/file.py:function or "
         f"module:function. Built in: {', '.join(BUILTINS)}."
     )

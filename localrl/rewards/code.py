@@ -110,7 +110,7 @@ def score_programs(
     late = sum(score is not None and math.isnan(score) for score in scores)
     if late:
         print(
-            f"{late} of {len(scores)} programs were not run: {limits.total_s:g} s were not enough. "
+            f"{late} of {len(scores)} programs were not run: {limits.total_s:g} s was not enough. "
             "Raise total_s of CodeLimits together with task.reward_timeout_s, or lower program_s.",
             file=sys.stderr,
         )
@@ -126,8 +126,8 @@ def check_code_rewards() -> str:
     sandbox = choose_sandbox()
     if not sandbox.safe:
         return (
-            "UNSAFE: programs written by the model run with your rights, without a sandbox: they "
-            "can read and delete your files and use the network"
+            "UNSAFE: programs written by the model run with your permissions, without a sandbox: "
+            "they can read and delete your files and use the network"
         )
     return (
         f"programs run in {sandbox.name}: a test program could not read or write your files, "
@@ -160,7 +160,7 @@ def _choose(unsafe: bool) -> Sandbox:
         if unsafe:
             return unsafe_sandbox()
         raise ConfigError(
-            f"{error} Or give --unsafe-code to run them with your own rights, without any "
+            f"{error} Or pass --unsafe-code to run them with your own permissions, without any "
             "protection."
         ) from None
 
@@ -286,7 +286,7 @@ def _split(text: str) -> list[tuple[str, bool]]:
     try:
         body = ast.parse(text).body
     except SyntaxError as error:
-        raise ValueError(f"the tests cannot be read: {error}; they are {text[:80]!r}") from None
+        raise ValueError(f"the tests cannot be parsed: {error}; they are {text[:80]!r}") from None
     return [(ast.unparse(node), not isinstance(node, NOT_COUNTED)) for node in body]
 
 

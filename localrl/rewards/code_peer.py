@@ -188,7 +188,7 @@ class Peer:
             args = [self.decode(value) for value in request["args"]]
             kwargs = {name: self.decode(value) for name, value in request["kwargs"].items()}
             if not self._allow(request["op"], thing, args):
-                raise TypeError("the tests do not give that")
+                raise TypeError("the tests do not allow that")
             value = OPERATIONS[request["op"]](thing, *args, **kwargs)
             reply: dict[str, Any] = {"value": self.encode(value)}
         except Exception as error:

@@ -61,7 +61,7 @@ class LogCollector:
             if len(values) == len(rows):
                 self._add_column(column, values, rows)
             else:
-                told = f"{len(values)} values of the column {column!r} for {len(rows)} completions"
+                told = f"{len(values)} values in the column {column!r} for {len(rows)} completions"
                 self._drop(function, column, told)
 
     def take(self) -> Logs:
@@ -78,8 +78,8 @@ class LogCollector:
         if (function, name) not in self._warned:
             self._warned.add((function, name))
             self._warn(
-                f"Reward {function!r} logged {told}: dropped. "
-                "More entries of this name are dropped without a word."
+                f"Reward {function!r} logged {told}; the entry was dropped. "
+                "Further entries with this name are dropped without a warning."
             )
 
 

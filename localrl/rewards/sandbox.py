@@ -100,7 +100,7 @@ def first_proven(found: Iterable[Sandbox | str], platform: str = sys.platform) -
             return sandbox
         tried.append(f"{sandbox.name}: {problem}")
     raise ConfigError(
-        "No sandbox holds on this machine, so programs written by the model are not run. Tried: "
+        "No working sandbox was found, so programs written by the model are not run. Tried: "
         f"{'; '.join(tried) or 'nothing'}. {advice(platform, tried)}"
     )
 
@@ -134,8 +134,8 @@ def advice(platform: str, tried: Sequence[str]) -> str:
     """What to install or to switch on."""
     if platform == "darwin":
         return (
-            "macOS brings sandbox-exec along, so there is nothing to install; it cannot be nested: "
-            "start localrl outside any other sandbox, such as that of a coding agent."
+            "macOS includes sandbox-exec, so there is nothing to install, but it cannot be nested: "
+            "start localrl outside any other sandbox, such as a coding agent's."
         )
     if platform != "linux":
         return f"Code rewards need macOS or Linux; this is {platform}."
@@ -148,9 +148,9 @@ def advice(platform: str, tried: Sequence[str]) -> str:
             "(apt install apparmor-profiles, then link bwrap-userns-restrict from "
             "/usr/share/apparmor/extra-profiles into /etc/apparmor.d and reload it) or, for "
             "everything, sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container, "
-            "let it make user namespaces"
+            "allow it to create user namespaces"
         )
-    return f"To mend it, {'; and '.join(steps) or 'make one of them work'}; then start again."
+    return f"To fix this, {'; and '.join(steps) or 'make one of them work'}; then start again."
 
 
 def readable_folders() -> list[str]:

@@ -126,7 +126,7 @@ class Process:
         except OSError as error:
             self._started_pipe.close()
             remove_folder(self._folder)
-            raise SandboxError(f"it could not be started: {error}") from error
+            raise SandboxError(f"the sandbox could not be started: {error}") from error
         finally:
             os.close(writing)
         self._started: float | None = None
@@ -172,7 +172,7 @@ class Process:
         out, err = (bytes(self._output[name]) for name in ("stdout", "stderr"))
         tail = _text(err[-STDERR_TAIL:])
         if self._started is None:
-            raise SandboxError(f"it did not start: {tail.strip() or status}")
+            raise SandboxError(f"the sandbox did not start: {tail.strip() or status}")
         return Outcome(status, _text(out), tail, time.monotonic() - self._started)
 
     def kill(self) -> None:

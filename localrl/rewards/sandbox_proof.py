@@ -82,7 +82,7 @@ def prove(sandbox: Sandbox) -> str | None:
             canaries = [stack.enter_context(_canary(folder)) for folder in _canary_folders()]
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         except OSError as error:
-            return f"it cannot be put to the test: {error}"
+            return f"it cannot be tested: {error}"
         addresses = [listener.getsockname(), OUTSIDE]
         try:
             return _attack(sandbox, [str(path) for path in canaries], addresses)
@@ -114,16 +114,16 @@ def _attack(sandbox: Sandbox, canaries: list[str], addresses: list[tuple[str, in
 def _judge(outcome: Outcome, heard: bool, closed: bool) -> str | None:
     if outcome.status != "ok":
         lines = outcome.stderr.strip().splitlines() or ["nothing on stderr"]
-        return f"a program in it ended with {outcome.status!r}: {lines[-1]}"
+        return f"a program in it ended with status {outcome.status!r}: {lines[-1]}"
     try:
         told = json.loads(outcome.stdout)
         escapes, child = told["escapes"], told["child"]
     except (ValueError, TypeError, KeyError):
-        return "what a program in it wrote did not arrive"
+        return "the output of a program in it could not be read"
     if escapes:
-        return f"a program got out: {', '.join(escapes)}"
+        return f"a program escaped: {', '.join(escapes)}"
     if child == "started" and not heard:
-        return "the child that should try to outlive its program was never seen"
+        return "the child that was meant to outlive its program never wrote anything"
     return None if closed else "a child outlived its program"
 
 

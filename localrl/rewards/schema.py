@@ -26,7 +26,7 @@ def check_schema(schema: Any, place: str = "schema") -> None:
     unknown = [key for key in schema if key not in KEYWORDS and key not in NOTES]
     if unknown:
         known = ", ".join(sorted(KEYWORDS))
-        raise ValueError(f"{place} has the keyword {unknown[0]!r}; supported are {known}")
+        raise ValueError(f"{place} has the keyword {unknown[0]!r}; supported keywords are {known}")
     _check_values(schema, place)
     parts = {f"properties.{k}": part for k, part in schema.get("properties", {}).items()}
     parts |= {k: schema[k] for k in ("items", "additionalProperties") if k in schema}
@@ -37,14 +37,16 @@ def check_schema(schema: Any, place: str = "schema") -> None:
 def _check_values(schema: Mapping[str, Any], place: str) -> None:
     wrong = [name for name in _types(schema) if name not in TYPES]
     if wrong:
-        raise ValueError(f"{place}.type is {wrong[0]!r}; it is one of {', '.join(TYPES)}")
+        raise ValueError(f"{place}.type is {wrong[0]!r}; it must be one of {', '.join(TYPES)}")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        raise ValueError(f"{place}.required is {required!r:.60}; it is a list of names")
+        raise ValueError(f"{place}.required is {required!r:.60}; it must be a list of names")
     if not isinstance(schema.get("properties", {}), Mapping):
-        raise ValueError(f"{place}.properties is {schema['properties']!r:.60}; it is an object")
+        raise ValueError(
+            f"{place}.properties is {schema['properties']!r:.60}; it must be an object"
+        )
     if not isinstance(schema.get("enum", []), list):
-        raise ValueError(f"{place}.enum is {schema['enum']!r:.60}; it is a list")
+        raise ValueError(f"{place}.enum is {schema['enum']!r:.60}; it must be a list")
 
 
 def valid(value: Any, schema: Any) -> bool:

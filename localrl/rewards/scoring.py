@@ -134,9 +134,9 @@ class Scorer:
     ) -> None:
         names = [spec.name for spec in specs]
         if not specs:
-            raise ConfigError("There is no reward function; name one as module:function.")
+            raise ConfigError("No reward function is given; name one as module:function.")
         if len(set(names)) < len(names):
-            raise ConfigError(f"Reward functions need different names; these are {names}.")
+            raise ConfigError(f"Reward functions must have different names; these are {names}.")
         for spec in specs:
             if not math.isfinite(spec.weight):
                 raise ConfigError(f"Reward {spec.name!r} has weight {spec.weight}; give a number.")
@@ -189,7 +189,7 @@ class Scorer:
                 if missing:
                     raise ConfigError(
                         f"Reward {spec.name!r} ({spec.target}) needs the column "
-                        f"{missing[0]!r}; this task gives {', '.join(sorted(known))}. "
+                        f"{missing[0]!r}; this task has {', '.join(sorted(known))}. "
                         "Rename the argument, give it a default, or add the column to the data."
                     )
 
@@ -255,7 +255,7 @@ class Scorer:
             self._warn(
                 f"Reward {spec.name!r} ({spec.target}): {outcome.problem}. "
                 f"{outcome.failed} of {count} completions get no reward from it. "
-                "More failures of this kind are counted, not shown."
+                "Further failures of this kind are counted but not shown."
             )
         if history.hopeless:
             raise _too_many_failures(spec, history)
@@ -314,10 +314,10 @@ def _cannot_load(spec: RewardLike, reply: Reply) -> ConfigError | DataError:
     what = f"Reward {spec.name!r} ({spec.target}) cannot be loaded: {reply.message}."
     if reply.failure == "raised" and reply.traceback is None:
         return ConfigError(
-            f"{what} Name it as module:function or path/to/file.py:function; a factory with its "
-            "settings, module:factory(key=value)."
+            f"{what} Name it as module:function or path/to/file.py:function; give a factory its "
+            "settings, as in module:factory(key=value)."
         )
-    return DataError(f"{what} Mend its module, then start again.\n{reply.traceback or ''}".strip())
+    return DataError(f"{what} Fix its module, then start again.\n{reply.traceback or ''}".strip())
 
 
 def _too_many_failures(spec: RewardLike, history: _History) -> RewardError:
@@ -325,6 +325,6 @@ def _too_many_failures(spec: RewardLike, history: _History) -> RewardError:
     cause = first.traceback or first.problem if first else "before the run was resumed."
     return RewardError(
         f"Reward {spec.name!r} ({spec.target}) gave no reward for {history.share:.0%} of the "
-        f"completions of its last {len(history.shares)} calls, because it failed. Mend the "
+        f"completions in its last {len(history.shares)} calls because it failed. Fix the "
         f"function or raise its limits, then start again. The first failure was:\n{cause}"
     )

@@ -41,7 +41,7 @@ def get_regex_reward(pattern: str, search: bool = False) -> Reward:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
     match = compiled.search if search else compiled.fullmatch
 
     def regex_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
@@ -162,4 +162,4 @@ def _cosine(progress: float, first: float, last: float) -> float:
 def _check(good: bool, **setting: float) -> None:
     if not good:
         ((name, value),) = setting.items()
-        raise ValueError(f"{name} is {value}, which is out of its range")
+        raise ValueError(f"{name} is {value}, which is out of range")

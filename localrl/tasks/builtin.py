@@ -208,8 +208,8 @@ class BuiltinTask:
                 return problem
         which = "held-out" if stream == "evaluation" else "training"
         raise ConfigError(
-            f"Task {self.name!r} has no {index + 1} different {which} problems; after {index} of "
-            "them, one level had no more. Ask for fewer, or for higher levels alone."
+            f"Task {self.name!r} does not have {index + 1} different {which} problems: after "
+            f"{index}, one level ran out. Ask for fewer, or for higher levels only."
         )
 
 
@@ -221,7 +221,7 @@ def load_task(name: str, *, train_prompts: int) -> BuiltinTask:
     Raises `ConfigError` for an unknown name or level, or a negative count.
     """
     if train_prompts < 0:
-        raise ConfigError(f"train_prompts is {train_prompts}; give 0 for endless, or a count.")
+        raise ConfigError(f"train_prompts is {train_prompts}; use a count, or 0 for endless.")
     known = {task: families[0].DIFFICULTIES for task, families in FAMILIES.items()}
     task, levels = parse_name(name, known)
     rewards = dict.fromkeys(reward_of(source) for source in FAMILIES[task])

@@ -59,7 +59,7 @@ def _describe(environment: Any, tools: Sequence[str]) -> dict[str, Any]:
     functions = [] if text else callables(environment, tools).values()
     if not text and not functions:
         raise TypeError(
-            f"{type(environment).__name__} has neither a method step(text) nor one to call"
+            f"{type(environment).__name__} has neither step(text) nor a method the model can call"
         )
     return {
         "name": type(environment).__name__,
@@ -157,13 +157,13 @@ def _object(factory: str | None, turn: Turn) -> Any:
     number = turn["conversation"]
     if number not in _objects:
         if not turn["first"] or turn["example"] not in _begun:
-            raise LookupError("the environment is gone, since its process had to be restarted")
+            raise LookupError("the environment is gone because its process was restarted")
         row, said = _begun[turn["example"]]
         environment = _make(factory, row)
         if _reset(environment, row) != said:
             raise ValueError(
-                "reset() said two different things for one row. All completions of a prompt are "
-                "compared, so draw whatever is random from what is in the row"
+                "reset() returned two different texts for one row. All completions of a prompt are "
+                "compared, so derive anything random from the row"
             )
         _objects[number] = environment
     return _objects[number]
@@ -207,7 +207,7 @@ def _factories(factory: str | None) -> dict[str, Callable[[], Any]]:
     if isinstance(found, dict):
         return dict(found)
     if not callable(found):
-        raise NotFound(f"{factory!r} makes no environment: it is a {type(found).__name__}")
+        raise NotFound(f"{factory!r} cannot make an environment: it is a {type(found).__name__}")
     return {"": found}
 
 
@@ -217,7 +217,9 @@ def _make(factory: str | None, row: Mapping[str, Any]) -> Any:
         return makers[""]()
     name = row.get("environment")
     if name not in makers:
-        raise ValueError(f"the row's environment is {name!r}, not one of {', '.join(makers)}")
+        raise ValueError(
+            f"the row's environment is {name!r}; it must be one of {', '.join(makers)}"
+        )
     return makers[name]()
 
 

@@ -100,7 +100,7 @@ class Environments:
         reply = self._call("observe", rows=rows)
         if not reply.ok:
             raise DataError(
-                f"The environment {self.factory} cannot be reset: {reply.message}. Mend it, then "
+                f"The environment {self.factory} cannot be reset: {reply.message}. Fix it, then "
                 f"start again.\n{reply.traceback or ''}".strip()
             )
         texts = dict(zip(rows, reply.value, strict=True))
@@ -141,7 +141,7 @@ class Environments:
         if name not in self.kinds:
             raise DataError(
                 f"The environment of {example.id} is {name!r}; {self.factory} has "
-                f"{', '.join(map(repr, self.kinds))}. Name one of them in its column `environment`."
+                f"{', '.join(map(repr, self.kinds))}. Name one of them in its `environment` column."
             )
         return self.kinds[name]
 
@@ -205,14 +205,14 @@ class Environments:
         if errors and not any(self._broken):
             self.warn(
                 f"The environment broke: {errors[0]}. {len(errors)} of {len(outcomes)} completions "
-                "end here without a reward. More of these are counted, not shown."
+                "end here without a reward. Further failures are counted but not shown."
             )
         self._broken.extend("error" in outcome for outcome in outcomes)
         share = sum(self._broken) / max(len(self._broken), 1)
         if len(self._broken) >= MIN_TURNS and share > TOLERATED:
             raise RewardError(
-                f"The environment broke in {share:.0%} of the last {len(self._broken)} turns. Mend "
-                f"it, then start again. It said last: {errors[-1] if errors else 'nothing'}"
+                f"The environment broke in {share:.0%} of the last {len(self._broken)} turns. Fix "
+                f"it, then start again. Latest error: {errors[-1] if errors else 'none'}"
             )
 
 
@@ -238,7 +238,7 @@ def open_environments(
         what = f"The environment {factory or ', '.join(tools)} cannot be used: {reply.message}."
         if reply.traceback is None:
             raise ConfigError(f"{what} Name it as file.py:Name or module:Name.")
-        raise DataError(f"{what} Mend it, then start again.\n{reply.traceback}")
+        raise DataError(f"{what} Fix it, then start again.\n{reply.traceback}")
     kinds = {
         name: Kind(**{**kind, "schemas": tuple(kind["schemas"])})
         for name, kind in reply.value.items()

@@ -93,11 +93,11 @@ def _task(
 ) -> FileTask:
     if not training or not held_out:
         there = len(training) + len(held_out)
-        raise DataError(f"{path} has {there} rows; training and evaluation need two.")
+        raise DataError(f"{path} has {there} rows; training and evaluation need one each.")
     if train_prompts > len(training):
         raise ConfigError(
             f"task.train_prompts is {train_prompts}, but {path} has {len(training)} rows to train "
-            "on. Lower it, or leave it out to take all."
+            "on. Lower it, or leave it out to use all."
         )
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(
@@ -128,7 +128,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     if path.is_dir():
         train = path / "train.jsonl"
         if not train.is_file():
-            raise ConfigError(f"The folder {path} has no train.jsonl, so nothing to train on.")
+            raise ConfigError(f"The folder {path} has no train.jsonl to train on.")
         return train, next((path / n for n in VALID_NAMES if (path / n).is_file()), None)
     if not path.is_file():
         raise ConfigError(f"There is no file {path}. Give a .jsonl file or a folder with one.")
@@ -140,7 +140,7 @@ def _check_overlap(training: Sequence[Example], held_out: Sequence[Example], fil
     both = [example for example in held_out if _hash(example) in known]
     if both:
         raise DataError(
-            f"{len(both)} of {len(held_out)} prompts of {file} are also trained on, the first "
-            f"is {both[0].id!r}. Take them out of one of the files: an evaluation on them says "
-            "nothing."
+            f"{len(both)} of {len(held_out)} prompts in {file} are also trained on; the first "
+            f"is {both[0].id!r}. Remove them from one of the files: evaluating on prompts that "
+            "were trained on proves nothing."
         )

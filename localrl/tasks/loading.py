@@ -41,8 +41,8 @@ def open_task(
         return replace(task, rewards=tuple(rewards)) if rewards else task
     if not rewards and not config.environment:
         raise ConfigError(
-            f"Nothing says how answers to {path} are scored. Name a reward, --reward accuracy or "
-            "--reward my_rewards.py:function."
+            f"No reward is set for {path}, so its answers cannot be scored. Name one with --reward "
+            "accuracy or --reward my_rewards.py:function."
         )
     if path.suffix == ".py":
         rows = _rows(path, worker)
@@ -67,8 +67,8 @@ def with_environments(
     rewards = (*task.rewards, *found.rewards)
     if not rewards:
         raise ConfigError(
-            f"Nothing says how {task.name} is scored: {factory} has no get_reward(). Give it one, "
-            "or name a reward with --reward."
+            f"No reward is set for {task.name}: {factory} has no get_reward(). Add one, or name a "
+            "reward with --reward."
         )
     return replace(task, rewards=rewards), found
 
@@ -82,7 +82,7 @@ def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker)
     if not reply.ok:
         missing = "No module named 'reasoning_gym'" in reply.message
         todo = "pip install 'localrl[gym]'" if missing else "See reasoning-gym's list of datasets."
-        raise ConfigError(f"The task {config.name} cannot be had: {reply.message}. {todo}")
+        raise ConfigError(f"The task {config.name} cannot be loaded: {reply.message}. {todo}")
     own = rewards or (RewardSpec("gym_reward", "localrl.tasks.gym:gym_reward"),)
     rows = ((f"{config.name}, puzzle {row['index']}", row) for row in reply.value)
     task = make_file_task(Path(name), own, rows, config.train_prompts, config.system)
@@ -103,9 +103,9 @@ def _rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{FUNCTION}() of {path} failed: {reply.message}.\n{reply.traceback or ''}".strip()
         )
     if not isinstance(reply.value, list):
-        raise DataError(f"{FUNCTION}() of {path} must return a list of rows, one dictionary each.")
+        raise DataError(f"{FUNCTION}() of {path} must return a list of rows, each a dictionary.")
     for number, row in enumerate(reply.value, start=1):
         place = f"{path}, example {number}"
         if not isinstance(row, dict):
-            raise DataError(f"{place} is {row!r:.60}; a row is a dictionary.")
+            raise DataError(f"{place} is {row!r:.60}; a row must be a dictionary.")
         yield place, row

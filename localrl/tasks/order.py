@@ -29,7 +29,7 @@ def take(task: Task, cursor: int, count: int, seed: int) -> list[Example]:
     Raises: ValueError for a count above the size of a finite set.
     """
     if 0 < task.train_size < count:
-        raise ValueError(f"{count} different examples of {task.train_size}")
+        raise ValueError(f"{count} different examples are needed, but there are {task.train_size}")
     if task.train_size == 0:
         start = seed * 1_000_003  # far apart: runs of different seeds see different problems
         return [task.train(start + cursor + i) for i in range(count)]

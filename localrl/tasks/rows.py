@@ -64,8 +64,8 @@ def read_examples(rows: Iterator[tuple[str, dict[str, Any]]], system: str | None
                 example = replace(example, id=name, tracker_key=name)
         if example.id in places:
             raise DataError(
-                f"{place}: the id {example.id!r} was given before, in {places[example.id]}. Make "
-                "ids different, or leave them out."
+                f"{place}: the id {example.id!r} is already used in {places[example.id]}. Make "
+                "ids unique, or leave them out."
             )
         places[example.id] = place
         examples.append(example)
@@ -98,9 +98,9 @@ def _row(place: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}.") from None
     except RecursionError:
-        raise DataError(f"{place} is nested too deeply to be read.") from None
+        raise DataError(f"{place} is nested too deeply to read.") from None
     if not isinstance(row, dict):
-        raise DataError(f"{place} is {line.strip()[:60]!r}; a row is a JSON object {{...}}.")
+        raise DataError(f"{place} is {line.strip()[:60]!r}; a row must be a JSON object {{...}}.")
     return row
 
 
@@ -119,8 +119,8 @@ def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ..
     messages = tuple(_message(place, present[0], message) for message in value)
     if messages[-1]["role"] == "assistant":
         raise DataError(
-            f"{place}: the last message is the assistant's own. End with the user's, and name the "
-            "right answer `answer`."
+            f"{place}: the last message is the assistant's. End with the user's, and put the right "
+            "answer in `answer`."
         )
     return messages
 
@@ -128,7 +128,7 @@ def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ..
 def _message(place: str, column: str, message: Any) -> Mapping[str, str]:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise DataError(
-            f"{place}: {column} holds {message!r:.60}; a message has a `role` and a `content`."
+            f"{place}: {column} holds {message!r:.60}; a message needs a `role` and a `content`."
         )
     if message["role"] not in ROLES:
         raise DataError(f"{place}: the role {message['role']!r} is not one of {', '.join(ROLES)}.")
