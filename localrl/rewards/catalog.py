@@ -1,4 +1,4 @@
-"""Reward functions by what a person writes: a built-in's name, a file, a module."""
+"""Looks up reward functions by the text a user writes: a built-in's name, a file, a module."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from localrl.records import RewardSpec
 
 @dataclass(frozen=True)
 class Builtin:
-    """What ships with the package: a function, a factory that takes settings, or both."""
+    """A reward that ships with the package: a function, a factory with settings, or both."""
 
     name: str
-    """Of its metrics, as in TRL."""
+    """Name used in metric keys, as in TRL."""
     module: str
     help: str
     function: str = ""
     factory: str = ""
     needs: tuple[str, ...] = ()
-    """Settings without which the factory cannot be called."""
+    """Required settings of the factory."""
 
     def target(self, text: str, arguments: str | None, defaults: str = "") -> str:
-        """Where the child finds it. Raises: ConfigError when settings lack, or are not taken."""
+        """Target for the child process. Raises: ConfigError if settings are missing or unused."""
         if arguments is None and self.function:
             return f"{self.module}:{self.function}"
         if not self.factory:
@@ -118,11 +118,11 @@ BUILTINS: Mapping[str, Builtin] = {
         needs=("best", "worst"),
     ),
 }
-"""By short name. The names of the functions and factories themselves are understood too."""
+"""Built-ins by short name. The functions' and factories' own names are accepted too."""
 
 _FULL_NAMES = {name: short for short, b in BUILTINS.items() for name in (b.function, b.factory)}
 _DEFAULTS = {"get_soft_overlong_punishment": "max_completion_len=1280, soft_punish_cache=256"}
-"""What TRL's command line takes for a bare name."""
+"""TRL's command-line defaults for a bare name."""
 
 _SHORT = re.compile(r"([A-Za-z_]\w*)(?:\((.*)\))?", re.DOTALL)
 _DOTTED = re.compile(r"((?:[A-Za-z_]\w*\.)+)([A-Za-z_]\w*(?:\(.*\))?)", re.DOTALL)
@@ -134,17 +134,17 @@ def parse_rewards(
     """The reward functions that these texts name, each with its weight.
 
     A text is the name of a built-in, `path/to/file.py:function`, `package.module:function`, or
-    TRL's `package.module.function`. A factory has its settings behind it: `name(key=value)` with
+    TRL's `package.module.function`. A factory is followed by its settings: `name(key=value)` with
     literal values; it is called once. Nothing is imported here; see `Scorer.check`.
 
-    weights: one for each, all 1 when not given.
+    weights: one for each text; all 1 by default.
 
-    The names are those of the functions and factories, of built-ins TRL's; where two would be the
-    same, the later one gets `_2` behind it, and so on.
+    Rewards are named after their functions and factories, built-ins as in TRL; if two names would
+    be equal, the later one gets the suffix `_2`, and so on.
 
     Raises:
-        ConfigError: a text that is none of these or comes twice, or weights of the wrong number or
-            not finite.
+        ConfigError: a text is none of these or is given twice, the number of weights is wrong, or
+            a weight is not finite.
     """
     if weights is not None and len(weights) != len(texts):
         raise ConfigError(
@@ -163,7 +163,7 @@ def parse_rewards(
 
 
 def _find(text: str) -> tuple[str, str]:
-    """Name and target of what one text names."""
+    """Name and target of the reward that one text names."""
     short = _SHORT.fullmatch(text)
     if short:
         key = short[1] if short[1] in BUILTINS else _FULL_NAMES.get(short[1], "")

@@ -1,4 +1,4 @@
-"""What a sandbox has to show before it gets a program of the model to run."""
+"""The test that a sandbox must pass before it runs programs written by the model."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ print(json.dumps({"escapes": escapes, "child": child}))
 
 
 def prove(sandbox: Sandbox) -> str | None:
-    """None when the sandbox holds, else what is wrong with it.
+    """Test the sandbox. Returns None if it is secure, else what is wrong with it.
 
-    A program in it must fail to read and to write a canary in the home folder and one in the
-    folder for temporary files, and to reach a socket of ours and an address outside; and a child
-    with a session of its own must be gone when the program has ended.
+    A program in it must fail to read and to write a canary file in the home folder and one in the
+    temporary folder, and to connect to a socket of ours and to an outside address; and a child
+    with its own session must be gone when the program has ended.
     """
     with ExitStack() as stack:
         try:
@@ -128,7 +128,7 @@ def _judge(outcome: Outcome, heard: bool, closed: bool) -> str | None:
 
 
 def _until_closed(fd: int) -> tuple[bool, bool]:
-    """Whether anything was written, and whether all who could write are gone soon."""
+    """Returns (True if anything was written, True if all writers closed within the limit)."""
     heard = False
     deadline = time.monotonic() + GONE_WITHIN_S
     while (left := deadline - time.monotonic()) > 0:

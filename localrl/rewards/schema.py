@@ -1,10 +1,10 @@
 """A small part of JSON Schema, and equality of JSON values. Plain Python.
 
 Supported keywords: `type` (one or a list of them), `properties`, `required`,
-`additionalProperties` (true, false or a schema), `items` (one schema), `enum`. They mean what the
-standard says. `$schema`, `$id`, `title`, `description`, `default`, `examples` and `$comment` say
-nothing about validity and are allowed. Any other keyword is an error: what is not checked must
-not look as if it were. true and false are schemas too.
+`additionalProperties` (true, false or a schema), `items` (one schema), `enum`, with the standard's
+meaning. `$schema`, `$id`, `title`, `description`, `default`, `examples` and `$comment` do not
+affect validity and are allowed. Any other keyword is an error, so that nothing unchecked looks
+checked. true and false are schemas too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 
 
 def check_schema(schema: Any, place: str = "schema") -> None:
-    """Raises `ValueError`, naming the place, for a schema that is not supported."""
+    """Raise `ValueError`, naming the place, if a schema is not supported."""
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
@@ -50,7 +50,7 @@ def _check_values(schema: Mapping[str, Any], place: str) -> None:
 
 
 def valid(value: Any, schema: Any) -> bool:
-    """Whether a JSON value fits a schema that `check_schema` let pass."""
+    """True if a JSON value fits a schema that `check_schema` has accepted."""
     if isinstance(schema, bool):
         return schema
     types = _types(schema)
@@ -64,7 +64,7 @@ def valid(value: Any, schema: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality of JSON values: numbers by value, true is not 1, the order of keys is nothing."""
+    """True if two JSON values are equal: numbers by value, true is not 1, key order is ignored."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):
