@@ -14,7 +14,7 @@ from localrl.tasks.rows import prompt_hash, read_examples, read_rows
 
 HELD_OUT_OF = 8
 VALID_NAMES = ("valid.jsonl", "validation.jsonl", "test.jsonl")
-"""What a folder's held-out file may be called, as mlx_lm and others call it; the first counts."""
+"""Accepted names of a folder's held-out file, as in mlx_lm and others; the first found is used."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FileTask:
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
     environment: None = None
-    """Data bring none; the settings may name one."""
+    """Always None: data files define no environment, but the settings may."""
 
     @property
     def train_size(self) -> int:
@@ -50,15 +50,15 @@ def load_file_task(
     train_prompts: int = 0,
     system: str | None = None,
 ) -> FileTask:
-    """The task of a JSONL file or folder; `train_prompts` is the most to train on, 0 for all.
+    """Load the task of a JSONL file or folder, training on `train_prompts` rows, 0 for all.
 
     A folder has train.jsonl and may have valid.jsonl. Without it, and for a single file, a row is
-    held out when the SHA-256 of its prompt is divisible by 8, or else the one with the smallest
-    hash: the same rows in any order of the file, and equal prompts on the same side.
+    held out if the SHA-256 of its prompt is divisible by 8, or else the one with the smallest
+    hash: the same rows whatever the order in the file, and equal prompts on the same side.
 
-    Raises: ConfigError when there is no such file, or fewer rows than asked for; DataError for
-    rows that cannot be used, for fewer than two, or for a prompt that is both in the training and
-    in the held-out file.
+    Raises: ConfigError if there is no such file, or it has fewer rows than asked for; DataError
+    for unusable rows, for fewer than two, or for a prompt that is in both the training and the
+    held-out file.
     """
     train_file, valid_file = _files(path)
     rows = read_rows(train_file)
@@ -77,7 +77,7 @@ def make_file_task(
     train_prompts: int,
     system: str | None,
 ) -> FileTask:
-    """The task of rows that are all in one place, some of them held out. See `load_file_task`."""
+    """Make a task from rows of one source, holding some of them out. See `load_file_task`."""
     training, held_out = split(read_examples(rows, system))
     source = "one row in eight, by a hash of its prompt"
     return _task(path, rewards, training, held_out, train_prompts, source)
@@ -110,7 +110,7 @@ def _task(
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; see `load_file_task` for the rule."""
+    """Split into training and held-out examples; see `load_file_task` for the rule."""
     hashes = [_hash(example) for example in examples]
     chosen = {h for h in hashes if int(h, 16) % HELD_OUT_OF == 0}
     if not chosen or len(chosen) == len(set(hashes)):
