@@ -27,7 +27,7 @@ Turn = Mapping[str, Any]
 _objects: dict[int, Any] = {}
 """Environment objects by conversation."""
 _begun: dict[str, tuple[Mapping[str, Any], str | None]] = {}
-"""By example id: its row, and the text that `reset` returned for it."""
+"""The row and the text that `reset` returned for it, by example id."""
 
 
 class TimeUp(BaseException):
