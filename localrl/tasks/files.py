@@ -102,7 +102,7 @@ def _task(
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(
         name=path.stem,
-        description=f"{len(used)} prompts of {path}; held out: {len(held_out)}, {source}",
+        description=f"{len(used)} prompts from {path}; held out: {len(held_out)}, {source}",
         rewards=tuple(rewards),
         training=used,
         held_out=tuple(sorted(held_out, key=_hash)),
