@@ -16,7 +16,7 @@ from localrl.errors import ConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = sorted(f"{path.parent.name}/{path.name}" for path in EXAMPLES.glob("*/*.toml"))
-NO_SANDBOX = "No sandbox holds on this machine"
+NO_SANDBOX = "No working sandbox was found"
 SMALL = (
     "task.eval_prompts=2",
     "rollout.prompts_per_step=2",

@@ -1,7 +1,7 @@
 """Rewards for right answers: numbers, multiple choice, text. Plain Python, no math library.
 
-They bear TRL's names. TRL's own read any LaTeX with math-verify; what these read, and what they do
-not, stands with `accuracy_reward`.
+They share TRL's names. TRL's own versions read any LaTeX with math-verify; `accuracy_reward` lists
+what these do and do not read.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from localrl.rewards.rational import MAX_ANSWER, Number, last_number, read_numbe
 LogExtra = Callable[[str, list[Any]], None]
 
 SHOWN = 200
-"""Characters of an answer that are logged."""
+"""Number of characters of an answer that are logged."""
 
 
 @dataclass(frozen=True)
 class Gold:
-    """The right answer as it was read: a number, a letter, or else words."""
+    """The gold answer as parsed: a number, a letter, or else words."""
 
     words: str
     number: Number | None = None
@@ -46,23 +46,23 @@ def accuracy_reward(
     log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 where a completion's answer is the gold one, 0.0 where not, None without a gold one.
+    """1.0 if a completion's answer matches the gold answer, else 0.0; None without a gold answer.
 
-    The gold answer is `solution`, or `answer` where that is missing: a number or text. Of a text
-    that contains #### or \\boxed{} it is what these mark. It cannot be read, and the reward is
-    None, when it is empty, longer than 2000 characters, or neither text nor number.
+    The gold answer is `solution`, or `answer` if that is missing: a number or text. In a text with
+    #### or \\boxed{} it is the part that these mark. It is unreadable, and the reward None, if it
+    is empty, longer than 2000 characters, or neither text nor number.
 
-    A completion's answer is its last \\boxed{}; without one, what stands after the last </think>
-    in <answer> tags, behind #### or behind "answer is" or "answer:"; without these the last line.
-    A gold number is compared with the last number of what is found so, or of the whole text.
+    A completion's answer is its last \\boxed{}; without one, the text after the last </think>
+    in <answer> tags, after #### or after "answer is" or "answer:"; without these, the last line.
+    A gold number is compared with the last number in that text, or in the whole completion.
 
-    Numbers are equal as exact fractions, so 0.5, 1/2 and \\frac{1}{2} are; 0.33 and 1/3 are not.
-    Commas, currency signs and % are dropped (20% is 20, not 0.2). Units must not contradict, but
-    one may be missing. A gold letter A to Z matches B, (b), B. and B) Paris. Texts are
-    compared without case, spaces and LaTeX's decoration.
+    Numbers are compared as exact fractions: 0.5, 1/2 and \\frac{1}{2} are equal, 0.33 and 1/3 are
+    not. Commas, currency signs and % are dropped (20% is 20, not 0.2). Units must not conflict,
+    but one may be missing. A gold letter A to Z matches B, (b), B. and B) Paris. Texts are
+    compared ignoring case, spaces and LaTeX formatting.
 
-    Not read: roots, constants, powers other than of ten, equations, intervals and sets in another
-    order, words for numbers, more than 1000 digits. These are compared as text.
+    Not parsed: roots, constants, powers except of ten, equations, intervals and sets in another
+    order, numbers in words, more than 1000 digits. These are compared as text.
     """
     golds = _golds(solution, answer, len(completions))
     answers = [
@@ -84,10 +84,10 @@ def reasoning_accuracy_reward(
     log_extra: LogExtra | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """`accuracy_reward` of what follows the reasoning; 0.0 where the reasoning does not end.
+    """`accuracy_reward` of the text after the reasoning; 0.0 if the reasoning does not end.
 
-    reasoning_delimiters: texts that end it, </think> when not given. The first of them that occurs
-        counts, at its last occurrence.
+    reasoning_delimiters: texts that end it, </think> by default. The first one in the list that
+        occurs is used, at its last occurrence.
     """
     delimiters = reasoning_delimiters or (THOUGHT_END,)
     texts = [_after(text_of(completion), delimiters) for completion in completions]
@@ -102,7 +102,7 @@ def choice_reward(
     solution: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 where the completion chooses the gold letter, else 0.0; None where gold is no letter.
+    """1.0 if the completion chooses the gold letter, else 0.0; None if the gold is not a letter.
 
     Letters are found as in `accuracy_reward`, and in the last line as B, B. or (B).
     """
@@ -115,7 +115,7 @@ def choice_reward(
 
 
 def read_gold(value: Any) -> Gold | None:
-    """The gold answer in a column's value; None when it cannot be read."""
+    """Parse the gold answer from a column's value; None if it cannot be read."""
     if isinstance(value, (bool, int, float)):
         try:
             value = str(value)
@@ -134,7 +134,7 @@ def read_gold(value: Any) -> Gold | None:
 
 
 def _gold_letter(text: str) -> str | None:
-    """B, (b), B. or B) Paris, but not b: a single small letter is rather a variable."""
+    """Letter of B, (b), B. or B) Paris, but not of b: one small letter is probably a variable."""
     return None if len(text) == 1 and text.islower() else choice(text)
 
 
@@ -142,14 +142,14 @@ def _golds(
     solution: Sequence[Any] | None, answer: Sequence[Any] | None, count: int
 ) -> list[Gold | None]:
     if solution is None and answer is None:
-        raise ValueError("there is neither a column `solution` nor a column `answer`")
+        raise ValueError("there is neither a `solution` nor an `answer` column")
     nothing = [None] * count
     pairs = zip(solution or nothing, answer or nothing, strict=True)
     return [read_gold(second if first is None else first) for first, second in pairs]
 
 
 def _answer(text: str, gold: Gold) -> Number | str | None:
-    """What a completion answers, in the gold answer's own kind; None when it says nothing."""
+    """A completion's answer, in the same form as the gold answer; None if it gives none."""
     if gold.letter is not None:
         return _chosen(text)
     boxed = last_boxed(text)

@@ -1,4 +1,4 @@
-"""Rewards that compare a final answer with the gold one. Runs in a spawned child: plain Python."""
+"""Rewards that compare a final answer with the gold answer. Runs in a child: plain Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 MARKER = "#"
 
 Completion = str | Sequence[Mapping[str, Any]]
-"""Plain text, or chat messages of which the last is the model's."""
+"""Plain text, or chat messages, the last of which is the model's."""
 
 
 def final_answer(
@@ -18,9 +18,9 @@ def final_answer(
     answer: Sequence[str],
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 where all that follows the last `#` is the gold answer, else 0.0.
+    """1.0 if the text after the last `#` is exactly the gold answer, else 0.0.
 
-    Spaces at either end of the answer are forgiven; nothing else is.
+    Only spaces at either end of the answer are ignored.
     """
     return [
         1.0 if stated_answer(text_of(completion)) == gold else 0.0
@@ -29,10 +29,10 @@ def final_answer(
 
 
 def text_of(completion: Completion) -> str:
-    """The model's text, whether it came as a string or as chat messages.
+    """The model's text, from a string or from chat messages.
 
-    Of several messages it is the last one; empty when the model did not write that, such as a
-    tool's result, or wrote only a tool call.
+    For several messages it is the last one; empty if the model did not write that (a tool's
+    result), or wrote only a tool call.
     """
     if isinstance(completion, str):
         return completion
@@ -42,6 +42,6 @@ def text_of(completion: Completion) -> str:
 
 
 def stated_answer(text: str) -> str | None:
-    """What follows the last marker, or None when there is no marker."""
+    """The text after the last marker, or None if there is no marker."""
     _, marker, tail = text.rpartition(MARKER)
     return tail.strip() if marker else None

@@ -1,4 +1,4 @@
-"""What reward functions are called with."""
+"""The arguments of reward functions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from localrl.records import Example, Group
 def call_arguments(groups: Sequence[Group], *, ids: bool = True) -> dict[str, list[Any]]:
     """The keyword arguments of a reward function, each a list with one entry per leaf.
 
-    `prompts` are lists of chat messages, `completions` lists with one assistant message, or both
-    are texts where the prompt came as text; `completion_ids`, if wanted, are lists of tokens; then
-    `answer` and the columns of the examples, None where an example lacks one. Completions that
-    talked to an environment are all their messages, and `environments` names the conversations.
+    `prompts` are lists of chat messages and `completions` lists with one assistant message, or
+    both are texts if the prompt was given as text; `completion_ids`, with `ids`, are lists of
+    tokens; then `answer` and the examples' columns, None where an example lacks one. A completion
+    that talked to an environment is its whole message list; `environments` names conversations.
     """
     leaves = [(group, index) for group in groups for index in range(len(group.leaves))]
     columns = dict.fromkeys(name for group in groups for name in group.example.columns)

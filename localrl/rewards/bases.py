@@ -1,4 +1,4 @@
-"""The reward of numbers written in some base. Plain Python, for a child."""
+"""Reward for numbers written in a given base. Plain Python: runs in a child process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from localrl.rewards.answers import Completion, text_of
 from localrl.rewards.extract import last_boxed, stated
 
 LONGEST = 300
-"""Characters of a conclusion; a longer one is wrong."""
+"""Maximum characters in a conclusion; a longer one is wrong."""
 
 _EDGES = " \t\r\n*_`$\"'.,;!"
 
@@ -17,10 +17,10 @@ _EDGES = " \t\r\n*_`$\"'.,;!"
 def base_reward(
     completions: Sequence[Completion], answer: Sequence[str], base: Sequence[int], **columns: Any
 ) -> list[float]:
-    """1.0 where the conclusion is the gold number, both read in the base of the problem.
+    """1.0 if the conclusion equals the gold number, both read in the problem's base, else 0.0.
 
-    Leading zeros, capital letters, blanks and commas between digits, and Python's prefixes are
-    forgiven.
+    Leading zeros, capital letters, spaces and commas between digits, and Python's prefixes are
+    accepted.
     """
     return [
         float(_whole(conclusion(text_of(completion)), radix) == int(gold, radix))
@@ -29,7 +29,7 @@ def base_reward(
 
 
 def conclusion(text: str) -> str:
-    """What is in the last \\boxed{}, else behind the last "Answer:"; empty without either."""
+    """The content of the last \\boxed{}, else after the last "Answer:"; empty without either."""
     boxed = last_boxed(text)
     found = ((stated(text) or "") if boxed is None else boxed).strip(_EDGES)
     return found if len(found) <= LONGEST else ""

@@ -1,4 +1,4 @@
-"""Reward functions by what a person writes: a built-in's name, a file, a module."""
+"""Looks up reward functions by the text a user writes: a built-in's name, a file, a module."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from localrl.records import RewardSpec
 
 @dataclass(frozen=True)
 class Builtin:
-    """What ships with the package: a function, a factory that takes settings, or both."""
+    """A reward that ships with the package: a function, a factory with settings, or both."""
 
     name: str
-    """Of its metrics, as in TRL."""
+    """Name used in metric keys, as in TRL."""
     module: str
     help: str
     function: str = ""
     factory: str = ""
     needs: tuple[str, ...] = ()
-    """Settings without which the factory cannot be called."""
+    """Required settings of the factory."""
 
     def target(self, text: str, arguments: str | None, defaults: str = "") -> str:
-        """Where the child finds it. Raises: ConfigError when settings lack, or are not taken."""
+        """Target for the child process. Raises: ConfigError if settings are missing or unused."""
         if arguments is None and self.function:
             return f"{self.module}:{self.function}"
         if not self.factory:
@@ -49,7 +49,7 @@ _SHAPING = "localrl.rewards.shaping"
 
 BUILTINS: Mapping[str, Builtin] = {
     "accuracy": Builtin(
-        "accuracy_reward", _ACCURACY, "the answer is the gold one", "accuracy_reward"
+        "accuracy_reward", _ACCURACY, "the answer matches the gold one", "accuracy_reward"
     ),
     "reasoning_accuracy": Builtin(
         "reasoning_accuracy_reward",
@@ -63,7 +63,7 @@ BUILTINS: Mapping[str, Builtin] = {
     "json": Builtin(
         "json_reward",
         "localrl.rewards.json_answers",
-        "the JSON equals the gold one, and fits a schema",
+        "the JSON equals the gold value and fits a schema",
         "json_reward",
         "get_json_reward",
         ("schema",),
@@ -71,11 +71,14 @@ BUILTINS: Mapping[str, Builtin] = {
     "math_verify": Builtin(
         "math_verify_reward",
         "localrl.rewards.latex",
-        "the answer is the gold one, in any LaTeX; needs localrl[math]",
+        "the answer matches the gold one, in any LaTeX; needs localrl[math]",
         "math_verify_reward",
     ),
     "final_answer": Builtin(
-        "final_answer", "localrl.rewards.answers", "what follows the last # is gold", "final_answer"
+        "final_answer",
+        "localrl.rewards.answers",
+        "the text after the last # is gold",
+        "final_answer",
     ),
     "think_format": Builtin(
         "think_format_reward", _SHAPING, "<think>...</think>, then text", "think_format_reward"
@@ -90,7 +93,7 @@ BUILTINS: Mapping[str, Builtin] = {
     "soft_overlong": Builtin(
         "soft_overlong_punishment_reward",
         _SHAPING,
-        "0 down to -1 near the longest length",
+        "0 down to -1 near the maximum length",
         factory="get_soft_overlong_punishment",
         needs=("max_completion_len", "soft_punish_cache"),
     ),
@@ -115,11 +118,11 @@ BUILTINS: Mapping[str, Builtin] = {
         needs=("best", "worst"),
     ),
 }
-"""By short name. The names of the functions and factories themselves are understood too."""
+"""Built-ins by short name. The functions' and factories' own names are accepted too."""
 
 _FULL_NAMES = {name: short for short, b in BUILTINS.items() for name in (b.function, b.factory)}
 _DEFAULTS = {"get_soft_overlong_punishment": "max_completion_len=1280, soft_punish_cache=256"}
-"""What TRL's command line takes for a bare name."""
+"""TRL's command-line defaults for a bare name."""
 
 _SHORT = re.compile(r"([A-Za-z_]\w*)(?:\((.*)\))?", re.DOTALL)
 _DOTTED = re.compile(r"((?:[A-Za-z_]\w*\.)+)([A-Za-z_]\w*(?:\(.*\))?)", re.DOTALL)
@@ -131,17 +134,17 @@ def parse_rewards(
     """The reward functions that these texts name, each with its weight.
 
     A text is the name of a built-in, `path/to/file.py:function`, `package.module:function`, or
-    TRL's `package.module.function`. A factory has its settings behind it: `name(key=value)` with
+    TRL's `package.module.function`. A factory is followed by its settings: `name(key=value)` with
     literal values; it is called once. Nothing is imported here; see `Scorer.check`.
 
-    weights: one for each, all 1 when not given.
+    weights: one for each text; all 1 by default.
 
-    The names are those of the functions and factories, of built-ins TRL's; where two would be the
-    same, the later one gets `_2` behind it, and so on.
+    Rewards are named after their functions and factories, built-ins as in TRL; if two names would
+    be equal, the later one gets the suffix `_2`, and so on.
 
     Raises:
-        ConfigError: a text that is none of these or comes twice, or weights of the wrong number or
-            not finite.
+        ConfigError: a text is none of these or is given twice, the number of weights is wrong, or
+            a weight is not finite.
     """
     if weights is not None and len(weights) != len(texts):
         raise ConfigError(
@@ -154,13 +157,13 @@ def parse_rewards(
     for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
         name, target = _find(text.strip())
         if any(target == reward.target for reward in rewards):
-            raise ConfigError(f"The reward {text!r} comes twice; leave one out.")
+            raise ConfigError(f"The reward {text!r} is given twice; remove one.")
         rewards.append(RewardSpec(_different(name, rewards), target, float(weight)))
     return tuple(rewards)
 
 
 def _find(text: str) -> tuple[str, str]:
-    """Name and target of what one text names."""
+    """Name and target of the reward that one text names."""
     short = _SHORT.fullmatch(text)
     if short:
         key = short[1] if short[1] in BUILTINS else _FULL_NAMES.get(short[1], "")
@@ -195,8 +198,8 @@ def _different(name: str, rewards: Sequence[RewardSpec]) -> str:
 
 def _unknown(text: str, name: str) -> ConfigError:
     close = get_close_matches(name, [*BUILTINS, *filter(None, _FULL_NAMES)], n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     return ConfigError(
-        f"Unknown reward {text!r}; {hint}Name your own as path/to/file.py:function or "
+        f"Unknown reward {text!r}{hint} Name your own as path/to/file.py:function or "
         f"module:function. Built in: {', '.join(BUILTINS)}."
     )

@@ -1,9 +1,9 @@
 """Rewards for programs: the completion is run against tests, in a sandbox or not at all.
 
-They run in the reward process and import the standard library only. The column `tests` holds, for
+They run in the reward process and import only the standard library. The column `tests` holds, for
 each example, assert statements as text or as a list of texts, or a list of
-`{"input": ..., "output": ...}` for programs that read stdin and write stdout; None or an empty list
-makes the reward None.
+`{"input": ..., "output": ...}` for programs that read stdin and write stdout; with None or an
+empty list the reward is None.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ Tests = str | Sequence[str] | Sequence[Mapping[str, str]] | None
 
 @dataclass(frozen=True)
 class CodeLimits:
-    """What one program with all of its tests may use, and one call with all of its programs."""
+    """Limits for one program with all of its tests, and for one call with all of its programs."""
 
     program_s: float = 5.0
     total_s: float = 25.0
-    """Below `task.reward_timeout_s`: programs that would not fit any more are not run."""
+    """Seconds per call, below `task.reward_timeout_s`; programs that no longer fit are not run."""
     memory_bytes: int = 512 << 20
     output_bytes: int = 1 << 20
     at_once: int = 0
-    """Programs at one time; 0 for one per core."""
+    """Number of programs run concurrently; 0 for one per core."""
 
 
 def code_reward(
@@ -81,12 +81,12 @@ def score_programs(
     limits: CodeLimits | None = None,
     sandbox: Sandbox | None = None,
 ) -> list[float | None]:
-    """A number from 0 to 1 for each completion's program; None without tests.
+    """Score each completion's program from 0 to 1; None without tests.
 
     A program for which no time was left gets NaN, which counts as a failed reward, never as 0.
 
     Raises:
-        ConfigError: no sandbox holds, and doing without was not asked for.
+        ConfigError: no sandbox works, and running without one was not requested.
         SandboxError: the sandbox did not start this time.
         ValueError: an example's tests cannot be read.
     """
@@ -110,7 +110,7 @@ def score_programs(
     late = sum(score is not None and math.isnan(score) for score in scores)
     if late:
         print(
-            f"{late} of {len(scores)} programs were not run: {limits.total_s:g} s were not enough. "
+            f"{late} of {len(scores)} programs were not run: {limits.total_s:g} s was not enough. "
             "Raise total_s of CodeLimits together with task.reward_timeout_s, or lower program_s.",
             file=sys.stderr,
         )
@@ -118,16 +118,16 @@ def score_programs(
 
 
 def check_code_rewards() -> str:
-    """One line about where programs of the model will run; call it before a run begins.
+    """Return one line on where the model's programs will run; call it before a run begins.
 
     Raises:
-        ConfigError: no sandbox holds, and doing without was not asked for.
+        ConfigError: no sandbox works, and running without one was not requested.
     """
     sandbox = choose_sandbox()
     if not sandbox.safe:
         return (
-            "UNSAFE: programs written by the model run with your rights, without a sandbox: they "
-            "can read and delete your files and use the network"
+            "UNSAFE: programs written by the model run with your permissions, without a sandbox: "
+            "they can read and delete your files and use the network"
         )
     return (
         f"programs run in {sandbox.name}: a test program could not read or write your files, "
@@ -136,10 +136,10 @@ def check_code_rewards() -> str:
 
 
 def allow_unsafe_code(allow: bool) -> None:
-    """Let programs run without a sandbox where none holds, or forbid it, for child processes too.
+    """Allow or forbid running without a sandbox if none works, in child processes too.
 
-    Call it in either case before the reward process starts, so that a variable that was left over
-    in the environment decides nothing.
+    Call it in either case before the reward process starts, so that a variable left over in the
+    environment has no effect.
     """
     if allow:
         os.environ[UNSAFE_VARIABLE] = "1"
@@ -148,7 +148,7 @@ def allow_unsafe_code(allow: bool) -> None:
 
 
 def choose_sandbox() -> Sandbox:
-    """A sandbox that has proved itself; none only when that was asked for and none holds."""
+    """A sandbox that has proved itself; the unsafe one only if none does and it was requested."""
     return _choose(os.environ.get(UNSAFE_VARIABLE) == "1")
 
 
@@ -160,13 +160,13 @@ def _choose(unsafe: bool) -> Sandbox:
         if unsafe:
             return unsafe_sandbox()
         raise ConfigError(
-            f"{error} Or give --unsafe-code to run them with your own rights, without any "
+            f"{error} Or pass --unsafe-code to run them with your own permissions, without any "
             "protection."
         ) from None
 
 
 def program_of(text: str) -> str:
-    """The last block fenced as Python, else the last fenced block, else the whole text."""
+    """The last block fenced as Python, else the last unnamed fenced block, else the whole text."""
     blocks = FENCE.findall(text)
     python = [body for name, body in blocks if name.lower() in PYTHON_NAMES]
     plain = [body for name, body in blocks if not name]
@@ -175,7 +175,7 @@ def program_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Asserts:
-    """Tests as statements: (source, whether it counts as a test)."""
+    """Tests as statements: pairs (source, True if it counts as a test)."""
 
     statements: tuple[tuple[str, bool], ...]
 
@@ -184,7 +184,7 @@ class Asserts:
         return sum(counted for _, counted in self.statements)
 
     def passed(self, program: str, sandbox: Sandbox, limits: CodeLimits) -> int:
-        """Tests passed: they run beside the program, in a process of their own."""
+        """Number of tests passed; tests and program run in separate processes."""
         bounds = _bounds(limits, limits.program_s)
         to_program, to_tests = os.pipe(), os.pipe()
         ends = [*to_program, *to_tests]
@@ -209,7 +209,7 @@ class Asserts:
 
 
 def _wait_for_both(solution: Process, judge: Process) -> str:
-    """What the tests' side wrote; the program's side is watched until then, and ended."""
+    """Output of the tests' process; the program's process is watched until then and then killed."""
     problems: list[BaseException] = []
 
     def watch() -> None:
@@ -232,7 +232,7 @@ def _wait_for_both(solution: Process, judge: Process) -> str:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tests as (input, output) of whole runs of the program."""
+    """Tests as (input, output) pairs of whole program runs."""
 
     pairs: tuple[tuple[str, str], ...]
 
@@ -241,7 +241,7 @@ class Pairs:
         return len(self.pairs)
 
     def passed(self, program: str, sandbox: Sandbox, limits: CodeLimits) -> int:
-        """Tests passed: one run for each; the outputs are compared here, outside of the sandbox."""
+        """Number of tests passed, one run each; outputs are compared here, outside the sandbox."""
         deadline = time.monotonic() + limits.program_s
         passed = 0
         for given, expected in self.pairs:
@@ -258,10 +258,10 @@ Case = Asserts | Pairs
 
 
 def read_tests(value: Tests) -> Case | None:
-    """The tests of one example; None when it has none.
+    """Parse the tests of one example; None if it has none.
 
     Raises:
-        ValueError: they are neither statements nor pairs of input and output.
+        ValueError: they are neither statements nor input-output pairs.
     """
     if value is None:
         return None
@@ -282,11 +282,11 @@ def read_tests(value: Tests) -> Case | None:
 
 
 def _split(text: str) -> list[tuple[str, bool]]:
-    """The statements of a text; imports, definitions and assignments are no tests by themselves."""
+    """Split a text into statements; imports, definitions and assignments do not count as tests."""
     try:
         body = ast.parse(text).body
     except SyntaxError as error:
-        raise ValueError(f"the tests cannot be read: {error}; they are {text[:80]!r}") from None
+        raise ValueError(f"the tests cannot be parsed: {error}; they are {text[:80]!r}") from None
     return [(ast.unparse(node), not isinstance(node, NOT_COUNTED)) for node in body]
 
 

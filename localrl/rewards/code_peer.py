@@ -1,12 +1,12 @@
-"""Two processes that call each other's functions: the program of a completion, and its tests.
+"""Two processes that call each other's functions: a completion's program, and its tests.
 
-The program and the tests never share an interpreter. The tests see the program's names as stand-ins
+The program and the tests never share an interpreter. The tests see the program's names as proxies
 (`Remote`); calls travel over a pair of pipes as JSON, plain values by value and everything else by
-number. So results are compared where the program cannot reach: it only ever learns the arguments of
-calls, never what is expected of it. A comparison of a stand-in with a plain value is therefore
-False, and arithmetic with one an error, instead of a question to the program.
+number. Results are thus compared out of the program's reach: it learns only the arguments of
+calls, never the expected results. Comparing a proxy with a plain value is therefore always False,
+and arithmetic with one is an error, instead of a query to the program.
 
-This file is handed as text to both processes; it imports the standard library only.
+This file is passed as text to both processes; it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ TESTS = "tests"
 
 
 class Gone(BaseException):
-    """The other process ended or talks nonsense; no `except Exception` of a test catches it."""
+    """The other process ended or sent an invalid message; `except Exception` does not catch it."""
 
 
 class RemoteError(Exception):
-    """An exception of a class that only the other process has."""
+    """An exception whose class exists only in the other process."""
 
 
 class Remote:
-    """Stands for an object of the other process."""
+    """A proxy for an object in the other process."""
 
     __slots__ = ("_remote_id", "_remote_peer")
 
@@ -133,10 +133,10 @@ def allow_all(operation: str, thing: Any, args: list[Any]) -> bool:
 
 
 def allow_calls(operation: str, thing: Any, args: list[Any]) -> bool:
-    """What the tests let the program do with what they gave it: call and read it.
+    """Limit what the program may do with the tests' objects: it may call and read them.
 
-    Attributes are for objects of the tests' own classes alone, and never those whose names begin
-    with an underscore: they lead to the tests' variables.
+    Attributes are allowed only on objects of the tests' own classes, and never if the name begins
+    with an underscore: those lead to the tests' variables.
     """
     if operation in ("call", *READING):
         return True
@@ -159,7 +159,7 @@ class Peer:
     def ask(
         self, operation: str, thing: Remote, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Have the other process do something with an object of its own."""
+        """Ask the other process to perform an operation on one of its objects."""
         self.send(
             {
                 "op": operation,
@@ -181,14 +181,14 @@ class Peer:
         return result
 
     def serve(self, request: dict[str, Any]) -> None:
-        """Do what one request asks, and answer."""
+        """Carry out one request and reply."""
         args: list[Any] = []
         try:
             thing = self._shown[request["on"]]
             args = [self.decode(value) for value in request["args"]]
             kwargs = {name: self.decode(value) for name, value in request["kwargs"].items()}
             if not self._allow(request["op"], thing, args):
-                raise TypeError("the tests do not give that")
+                raise TypeError("the tests do not allow that")
             value = OPERATIONS[request["op"]](thing, *args, **kwargs)
             reply: dict[str, Any] = {"value": self.encode(value)}
         except Exception as error:
@@ -207,7 +207,7 @@ class Peer:
             raise Gone from None
 
     def receive(self) -> dict[str, Any]:
-        """The next message; raises `Gone` when there is none or it is none."""
+        """Read the next message. Raises `Gone` if there is none or it is invalid."""
         header = self._reading.read(HEADER.size)
         if len(header) < HEADER.size or HEADER.unpack(header)[0] > MESSAGE_LIMIT:
             raise Gone
@@ -220,7 +220,7 @@ class Peer:
         return message
 
     def encode(self, value: Any) -> Any:
-        """JSON for a value: plain ones as they are or in a dictionary with their kind."""
+        """Encode a value as JSON: as it is, in a dictionary with its kind, or by number."""
         for kind, write in WRITERS.items():
             if isinstance(value, kind):
                 return write(self, value)
@@ -232,7 +232,7 @@ class Peer:
         return {"mine": number}
 
     def decode(self, data: Any) -> Any:
-        """The value of JSON; raises an exception for what is no value."""
+        """Decode a value from JSON. Raises an exception if it is invalid."""
         if isinstance(data, list):
             return [self.decode(item) for item in data]
         if not isinstance(data, dict):
@@ -290,7 +290,7 @@ READERS: dict[str, Callable[[Peer, Any], Any]] = {
 
 
 def overwrite(old: Any, new: Any) -> None:
-    """Give a list, dictionary or set the content that the called function left in it."""
+    """Copy into a list, dictionary or set the content that the called function left in it."""
     if type(old) is not type(new) or old == new:
         return
     if isinstance(old, (list, bytearray)):
@@ -301,7 +301,7 @@ def overwrite(old: Any, new: Any) -> None:
 
 
 def exception(name: str, message: str) -> Exception:
-    """The built-in exception of that name, or a `RemoteError`."""
+    """The built-in exception with that name, or a `RemoteError`."""
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
@@ -312,7 +312,7 @@ def exception(name: str, message: str) -> Exception:
 
 
 def run_solution(asked: dict[str, Any]) -> None:
-    """The program's side: run it as a module, show its names, then serve calls."""
+    """Run the program as a module, send its names, then serve calls."""
     peer = Peer(asked["read"], asked["write"], allow_all)
     module = types.ModuleType(SOLUTION)
     sys.modules[SOLUTION] = module
@@ -329,7 +329,7 @@ def run_solution(asked: dict[str, Any]) -> None:
 
 
 def run_tests(asked: dict[str, Any]) -> None:
-    """The tests' side: one character on stdout for each counted test, 1 for passed."""
+    """Run the tests; write one character per counted test to stdout, 1 for passed, 0 for failed."""
     results = os.dup(1)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
@@ -351,7 +351,7 @@ def run_tests(asked: dict[str, Any]) -> None:
 
 
 def is_free(name: str) -> bool:
-    """Whether a program may give the tests something of this name; nothing built-in is replaced."""
+    """True if a program may define this name for the tests; built-ins are never replaced."""
     return name.isidentifier() and not name.startswith("__") and name not in vars(builtins)
 
 

@@ -1,4 +1,4 @@
-"""The reward of countdown: whether an expression makes the target. Plain Python, for a child."""
+"""Reward for countdown: checks that an expression makes the target. Runs in a child process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from localrl.rewards.answers import Completion, text_of
 from localrl.rewards.bases import conclusion
 
 LONGEST = 200
-"""Characters of an expression; a longer one is wrong."""
+"""Maximum characters in an expression; a longer one is wrong."""
 
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: add,
@@ -35,7 +35,7 @@ def countdown_reward(
     numbers: Sequence[Sequence[int]],
     **columns: Any,
 ) -> list[float]:
-    """1.0 where the conclusion is an expression that makes the target, else 0.0.
+    """1.0 if the conclusion is an expression that makes the target, else 0.0.
 
     It may use + - * / and brackets, and each of the numbers at most once. `= target` may follow.
     """
@@ -46,7 +46,7 @@ def countdown_reward(
 
 
 def value_of(text: str, numbers: Sequence[int]) -> Fraction | None:
-    """The exact value of an expression; None when it breaks a rule or has no value."""
+    """The exact value of an expression; None if it breaks a rule or has no value."""
     if len(text) > LONGEST or not _EXPRESSION.fullmatch(text):
         return None
     try:
@@ -67,7 +67,7 @@ def _reaches(text: str, target: int, numbers: Sequence[int]) -> bool:
 
 
 def _value(node: ast.expr, left: Counter[int]) -> Fraction:
-    """The value of a node; takes the numbers that it uses from those that are left."""
+    """The value of a node; removes the numbers it uses from `left`."""
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
         operation = _OPERATIONS[type(node.op)]
         return operation(_value(node.left, left), _value(node.right, left))

@@ -1,4 +1,4 @@
-"""Where a completion states its answer. Plain Python, linear in the length of the text."""
+"""Finds the answer that a completion states. Plain Python, linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _LETTER_ANYWHERE = re.compile(r"\(([A-Z])\)")
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last closed \\boxed{...}, braces inside it balanced.
+    """The content of the last closed \\boxed{...}, with balanced braces; None without one.
 
-    The last `BOXES_TRIED` boxes are looked at, and `MAX_ANSWER` characters of each.
+    Only the last `BOXES_TRIED` boxes are checked, and `MAX_ANSWER` characters of each.
     """
     place = len(text)
     for _ in range(BOXES_TRIED):
@@ -38,9 +38,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """What an <answer> tag, a `####` or the last "answer is" or "answer:" introduces.
+    """The text after an <answer> tag, a `####` or the last "answer is" or "answer:", else None.
 
-    Only what follows the last </think> is looked at, and of the last two only one line.
+    Only text after the last </think> is searched; after `####` and "answer" only one line is taken.
     """
     text = without_thought(text)
     _, tag, tail = text.rpartition("<answer>")
@@ -59,18 +59,18 @@ def last_line(text: str) -> str:
 
 
 def without_thought(text: str) -> str:
-    """What follows the last </think>, or everything when there is none."""
+    """The text after the last </think>, or all of it if there is none."""
     return text.rpartition(THOUGHT_END)[2]
 
 
 def as_words(text: str) -> str:
-    """The text in the form in which texts are compared: no case, spaces, quotes or final dot."""
+    """Normalise a text for comparison: no case, spaces, quotes or final dot."""
     bare = simplify(text[:MAX_ANSWER].strip(_DECORATION))
     return "".join(bare.split()).strip(".,;\"'*_`").casefold()
 
 
 def choice(text: str) -> str | None:
-    """The letter of multiple choice that this text is or begins with: B, (b), B., B) Paris."""
+    """The multiple-choice letter that this text is or begins with: B, (b), B., B) Paris."""
     text = simplify(text[:MAX_ANSWER])
     alone = _LETTER.fullmatch(text)
     if alone:
@@ -80,7 +80,7 @@ def choice(text: str) -> str | None:
 
 
 def last_choice(text: str) -> str | None:
-    """The letter of the last line: that it is or begins with, else the last (X) in it."""
+    """The letter that the last line is or begins with, else the last (X) in it."""
     line = last_line(text)[-MAX_ANSWER:]
     found = choice(line)
     if found is None:
@@ -94,7 +94,7 @@ def _first_line(text: str) -> str:
 
 
 def _braced(text: str) -> str | None:
-    """The content of the braces that a text begins with; None when they do not close."""
+    """The content of the braces that a text begins with; None if they do not close."""
     start = len(text) - len(text.lstrip())
     if text[start : start + 1] != "{":
         return None

@@ -16,7 +16,7 @@ BLOCKS_TRIED = 20
 BARE_TRIED = 500
 _OPENING = re.compile(r'\{\s*["}]|\[\s*[]\[{"\-0-9tfn]')
 NOTHING = object()
-"""Where there is no JSON; None is JSON's null."""
+"""Marks the absence of JSON; None is JSON's null."""
 
 
 def json_reward(
@@ -26,20 +26,20 @@ def json_reward(
     schema: Sequence[Any] | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 where a completion's JSON equals the gold value and fits the schema, 0.0 where not.
+    """1.0 if a completion's JSON equals the gold value and fits the schema, else 0.0.
 
     The JSON of a completion is, after the last </think>, all of its text, or its last ``` block
     that is JSON, or the last object or array in it.
 
-    answer: gold values, or texts that hold them as JSON; where missing, those of `solution`.
-        Numbers are equal by value, and true is not 1; the order of keys does not count.
-    schema: JSON Schemas, or texts that hold them; see `localrl.rewards.schema` for the keywords.
+    answer: gold values, or JSON texts of them; `solution` is used where one is missing.
+        Numbers are compared by value, and true is not 1; the order of keys does not matter.
+    schema: JSON Schemas, or JSON texts of them; see `localrl.rewards.schema` for the keywords.
         Without a gold value it is enough to fit the schema.
 
-    None where there is neither a gold value that can be read nor a schema.
+    None if there is neither a readable gold value nor a schema.
 
     Raises:
-        ValueError: a schema is not JSON, or has a keyword that is not supported.
+        ValueError: a schema is not JSON, or has an unsupported keyword.
     """
     nothing = [None] * len(completions)
     rows = zip(completions, answer or nothing, solution or nothing, schema or nothing, strict=True)
@@ -53,7 +53,7 @@ def get_json_reward(schema: Mapping[str, Any] | str) -> Callable[..., list[float
     """`json_reward` with one schema for all completions.
 
     Raises:
-        ValueError: the schema is not JSON, or has a keyword that is not supported.
+        ValueError: the schema is not JSON, or has an unsupported keyword.
     """
     rule = _schema(schema)
 
@@ -72,7 +72,7 @@ _json_reward = json_reward
 
 
 def find_json(text: str) -> Any:
-    """The JSON value of a completion, see `json_reward`; `NOTHING` when there is none."""
+    """The JSON value of a completion, see `json_reward`; `NOTHING` if there is none."""
     text = without_thought(text)
     whole = parse(text)
     if whole is not NOTHING:
@@ -87,7 +87,7 @@ def find_json(text: str) -> Any:
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text; `NOTHING` when it is not JSON. NaN and infinity are not."""
+    """Parse a JSON text; `NOTHING` if it is not JSON. NaN and infinity are not JSON."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -95,9 +95,9 @@ def parse(text: str) -> Any:
 
 
 def _last_bare(text: str) -> Any:
-    """The last object or array that stands in a text outside of any other.
+    """The last object or array in a text that is not inside another.
 
-    What follows the first `BARE_TRIED` places where one could begin is not looked at.
+    Only the first `BARE_TRIED` positions where one could begin are tried.
     """
     decoder, found, place = json.JSONDecoder(parse_constant=_refuse), NOTHING, 0
     for _ in range(BARE_TRIED):
@@ -134,7 +134,7 @@ def _gold(value: Any) -> Any:
 
 
 def _schema(value: Any) -> Any:
-    """A checked schema; None when there is none."""
+    """Parse and check a schema; None if there is none."""
     schema = parse(value) if isinstance(value, str) else value
     if schema is NOTHING:
         raise ValueError(f"the schema {value!r:.80} is not JSON")

@@ -1,4 +1,4 @@
-"""Answers in any LaTeX, read by math-verify, an extra: `--reward math_verify`."""
+"""Compares answers in any LaTeX with math-verify, an extra: `--reward math_verify`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 def math_verify_reward(
     completions: Sequence[Any], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1.0 where the answer equals the gold one, else 0.0; None where the gold one cannot be read.
+    """1.0 if the answer equals the gold answer, else 0.0; None if the gold answer is unreadable.
 
-    As TRL's accuracy_reward reads them, but answers count without a box too. pip install
-    'localrl[math]'.
+    Answers are parsed as by TRL's accuracy_reward, but need no box. Requires
+    pip install 'localrl[math]'.
     """
     from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,4 @@
-"""What reward functions log besides their rewards: numbers, and columns beside completions."""
+"""Values that reward functions log besides their rewards: numbers, and columns per completion."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 from localrl.records import Group
 
 Row = tuple[str, str]
-"""Of a completion: the example's id, and the text."""
+"""Key of a completion: (example id, text)."""
 
 
 @dataclass(frozen=True)
 class Logs:
-    """Everything that was logged in some calls."""
+    """Everything that was logged over some calls."""
 
     metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Finite numbers by the name they were logged under, in order."""
+    """Finite numbers by metric name, in the order logged."""
     rows: Mapping[Row, Mapping[str, Any]] = field(default_factory=dict)
-    """By completion: values by column. What was logged last counts."""
+    """Values by column, for each completion; the last logged value wins."""
 
     def means(self) -> dict[str, float]:
         """Mean of each metric over the calls that logged it."""
         return {name: sum(v / len(values) for v in values) for name, values in self.metrics.items()}
 
     def of(self, group: Group) -> list[Mapping[str, Any]]:
-        """The logged columns of each leaf of a group, however its leaves were put together.
+        """The logged columns of each leaf of a group, in the order of its leaves.
 
-        Completions of one prompt with the same text share what was logged last for either.
+        Completions of one prompt with the same text share the values logged last for either.
         """
         return [self.rows.get((group.example.id, leaf.text), {}) for leaf in group.leaves]
 
 
 class LogCollector:
-    """Checks and collects what calls have logged until it is taken.
+    """Checks and collects logged values until they are taken.
 
-    warn: gets one line for the first entry of each name that is dropped.
+    warn: called with one line for the first dropped entry of each name.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -48,7 +48,7 @@ class LogCollector:
         self._rows: dict[Row, dict[str, Any]] = {}
 
     def add(self, function: str, logs: Mapping[str, Any], rows: Sequence[Row]) -> None:
-        """Take in `Reply.logs` of one call for these completions."""
+        """Add `Reply.logs` of one call for these completions."""
         for name, value in logs.get("metrics", ()):
             if math.isfinite(value):
                 self._metrics.setdefault(name, []).append(value)
@@ -61,11 +61,11 @@ class LogCollector:
             if len(values) == len(rows):
                 self._add_column(column, values, rows)
             else:
-                told = f"{len(values)} values of the column {column!r} for {len(rows)} completions"
+                told = f"{len(values)} values in the column {column!r} for {len(rows)} completions"
                 self._drop(function, column, told)
 
     def take(self) -> Logs:
-        """What came since the last time."""
+        """Return everything logged since the last call, and clear it."""
         logs = Logs(self._metrics, self._rows)
         self._metrics, self._rows = {}, {}
         return logs
@@ -78,13 +78,13 @@ class LogCollector:
         if (function, name) not in self._warned:
             self._warned.add((function, name))
             self._warn(
-                f"Reward {function!r} logged {told}: dropped. "
-                "More entries of this name are dropped without a word."
+                f"Reward {function!r} logged {told}; the entry was dropped. "
+                "Further entries with this name are dropped without a warning."
             )
 
 
 def _without_nan(value: Any) -> Any:
-    """The value with null for NaN and infinity, which JSON does not know."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     return json.loads(json.dumps(value), parse_constant=lambda constant: None)

@@ -1,6 +1,6 @@
-"""Numbers as people and models write them, read exactly. Plain Python: it runs in a child process.
+"""Parses numbers as people and models write them, exactly. Plain Python: runs in a child process.
 
-Everything here is linear in the length of its text, and what is converted is bounded first.
+Every function is linear in the length of its text, and sizes are bounded before conversion.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 MAX_DIGITS = 1000
 MAX_EXPONENT = 1000
 MAX_ANSWER = 2000
-"""Characters; a longer text is no answer."""
+"""Maximum characters in an answer; a longer text is not one."""
 MAX_TAIL = 4000
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
@@ -87,19 +87,19 @@ _POWER = re.compile(r"(?<![\w.])10\^(?:\{([+-]?[0-9]+)\}|([+-]?[0-9]+))")
 
 
 class Number(NamedTuple):
-    """An exact value, and the unit that was written behind it, "" for none."""
+    """An exact value and the unit written after it, "" for none."""
 
     value: Fraction
     unit: str = ""
 
     def agrees(self, other: Number) -> bool:
-        """Equal values, and units that do not contradict: one may be missing."""
+        """True if the values are equal and the units do not conflict; one may be missing."""
         units = {self.unit, other.unit} - {""}
         return self.value == other.value and len(units) < 2
 
 
 def simplify(text: str) -> str:
-    """The text without LaTeX's decoration and currency signs, its white space single blanks."""
+    """Strip LaTeX formatting and currency signs, and collapse white space to single spaces."""
     text = text.replace("\\$", "").translate(_CHARACTERS)
     if "\\" in text or "{,}" in text:
         for old, new in _REPLACED:
@@ -115,18 +115,18 @@ def simplify(text: str) -> str:
 
 
 def _ratio_text(match: re.Match[str]) -> str:
-    """Apart from a whole number before it, but not from its sign."""
+    """Write a fraction as a/b, separated from a whole number before it but not from a sign."""
     before = match.string[match.start() - 1 : match.start()]
     gap = "" if before in ("+", "-") else " "
     return f"{gap}{match[1]}/{match[2]}"
 
 
 def read_number(text: str) -> Number | None:
-    """The number that this text is, with a unit or without; None when it is anything else.
+    """Parse a text that is one number, with or without a unit; None if it is anything else.
 
-    Read are integers, decimals, thousands in commas, scientific notation (1.5e3, 1.5 x 10^3),
-    fractions a/b and \\frac{a}{b}, mixed numbers, %, degrees, currency signs, and `x =` in front.
-    At most `MAX_DIGITS` digits and exponents up to `MAX_EXPONENT`.
+    Accepts integers, decimals, thousands with commas, scientific notation (1.5e3, 1.5 x 10^3),
+    fractions a/b and \\frac{a}{b}, mixed numbers, %, degrees, currency signs, and a leading `x =`;
+    at most `MAX_DIGITS` digits and exponents up to `MAX_EXPONENT`.
     """
     if len(text) > MAX_ANSWER:
         return None
@@ -144,7 +144,7 @@ def read_number(text: str) -> Number | None:
 def last_number(text: str) -> Number | None:
     """The last number in the last `MAX_TAIL` characters of a text, without its unit.
 
-    Digits inside a word (x2), exponents and what has one are passed over; powers of ten count.
+    Digits inside a word (x2), exponents and their bases are skipped; powers of ten count.
     """
     found = deque(_IN_TEXT.finditer(simplify(text[-MAX_TAIL:])), maxlen=1)
     value = _value(found[0]) if found else None
@@ -166,7 +166,7 @@ def _ratio(top: str, bottom: str) -> Fraction | None:
 
 
 def _decimal(text: str) -> Fraction | None:
-    """The value of a decimal with or without exponent; None when it is too long to convert."""
+    """The value of a decimal with or without an exponent; None if it is too long to convert."""
     digits, _, exponent = text.replace(",", "").replace(" ", "").lower().partition("e")
     if len(digits) > MAX_DIGITS or len(exponent) > 6 or abs(int(exponent or 0)) > MAX_EXPONENT:
         return None
@@ -178,7 +178,7 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def _unit(rest: str) -> str | None:
-    """What is written behind a number as a unit; None when it is something else."""
+    """The unit written after a number, "" for none; None if the text is something else."""
     unit = rest.strip(" .").lower()
     if not unit or unit[0] in "%°":
         return unit.replace(" ", "") if len(unit) < 4 else None

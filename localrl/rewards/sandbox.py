@@ -1,8 +1,8 @@
-"""Runs programs that nobody has read, in a sandbox that has proved itself on this machine.
+"""Runs untrusted programs in a sandbox that has proved itself on this machine.
 
 `find_sandbox` tries what the system offers (`sandbox-exec` on macOS, bubblewrap or `unshare` on
-Linux) and takes the first that passes `sandbox_proof.prove`. In each of them a program sees Python
-and the system's libraries read-only, one fresh folder, no network and no other process.
+Linux) and takes the first that passes `sandbox_proof.prove`. In each, a program sees Python and
+the system's libraries read-only, one fresh folder, no network and no other process.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ Wrap = Callable[[Path, Sequence[str]], list[str]]
 class Sandbox:
     """A way to run programs.
 
-    wrap: makes a command out of a folder (programs write to its `work` alone) and a command.
-    own_processes: process numbers of its own, and with them a file system of its own.
+    wrap: builds the sandboxed command from a folder (programs write only to its `work`) and a
+        command.
+    own_processes: True if it has its own process numbers, and with them its own file system.
     """
 
     name: str
@@ -50,9 +51,9 @@ class Sandbox:
         output_limit_bytes: int,
         stdin: str = "",
     ) -> Outcome:
-        """Run a program to its end or to the first limit that it meets.
+        """Run a program until it ends or exceeds a limit.
 
-        Nothing that it has started is left when this returns, and its folder is deleted.
+        By the time this returns, everything it started has ended and its folder is deleted.
         """
         limits = SandboxLimits(time_limit_s, memory_limit_bytes, output_limit_bytes)
         with self.start(program, limits, stdin=stdin) as process:
@@ -61,7 +62,7 @@ class Sandbox:
     def start(
         self, program: str, limits: SandboxLimits, *, stdin: str = "", pass_fds: Sequence[int] = ()
     ) -> Process:
-        """Start a program; wait for it or leave its context to end it."""
+        """Start a program; wait for it, or leave its context to kill it."""
         return Process(
             self.wrap,
             program,
@@ -73,10 +74,10 @@ class Sandbox:
 
 
 def find_sandbox() -> Sandbox:
-    """The first sandbox of this system that proves itself; the answer is remembered.
+    """The first sandbox of this system that proves itself; the result is cached.
 
     Raises:
-        ConfigError: none does; it says what failed in each, and what to install or switch on.
+        ConfigError: none does; it says what failed in each, and what to install or enable.
     """
     return _find()
 
@@ -87,7 +88,7 @@ def _find() -> Sandbox:
 
 
 def first_proven(found: Iterable[Sandbox | str], platform: str = sys.platform) -> Sandbox:
-    """The first that proves itself; text stands for one that is not there, and says why."""
+    """The first sandbox that proves itself; a text in `found` says why one is unavailable."""
     from localrl.rewards.sandbox_proof import prove
 
     tried: list[str] = []
@@ -100,7 +101,7 @@ def first_proven(found: Iterable[Sandbox | str], platform: str = sys.platform) -
             return sandbox
         tried.append(f"{sandbox.name}: {problem}")
     raise ConfigError(
-        "No sandbox holds on this machine, so programs written by the model are not run. Tried: "
+        "No working sandbox was found, so programs written by the model are not run. Tried: "
         f"{'; '.join(tried) or 'nothing'}. {advice(platform, tried)}"
     )
 
@@ -108,7 +109,7 @@ def first_proven(found: Iterable[Sandbox | str], platform: str = sys.platform) -
 def candidates(
     platform: str = sys.platform, which: Callable[[str], str | None] = shutil.which
 ) -> list[Sandbox | str]:
-    """The sandboxes to try, best first; text for one whose program is missing."""
+    """The sandboxes to try, best first; a text for each whose program is missing."""
     if platform == "darwin":
         if which(SANDBOX_EXEC) is None:
             return [f"sandbox-exec: there is no {SANDBOX_EXEC}"]
@@ -126,16 +127,16 @@ def candidates(
 
 
 def unsafe_sandbox() -> Sandbox:
-    """No sandbox: limits on time, memory and output only. For an explicit wish alone."""
+    """No sandbox: limits on time, memory and output only. Use only on explicit request."""
     return Sandbox("none", lambda folder, command: [*command], own_processes=False, safe=False)
 
 
 def advice(platform: str, tried: Sequence[str]) -> str:
-    """What to install or to switch on."""
+    """Advice on what to install or enable."""
     if platform == "darwin":
         return (
-            "macOS brings sandbox-exec along, so there is nothing to install; it cannot be nested: "
-            "start localrl outside any other sandbox, such as that of a coding agent."
+            "macOS includes sandbox-exec, so there is nothing to install, but it cannot be nested: "
+            "start localrl outside any other sandbox, such as a coding agent's."
         )
     if platform != "linux":
         return f"Code rewards need macOS or Linux; this is {platform}."
@@ -148,13 +149,13 @@ def advice(platform: str, tried: Sequence[str]) -> str:
             "(apt install apparmor-profiles, then link bwrap-userns-restrict from "
             "/usr/share/apparmor/extra-profiles into /etc/apparmor.d and reload it) or, for "
             "everything, sysctl kernel.apparmor_restrict_unprivileged_userns=0; in a container, "
-            "let it make user namespaces"
+            "allow it to create user namespaces"
         )
-    return f"To mend it, {'; and '.join(steps) or 'make one of them work'}; then start again."
+    return f"To fix this, {'; and '.join(steps) or 'make one of them work'}; then start again."
 
 
 def readable_folders() -> list[str]:
-    """What a program may read outside its folder: the system's libraries and Python itself."""
+    """Folders a program may read outside its own: the system's libraries and Python itself."""
     python = {os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)}
     system = [folder for folder in SYSTEM if os.path.isdir(folder)]
     extra = [folder for folder in python if not folder.startswith(("/usr/", "/nix/store/"))]
@@ -207,7 +208,7 @@ umount -l .
 cd /work
 exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- sh -c '"$@"; exit $?' sh "$@"
 """
-"""Builds a root of its own, leaves the old one, drops all rights and runs the command."""
+"""Script that builds a new root, leaves the old one, drops all privileges and runs the command."""
 
 
 def _unshare(folder: Path, command: Sequence[str]) -> list[str]:
@@ -236,7 +237,7 @@ def _sandbox_exec(folder: Path, command: Sequence[str]) -> list[str]:
 
 
 def profile(work: Path) -> str:
-    """The rules for `sandbox-exec`; of several that match, the last one counts."""
+    """The rules for `sandbox-exec`; if several match, the last one applies."""
     prefixes = sorted({os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)})
     python = " ".join(f"(subpath {_quoted(path)})" for path in prefixes)
     place = f"(subpath {_quoted(os.path.realpath(work))})"

@@ -1,8 +1,8 @@
-"""Sets limits, then runs `program.py` of the current folder as `__main__`.
+"""Sets limits, then runs `program.py` from the current folder as `__main__`.
 
-Its text is handed to a fresh interpreter inside the sandbox, with words like `CPU=6` for the
-resource limits, `ALARM=7` for the seconds after which the process ends even if nobody kills it, and
-`STARTED=5` for the descriptor that tells that the sandbox is up.
+This file is passed as text to a fresh interpreter inside the sandbox, with arguments like `CPU=6`
+for resource limits, `ALARM=7` for the seconds after which the process ends even if nobody kills
+it, and `STARTED=5` for the descriptor that signals that the sandbox is up.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""One program under limits: started, watched from outside, killed with all that it started.
+"""Runs one program under limits: starts it, monitors it, kills it with everything it started.
 
-The limits that a process sets for itself (time on the processor, address space, size and number of
-files) are the inner layer; the clock, memory, number of processes, output and folder of the whole
-tree are looked at from here, because a program cannot undo that.
+The limits that a process sets on itself (CPU time, address space, size and number of files) are
+the inner layer; wall time, memory, number of processes, output and folder of the whole tree are
+monitored from here, where a program cannot undo it.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself did not start; that says nothing about the program."""
+    """The sandbox itself did not start, which is not the program's fault."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended, and what it wrote."""
+    """The end status of a program and its output."""
 
     status: Status
-    """"ok" for exit status 0; "output" when it wrote too much, to its outputs or its folder."""
+    """"ok" for exit status 0; "output" if it wrote too much, to its outputs or its folder."""
     stdout: str
     stderr: str
-    """The last 2000 bytes."""
+    """Last 2000 bytes of stderr."""
     seconds: float
-    """From the start of the program, the sandbox being up, to its end."""
+    """Seconds from the start of the program, once the sandbox is up, to its end."""
 
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     time_s: float
     memory_bytes: int
     output_bytes: int
 
     def words(self, own_processes: bool) -> list[str]:
-        """Arguments of `sandbox_child.py`; own_processes: processes are counted per sandbox."""
+        """Arguments for `sandbox_child.py`; own_processes: processes are counted per sandbox."""
         seconds = math.ceil(self.time_s) + 1
         values = {
             "CPU": seconds,
@@ -82,10 +82,10 @@ class SandboxLimits:
 
 
 class Process:
-    """A program that runs in a fresh folder. Use it as a context manager: leaving kills it.
+    """A program running in a fresh folder. Use it as a context manager: leaving kills it.
 
-    wrap: makes the command that runs a command in the sandbox, given the fresh folder.
-    own_processes: the sandbox has process numbers of its own, so that nothing outlives its first
+    wrap: builds the command that runs a command in the sandbox, given the fresh folder.
+    own_processes: True if the sandbox has its own process numbers, so nothing outlives its first
         process.
     pass_fds: descriptors that the program inherits.
     """
@@ -126,7 +126,7 @@ class Process:
         except OSError as error:
             self._started_pipe.close()
             remove_folder(self._folder)
-            raise SandboxError(f"it could not be started: {error}") from error
+            raise SandboxError(f"the sandbox could not be started: {error}") from error
         finally:
             os.close(writing)
         self._started: float | None = None
@@ -155,7 +155,7 @@ class Process:
         remove_folder(self._folder)
 
     def wait(self) -> Outcome:
-        """Until the program has ended or was killed for what it used.
+        """Wait until the program has ended or was killed for exceeding a limit.
 
         Raises:
             SandboxError: the program was never started.
@@ -164,7 +164,7 @@ class Process:
         if status is None:
             code = self._process.wait()
             before = -1
-            while before < self._written <= self._limits.output_bytes:  # what was written last
+            while before < self._written <= self._limits.output_bytes:  # read what is left
                 before = self._written
                 self._read(0)
             status = self._verdict(code)
@@ -172,14 +172,14 @@ class Process:
         out, err = (bytes(self._output[name]) for name in ("stdout", "stderr"))
         tail = _text(err[-STDERR_TAIL:])
         if self._started is None:
-            raise SandboxError(f"it did not start: {tail.strip() or status}")
+            raise SandboxError(f"the sandbox did not start: {tail.strip() or status}")
         return Outcome(status, _text(out), tail, time.monotonic() - self._started)
 
     def kill(self) -> None:
-        """End the program and everything that it has started; once it has ended, do nothing."""
+        """Kill the program and everything it started; does nothing if it has ended."""
         if self._own_processes and self._process.poll() is None:
-            # Of such a sandbox the kernel ends all when its first process goes, and the one that
-            # we started returns only then.
+            # The kernel ends everything in such a sandbox when its first process ends, and the
+            # process that we started returns only then.
             for pid in children(self._process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -191,7 +191,7 @@ class Process:
         self._process.wait()
 
     def _watch(self) -> Status | None:
-        """None when the program has ended by itself, else what it was stopped for."""
+        """None if the program ended by itself, else the limit it exceeded."""
         next_memory = next_disk = 0.0
         while self._process.poll() is None:
             now = time.monotonic()
@@ -210,8 +210,8 @@ class Process:
         return None
 
     def _read(self, wait_s: float) -> bool:
-        """Take in what has been written; True when it is too much."""
-        if not self._selector.get_map():  # both outputs are closed: it is about to end
+        """Read what has been written so far; True if it is too much."""
+        if not self._selector.get_map():  # all streams are closed: it is about to end
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(wait_s)
             return False
@@ -235,7 +235,7 @@ class Process:
         tree = [self._process.pid, *descendants(self._process.pid)]
         if len(tree) > PROCESS_LIMIT:
             return True
-        if sys.platform == "linux":  # one that has just ended is nothing to ask `ps` about
+        if sys.platform == "linux":  # no need to ask `ps` about one that has just ended
             tree = [pid for pid in tree if os.path.exists(f"/proc/{pid}/statm")]
         return sum(resident_bytes(pid) or 0 for pid in tree) > self._limits.memory_bytes
 
@@ -249,7 +249,7 @@ class Process:
 
 
 def children(pid: int) -> list[int]:
-    """Numbers of the direct children of a process, on Linux; nothing elsewhere."""
+    """Process ids of the direct children of a process, on Linux; empty elsewhere."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
@@ -260,7 +260,7 @@ def children(pid: int) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, their children and so on, until there are more than a program may have."""
+    """Process ids of all descendants, up to just above the number that a program may have."""
     found: list[int] = []
     queue = [pid]
     while queue and len(found) <= PROCESS_LIMIT:
@@ -271,7 +271,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder in which a program may have left anything."""
+    """Delete a folder, whatever a program has left in it."""
     try:
         shutil.rmtree(folder)
     except (OSError, RecursionError):  # locked folders, or thousands inside one another

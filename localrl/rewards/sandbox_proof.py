@@ -1,4 +1,4 @@
-"""What a sandbox has to show before it gets a program of the model to run."""
+"""The test that a sandbox must pass before it runs programs written by the model."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ print(json.dumps({"escapes": escapes, "child": child}))
 
 
 def prove(sandbox: Sandbox) -> str | None:
-    """None when the sandbox holds, else what is wrong with it.
+    """Test the sandbox. Returns None if it is secure, else what is wrong with it.
 
-    A program in it must fail to read and to write a canary in the home folder and one in the
-    folder for temporary files, and to reach a socket of ours and an address outside; and a child
-    with a session of its own must be gone when the program has ended.
+    A program in it must fail to read and to write a canary file in the home folder and one in the
+    temporary folder, and to connect to a socket of ours and to an outside address; and a child
+    with its own session must be gone when the program has ended.
     """
     with ExitStack() as stack:
         try:
             canaries = [stack.enter_context(_canary(folder)) for folder in _canary_folders()]
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         except OSError as error:
-            return f"it cannot be put to the test: {error}"
+            return f"it cannot be tested: {error}"
         addresses = [listener.getsockname(), OUTSIDE]
         try:
             return _attack(sandbox, [str(path) for path in canaries], addresses)
@@ -114,21 +114,21 @@ def _attack(sandbox: Sandbox, canaries: list[str], addresses: list[tuple[str, in
 def _judge(outcome: Outcome, heard: bool, closed: bool) -> str | None:
     if outcome.status != "ok":
         lines = outcome.stderr.strip().splitlines() or ["nothing on stderr"]
-        return f"a program in it ended with {outcome.status!r}: {lines[-1]}"
+        return f"a program in it ended with status {outcome.status!r}: {lines[-1]}"
     try:
         told = json.loads(outcome.stdout)
         escapes, child = told["escapes"], told["child"]
     except (ValueError, TypeError, KeyError):
-        return "what a program in it wrote did not arrive"
+        return "the output of a program in it could not be read"
     if escapes:
-        return f"a program got out: {', '.join(escapes)}"
+        return f"a program escaped: {', '.join(escapes)}"
     if child == "started" and not heard:
-        return "the child that should try to outlive its program was never seen"
+        return "the child that was meant to outlive its program never wrote anything"
     return None if closed else "a child outlived its program"
 
 
 def _until_closed(fd: int) -> tuple[bool, bool]:
-    """Whether anything was written, and whether all who could write are gone soon."""
+    """Returns (True if anything was written, True if all writers closed within the limit)."""
     heard = False
     deadline = time.monotonic() + GONE_WITHIN_S
     while (left := deadline - time.monotonic()) > 0:

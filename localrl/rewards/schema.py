@@ -1,10 +1,10 @@
 """A small part of JSON Schema, and equality of JSON values. Plain Python.
 
 Supported keywords: `type` (one or a list of them), `properties`, `required`,
-`additionalProperties` (true, false or a schema), `items` (one schema), `enum`. They mean what the
-standard says. `$schema`, `$id`, `title`, `description`, `default`, `examples` and `$comment` say
-nothing about validity and are allowed. Any other keyword is an error: what is not checked must
-not look as if it were. true and false are schemas too.
+`additionalProperties` (true, false or a schema), `items` (one schema), `enum`, with the standard's
+meaning. `$schema`, `$id`, `title`, `description`, `default`, `examples` and `$comment` do not
+affect validity and are allowed. Any other keyword is an error, so that nothing unchecked looks
+checked. true and false are schemas too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 
 
 def check_schema(schema: Any, place: str = "schema") -> None:
-    """Raises `ValueError`, naming the place, for a schema that is not supported."""
+    """Raise `ValueError`, naming the place, if a schema is not supported."""
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
@@ -26,7 +26,7 @@ def check_schema(schema: Any, place: str = "schema") -> None:
     unknown = [key for key in schema if key not in KEYWORDS and key not in NOTES]
     if unknown:
         known = ", ".join(sorted(KEYWORDS))
-        raise ValueError(f"{place} has the keyword {unknown[0]!r}; supported are {known}")
+        raise ValueError(f"{place} has the keyword {unknown[0]!r}; supported keywords are {known}")
     _check_values(schema, place)
     parts = {f"properties.{k}": part for k, part in schema.get("properties", {}).items()}
     parts |= {k: schema[k] for k in ("items", "additionalProperties") if k in schema}
@@ -37,18 +37,20 @@ def check_schema(schema: Any, place: str = "schema") -> None:
 def _check_values(schema: Mapping[str, Any], place: str) -> None:
     wrong = [name for name in _types(schema) if name not in TYPES]
     if wrong:
-        raise ValueError(f"{place}.type is {wrong[0]!r}; it is one of {', '.join(TYPES)}")
+        raise ValueError(f"{place}.type is {wrong[0]!r}; it must be one of {', '.join(TYPES)}")
     required = schema.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        raise ValueError(f"{place}.required is {required!r:.60}; it is a list of names")
+        raise ValueError(f"{place}.required is {required!r:.60}; it must be a list of names")
     if not isinstance(schema.get("properties", {}), Mapping):
-        raise ValueError(f"{place}.properties is {schema['properties']!r:.60}; it is an object")
+        raise ValueError(
+            f"{place}.properties is {schema['properties']!r:.60}; it must be an object"
+        )
     if not isinstance(schema.get("enum", []), list):
-        raise ValueError(f"{place}.enum is {schema['enum']!r:.60}; it is a list")
+        raise ValueError(f"{place}.enum is {schema['enum']!r:.60}; it must be a list")
 
 
 def valid(value: Any, schema: Any) -> bool:
-    """Whether a JSON value fits a schema that `check_schema` let pass."""
+    """True if a JSON value fits a schema that `check_schema` has accepted."""
     if isinstance(schema, bool):
         return schema
     types = _types(schema)
@@ -62,7 +64,7 @@ def valid(value: Any, schema: Any) -> bool:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality of JSON values: numbers by value, true is not 1, the order of keys is nothing."""
+    """True if two JSON values are equal: numbers by value, true is not 1, key order is ignored."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):

@@ -1,7 +1,7 @@
-"""Rewards for groups of completions: each reward function is called once for all of them.
+"""Scores groups of completions: each reward function is called once for all of them.
 
 Reward functions have TRL's signature: keyword lists with one entry per completion, and a list of
-numbers or None as the result; docs/rewards.md has it all. They run in a `Worker`. A failure is "no
+numbers or None as the result; see docs/rewards.md. They run in a `Worker`. A failure is "no
 reward" (None), never 0: a zero would teach the model that the completions were bad.
 """
 
@@ -25,11 +25,11 @@ HOOKS = ("trainer_state", "log_extra", "log_metric")
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer", "environments", *HOOKS)
 
 NO_STATE: Mapping[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": None}
-"""Before training, as in TRL."""
+"""The `trainer_state` before training, as in TRL."""
 
-# A function is not trusted any more when, of its last WINDOW calls, more than TOLERATED of the
-# completions got no reward through its failures: judged from MIN_CALLS calls on, or from
-# HOPELESS_CALLS on when not one completion has got a reward yet.
+# A function stops the run when, over its last WINDOW calls, more than TOLERATED of the
+# completions got no reward because it failed: judged from MIN_CALLS calls on, or from
+# HOPELESS_CALLS on if no completion has got a reward yet.
 WINDOW = 50
 TOLERATED = 0.2
 MIN_CALLS = 10
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 
 class RewardLike(Protocol):
-    """What scoring needs to know of a reward function."""
+    """A reward function as scoring needs it."""
 
     @property
     def name(self) -> str: ...
     @property
     def target(self) -> str:
-        """`module:function` or `path/to/file.py:function`; a factory's with `(key=value)`."""
+        """`module:function` or `path/to/file.py:function`; for a factory with `(key=value)`."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class RewardLike(Protocol):
 
 
 class Counts(NamedTuple):
-    """Calls of one reward function, and how many of them left some completion without a reward."""
+    """Number of calls of one reward function, and of those that left a completion unrewarded."""
 
     calls: int
     failures: int
@@ -62,17 +62,17 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Tally:
-    """What a resumed run has to know of a reward function's calls."""
+    """A reward function's call history, as a resumed run needs it."""
 
     calls: int
     failures: int
     shares: tuple[float, ...]
-    """Failed completions of each of the last calls."""
+    """Share of failed completions in each of the last calls."""
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One call: a value per completion, and what went wrong first."""
+    """The result of one call: a value per completion, and the first problem."""
 
     values: tuple[float | None, ...]
     failed: int = 0
@@ -83,7 +83,7 @@ class _Outcome:
 
 @dataclass
 class _History:
-    """What is remembered of one function's calls."""
+    """History of one function's calls."""
 
     calls: int = 0
     failures: int = 0
@@ -101,7 +101,7 @@ class _History:
 
     @property
     def share(self) -> float:
-        """Share of failed completions over the window, each call counting alike."""
+        """Share of failed completions over the window, all calls weighted equally."""
         return sum(self.shares) / len(self.shares)
 
     @property
@@ -112,15 +112,15 @@ class _History:
 
 
 class Scorer:
-    """Scores groups with weighted reward functions, and keeps count of their failures.
+    """Scores groups with weighted reward functions and counts their failures.
 
-    warn: gets one line for the first failure of each kind of each function.
-    cut_reward: what a completion gets that was cut off for its length or for looping, in place of
-        what the functions say; None to take that.
+    warn: called with one line for the first failure of each kind of each function.
+    cut_reward: reward of completions cut off for length or looping, in place of the functions'
+        result; None to use that.
     beat: called before each call of a function; it may raise to end the scoring.
 
     Raises:
-        ConfigError: no function, two of one name, or a weight that is not a finite number.
+        ConfigError: no function, two with the same name, or a weight that is not finite.
     """
 
     def __init__(
@@ -134,9 +134,9 @@ class Scorer:
     ) -> None:
         names = [spec.name for spec in specs]
         if not specs:
-            raise ConfigError("There is no reward function; name one as module:function.")
+            raise ConfigError("No reward function is given; name one as module:function.")
         if len(set(names)) < len(names):
-            raise ConfigError(f"Reward functions need different names; these are {names}.")
+            raise ConfigError(f"Reward functions must have different names; these are {names}.")
         for spec in specs:
             if not math.isfinite(spec.weight):
                 raise ConfigError(f"Reward {spec.name!r} has weight {spec.weight}; give a number.")
@@ -147,7 +147,7 @@ class Scorer:
         self._beat = beat
         self._logs = LogCollector(warn)
         self.state = NO_STATE
-        """What functions get as `trainer_state` when `score` is given none."""
+        """Default for `trainer_state` if `score` is given none."""
         self.busy_s = 0.0
         """Seconds spent in `score`."""
         self._histories = {name: _History() for name in names}
@@ -158,11 +158,11 @@ class Scorer:
         return {name: Counts(h.calls, h.failures) for name, h in self._histories.items()}
 
     def tallies(self) -> dict[str, Tally]:
-        """The calls so far, by function."""
+        """Call histories so far, by function."""
         return {n: Tally(h.calls, h.failures, tuple(h.shares)) for n, h in self._histories.items()}
 
     def restore(self, tallies: Mapping[str, Tally]) -> None:
-        """Go on from the calls of an earlier process."""
+        """Restore the call histories of an earlier process."""
         for name, tally in tallies.items():
             history = self._histories[name]
             history.calls, history.failures = tally.calls, tally.failures
@@ -172,12 +172,12 @@ class Scorer:
     def check(self, columns: Iterable[str] | None = None) -> None:
         """Import every reward function now, so that a run does not start with a broken one.
 
-        columns: names of the task's columns, to find arguments that nothing will fill; None when
+        columns: names of the task's columns, to find arguments that nothing will fill; None if
             they are not known.
 
         Raises:
             ConfigError: no such module, file or function, or it needs an unknown column.
-            DataError: its module fails when imported.
+            DataError: its module fails to import.
         """
         for spec in self._specs:
             reply = self._worker.resolve(spec.target)
@@ -189,20 +189,20 @@ class Scorer:
                 if missing:
                     raise ConfigError(
                         f"Reward {spec.name!r} ({spec.target}) needs the column "
-                        f"{missing[0]!r}; this task gives {', '.join(sorted(known))}. "
+                        f"{missing[0]!r}; this task has {', '.join(sorted(known))}. "
                         "Rename the argument, give it a default, or add the column to the data."
                     )
 
     def score(
         self, groups: Sequence[Group], state: Mapping[str, Any] | None = None
     ) -> list[ScoredGroup]:
-        """Rewards of all leaves of all groups; each function is called once.
+        """Score all leaves of all groups; each function is called once.
 
-        state: attributes of `trainer_state`; `self.state` when not given.
+        state: attributes of `trainer_state`; `self.state` by default.
 
         Raises:
             RewardError: a function has failed too often, see `WINDOW`.
-            DataError: a column of the task holds what cannot be sent to the functions.
+            DataError: a task column holds values that cannot be sent to the functions.
         """
         started = time.perf_counter()
         ids = any(self._worker.wants(spec.target, "completion_ids") for spec in self._specs)
@@ -224,7 +224,7 @@ class Scorer:
         return scored
 
     def take_logs(self) -> Logs:
-        """What the functions have logged since the last time. Take it after each step."""
+        """Return everything the functions logged since the last call. Call it after each step."""
         return self._logs.take()
 
     def _reward(self, leaf: Leaf, parts: Sequence[float | None]) -> float | None:
@@ -255,14 +255,14 @@ class Scorer:
             self._warn(
                 f"Reward {spec.name!r} ({spec.target}): {outcome.problem}. "
                 f"{outcome.failed} of {count} completions get no reward from it. "
-                "More failures of this kind are counted, not shown."
+                "Further failures of this kind are counted but not shown."
             )
         if history.hopeless:
             raise _too_many_failures(spec, history)
         return outcome.values
 
     def _total(self, leaf: Sequence[float | None]) -> float | None:
-        """Weighted sum of the parts that apply; None when none does, or when it overflows."""
+        """Weighted sum of the parts that apply; None if none does, or if it overflows."""
         terms = [
             spec.weight * part
             for spec, part in zip(self._specs, leaf, strict=True)
@@ -273,7 +273,7 @@ class Scorer:
 
 
 def _read(reply: Reply, count: int) -> _Outcome:
-    """The numbers in a reply; whatever is not a finite number or None has failed."""
+    """Read the numbers in a reply; anything but a finite number or None counts as failed."""
     nothing = (None,) * count
     if reply.failure is not None:
         problem = f"{reply.failure}: {reply.message}"
@@ -295,7 +295,7 @@ def _read(reply: Reply, count: int) -> _Outcome:
 
 
 def _number(value: object) -> float | None:
-    """A finite number as float; bool counts as 0 or 1; None for all else."""
+    """Convert a finite number to float, bools to 0 or 1; None for anything else."""
     if not isinstance(value, (bool, int, float)):
         return None
     try:
@@ -314,10 +314,10 @@ def _cannot_load(spec: RewardLike, reply: Reply) -> ConfigError | DataError:
     what = f"Reward {spec.name!r} ({spec.target}) cannot be loaded: {reply.message}."
     if reply.failure == "raised" and reply.traceback is None:
         return ConfigError(
-            f"{what} Name it as module:function or path/to/file.py:function; a factory with its "
-            "settings, module:factory(key=value)."
+            f"{what} Name it as module:function or path/to/file.py:function; give a factory its "
+            "settings, as in module:factory(key=value)."
         )
-    return DataError(f"{what} Mend its module, then start again.\n{reply.traceback or ''}".strip())
+    return DataError(f"{what} Fix its module, then start again.\n{reply.traceback or ''}".strip())
 
 
 def _too_many_failures(spec: RewardLike, history: _History) -> RewardError:
@@ -325,6 +325,6 @@ def _too_many_failures(spec: RewardLike, history: _History) -> RewardError:
     cause = first.traceback or first.problem if first else "before the run was resumed."
     return RewardError(
         f"Reward {spec.name!r} ({spec.target}) gave no reward for {history.share:.0%} of the "
-        f"completions of its last {len(history.shares)} calls, because it failed. Mend the "
+        f"completions in its last {len(history.shares)} calls because it failed. Fix the "
         f"function or raise its limits, then start again. The first failure was:\n{cause}"
     )

@@ -1,7 +1,7 @@
 """Rewards for form: thinking tags, patterns, length, repetition. Plain Python.
 
-Functions that begin with `get_` make a reward function from its settings. Names, arguments and
-numbers are TRL's where it has them. Lengths are in tokens of the completion.
+Functions whose names begin with `get_` make a reward function from settings. Names, arguments and
+numbers are TRL's where it has them. Lengths are in completion tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Reward = Callable[..., list[float | None]]
 
 
 def think_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-    """1.0 for a completion that begins with <think>, has no second one, and has a </think>.
+    """1.0 if a completion begins with <think>, has no second one, and has a </think>; else 0.0.
 
-    Else 0.0; also where the chat template has already written the <think>.
+    It is also 0.0 if the chat template has already written the <think>.
     """
     tag, end = "<think>", "</think>"
     texts = [text_of(completion) for completion in completions]
@@ -30,10 +30,10 @@ def think_format_reward(completions: Sequence[Completion], **columns: Any) -> li
 
 
 def get_regex_reward(pattern: str, search: bool = False) -> Reward:
-    """1.0 for completions that a regular expression matches, else 0.0.
+    """Make a reward that is 1.0 for completions that match a regular expression, else 0.0.
 
-    pattern: of Python's `re`; a dot matches line ends too.
-    search: a match anywhere counts; else the whole text must match, white space around it aside.
+    pattern: in the syntax of Python's `re`; a dot matches line ends too.
+    search: True if a match anywhere counts; otherwise the whole text, stripped, must match.
 
     Raises:
         ValueError: the pattern cannot be compiled.
@@ -41,7 +41,7 @@ def get_regex_reward(pattern: str, search: bool = False) -> Reward:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
     match = compiled.search if search else compiled.fullmatch
 
     def regex_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
@@ -51,12 +51,12 @@ def get_regex_reward(pattern: str, search: bool = False) -> Reward:
 
 
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Reward:
-    """0 up to max_completion_len - soft_punish_cache tokens, then falling, -1 beyond the maximum.
+    """Make a penalty: 0 up to max_completion_len - soft_punish_cache tokens, -1 above the maximum.
 
     Between the two it falls linearly and reaches -1 at the maximum. (DAPO, arXiv:2503.14476,
-    equation 13.) A punishment alone: shorter completions are not favoured.
+    equation 13.) It only punishes: shorter completions are not favoured.
 
-    soft_punish_cache: 0 for no ramp.
+    soft_punish_cache: length of the ramp in tokens; 0 for none.
 
     Raises:
         ValueError: soft_punish_cache is not between 0 and max_completion_len.
@@ -71,9 +71,9 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward:
-    """max_penalty times the share of n-grams of tokens that are repetitions of others.
+    """Make a penalty: max_penalty times the share of token n-grams that repeat others.
 
-    The share is 1 - different / all, so that no repetition gives 0.0; so does a completion
+    The share is 1 - different / all, so no repetition gives 0.0; so does a completion
     shorter than ngram_size. (arXiv:2502.03373, appendix C.2.)
 
     Raises:
@@ -96,7 +96,7 @@ def get_cosine_scaled_reward(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
 ) -> Reward:
-    """Accuracy, worth more for short right answers and punished more for short wrong ones.
+    """Make an accuracy reward that favours short right answers and punishes short wrong ones more.
 
     A right answer gets max_value_correct at length 0 and min_value_correct from max_len tokens on;
     a wrong one min_value_wrong and max_value_wrong; between them half a cosine. None where
@@ -126,9 +126,9 @@ def get_cosine_scaled_reward(
 
 
 def get_length_reward(best: int, worst: int) -> Reward:
-    """1.0 at `best` tokens, 0.0 at `worst`, linear between them and constant outside.
+    """Make a reward that is 1.0 at `best` tokens, 0.0 at `worst`, linear between, constant outside.
 
-    best below worst favours short completions, best above worst long ones.
+    best < worst favours short completions, best > worst long ones.
 
     Raises:
         ValueError: a length is negative, or both are the same.
@@ -150,7 +150,7 @@ def _overlong(length: int, free: int, longest: int) -> float:
 
 
 def _repeated(ids: Sequence[int], n: int) -> float:
-    """Share of n-grams that are repetitions of others; 0.0 when there is none."""
+    """Share of n-grams that repeat others; 0.0 if there are no n-grams."""
     ngrams = list(zip(*(ids[i:] for i in range(n)), strict=False))
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
@@ -162,4 +162,4 @@ def _cosine(progress: float, first: float, last: float) -> float:
 def _check(good: bool, **setting: float) -> None:
     if not good:
         ((name, value),) = setting.items()
-        raise ValueError(f"{name} is {value}, which is out of its range")
+        raise ValueError(f"{name} is {value}, which is out of range")

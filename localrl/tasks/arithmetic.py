@@ -17,9 +17,9 @@ DIFFICULTIES = (1, 2, 3, 4, 5)
 REWARD = ACCURACY
 
 SHAPES = {1: (1, 30), 2: (2, 20), 3: (3, 30), 4: (4, 50), 5: (6, 99)}
-"""Operators in the expression, and the largest number in it, by level."""
+"""Number of operators, and the largest number in the expression, by level."""
 LARGEST = 9999
-"""No value on the way to the result is further from 0."""
+"""Largest absolute value of any intermediate result."""
 
 SYMBOLS = {"plus": "+", "minus": "-", "times": "*"}
 BINDING = {"plus": 1, "minus": 1, "times": 2, "": 3}
@@ -36,13 +36,13 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def question(operands: Operands) -> str:
-    """What is asked, without how to answer."""
+    """The question, without instructions on how to answer."""
     style, *tokens = operands
     return f"Calculate {_written(tokens, style)}."
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     return f'{question(operands)} {REASON} "Answer: " followed by the number.'
 
 
@@ -52,7 +52,7 @@ def answer(operands: Operands) -> str:
 
 
 def held_out_as(operands: Operands) -> tuple[str, Operands]:
-    """An expression in words and the same in symbols are one problem."""
+    """The hold-out key: an expression in words and the same in symbols are one problem."""
     return NAME, operands[1:]
 
 
@@ -66,7 +66,7 @@ def _expression(rng: Random, operators: int, top: int) -> list[str]:
 
 
 def _values(tokens: list[str] | Operands) -> list[int]:
-    """Every value that comes up, the result last."""
+    """Every intermediate value, the result last."""
     stack: list[int] = []
     values: list[int] = []
     for token in tokens:
@@ -81,7 +81,7 @@ def _values(tokens: list[str] | Operands) -> list[int]:
 
 
 def _written(tokens: list[str], style: str) -> str:
-    """The expression as people write it, with the brackets that it needs."""
+    """The expression in infix notation, with only the brackets it needs."""
     stack: list[tuple[str, int]] = []
     for token in tokens:
         if token not in SYMBOLS:

@@ -1,4 +1,4 @@
-"""What a task is: a source of examples, held-out examples, and the rewards that judge answers."""
+"""The interface of a task: training examples, held-out examples, and the rewards for answers."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from localrl.records import Example, RewardSpec
 
 
 class Task(Protocol):
-    """A source of problems; everything it returns is a function of its name and its arguments."""
+    """A source of problems; everything it returns depends only on its name and arguments."""
 
     @property
     def name(self) -> str:
-        """What a person writes after `--task`."""
+        """The name that a user passes to `--task`."""
         ...
 
     @property
     def description(self) -> str:
-        """One line for a person."""
+        """One-line description for users."""
         ...
 
     @property
     def rewards(self) -> tuple[RewardSpec, ...]:
-        """The parts of the reward, with their weights."""
+        """The reward functions, with their weights."""
         ...
 
     @property
     def environment(self) -> str | None:
-        """What completions talk to, as `module:Name`; None when they are one turn."""
+        """The environment of completions, as `module:Name`; None if they have one turn."""
         ...
 
     @property
     def train_size(self) -> int:
-        """Number of training examples; 0 means endless."""
+        """Number of training examples; 0 if endless."""
         ...
 
     def train(self, index: int) -> Example:
-        """Training example `index`, from 0 to `train_size` - 1, or any from 0 when endless."""
+        """Training example `index`, from 0 to `train_size` - 1, or any from 0 if endless."""
         ...
 
     def evaluation(self, n: int) -> list[Example]:
-        """The first `n` of one fixed list of held-out examples, the same for every run and seed."""
+        """The first `n` of a fixed list of held-out examples, the same for every run and seed."""
         ...

@@ -19,7 +19,7 @@ DIFFICULTIES = (1, 2, 3, 4)
 REWARD = RewardSpec("base", "localrl.rewards.bases:base_reward")
 
 RANGES = {1: (8, 511), 2: (512, 4095), 3: (256, 4095), 4: (4096, 65535)}
-"""Least and greatest number by level; the first two levels convert from or to base 10."""
+"""Smallest and largest number by level; the first two levels convert from or to base 10."""
 BASES = ("2", "8", "10", "16")
 FORMATS = {"2": "b", "8": "o", "10": "d", "16": "x"}
 
@@ -34,7 +34,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     number, old, new = operands
     return (
         f"Convert the number {_written(number, old)} from base {old} to base {new}. "
@@ -43,13 +43,13 @@ def prompt(operands: Operands) -> str:
 
 
 def answer(operands: Operands) -> str:
-    """The number in the new base, letters small."""
+    """The number in the new base, in lower case."""
     number, _, new = operands
     return _written(number, new)
 
 
 def columns(operands: Operands) -> dict[str, Any]:
-    """The base in which an answer is read."""
+    """The base in which the reward reads an answer."""
     return {"base": int(operands[2])}
 
 

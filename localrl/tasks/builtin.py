@@ -1,7 +1,7 @@
 """The tasks that ship with the package: generated problems, endless or a fixed number of them.
 
-Hold-out rule: see `held_out`. The embedded model was trained under the same rule, so evaluation
-problems were seen by neither its training nor by reinforcement learning.
+For the hold-out rule see `held_out`. The embedded model was trained under the same rule, so
+evaluation problems occur neither in its training nor in reinforcement learning.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from localrl.tasks.family import (
 from localrl.tasks.levels import parse_name, span
 
 Stream = Literal["base", "train", "evaluation"]
-"""Who draws: the embedded model's own training, reinforcement learning, or evaluation."""
+"""Use of the problems: the embedded model's training, reinforcement learning, or evaluation."""
 
 FAMILIES: dict[str, tuple[ModuleType, ...]] = {
     "steps": (sums, sorting),
@@ -81,14 +81,14 @@ DESCRIPTIONS = {
 }
 
 DRAWS = 20_000
-"""Draws after which a level is said to hold no further problem."""
+"""Number of draws after which a level counts as exhausted."""
 
 
 def held_out(family: str, operands: tuple[str, ...]) -> bool:
-    """Whether a problem belongs to evaluation only.
+    """True if a problem is reserved for evaluation.
 
-    The operands are sorted first, so every permutation of a problem falls on the same side. A
-    problem is held out when the SHA-256 of `family:operand,operand,...`, read as a big-endian
+    The operands are sorted first, so all permutations of a problem fall on the same side. A
+    problem is held out if the SHA-256 of `family:operand,operand,...`, read as a big-endian
     integer, is divisible by 8: one problem in eight.
     """
     canonical = f"{family}:{','.join(sorted(operands))}"
@@ -103,9 +103,9 @@ def draw_problem(
 ) -> Iterator[tuple[ModuleType, int, tuple[str, ...]]]:
     """Yield candidates for problem `index` of a stream as (family, difficulty, operands).
 
-    Families and difficulties take turns, so a stream is balanced; `levels` are the difficulties
-    that do, all of them when None. The first candidate is the problem; the next ones serve when it
-    must not repeat an earlier one. After `DRAWS` draws there are no more.
+    Families and difficulties alternate, so a stream is balanced; `levels` are the difficulties
+    used, or None for all. The first candidate is the problem; the next ones replace it if it
+    repeats an earlier one. There are none after `DRAWS` draws.
     """
     turn, which = divmod(index, len(families))
     family = families[which]
@@ -121,7 +121,7 @@ def draw_problem(
 def to_example(
     family: ModuleType, difficulty: int, operands: tuple[str, ...], *, endless: bool
 ) -> Example:
-    """The record of one problem; endless tasks are tracked by family and difficulty."""
+    """Make the record of one problem; endless tasks are tracked by family and difficulty."""
     kind = f"{family.NAME}/{difficulty}"
     return Example(
         id=f"{kind}/{'-'.join(operands)}",
@@ -144,33 +144,33 @@ class BuiltinTask:
     train_size: int
     rewards: tuple[RewardSpec, ...] = (EXACT_ANSWER,)
     levels: tuple[int, ...] | None = None
-    """The difficulties that it has; all when None."""
+    """The difficulties used; None for all."""
 
     @property
     def families(self) -> tuple[ModuleType, ...]:
-        """The modules that draw its problems, in turn."""
+        """The modules that generate its problems, in turn."""
         return FAMILIES[self.name.partition(":")[0]]
 
     @property
     def description(self) -> str:
-        """One line for a person."""
+        """One-line description for users."""
         text = DESCRIPTIONS[self.name.partition(":")[0]]
         return f"{text}; only {span(self.levels)}" if self.levels else text
 
     @property
     def needs_sandbox(self) -> bool:
-        """Whether judging an answer runs code that the model wrote."""
+        """True if scoring an answer runs code that the model wrote."""
         return any(map(needs_sandbox, self.families))
 
     @property
     def environment(self) -> str | None:
-        """`module:Class` of what the model talks to, which all its families share, or None."""
+        """`module:Class` of the environment that all its families share, or None."""
         return environment_of(self.families[0])
 
     def train(self, index: int) -> Example:
         """Training example `index`; with a fixed `train_size` all examples are different.
 
-        Raises: ConfigError when there are fewer than `train_size` different ones.
+        Raises: ConfigError if there are fewer than `train_size` different ones.
         """
         if self.train_size:
             return self._fixed[index]
@@ -178,9 +178,9 @@ class BuiltinTask:
         return to_example(*problem, endless=True)
 
     def evaluation(self, n: int) -> list[Example]:
-        """The first `n` of the held-out list, all different, the same for every run and seed.
+        """The first `n` held-out examples, all different, the same for every run and seed.
 
-        Raises: ConfigError when there are fewer than `n` different ones.
+        Raises: ConfigError if there are fewer than `n` different ones.
         """
         return list(islice(self._distinct("evaluation", endless=not self.train_size), n))
 
@@ -196,9 +196,10 @@ class BuiltinTask:
     def _unseen(
         self, stream: Stream, index: int, seen: set[str]
     ) -> tuple[ModuleType, int, tuple[str, ...]]:
-        """Problem `index` of a stream, or the next in its place that is not yet seen.
+        """Problem `index` of a stream, or its first replacement not yet seen.
 
-        Problems are the same when prompt and answer are: an environment may keep the answer back.
+        Two problems are the same if their prompts are; with an environment, which may keep the
+        answer back, if their answers are too.
         """
         for problem in draw_problem(self.families, stream, index, self.levels):
             source, _, operands = problem
@@ -208,20 +209,20 @@ class BuiltinTask:
                 return problem
         which = "held-out" if stream == "evaluation" else "training"
         raise ConfigError(
-            f"Task {self.name!r} has no {index + 1} different {which} problems; after {index} of "
-            "them, one level had no more. Ask for fewer, or for higher levels alone."
+            f"Task {self.name!r} does not have {index + 1} different {which} problems: after "
+            f"{index}, one level ran out. Ask for fewer, or for higher levels only."
         )
 
 
 def load_task(name: str, *, train_prompts: int) -> BuiltinTask:
-    """The built-in task of that name with `train_prompts` fixed training problems; 0 is endless.
+    """Load a built-in task with `train_prompts` fixed training problems; 0 is endless.
 
-    `name` may end in a level or a span of levels: countdown:3, countdown:2-4.
+    `name` may end in a level or a range of levels: countdown:3, countdown:2-4.
 
     Raises `ConfigError` for an unknown name or level, or a negative count.
     """
     if train_prompts < 0:
-        raise ConfigError(f"train_prompts is {train_prompts}; give 0 for endless, or a count.")
+        raise ConfigError(f"train_prompts is {train_prompts}; use a count, or 0 for endless.")
     known = {task: families[0].DIFFICULTIES for task, families in FAMILIES.items()}
     task, levels = parse_name(name, known)
     rewards = dict.fromkeys(reward_of(source) for source in FAMILIES[task])
@@ -229,7 +230,7 @@ def load_task(name: str, *, train_prompts: int) -> BuiltinTask:
 
 
 def list_tasks() -> dict[str, str]:
-    """Names of the built-in tasks and what each asks for, the demonstration's task first."""
+    """Names and descriptions of the built-in tasks, the demonstration's task first."""
     return {
         name: f"{text} ({span(FAMILIES[name][0].DIFFICULTIES)})"
         for name, text in DESCRIPTIONS.items()

@@ -9,9 +9,9 @@ from fractions import Fraction
 from typing import Any
 
 LONGEST = 200
-"""Characters of an expression."""
+"""Maximum characters in an expression."""
 LARGEST = 10**50
-"""Neither numerator nor denominator of any value on the way is larger."""
+"""Largest numerator or denominator of any intermediate value."""
 
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -26,10 +26,10 @@ _SIGNS: dict[type[ast.unaryop], Callable[[Fraction], Fraction]] = {
 
 
 class Calculator:
-    """Offers one tool."""
+    """An environment that offers one tool."""
 
     def reset(self, **row: Any) -> None:
-        """Nothing is kept from one problem to the next."""
+        """Do nothing: no state is kept between problems."""
 
     def calculate(self, expression: str) -> str:
         """Calculate the value of an arithmetic expression.
@@ -46,7 +46,7 @@ class Calculator:
 def value_of(expression: str) -> Fraction:
     """The exact value of an expression.
 
-    Raises: ValueError, with a reason for the one who wrote it, when it is none or is too large.
+    Raises: ValueError, with a reason for whoever wrote it, if it is invalid or too large.
     """
     if not isinstance(expression, str) or len(expression) > LONGEST:
         raise ValueError(f"the expression must be a text of at most {LONGEST} characters")
@@ -73,7 +73,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def _number(value: Any) -> Fraction:
-    """A number as it is written: 0.1 is a tenth."""
+    """Convert a number as it is written: 0.1 is exactly one tenth."""
     if value == float("inf"):
         raise ValueError("a number is too large")
     return Fraction(repr(value))
@@ -86,5 +86,5 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def _written(value: Fraction) -> str:
-    """Whole numbers exactly, others to some 15 digits."""
+    """Format whole numbers exactly, others to about 15 digits."""
     return str(value.numerator) if value.denominator == 1 else repr(float(value))

@@ -1,10 +1,10 @@
-"""Multiple choice: a question of another family, with one right answer among near misses.
+"""Multiple choice: a question from another family, with one right answer among near misses.
 
     prompt  Which answer is right? Calculate 3 + 4 * 5. A) 35 B) 23 C) 22 D) 33 ...
     answer  B
 
-The operands are the family, the number of options, a number from which the options are made, and
-the operands of the question. A question that its own family holds out is held out here too.
+The operands are the family, the number of options, a seed for the options, and the operands of
+the question. A question that its own family holds out is held out here too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DIFFICULTIES = (1, 2, 3)
 REWARD = RewardSpec("choice", "localrl.rewards.accuracy:choice_reward")
 
 OPTIONS = {1: 3, 2: 4, 3: 6}
-"""Number of options by level; the questions are of the same level of their families."""
+"""Number of options by level; questions have the same level in their own family."""
 LETTERS = "ABCDEF"
 SOURCES: dict[str, ModuleType] = {family.NAME: family for family in (arithmetic, dates, units)}
 
 
 def draw(rng: Random, difficulty: int) -> Operands:
-    """Draw the operands: family, number of options, number that makes them, question."""
+    """Draw the operands: family, number of options, their seed, question."""
     source = rng.choice(tuple(SOURCES))
     salt = str(rng.randrange(1_000_000))
     question = SOURCES[source].draw(rng, difficulty)
@@ -37,7 +37,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     options, _ = _options(operands)
     listed = "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
     question = SOURCES[operands[0]].question(operands[3:])
@@ -54,12 +54,12 @@ def answer(operands: Operands) -> str:
 
 
 def held_out_as(operands: Operands) -> tuple[str, Operands]:
-    """What the question's own family holds out, whatever the options."""
+    """The hold-out key of the question in its own family, whatever the options."""
     return held_out_of(SOURCES[operands[0]], operands[3:])
 
 
 def _options(operands: Operands) -> tuple[list[str], str]:
-    """All options in the order of their letters, and the right one."""
+    """All options, in the order of their letters, and the right one."""
     source, count, salt, *question = operands
     right = SOURCES[source].answer(tuple(question))
     rng = Random(f"{NAME}/{salt}/{right}")
@@ -73,7 +73,7 @@ def _options(operands: Operands) -> tuple[list[str], str]:
 
 
 def _near(rng: Random, right: str) -> str:
-    """Something of the same form as the right answer."""
+    """Draw an option of the same form as the right answer; it may equal an earlier one."""
     if right in dates.WEEKDAYS:
         return rng.choice(dates.WEEKDAYS)
     if right[4:5] == "-":

@@ -18,14 +18,14 @@ from localrl.tasks.family import REASON, Operands
 
 NAME = "countdown"
 DIFFICULTIES = (1, 2, 3, 4)
-"""One less than the numbers that are given."""
+"""Levels: one less than the number of given numbers."""
 REWARD = RewardSpec("countdown", "localrl.rewards.countdown:countdown_reward")
 
 LARGEST_NUMBER = 99
 LARGEST_TARGET = 999
 
 State = tuple[int, tuple[int, ...]]
-"""A value that has been reached, and the numbers that are left."""
+"""A value reached so far, and the remaining numbers."""
 
 
 def draw(rng: Random, difficulty: int) -> Operands:
@@ -40,7 +40,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     target, *numbers = operands
     given = f"{', '.join(numbers[:-1])} and {numbers[-1]}"
     return (
@@ -61,13 +61,13 @@ def answer(operands: Operands) -> str:
 
 
 def columns(operands: Operands) -> dict[str, Any]:
-    """What the reward checks an expression against."""
+    """The target and numbers that the reward checks an expression against."""
     target, *numbers = map(int, operands)
     return {"target": target, "numbers": numbers}
 
 
 def _steps(value: int, number: int) -> Iterator[tuple[str, int]]:
-    """The operations that stay within whole numbers, with their results."""
+    """Yield the operations whose result is a whole number, with that result."""
     yield "+", value + number
     yield "-", value - number
     yield "*", value * number
@@ -78,7 +78,7 @@ def _steps(value: int, number: int) -> Iterator[tuple[str, int]]:
 def _solve(
     target: int, value: int, rest: tuple[int, ...], dead_ends: set[State]
 ) -> tuple[tuple[str, int], ...]:
-    """Operations, with their numbers, that lead from `value` to the target; empty if none do."""
+    """Find operations, with their numbers, that lead from `value` to the target; empty if none."""
     if (value, rest) in dead_ends:
         return ()
     for i, number in enumerate(rest):

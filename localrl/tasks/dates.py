@@ -3,7 +3,7 @@
     prompt  How many days is it from 3 March 2024 to 17 April 2024? ...
     answer  45
 
-Five kinds of question, one for each level. Dates are operands as days since the year 1.
+There are five kinds of question, one per level. Dates in operands are days since the year 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMS = {
     "between": "the number of days",
     "weekday": "the day of the week",
 }
-"""What an answer to each kind of question looks like."""
+"""Form of the answer to each kind of question."""
 
 
 def draw(rng: Random, difficulty: int) -> Operands:
@@ -48,7 +48,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def question(operands: Operands) -> str:
-    """What is asked, without how to answer."""
+    """The question, without instructions on how to answer."""
     kind, first, second = operands[0], int(operands[1]), int(operands[2])
     if kind == "later":
         return f"Today is {WEEKDAYS[first]}. What day of the week is it in {second} days?"
@@ -62,7 +62,7 @@ def question(operands: Operands) -> str:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     return f'{question(operands)} {REASON} "Answer: " followed by {FORMS[operands[0]]}.'
 
 

@@ -1,7 +1,7 @@
-"""Environments, the child's side: their objects, and whatever of the user's code they run.
+"""The child process's side of environments: their objects, and the user's code that they run.
 
-Runs in the `processes.worker` child that rewards run in, so that rewards can be given the objects.
-A conversation is a number; its object lives here from its first turn until `forget`.
+Runs in the `processes.worker` child that rewards run in, so that rewards can use the objects. A
+conversation is a number; its object lives here from its first turn until the next `observe`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from typing import Any
 from localrl.processes.worker_child import NotFound, find, load_place, wait_for
 
 RESERVED = ("reset", "get_reward")
-"""Methods of an environment that are no tools."""
+"""Methods of an environment that are not tools."""
 MOST_TEXT = 20_000
-"""Characters of one answer that are taken."""
+"""Maximum characters of one answer; the rest is cut off."""
 
 Turn = Mapping[str, Any]
 
 _objects: dict[int, Any] = {}
-"""By conversation."""
+"""Environment objects by conversation."""
 _begun: dict[str, tuple[Mapping[str, Any], str | None]] = {}
-"""By example: its row, and what `reset` said to it."""
+"""The row and the text that `reset` returned for it, by example id."""
 
 
 class TimeUp(BaseException):
-    """Raised in code that has run too long; not an Exception, so that it is not caught there."""
+    """Raised in code that has run too long; not an Exception, so `except Exception` misses it."""
 
 
 class Tools:
-    """The environment of tools that have none."""
+    """The environment used for tools without one."""
 
     def reset(self, **row: Any) -> None:
-        """Nothing to reset."""
+        """Do nothing."""
 
 
 def describe(factory: str | None, tools: Sequence[str]) -> dict[str, Any]:
-    """What there is to talk to, by the name of the environment (`""` where there is only one).
+    """Describe the environments, by name (`""` if there is only one).
 
-    Each has `name`, that of its class; `plays_in_text`; `owns_reward`; and the `schemas` of what it
-    lets the model call.
+    Each description has `name`, the class name; `plays_in_text`; `owns_reward`; and the `schemas`
+    of the functions that the model may call.
     """
     return {name: _describe(make(), tools) for name, make in _factories(factory).items()}
 
@@ -59,7 +59,7 @@ def _describe(environment: Any, tools: Sequence[str]) -> dict[str, Any]:
     functions = [] if text else callables(environment, tools).values()
     if not text and not functions:
         raise TypeError(
-            f"{type(environment).__name__} has neither a method step(text) nor one to call"
+            f"{type(environment).__name__} has neither step(text) nor a method the model can call"
         )
     return {
         "name": type(environment).__name__,
@@ -71,15 +71,15 @@ def _describe(environment: Any, tools: Sequence[str]) -> dict[str, Any]:
 
 def schema(function: Callable[..., Any]) -> dict[str, Any]:
     """The JSON schema of a function with type hints and a Google docstring, as TRL makes it."""
-    # It would advise whoever has no PyTorch.
+    # Without this, transformers prints advice if PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers.utils import get_json_schema  # a second and a half, only where there are some
+    from transformers.utils import get_json_schema  # takes 1.5 s, so import it only for tools
 
     return get_json_schema(function)
 
 
 def plays_in_text(environment: Any) -> bool:
-    """Whether it has a method `step` whose only argument is `text`."""
+    """True if it has a method `step` whose only argument is `text`."""
     step = getattr(environment, "step", None)
     return callable(step) and list(inspect.signature(step).parameters) == ["text"]
 
@@ -87,7 +87,7 @@ def plays_in_text(environment: Any) -> bool:
 def observe(
     factory: str | None, rows: Mapping[str, Mapping[str, Any]], limit_s: float
 ) -> list[str | None]:
-    """What each example's environment says at the start; what was before is forgotten."""
+    """Reset each example's environment and return its texts; earlier objects are dropped."""
     _objects.clear()
     _begun.clear()
     for key, row in rows.items():
@@ -99,11 +99,11 @@ def observe(
 def play(
     factory: str | None, tools: Sequence[str], turns: Sequence[Turn], limit_s: float
 ) -> list[dict[str, Any]]:
-    """Take each turn to its environment, in order.
+    """Pass each turn to its environment, in order.
 
-    A turn has `conversation` and `example`; `first` when it is the conversation's first; `copy_of`
-    when it is the first after a fork; and `text`, or `calls`, or neither when there is nothing to
-    answer. What comes back has `answer` (text or None), or `results`; or `error`, when the
+    A turn has `conversation` and `example`; `first`, true for the conversation's first turn;
+    `copy_of` if it is the first after a fork; and `text`, or `calls`, or neither if there is
+    nothing to answer. Each result has `answer` (text or None), or `results`; or `error` if the
     environment broke.
     """
     for turn in turns:  # before the originals move on
@@ -113,12 +113,12 @@ def play(
 
 
 def instances(ids: Sequence[int | None]) -> list[Any]:
-    """The objects of conversations; None for one that is gone."""
+    """The objects of conversations; None for a conversation without one."""
     return [None if number is None else _objects.get(number) for number in ids]
 
 
 def own_reward(environments: Sequence[Any], name: str) -> list[Any]:
-    """What environments of this class say of themselves; None for others."""
+    """The own rewards of environments of this class; None for others."""
     return [
         _now(environment.get_reward()) if type(environment).__name__ == name else None
         for environment in environments
@@ -126,7 +126,7 @@ def own_reward(environments: Sequence[Any], name: str) -> list[Any]:
 
 
 def reward_of(name: str) -> Callable[..., list[Any]]:
-    """The reward function of environments of the class with this name."""
+    """Make the reward function of environments whose class has this name."""
 
     def environment_reward(environments: Sequence[Any]) -> list[Any]:
         return own_reward(environments, name)
@@ -153,17 +153,17 @@ def _turn(factory: str | None, tools: Sequence[str], turn: Turn, limit_s: float)
 
 
 def _object(factory: str | None, turn: Turn) -> Any:
-    """The conversation's object, begun if it is not known."""
+    """The conversation's object, created and reset if it does not exist yet."""
     number = turn["conversation"]
     if number not in _objects:
         if not turn["first"] or turn["example"] not in _begun:
-            raise LookupError("the environment is gone, since its process had to be restarted")
+            raise LookupError("the environment is gone because its process was restarted")
         row, said = _begun[turn["example"]]
         environment = _make(factory, row)
         if _reset(environment, row) != said:
             raise ValueError(
-                "reset() said two different things for one row. All completions of a prompt are "
-                "compared, so draw whatever is random from what is in the row"
+                "reset() returned two different texts for one row. All completions of a prompt are "
+                "compared, so derive anything random from the row"
             )
         _objects[number] = environment
     return _objects[number]
@@ -172,7 +172,7 @@ def _object(factory: str | None, turn: Turn) -> Any:
 def _call(
     named: Mapping[str, Callable[..., Any]], call: Mapping[str, Any], limit_s: float
 ) -> dict[str, Any]:
-    """The text that a call gives, and whether it failed: then it says why, for the model to see."""
+    """Run a call; returns its text and `failed`, true if the text is an error for the model."""
     try:
         if call.get("problem"):
             raise ValueError(call["problem"])
@@ -189,9 +189,9 @@ def _call(
 
 
 def callables(environment: Any, tools: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """What the model may call, by name: the tools, then the environment's public methods."""
+    """Functions the model may call, by name: the tools, then the environment's public methods."""
     found = {function.__name__: function for function in map(find, tools)}
-    # Of the class, since looking at the object would compute its properties.
+    # Inspect the class: inspecting the object would compute its properties.
     for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction):
         if name not in RESERVED and not name.startswith("_"):
             found[name] = getattr(environment, name)
@@ -200,14 +200,14 @@ def callables(environment: Any, tools: Sequence[str]) -> dict[str, Callable[...,
 
 @functools.cache
 def _factories(factory: str | None) -> dict[str, Callable[[], Any]]:
-    """The makers of environments by name; one that is not in a dictionary has the name `""`."""
+    """Factories of environments by name; one that is not in a dictionary has the name `""`."""
     if factory is None:
         return {"": Tools}
     found = load_place(factory)
     if isinstance(found, dict):
         return dict(found)
     if not callable(found):
-        raise NotFound(f"{factory!r} makes no environment: it is a {type(found).__name__}")
+        raise NotFound(f"{factory!r} cannot make an environment: it is a {type(found).__name__}")
     return {"": found}
 
 
@@ -217,7 +217,9 @@ def _make(factory: str | None, row: Mapping[str, Any]) -> Any:
         return makers[""]()
     name = row.get("environment")
     if name not in makers:
-        raise ValueError(f"the row's environment is {name!r}, not one of {', '.join(makers)}")
+        raise ValueError(
+            f"the row's environment is {name!r}; it must be one of {', '.join(makers)}"
+        )
     return makers[name]()
 
 
@@ -225,7 +227,7 @@ def _reset(environment: Any, row: Mapping[str, Any]) -> str | None:
     parameters = inspect.signature(environment.reset).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = row.keys() if takes_any else {p.name for p in parameters} & row.keys()
-    # Each gets a row of its own, or one could change what the next one sees.
+    # Each gets its own copy of the row, or one could change what the next one sees.
     said = _now(environment.reset(**{name: copy.deepcopy(row[name]) for name in names}))
     if said is not None and not isinstance(said, str):
         raise TypeError(f"reset() returned {said!r:.60}; it must be text or None")
@@ -238,7 +240,7 @@ def _now(result: Any) -> Any:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeUp in what runs here longer, again and again until it leaves."""
+    """Raise TimeUp in code that runs longer, repeatedly until it leaves this context."""
 
     def ring(*_: object) -> None:
         raise TimeUp(f"took more than {seconds:g} s")

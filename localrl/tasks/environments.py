@@ -1,7 +1,7 @@
-"""Environments: what a task's completions talk to, turn by turn.
+"""Environments that a task's completions interact with, turn by turn.
 
-An environment is the user's object, one for each completion, in the child process that rewards run
-in. It plays in text (`step(text)`), or it offers tools, in TRL's shapes: `tools`, which are plain
+An environment is a user-defined object, one per completion, in the child process that rewards run
+in. It plays in text (`step(text)`), or it offers tools in TRL's forms: `tools`, which are plain
 functions, and `environment_factory`, which makes objects whose public methods are tools. Both are
 described in docs/environments.md.
 """
@@ -22,10 +22,10 @@ from localrl.records import EnvironmentReply, Example, ModelTurn, RewardSpec
 
 CHILD = "localrl.tasks.environment_child"
 SAID = ("stop", "closed")
-"""How a turn ends that can be answered; one that was cut off cannot."""
+"""Finish reasons of turns that can be answered; a turn that was cut off cannot."""
 WINDOW = 200
 TOLERATED = 0.2
-"""Share of the last WINDOW turns that may break their environment; judged from 50 on."""
+"""Share of the last WINDOW turns that may break their environment; judged from MIN_TURNS on."""
 MIN_TURNS = 50
 
 Row = Mapping[str, Any]
@@ -33,31 +33,31 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of one kind of environment."""
+    """Description of one kind of environment."""
 
     name: str
-    """Of its class."""
+    """Name of its class."""
     plays_in_text: bool
     owns_reward: bool
-    """Whether it has `get_reward`."""
+    """True if it has `get_reward`."""
     schemas: tuple[Row, ...]
-    """JSON schemas of what it lets the model call."""
+    """JSON schemas of the functions that the model may call."""
 
 
 @dataclass(eq=False)
 class Environments:
-    """Everything that completions of one task talk to. Make it with `open_environments`."""
+    """The environments of one task. Create them with `open_environments`."""
 
     factory: str | None
     tools: tuple[str, ...]
     kinds: Mapping[str, Kind]
-    """By the value of an example's column `environment`; `""` where there is only one kind."""
+    """Kinds by the value of an example's `environment` column; `""` if there is only one."""
     worker: Worker
     limit_s: float
-    """Seconds that one answer of an environment, or one call of a tool, may take."""
+    """Time limit in seconds for one answer of an environment or one tool call."""
     warn: Callable[[str], None]
     tokenizer: Tokenizer | None = None
-    """Of the model that talks, once it is loaded; see `connect`."""
+    """Tokenizer of the model, once it is loaded; see `connect`."""
     _numbers: Iterator[int] = field(default_factory=count)
     _broken: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _calls_made: int = 0
@@ -65,19 +65,19 @@ class Environments:
 
     @property
     def has_tools(self) -> bool:
-        """Whether the model may call something."""
+        """True if the model may call functions."""
         return any(kind.schemas for kind in self.kinds.values())
 
     @property
     def rewards(self) -> tuple[RewardSpec, ...]:
-        """The rewards that environments own, under the names of their classes, as TRL does it."""
+        """The environments' own rewards, named after their classes, as in TRL."""
         names = dict.fromkeys(kind.name for kind in self.kinds.values() if kind.owns_reward)
         return tuple(RewardSpec(n, f"{CHILD}:reward_of(name={n!r})") for n in names)
 
     def connect(self, tokenizer: Tokenizer) -> None:
-        """Let them talk to a model.
+        """Connect the environments to a model.
 
-        Raises: ConfigError when its template cannot hold such a conversation.
+        Raises: ConfigError if its template cannot express such a conversation.
         """
         self.tokenizer = tokenizer
         for kind in self.kinds.values():
@@ -89,18 +89,18 @@ class Environments:
                 check_template(tokenizer, "tool", [call], kind.schemas)
 
     def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """Prompt ids: the messages, what `reset` adds to the last one, and the tools.
+        """Prompt ids: the messages, the text that `reset` adds to the last one, and the tools.
 
-        Conversations of before are forgotten: their completions have been scored by now.
+        Earlier conversations are dropped: their completions have been scored by now.
 
-        Raises: DataError when an environment cannot be reset.
+        Raises: DataError if an environment cannot be reset.
         """
         tools = [self._kind(example).schemas or None for example in examples]
         rows = {example.id: _row(example) for example in examples}
         reply = self._call("observe", rows=rows)
         if not reply.ok:
             raise DataError(
-                f"The environment {self.factory} cannot be reset: {reply.message}. Mend it, then "
+                f"The environment {self.factory} cannot be reset: {reply.message}. Fix it, then "
                 f"start again.\n{reply.traceback or ''}".strip()
             )
         texts = dict(zip(rows, reply.value, strict=True))
@@ -110,9 +110,9 @@ class Environments:
         ]
 
     def answer(self, spoken: Sequence[ModelTurn]) -> list[EnvironmentReply]:
-        """Take turns to their environments; those whose environment broke come back as failed.
+        """Pass turns to their environments; those whose environment broke are marked as failed.
 
-        Raises: RewardError when environments break too often.
+        Raises: RewardError if environments break too often.
         """
         taken: set[int] = set()
         calls = [self._calls(said) for said in spoken]
@@ -126,7 +126,7 @@ class Environments:
         ]
 
     def take_counts(self) -> tuple[int, int]:
-        """Calls of tools since the last time, and how many of them failed."""
+        """Number of tool calls since the last time, and of those that failed."""
         counts = self._calls_made, self._calls_failed
         self._calls_made = self._calls_failed = 0
         return counts
@@ -141,12 +141,12 @@ class Environments:
         if name not in self.kinds:
             raise DataError(
                 f"The environment of {example.id} is {name!r}; {self.factory} has "
-                f"{', '.join(map(repr, self.kinds))}. Name one of them in its column `environment`."
+                f"{', '.join(map(repr, self.kinds))}. Name one of them in its `environment` column."
             )
         return self.kinds[name]
 
     def _call(self, function: str, **arguments: Any) -> Reply:
-        # Each part has its own limit in the child; this one is for what does not heed it.
+        # Each part has its own limit in the child; this one is for code that ignores it.
         parts = max((len(part) for part in arguments.values()), default=0)
         return self.worker.call(
             f"{CHILD}:{function}",
@@ -161,7 +161,7 @@ class Environments:
         return read_calls(self._tokenizer, said.token_ids, kind.schemas)
 
     def _turn(self, said: ModelTurn, calls: Sequence[ToolCall], taken: set[int]) -> dict[str, Any]:
-        """What the child is told; of several that go on from one conversation all but one copy."""
+        """The request to the child; if several continue one conversation, all but one copy it."""
         number = said.conversation
         turn: dict[str, Any] = {"example": said.example.id, "first": number is None}
         if number is None:
@@ -197,7 +197,7 @@ class Environments:
         return EnvironmentReply(number, (turn, *answers), ids)
 
     def _judge(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
-        """Count what failed; a first broken environment is told, too many end the run."""
+        """Count failures; warn of the first broken environment, end the run if too many break."""
         results = [result for outcome in outcomes for result in outcome.get("results", ())]
         self._calls_made += len(results)
         self._calls_failed += sum(result["failed"] for result in results)
@@ -205,14 +205,14 @@ class Environments:
         if errors and not any(self._broken):
             self.warn(
                 f"The environment broke: {errors[0]}. {len(errors)} of {len(outcomes)} completions "
-                "end here without a reward. More of these are counted, not shown."
+                "end here without a reward. Further failures are counted but not shown."
             )
         self._broken.extend("error" in outcome for outcome in outcomes)
         share = sum(self._broken) / max(len(self._broken), 1)
         if len(self._broken) >= MIN_TURNS and share > TOLERATED:
             raise RewardError(
-                f"The environment broke in {share:.0%} of the last {len(self._broken)} turns. Mend "
-                f"it, then start again. It said last: {errors[-1] if errors else 'nothing'}"
+                f"The environment broke in {share:.0%} of the last {len(self._broken)} turns. Fix "
+                f"it, then start again. Latest error: {errors[-1] if errors else 'none'}"
             )
 
 
@@ -224,12 +224,12 @@ def open_environments(
     limit_s: float,
     warn: Callable[[str], None],
 ) -> Environments | None:
-    """What a task's completions talk to; None when it has neither environment nor tools.
+    """Open a task's environments; None if it has neither environment nor tools.
 
-    factory: `file.py:Name` or `module:Name`, a class, a function that makes objects, or a
-        dictionary of these; tools: functions, named alike.
+    factory: `file.py:Name` or `module:Name`: a class, a function that makes objects, or a
+        dictionary of these; tools: functions, named in the same way.
 
-    Raises: ConfigError when there is no such place; DataError when what is there cannot be used.
+    Raises: ConfigError if there is no such name; DataError if the object cannot be used.
     """
     if factory is None and not tools:
         return None
@@ -238,7 +238,7 @@ def open_environments(
         what = f"The environment {factory or ', '.join(tools)} cannot be used: {reply.message}."
         if reply.traceback is None:
             raise ConfigError(f"{what} Name it as file.py:Name or module:Name.")
-        raise DataError(f"{what} Mend it, then start again.\n{reply.traceback}")
+        raise DataError(f"{what} Fix it, then start again.\n{reply.traceback}")
     kinds = {
         name: Kind(**{**kind, "schemas": tuple(kind["schemas"])})
         for name, kind in reply.value.items()
@@ -247,19 +247,19 @@ def open_environments(
 
 
 def _row(example: Example) -> dict[str, Any]:
-    """What `reset` gets: the columns of the data, with the prompt as messages."""
+    """The arguments of `reset`: the data columns, with the prompt as messages."""
     messages = [dict(message) for message in example.messages]
     return {"prompt": messages, "answer": example.answer, **example.columns}
 
 
 def _observed(example: Example, text: str | None) -> Sequence[Mapping[str, Any]]:
-    """The messages, with what `reset` said behind the last one, as TRL puts it."""
+    """The messages, with the text from `reset` appended to the last one, as in TRL."""
     last = example.messages[-1]
     return [*example.messages[:-1], {**last, "content": last["content"] + (text or "")}]
 
 
 def _answers(calls: Sequence[ToolCall], outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages that answer a turn; none when the conversation has come to its end."""
+    """The messages that answer a turn; none if the conversation is over."""
     if "results" in outcome:
         return [
             {"role": "tool", "name": call.name, "content": result["text"]}

@@ -33,7 +33,7 @@ CITIES = (
 JOBS = ("baker", "carpenter", "dentist", "farmer", "judge", "lawyer", "nurse", "pilot", "teacher")
 PETS = ("cat", "dog", "hamster", "parrot", "rabbit", "snake", "tortoise")
 NUMBERS = ("age",)
-"""Keys whose values are numbers in the object."""
+"""Keys with numeric values."""
 
 KEYS = {
     1: ("name", "city"),
@@ -41,7 +41,7 @@ KEYS = {
     3: ("name", "age", "job", "city", "pet"),
     4: ("age", "job", "city", "pet"),
 }
-"""The keys asked for, by level. On level 4 there are two people, and one is asked about by name."""
+"""The requested keys, by level. On level 4 there are two people, one of whom is asked about."""
 WORDINGS = {
     1: ("{name} lives in {city}.", "The home of {name} is in {city}.", "In {city} lives {name}."),
     2: (
@@ -74,7 +74,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     keys = [f'"{key}"' + (" (a number)" if key in NUMBERS else "") for key in _keys(operands)]
     about = f" about {_facts(operands[3:8])['name']}" if operands[0] == "4" else ""
     return (
@@ -84,13 +84,13 @@ def prompt(operands: Operands) -> str:
 
 
 def answer(operands: Operands) -> str:
-    """The object, with its keys in the order asked for."""
+    """The object, with its keys in the requested order."""
     facts = _facts(operands[3:8])
     return json.dumps({key: facts[key] for key in _keys(operands)})
 
 
 def held_out_as(operands: Operands) -> tuple[str, Operands]:
-    """The same facts in other words, or other keys asked of them, are one problem."""
+    """The hold-out key: the same facts in other words or with other keys are one problem."""
     used = {"name", *KEYS[int(operands[0])]}
     people = [_facts(operands[start : start + 5]) for start in range(3, len(operands), 5)]
     return NAME, tuple(str(facts[key]) for facts in people for key in facts if key in used)

@@ -14,7 +14,7 @@ from localrl.tasks.rows import prompt_hash, read_examples, read_rows
 
 HELD_OUT_OF = 8
 VALID_NAMES = ("valid.jsonl", "validation.jsonl", "test.jsonl")
-"""What a folder's held-out file may be called, as mlx_lm and others call it; the first counts."""
+"""Accepted names of a folder's held-out file, as in mlx_lm and others; the first found is used."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FileTask:
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
     environment: None = None
-    """Data bring none; the settings may name one."""
+    """Always None: data files define no environment, but the settings may."""
 
     @property
     def train_size(self) -> int:
@@ -50,15 +50,15 @@ def load_file_task(
     train_prompts: int = 0,
     system: str | None = None,
 ) -> FileTask:
-    """The task of a JSONL file or folder; `train_prompts` is the most to train on, 0 for all.
+    """Load the task of a JSONL file or folder, training on `train_prompts` rows, 0 for all.
 
     A folder has train.jsonl and may have valid.jsonl. Without it, and for a single file, a row is
-    held out when the SHA-256 of its prompt is divisible by 8, or else the one with the smallest
-    hash: the same rows in any order of the file, and equal prompts on the same side.
+    held out if the SHA-256 of its prompt is divisible by 8, or else the one with the smallest
+    hash: the same rows whatever the order in the file, and equal prompts on the same side.
 
-    Raises: ConfigError when there is no such file, or fewer rows than asked for; DataError for
-    rows that cannot be used, for fewer than two, or for a prompt that is both in the training and
-    in the held-out file.
+    Raises: ConfigError if there is no such file, or it has fewer rows than asked for; DataError
+    for unusable rows, for fewer than two, or for a prompt that is in both the training and the
+    held-out file.
     """
     train_file, valid_file = _files(path)
     rows = read_rows(train_file)
@@ -77,7 +77,7 @@ def make_file_task(
     train_prompts: int,
     system: str | None,
 ) -> FileTask:
-    """The task of rows that are all in one place, some of them held out. See `load_file_task`."""
+    """Make a task from rows of one source, holding some of them out. See `load_file_task`."""
     training, held_out = split(read_examples(rows, system))
     source = "one row in eight, by a hash of its prompt"
     return _task(path, rewards, training, held_out, train_prompts, source)
@@ -93,16 +93,16 @@ def _task(
 ) -> FileTask:
     if not training or not held_out:
         there = len(training) + len(held_out)
-        raise DataError(f"{path} has {there} rows; training and evaluation need two.")
+        raise DataError(f"{path} has {there} rows; training and evaluation need one each.")
     if train_prompts > len(training):
         raise ConfigError(
             f"task.train_prompts is {train_prompts}, but {path} has {len(training)} rows to train "
-            "on. Lower it, or leave it out to take all."
+            "on. Lower it, or leave it out to use all."
         )
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(
         name=path.stem,
-        description=f"{len(used)} prompts of {path}; held out: {len(held_out)}, {source}",
+        description=f"{len(used)} prompts from {path}; held out: {len(held_out)}, {source}",
         rewards=tuple(rewards),
         training=used,
         held_out=tuple(sorted(held_out, key=_hash)),
@@ -110,7 +110,7 @@ def _task(
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; see `load_file_task` for the rule."""
+    """Split into training and held-out examples; see `load_file_task` for the rule."""
     hashes = [_hash(example) for example in examples]
     chosen = {h for h in hashes if int(h, 16) % HELD_OUT_OF == 0}
     if not chosen or len(chosen) == len(set(hashes)):
@@ -128,7 +128,7 @@ def _files(path: Path) -> tuple[Path, Path | None]:
     if path.is_dir():
         train = path / "train.jsonl"
         if not train.is_file():
-            raise ConfigError(f"The folder {path} has no train.jsonl, so nothing to train on.")
+            raise ConfigError(f"The folder {path} has no train.jsonl to train on.")
         return train, next((path / n for n in VALID_NAMES if (path / n).is_file()), None)
     if not path.is_file():
         raise ConfigError(f"There is no file {path}. Give a .jsonl file or a folder with one.")
@@ -140,7 +140,7 @@ def _check_overlap(training: Sequence[Example], held_out: Sequence[Example], fil
     both = [example for example in held_out if _hash(example) in known]
     if both:
         raise DataError(
-            f"{len(both)} of {len(held_out)} prompts of {file} are also trained on, the first "
-            f"is {both[0].id!r}. Take them out of one of the files: an evaluation on them says "
-            "nothing."
+            f"{len(both)} of {len(held_out)} prompts in {file} are also trained on; the first "
+            f"is {both[0].id!r}. Remove them from one of the files: evaluating on prompts that "
+            "were trained on proves nothing."
         )

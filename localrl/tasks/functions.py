@@ -1,10 +1,10 @@
-"""Small Python functions, judged by tests that run them: only for use with a sandbox.
+"""Small Python functions, scored by tests that run them: only for use with a sandbox.
 
     prompt  Write a Python function `solve(numbers)` ... the sum of the even numbers, each times 3.
     answer  def solve(numbers): ...
 
-The operands are the steps of the function in order: even times-3 sum, written even times3 sum. On
-level 1 it works on one number, above that on a list.
+The operands are the function's steps in order, each a word and its number: divisible2 times3 sum.
+On level 1 the function takes one number, above that a list.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SANDBOX = True
 
 TESTS = 8
 DIFFERENT = 5
-"""Results that the tests of a function have at least, so that a constant does not pass them."""
+"""Minimum number of different results among a function's tests, so that a constant fails."""
 
 
 class Step(NamedTuple):
-    """One step: as an expression of Python, in words, and as what it does."""
+    """One step: as a Python expression, in words, and as a function."""
 
     code: str
     words: str
@@ -55,9 +55,9 @@ REDUCTIONS = {
 }
 FILTER_KINDS = (("above", "below"), ("divisible", "indivisible"))
 MAP_KINDS = (("add", "subtract"), ("times",), ("modulo",))
-"""Of each kind a function has one step at most, so that none undoes or empties another."""
+"""A function has at most one step of each kind, so that none undoes or empties another."""
 SHAPES = {1: (0, 2), 2: (1, 1), 3: (2, 1), 4: (2, 2)}
-"""Filters and maps by level; every level but the first ends with a reduction."""
+"""Numbers of filters and maps by level; every level except the first ends with a reduction."""
 
 
 def draw(rng: Random, difficulty: int) -> Operands:
@@ -74,7 +74,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type, with the first test as an example."""
+    """The user's message, with the first test as an example."""
     given = _argument(operands)
     example = columns(operands)["tests"][0].removeprefix("assert ").replace(" == ", " returns ")
     return (
@@ -109,7 +109,7 @@ def columns(operands: Operands) -> dict[str, Any]:
 
 
 def _inputs(operands: Operands) -> list[Any]:
-    """What the tests call the function with; of lists the first is short and the last empty."""
+    """The arguments that tests pass to the function; the first list is short, the last empty."""
     rng = Random(f"{NAME}/{'/'.join(operands)}")
     if _scalar(operands):
         return [rng.randint(-99, 99) for _ in range(TESTS)]

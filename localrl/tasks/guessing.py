@@ -3,8 +3,8 @@
     prompt  I am thinking of a whole number from 37 to 51. Guess it: ...
     answer  42
 
-The operands are the ends of the range and the number. Whoever halves what is left finds any number
-in 3 or 4 guesses. Runs in a spawned child too: plain Python.
+The operands are the ends of the range and the number. Halving the remaining range finds any number
+in 3 or 4 guesses. Also runs in a spawned child: plain Python.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NAME = "guessing"
 DIFFICULTIES = (1, 2, 3)
 ENVIRONMENT = "localrl.tasks.guessing:Guess"
 REWARD = None
-"""The environment says whether the number was found."""
+"""None: the environment gives the reward."""
 
 SIZES = {1: (6, 9), 2: (10, 12), 3: (13, 15)}
-"""The fewest and the most numbers in the range, by level."""
+"""Smallest and largest size of the range, by level."""
 LARGEST = 99
 
 RULES = (
@@ -28,11 +28,11 @@ RULES = (
     "Use as few guesses as you can."
 )
 REPEAT = "Write one number"
-"""What is said to a turn without a number, before the range."""
+"""Reply to a turn without a number; the range follows."""
 
 
 def draw(rng: Random, difficulty: int) -> tuple[str, ...]:
-    """Draw the operands: lowest number, highest number, the number itself, each uniform."""
+    """Draw the operands, each uniform: lowest number, highest number, the number itself."""
     size = rng.randint(*SIZES[difficulty])
     low = rng.randint(1, LARGEST - size + 1)
     high = low + size - 1
@@ -56,20 +56,20 @@ def columns(operands: tuple[str, ...]) -> dict[str, Any]:
 
 
 def held_out_as(operands: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """A range is held out with all its numbers, so that no prompt of evaluation is trained on."""
+    """The hold-out key: the range with all its numbers, so no evaluation prompt is trained on."""
     return NAME, operands[:2]
 
 
 class Guess:
-    """The one who thinks of the number; plays in text."""
+    """The environment that knows the number; it plays in text."""
 
     def reset(self, answer: str, low: int, high: int, **row: Any) -> None:
-        """Begin a game; the prompt has said all that there is to say."""
+        """Begin a game; adds nothing to the prompt."""
         self.number, self.low, self.high = int(answer), low, high
         self.found = False
 
     def step(self, text: str) -> str | None:
-        """Answer a guess: the last whole number behind any reasoning. None once it is found."""
+        """Answer a guess, the last whole number after any reasoning. None once it is found."""
         guess = stated_guess(text)
         self.found = self.found or guess == self.number
         if self.found:
@@ -84,7 +84,7 @@ class Guess:
 
 
 def stated_guess(text: str) -> int | None:
-    """The last whole number behind the last </think>, if there is one of at most 9 digits."""
+    """The last whole number after the last </think>, if it has at most 9 digits, else None."""
     said = text.rpartition("</think>")[2]
     numbers = re.findall(r"[0-9]+", said)
     return int(numbers[-1]) if numbers and len(numbers[-1]) <= 9 else None

@@ -3,7 +3,7 @@
     pip install 'localrl[gym]'
     localrl train --model DIR --task gym:chain_sum
 
-Its puzzles are drawn from a seed, so that a row is named by its number alone.
+Its puzzles are generated from a seed, so a row is identified by its number alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 SEED = 0
 MOST = 1_000_000
-"""Puzzles that a task is said to have; each is made when it is asked for."""
+"""Declared number of puzzles in a task; each is generated on demand."""
 
 
 def rows(name: str, count: int) -> list[dict[str, Any]]:
     """The first `count` puzzles of a task, as rows of data.
 
-    Raises: ValueError when there is no such task.
+    Raises: ValueError if there is no such task.
     """
     puzzles = _puzzles(name)
     return [
@@ -38,9 +38,9 @@ def rows(name: str, count: int) -> list[dict[str, Any]]:
 def gym_reward(
     completions: Sequence[Any], gym: Sequence[str], index: Sequence[int], **columns: Any
 ) -> list[float]:
-    """What reasoning-gym gives each answer, 0 to 1.
+    """Score each answer with reasoning-gym, 0 to 1.
 
-    Answers stand in <answer>...</answer>; without these, all that was written counts.
+    The answer is the text in <answer>...</answer>, or the whole completion without these tags.
     """
     scores = []
     for completion, name, number in zip(completions, gym, index, strict=True):

@@ -1,4 +1,4 @@
-"""The levels in a task's name: countdown:3, countdown:2-4."""
+"""Parses the levels in a task's name: countdown:3, countdown:2-4."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from localrl.errors import ConfigError
 def parse_name(
     name: str, known: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, tuple[int, ...] | None]:
-    """A task's name and the levels that are asked for; None for all of them.
+    """Split a name into the task and its levels; None for all levels.
 
     known: the levels of each task.
 
-    Raises: ConfigError for a task or a level that there is not.
+    Raises: ConfigError for an unknown task or level.
     """
     task, colon, levels = name.partition(":")
     if task not in known:
@@ -28,7 +28,7 @@ def parse_name(
 
 
 def span(levels: tuple[int, ...]) -> str:
-    """Levels that follow one another, as people write them."""
+    """Format consecutive levels as text."""
     return f"level {levels[0]}" if len(levels) == 1 else f"levels {levels[0]} to {levels[-1]}"
 
 

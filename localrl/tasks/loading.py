@@ -1,4 +1,4 @@
-"""From what a person writes after `--task` to a task."""
+"""Opens the task named by `--task`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from localrl.tasks.files import HELD_OUT_OF, FileTask, load_file_task, make_file
 
 GYM = "gym:"
 GYM_PROMPTS = 1000
-"""Puzzles to train on where the user does not say."""
+"""Default number of puzzles to train on."""
 
 FUNCTION = "examples"
-"""What a Python file of data defines: no arguments, returns rows as a JSONL file would hold."""
+"""Function that a Python data file defines: no arguments, returns rows as in a JSONL file."""
 
 
 def open_task(
     config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker
 ) -> BuiltinTask | FileTask:
-    """The built-in task of that name, or the user's data: a JSONL file, a folder, a Python file.
+    """Open a built-in task, or the user's data: a JSONL file, a folder, a Python file.
 
-    `rewards` take the place of the task's own; data need some. A Python file runs in the worker.
+    `rewards` replace the task's own; data require some. A Python file runs in the worker.
 
-    Raises: ConfigError when there is no such task, or data without rewards; DataError for data
-    that cannot be used.
+    Raises: ConfigError if there is no such task, or data have no rewards; DataError for data that
+    cannot be used.
     """
     path = Path(config.name).expanduser()
     if config.name.startswith(GYM):
@@ -41,8 +41,8 @@ def open_task(
         return replace(task, rewards=tuple(rewards)) if rewards else task
     if not rewards and not config.environment:
         raise ConfigError(
-            f"Nothing says how answers to {path} are scored. Name a reward, --reward accuracy or "
-            "--reward my_rewards.py:function."
+            f"No reward is set for {path}, so its answers cannot be scored. Name one with --reward "
+            "accuracy or --reward my_rewards.py:function."
         )
     if path.suffix == ".py":
         rows = _rows(path, worker)
@@ -53,9 +53,9 @@ def open_task(
 def with_environments(
     config: TaskConfig, task: BuiltinTask | FileTask, worker: Worker, warn: Callable[[str], None]
 ) -> tuple[BuiltinTask | FileTask, Environments | None]:
-    """The task with the rewards that its environments own behind its others, and these.
+    """Open the task's environments; returns them and the task with their own rewards appended.
 
-    Raises: ConfigError when there is no such environment, or no reward at all; DataError when an
+    Raises: ConfigError if there is no such environment, or no reward at all; DataError if an
     environment cannot be used.
     """
     factory = config.environment or task.environment
@@ -67,22 +67,22 @@ def with_environments(
     rewards = (*task.rewards, *found.rewards)
     if not rewards:
         raise ConfigError(
-            f"Nothing says how {task.name} is scored: {factory} has no get_reward(). Give it one, "
-            "or name a reward with --reward."
+            f"No reward is set for {task.name}: {factory} has no get_reward(). Add one, or name a "
+            "reward with --reward."
         )
     return replace(task, rewards=rewards), found
 
 
 def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker) -> FileTask:
-    """A task of reasoning-gym with as many puzzles as are wanted, some of them held out."""
+    """Open a reasoning-gym task with the requested number of puzzles, holding some of them out."""
     name = config.name.removeprefix(GYM)
     count = (config.train_prompts or GYM_PROMPTS) * HELD_OUT_OF // (HELD_OUT_OF - 1)
-    # A little more, since which ones are held out is a matter of their hashes.
+    # Ask for a few more, since hashes decide which ones are held out.
     reply = worker.call("localrl.tasks.gym:rows", {"name": name, "count": count + count // 8 + 16})
     if not reply.ok:
         missing = "No module named 'reasoning_gym'" in reply.message
         todo = "pip install 'localrl[gym]'" if missing else "See reasoning-gym's list of datasets."
-        raise ConfigError(f"The task {config.name} cannot be had: {reply.message}. {todo}")
+        raise ConfigError(f"The task {config.name} cannot be loaded: {reply.message}. {todo}")
     own = rewards or (RewardSpec("gym_reward", "localrl.tasks.gym:gym_reward"),)
     rows = ((f"{config.name}, puzzle {row['index']}", row) for row in reply.value)
     task = make_file_task(Path(name), own, rows, config.train_prompts, config.system)
@@ -90,22 +90,22 @@ def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker)
 
 
 def is_data(name: str) -> bool:
-    """Whether a task is named by a path, not by a built-in name."""
+    """True if a task is given by a path rather than a built-in name."""
     path = Path(name).expanduser()
     return path.suffix in (".jsonl", ".py", ".json") or "/" in name or path.is_dir()
 
 
 def _rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the file's `examples()` returns, row by row with its place."""
+    """Yield the rows that the file's `examples()` returns, each with its place."""
     reply = worker.call(f"{path}:{FUNCTION}", {})
     if not reply.ok:
         raise DataError(
             f"{FUNCTION}() of {path} failed: {reply.message}.\n{reply.traceback or ''}".strip()
         )
     if not isinstance(reply.value, list):
-        raise DataError(f"{FUNCTION}() of {path} must return a list of rows, one dictionary each.")
+        raise DataError(f"{FUNCTION}() of {path} must return a list of rows, each a dictionary.")
     for number, row in enumerate(reply.value, start=1):
         place = f"{path}, example {number}"
         if not isinstance(row, dict):
-            raise DataError(f"{place} is {row!r:.60}; a row is a dictionary.")
+            raise DataError(f"{place} is {row!r:.60}; a row must be a dictionary.")
         yield place, row

@@ -1,4 +1,4 @@
-"""Which training examples come, and in which order."""
+"""Selects training examples and their order."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from localrl.tasks.base import Task
 from localrl.utils.rng import keyed_generator
 
 POOL = 4096
-"""The most examples of a finite set that are compared at once."""
+"""Maximum number of examples of a finite set that are compared at once."""
 ENDLESS = 4
-"""Examples of an endless task that are compared, for each one taken."""
+"""Number of examples of an endless task that are compared for each one taken."""
 
 
 def take(task: Task, cursor: int, count: int, seed: int) -> list[Example]:
-    """The `count` examples from position `cursor` on.
+    """Take `count` examples starting at position `cursor`.
 
-    A finite set is shuffled anew in every epoch, by seed and epoch alone. Where one epoch ends and
-    the next begins, examples that are there already are passed over, so that none comes twice. An
-    endless set comes in its own order, in which `seed` picks the place to start.
+    A finite set is reshuffled in every epoch, by seed and epoch alone. Across the boundary between
+    two epochs, examples already taken are skipped, so none comes twice. An endless set comes in
+    its own order, and `seed` picks the starting point.
 
     Raises: ValueError for a count above the size of a finite set.
     """
     if 0 < task.train_size < count:
-        raise ValueError(f"{count} different examples of {task.train_size}")
+        raise ValueError(f"{count} different examples are needed, but there are {task.train_size}")
     if task.train_size == 0:
         start = seed * 1_000_003  # far apart: runs of different seeds see different problems
         return [task.train(start + cursor + i) for i in range(count)]
@@ -49,11 +49,11 @@ def choose(
     uniform_share: float,
     worth: Callable[[Sequence[Example]], np.ndarray],
 ) -> list[Example]:
-    """The examples of a step: some in turn, and of the others those worth most.
+    """Choose the examples of a step: some in turn, and the most worthwhile of the others.
 
     `worth` gives each candidate a number, (n,). The candidates are all examples of a finite set
-    (`POOL` of them, drawn anew, of a larger one), or the next few of an endless one. The share in
-    turn walks through the shuffled set, so that a prompt is never out of sight: it comes at least
+    (a fresh random `POOL` of them if it is larger), or the next few of an endless one. The share
+    in turn walks through the shuffled set, so that no prompt is ever lost: each comes at least
     once in any 2 / share epochs, an epoch being as many draws as there are prompts.
     """
     turns = ceil(uniform_share * count - 1e-9)  # 0.07 * 100 is a little above 7

@@ -16,23 +16,23 @@ DIFFICULTIES = (1, 2, 3, 4)
 REWARD = ACCURACY
 
 LENGTHS = {1: (3, 4), 2: (5, 7), 3: (8, 12), 4: (13, 20)}
-"""Fewest and most characters by level."""
+"""Minimum and maximum number of characters by level."""
 CHARACTERS = {1: ascii_lowercase, 2: ascii_lowercase}
-"""The first levels have letters alone."""
+"""Alphabets of the levels with letters only; the others have digits too."""
 
 
 def draw(rng: Random, difficulty: int) -> Operands:
-    """Draw the operands: the characters, which never read the same from both ends."""
+    """Draw the operands: the characters, which never form a palindrome."""
     alphabet = CHARACTERS.get(difficulty, ascii_lowercase + digits)
     while True:
         letters = tuple(rng.choice(alphabet) for _ in range(rng.randint(*LENGTHS[difficulty])))
-        # With a letter at each end it is not read as a number.
+        # With a letter at each end the string is not parsed as a number.
         if letters != letters[::-1] and letters[0].isalpha() and letters[-1].isalpha():
             return letters
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     text = "".join(operands)
     return f'Write the string "{text}" backwards. {REASON} "Answer: " followed by the new string.'
 

@@ -1,8 +1,8 @@
-"""Rows of the user's data: JSON lines to examples.
+"""Converts rows of the user's data, JSON lines, to examples.
 
 A row needs a prompt: `prompt` (text, or chat messages), `messages`, or `question`. It may have an
-answer (`answer`, `ground_truth` or `solution`), an `id` and a `system` message. Whatever a row
-holds reaches the reward functions under its own name.
+answer (`answer`, `ground_truth` or `solution`), an `id` and a `system` message. Every column is
+passed to the reward functions under its own name.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ PROMPTS = ("prompt", "messages", "question")
 ANSWERS = ("answer", "ground_truth", "solution")
 ROLES = ("system", "user", "assistant", "tool")
 GSM8K = "####"
-"""In that data set the gold answer stands behind the last of these."""
+"""Marker in GSM8K data: the gold answer follows the last one."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of a JSONL file with the place where it stands, `file, line n`.
+    """Yield every row of a JSONL file with its place, `file, line n`.
 
-    UTF-8, with or without a byte order mark; blank lines are skipped.
+    The file is UTF-8, with or without a byte order mark; blank lines are skipped.
 
-    Raises: DataError, naming file and line, for what cannot be read.
+    Raises: DataError, naming file and line, if something cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -38,19 +38,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
-    # Not splitlines(), which would also split at separators that JSON strings may hold.
+    # Not splitlines(), which would also split at separators that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}, line {number}", _row(f"{path}, line {number}", line)
 
 
 def read_examples(rows: Iterator[tuple[str, dict[str, Any]]], system: str | None) -> list[Example]:
-    """The examples of rows; `system` is the message of those that have none of their own.
+    """Convert rows to examples; `system` is the system message of rows without their own.
 
-    Without an `id` of its own a row is named by a hash of its prompt and answer, so that its name
-    survives reordering; of equal rows the second has `-2` behind it, and so on.
+    A row without an `id` is named by a hash of its prompt and answer, so its name survives
+    reordering; among equal rows the second gets the suffix `-2`, and so on.
 
-    Raises: DataError, naming the place, for a row without a usable prompt, or an `id` seen before.
+    Raises: DataError, naming the place, for a row without a usable prompt, or a repeated `id`.
     """
     examples: list[Example] = []
     places: dict[str, str] = {}
@@ -64,8 +64,8 @@ def read_examples(rows: Iterator[tuple[str, dict[str, Any]]], system: str | None
                 example = replace(example, id=name, tracker_key=name)
         if example.id in places:
             raise DataError(
-                f"{place}: the id {example.id!r} was given before, in {places[example.id]}. Make "
-                "ids different, or leave them out."
+                f"{place}: the id {example.id!r} is already used in {places[example.id]}. Make "
+                "ids unique, or leave them out."
             )
         places[example.id] = place
         examples.append(example)
@@ -73,7 +73,7 @@ def read_examples(rows: Iterator[tuple[str, dict[str, Any]]], system: str | None
 
 
 def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Example:
-    """The example of one row. Raises: DataError, see `read_examples`."""
+    """Convert one row to an example. Raises: DataError, see `read_examples`."""
     messages = _messages(place, row)
     own = row.get("system", system)
     if own is not None and messages[0]["role"] != "system":
@@ -98,9 +98,9 @@ def _row(place: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}.") from None
     except RecursionError:
-        raise DataError(f"{place} is nested too deeply to be read.") from None
+        raise DataError(f"{place} is nested too deeply to read.") from None
     if not isinstance(row, dict):
-        raise DataError(f"{place} is {line.strip()[:60]!r}; a row is a JSON object {{...}}.")
+        raise DataError(f"{place} is {line.strip()[:60]!r}; a row must be a JSON object {{...}}.")
     return row
 
 
@@ -119,8 +119,8 @@ def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ..
     messages = tuple(_message(place, present[0], message) for message in value)
     if messages[-1]["role"] == "assistant":
         raise DataError(
-            f"{place}: the last message is the assistant's own. End with the user's, and name the "
-            "right answer `answer`."
+            f"{place}: the last message is the assistant's. End with the user's, and put the right "
+            "answer in `answer`."
         )
     return messages
 
@@ -128,7 +128,7 @@ def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ..
 def _message(place: str, column: str, message: Any) -> Mapping[str, str]:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise DataError(
-            f"{place}: {column} holds {message!r:.60}; a message has a `role` and a `content`."
+            f"{place}: {column} holds {message!r:.60}; a message needs a `role` and a `content`."
         )
     if message["role"] not in ROLES:
         raise DataError(f"{place}: the role {message['role']!r} is not one of {', '.join(ROLES)}.")
@@ -142,7 +142,7 @@ def _text(place: str, column: str, value: Any) -> str:
 
 
 def _answer(row: Mapping[str, Any]) -> Any:
-    """The gold answer, None where the row has none; of GSM8K's the part behind `####`."""
+    """The gold answer, None if the row has none; in GSM8K's format the part after `####`."""
     answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
     if isinstance(answer, str) and GSM8K in answer:
         return answer.rpartition(GSM8K)[2].strip()

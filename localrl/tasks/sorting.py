@@ -3,8 +3,8 @@
     prompt  sort kgbpa
     answer  abgkp
 
-A policy that reasons takes the smallest of the letters that remain, again and again. The embedded
-model lists what remains, then names its smallest letter:
+A policy that reasons repeatedly takes the smallest remaining letter. The embedded model lists the
+remaining letters, then names the smallest:
 
     kgbpa;kgbpa>a;kgbp>b;kgp>g;kp>k;#abgkp
 """
@@ -16,7 +16,7 @@ from string import ascii_lowercase
 
 NAME = "sorting"
 DIFFICULTIES = (4, 5, 6)
-"""How many letters are sorted."""
+"""Levels: the number of letters."""
 
 
 def draw(rng: Random, difficulty: int) -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def draw(rng: Random, difficulty: int) -> tuple[str, ...]:
 
 
 def prompt(operands: tuple[str, ...]) -> str:
-    """The text a person would type."""
+    """The user's message."""
     return "sort " + "".join(operands)
 
 

@@ -4,7 +4,7 @@
     answer  180
 
 A policy that reasons keeps a running total. The embedded model writes it with its digits reversed,
-lowest digit first, because carries then flow in the order of writing:
+lowest digit first, so that carries flow in writing order:
 
     740;+58=231;+63=861;+21=081;#180
 """
@@ -15,7 +15,7 @@ from random import Random
 
 NAME = "sums"
 DIFFICULTIES = (4, 5, 6)
-"""How many numbers are added."""
+"""Levels: the number of terms."""
 
 
 def draw(rng: Random, difficulty: int) -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def draw(rng: Random, difficulty: int) -> tuple[str, ...]:
 
 
 def prompt(operands: tuple[str, ...]) -> str:
-    """The text a person would type."""
+    """The user's message."""
     return "sum " + " ".join(operands)
 
 

@@ -3,8 +3,8 @@
     prompt  How many centimetres are 37 metres? ...
     answer  3700
 
-Levels: a larger unit into a smaller one; a smaller one into a larger one, with decimals; two units
-together into a third; a rate over a time. All answers are exact.
+The levels are: a larger unit to a smaller one; a smaller one to a larger one, with decimals; two
+units together in the smaller of them; a rate over a time. All answers are exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {
     "time": {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86_400, "weeks": 604_800},
     "imperial": {"inches": 1, "feet": 12, "yards": 36, "miles": 63_360},
 }
-"""How large each unit is, in the smallest of its kind."""
+"""Size of each unit, in the smallest unit of its kind."""
 UNITS = {unit: size for units in SIZES.values() for unit, size in units.items()}
 METRIC = ("length", "mass", "volume")
 
@@ -48,7 +48,7 @@ def draw(rng: Random, difficulty: int) -> Operands:
 
 
 def question(operands: Operands) -> str:
-    """What is asked, without how to answer."""
+    """The question, without instructions on how to answer."""
     kind, amount, *rest = operands
     new = rest[-1]
     if kind == "both":
@@ -62,12 +62,12 @@ def question(operands: Operands) -> str:
 
 
 def prompt(operands: Operands) -> str:
-    """The text a person would type."""
+    """The user's message."""
     return f'{question(operands)} {REASON} "Answer: " followed by the number.'
 
 
 def answer(operands: Operands) -> str:
-    """The number in the unit that was asked for."""
+    """The number in the requested unit."""
     kind, amount, *rest = operands
     new = UNITS[rest[-1]]
     if kind == "both":
@@ -85,5 +85,5 @@ def _neighbours(rng: Random, kind: str) -> tuple[str, str]:
 
 
 def _exact(value: Decimal) -> str:
-    """The number without an exponent and without zeros at its end."""
+    """Format the number without an exponent or trailing zeros."""
     return f"{value.normalize():f}"

@@ -165,7 +165,7 @@ def test_boxes_nest_and_close() -> None:
 def test_solution_comes_before_answer() -> None:
     texts = ["1", "2", "3"]
     assert accuracy_reward(texts, ["1", None, None], [9, 2, None]) == [1.0, 1.0, None]
-    with pytest.raises(ValueError, match="neither a column `solution` nor"):
+    with pytest.raises(ValueError, match="neither a `solution` nor"):
         accuracy_reward(["1"])
 
 
@@ -356,11 +356,11 @@ def test_json_with_gold_and_schema_needs_both() -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"minimum": 1}, "schema has the keyword 'minimum'; supported are"),
+        ({"minimum": 1}, "schema has the keyword 'minimum'; supported keywords are"),
         ({"properties": {"a": {"items": {"pattern": "x"}}}}, "schema.properties.a.items has the"),
         ({"items": [{}]}, r"schema.items is \[\{\}\]; a schema is"),
-        ({"type": "int"}, "schema.type is 'int'; it is one of"),
-        ({"required": "a"}, "schema.required is 'a'; it is a list"),
+        ({"type": "int"}, "schema.type is 'int'; it must be one of"),
+        ({"required": "a"}, "schema.required is 'a'; it must be a list"),
         ({"properties": []}, "schema.properties is"),
         ({"enum": 1}, "schema.enum is 1"),
         ("{", "is not JSON"),

@@ -101,7 +101,7 @@ def test_names_are_made_different() -> None:
         (["soft_overlong(max_completion_len=9)"], None, "needs soft_punish_cache"),
         (["regex(pattern=x)"], None, "the value of 'pattern' is not a literal"),
         (["a.py:make(1)"], None, "not of the form (key=value"),
-        (["accuracy", "accuracy_reward"], None, "comes twice"),
+        (["accuracy", "accuracy_reward"], None, "given twice"),
         (["accuracy"], [1.0, 2.0], "1 reward functions have 2 weights"),
         (["accuracy"], [], "1 reward functions have 0 weights"),
         (["accuracy"], [float("inf")], "'accuracy' has weight inf"),

@@ -41,7 +41,7 @@ def sandbox() -> Sandbox:
 @pytest.fixture
 def nothing_holds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse() -> Sandbox:
-        raise ConfigError("No sandbox holds on this machine. Install bubblewrap.")
+        raise ConfigError("No working sandbox was found. Install bubblewrap.")
 
     monkeypatch.setattr(code, "find_sandbox", refuse)
     monkeypatch.delenv(UNSAFE_VARIABLE, raising=False)

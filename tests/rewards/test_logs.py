@@ -141,9 +141,9 @@ def test_what_cannot_be_logged_is_dropped_with_one_warning(worker: Worker) -> No
         {"strange": None, "nested": "b'bytes'"},
     ]
     assert len(said) == 3
-    assert "the metric 'broken' as nan: dropped" in said[0]
+    assert "the metric 'broken' as nan; the entry was dropped" in said[0]
     assert "'exact'" in said[1]
-    assert "1 values of the column 'short' for 2 completions: dropped" in said[2]
+    assert "1 values in the column 'short' for 2 completions; the entry was dropped" in said[2]
 
 
 def test_a_failed_call_logs_nothing_and_arrays_are_fine(worker: Worker) -> None:

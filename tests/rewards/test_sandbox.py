@@ -303,7 +303,7 @@ def test_the_proof_leaves_no_canary(sandbox: Sandbox) -> None:
 
 def test_without_a_sandbox_everything_is_refused() -> None:
     """Passes everywhere: a plain process is found out, and nothing is left to fall back on."""
-    with pytest.raises(ConfigError, match="No sandbox holds") as refused:
+    with pytest.raises(ConfigError, match="No working sandbox was found") as refused:
         first_proven(["bubblewrap: there is no bwrap", unsafe_sandbox()], "linux")
     message = str(refused.value)
     assert "it read" in message
@@ -318,10 +318,10 @@ def test_nothing_found_is_refused() -> None:
 
 def test_a_sandbox_that_cannot_start_says_why() -> None:
     broken = Sandbox("broken", lambda folder, command: ["sh", "-c", "echo no: denied >&2; exit 1"])
-    with pytest.raises(SandboxError, match="it did not start: no: denied"):
+    with pytest.raises(SandboxError, match="the sandbox did not start: no: denied"):
         run(broken, "print(1)")
     missing = Sandbox("missing", lambda folder, command: ["/no/such/program"])
-    with pytest.raises(SandboxError, match="it could not be started"):
+    with pytest.raises(SandboxError, match="the sandbox could not be started"):
         run(missing, "print(1)")
     with pytest.raises(ConfigError, match=r"no: denied.*apparmor"):
         first_proven([broken], "linux")

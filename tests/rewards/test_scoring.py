@@ -204,7 +204,7 @@ def test_hopeless_function_stops_the_run_with_its_traceback(worker: Worker) -> N
     scorer = Scorer([spec("raises")], worker, lambda line: None)
     for _ in range(HOPELESS_CALLS - 1):
         scorer.score([group("ab")])
-    with pytest.raises(RewardError, match=r"100% of the completions of its last 3") as error:
+    with pytest.raises(RewardError, match=r"100% of the completions in its last 3") as error:
         scorer.score([group("ab")])
     assert "hostile.py" in str(error.value)
     assert "return 1 / 0" in str(error.value)
@@ -245,7 +245,7 @@ def test_check_names_what_is_missing(worker: Worker, tmp_path: Path) -> None:
         Scorer([spec("lost")], worker).check()
     with pytest.raises(ConfigError, match="there is no module 'no_such_module'"):
         Scorer([Spec("r", "no_such_module:f")], worker).check()
-    with pytest.raises(ConfigError, match="needs the column 'ground_truth'; this task gives answ"):
+    with pytest.raises(ConfigError, match="needs the column 'ground_truth'; this task has answ"):
         Scorer([spec("needs_a_column")], worker).check(["level"])
     (tmp_path / "broken.py").write_text("import no_such_library\n")
     with pytest.raises(DataError, match=r"(?s)No module named 'no_such_library'.*broken\.py"):
@@ -253,7 +253,7 @@ def test_check_names_what_is_missing(worker: Worker, tmp_path: Path) -> None:
 
 
 def test_bad_settings_are_refused(worker: Worker) -> None:
-    with pytest.raises(ConfigError, match="no reward function"):
+    with pytest.raises(ConfigError, match="No reward function"):
         Scorer([], worker)
     with pytest.raises(ConfigError, match="different names"):
         Scorer([spec("length"), spec("length")], worker)

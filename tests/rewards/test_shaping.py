@@ -42,7 +42,7 @@ def test_regular_expressions() -> None:
     texts = ["<a>1\n2</a>\n", "see <a>1</a>", "1"]
     assert get_regex_reward("<a>.*</a>")(texts) == [1.0, 0.0, 0.0]
     assert get_regex_reward("<a>.*</a>", search=True)(texts) == [1.0, 1.0, 0.0]
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression: missing"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing"):
         get_regex_reward("(")
 
 

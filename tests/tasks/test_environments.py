@@ -199,7 +199,7 @@ def test_reset_must_depend_on_the_row_alone(worker, tokenizer):
     talk.environments.prompts([example()])
     (heard,) = talk.say((example(), None, "a"))
     assert heard.failed
-    assert "two different things for one row" in talk.warned[0]
+    assert "two different texts for one row" in talk.warned[0]
 
 
 def test_kinds_by_the_column_environment(worker, tokenizer):
@@ -262,7 +262,7 @@ def test_the_reward_of_a_conversation_that_is_gone_is_none(worker, tokenizer):
     ("factory", "tools", "error", "message"),
     [
         ("Nobody", (), ConfigError, "has no 'Nobody'. Name it as file.py:Name"),
-        ("Mute", (), DataError, "Mute has neither a method step\\(text\\) nor one to call"),
+        ("Mute", (), DataError, "Mute has neither step\\(text\\) nor a method"),
         ("NoReset", (), DataError, "NoReset has no method reset"),
         ("Countdown", ("multiply",), DataError, "plays in text, so it cannot have tools"),
         (None, ("nothing",), ConfigError, "has no 'nothing'"),

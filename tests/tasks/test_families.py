@@ -183,9 +183,13 @@ def test_the_hold_out_rule_looks_at_the_substance(name):
 
 
 def test_a_level_that_runs_out_says_so():
-    with pytest.raises(ConfigError, match=r"'bases:1' has no \d+ different training problems"):
+    with pytest.raises(
+        ConfigError, match=r"'bases:1' does not have \d+ different training problems"
+    ):
         load_task("bases:1", train_prompts=3000).train(0)
-    with pytest.raises(ConfigError, match=r"'dates:1' has no \d+ different held-out problems"):
+    with pytest.raises(
+        ConfigError, match=r"'dates:1' does not have \d+ different held-out problems"
+    ):
         load_task("dates:1", train_prompts=0).evaluation(1000)
 
 

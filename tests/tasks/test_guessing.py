@@ -134,7 +134,9 @@ def test_a_range_is_held_out_with_all_its_numbers():
 
 
 def test_a_level_that_runs_out_says_so():
-    with pytest.raises(ConfigError, match=r"'guessing:1' has no \d+ different held-out problems"):
+    with pytest.raises(
+        ConfigError, match=r"'guessing:1' does not have \d+ different held-out problems"
+    ):
         load_task("guessing:1", train_prompts=0).evaluation(1000)
 
 
