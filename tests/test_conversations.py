@@ -112,7 +112,7 @@ def test_reuse_and_environments_do_not_go_together(folder, tmp_path):
 
 
 def test_somebody_must_judge(folder, tmp_path):
-    with pytest.raises(ConfigError, match="Name a reward"):
+    with pytest.raises(ConfigError, match="Name one with --reward"):
         run(folder, tmp_path / "a", **{"task.environment": None})
     with pytest.raises(ConfigError, match=r"has no get_reward\(\)"):
         run(folder, tmp_path / "b", **{"task.environment": f"{PLAYGROUND}:Silent"})
