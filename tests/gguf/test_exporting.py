@@ -221,16 +221,16 @@ def test_a_small_update_is_in_the_file_although_rounding_is_larger(tmp_path):
     arguments = [str(tmp_path / "adapter"), "--model", str(folder), "--gguf"]
     done = CliRunner().invoke(export, [*arguments, str(tmp_path / "model.gguf")])
     assert done.exit_code == 0, done.exception
-    assert "note: rounding is larger than what was learned; --bits 16" in done.output
+    assert "note: rounding is larger than the learned update; --bits 16" in done.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bits", "16"], "--bits is for GGUF files"),
-        (["--gguf", "x.gguf", "--fused"], "--fused does not go with --gguf"),
-        (["--gguf", "x.gguf", "--out", "new"], "--out does not go with --gguf"),
-        (["--gguf"], "Name a new file behind --gguf"),
+        (["--bits", "16"], "--bits needs --gguf"),
+        (["--gguf", "x.gguf", "--fused"], "--fused cannot be combined with --gguf"),
+        (["--gguf", "x.gguf", "--out", "new"], "--out cannot be combined with --gguf"),
+        (["--gguf"], "Name a new file after --gguf"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, arguments, message):
