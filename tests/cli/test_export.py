@@ -126,7 +126,7 @@ def test_the_adapter_gets_a_base_models_name(run, tmp_path):
         (["{run}/adapter"], "Pass its model with --model"),
         (["{run}/adapter", "--model", "{model}"], "Name a new folder with --out"),
         (["{run}", "--out", "{run}"], "exists and is not empty"),
-        (["{run}", "--base-id", "/a/path"], "must be one of the Hub"),
+        (["{run}", "--base-id", "/a/path"], "must be a Hub id"),
         (["{tmp}"], "There is nothing to export in"),
     ],
 )

@@ -176,7 +176,7 @@ def test_a_file_in_the_cache_is_named(hub, pull):
         (("acme/tiny", "--out", "there"), 2, "a model stays in the cache"),
         (("--data", "acme/rows"), 2, "names no JSONL file"),
         (("--data", "acme/rows:data.parquet"), 2, "names no JSONL file"),
-        (("--data", "acme/rows:test.jsonl"), 6, "JSONL files there: train.jsonl"),
+        (("--data", "acme/rows:test.jsonl"), 6, "Available JSONL files: train.jsonl"),
         (("acme/nothing",), 6, "no such repository, or your token may not see it"),
         (("../etc",), 6, "'../etc'. Nothing was downloaded."),
     ],

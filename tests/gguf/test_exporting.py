@@ -192,7 +192,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     adapter = adapter_of(a_policy(folder).model)
     usage = SimpleNamespace(total=10**9, used=10**9, free=10**5)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match=r"takes 0.0 GB, and its disk has 0.0 GB free"):
+    with pytest.raises(ConfigError, match=r"takes 0.0 GB, but its disk has only 0.0 GB free"):
         export_gguf(adapter, folder, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
