@@ -149,7 +149,7 @@ def test_llama_3_s_rotary_factors_are_written(tmp_path):
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         ("llama", {"rope_traditional": True}, "rope_traditional"),
         ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
-        ("llama", {"model_type": "phi3"}, "not written for models of type 'phi3'"),
+        ("llama", {"model_type": "phi3"}, "does not support models of type 'phi3'"),
     ],
 )
 def test_what_gguf_has_no_place_for_is_refused(tmp_path, architecture, changes, message):
@@ -165,13 +165,13 @@ def test_what_gguf_has_no_place_for_is_refused(tmp_path, architecture, changes, 
 def test_another_tokenizer_is_refused(tmp_path, tiny_folder):
     """One of words, and a byte-level one that cuts texts in a way without a name."""
     adapter = adapter_of(a_policy(tiny_folder).model)
-    with pytest.raises(ConfigError, match="'WordLevel', and not BPE"):
+    with pytest.raises(ConfigError, match="'WordLevel', not BPE"):
         export_gguf(adapter, tiny_folder, tmp_path / "out.gguf")
     folder = a_base(tmp_path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,7}"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=r"cuts texts by .*\{1,7\}"):
+    with pytest.raises(ConfigError, match=r"splits text with .*\{1,7\}"):
         export_gguf(adapter_of(a_policy(folder).model), folder, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
