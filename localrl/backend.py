@@ -1,13 +1,13 @@
-"""The package's one door to MLX: prepares the process, imports MLX, says what it runs on.
+"""The package's single entry to MLX: prepares the process, imports MLX, reports its backend.
 
 Every other module writes `from localrl.backend import mx, nn, optim`. On a Mac that is the plain
 import. On Linux, MLX's own wheel multiplies matrices with the reference BLAS, some seventy times
-slower than the OpenBLAS that NumPy's wheel carries; so before MLX is loaded a good BLAS is made to
-answer the names that MLX imports (`cblas_sgemm` and its kin). The choice, best first:
+slower than the OpenBLAS in NumPy's wheel. Therefore a fast BLAS is made to provide the symbols
+that MLX imports (`cblas_sgemm` and its kin) before MLX is loaded. The choice, best first:
 
 1. NumPy's OpenBLAS, through the compiled module `localrl._blas`;
-2. an OpenBLAS or MKL installed on the system, which bears the plain names itself;
-3. the reference BLAS, with a note that says how to mend it.
+2. an OpenBLAS or MKL installed on the system, which exports the plain names itself;
+3. the reference BLAS, with a note that says how to fix it.
 """
 
 import ctypes
@@ -39,8 +39,8 @@ __all__ = [
 Device = Literal["metal", "cpu", "cuda"]
 Blas = Literal["numpy-openblas", "system-openblas", "mkl", "accelerate", "reference"]
 
-# More threads than this cost more in waking up than they save on matrices of at most a few
-# thousand rows and columns; and each idle one spins for a while after every product.
+# More threads than this cost more to wake up than they save on matrices of at most a few
+# thousand rows and columns, and each idle one spins for a while after every product.
 _MOST_THREADS = 8
 _THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
@@ -59,10 +59,10 @@ _SLOW = "matrix products run on the reference BLAS, some seventy times slower th
 
 @dataclass(frozen=True)
 class Backend:
-    """What MLX computes on in this process.
+    """The device and BLAS that MLX uses in this process.
 
     `blas` and `threads` are None on a GPU; `threads` is also None where Accelerate decides.
-    `note` is one line that says what is slow and how to mend it, or None when all is well.
+    `note` is one line that says what is slow and how to fix it, or None if nothing is.
     """
 
     device: Device
@@ -73,9 +73,9 @@ class Backend:
 
 @dataclass(frozen=True)
 class _Library:
-    """A BLAS that answers MLX's products.
+    """A BLAS that computes MLX's matrix products.
 
-    `count_calls`, where there is one, tells how many products have come through.
+    `count_calls`, if available, returns how many products it has received.
     """
 
     name: Blas
@@ -85,11 +85,11 @@ class _Library:
 
 
 class _UnavailableError(Exception):
-    """A BLAS cannot be had; the message says why and how to mend it."""
+    """A BLAS is unavailable; the message says why and how to fix it."""
 
 
 def describe() -> Backend:
-    """Return what MLX computes on now, checked with one tiny product where a check exists."""
+    """Return MLX's current device and BLAS, checked with one tiny product where possible."""
     device = _device()
     if device != "cpu":
         return Backend(device, None, None, None)
@@ -98,7 +98,7 @@ def describe() -> Backend:
     if _library is None:
         return Backend(device, "reference", 1, _note)
     if not _is_reached():
-        note = f"{_SLOW}: another library had claimed cblas_sgemm; import localrl.backend first"
+        note = f"{_SLOW}: another library provides cblas_sgemm; import localrl.backend first"
         return Backend(device, "reference", 1, note)
     return Backend(device, _library.name, _library.get_threads(), None)
 
@@ -106,8 +106,8 @@ def describe() -> Backend:
 def set_threads(n: int) -> int:
     """Set how many threads a matrix product may use, and return the number in force.
 
-    NumPy shares the setting where its OpenBLAS is in use. Where the number cannot be chosen (on a
-    GPU, with Accelerate, with the reference BLAS) nothing changes and the answer is 1.
+    NumPy shares the setting if its OpenBLAS is in use. Where the number cannot be set (on a
+    GPU, with Accelerate, with the reference BLAS) nothing changes and 1 is returned.
     """
     if n < 1:
         raise ValueError(f"the number of threads must be at least 1, not {n}")
@@ -118,7 +118,7 @@ def set_threads(n: int) -> int:
 
 
 def compute_on_cpu(wanted: bool) -> None:
-    """Let MLX compute on the CPU from now on, or on the device that it began with."""
+    """Make MLX compute on the CPU from now on, or on its initial device."""
     mx.set_default_device(mx.Device(mx.cpu) if wanted else _first_device)
 
 
@@ -130,7 +130,7 @@ def _device() -> Device:
 
 @functools.cache
 def _is_reached() -> bool:
-    """Tell whether a product of MLX's arrives at the library prepared for it."""
+    """Check that MLX's products reach the library prepared for them."""
     if _library is None or _library.count_calls is None:
         return _library is not None
     before = _library.count_calls()
@@ -140,7 +140,7 @@ def _is_reached() -> bool:
 
 
 def _prepare() -> tuple[_Library | None, str | None]:
-    """Put a good BLAS in front of MLX's own; return it, or a note that says why there is none."""
+    """Put a fast BLAS in front of MLX's own; return it, or a note that says why there is none."""
     if sys.platform != "linux":
         return None, None
     if "mlx.core" in sys.modules:
@@ -154,7 +154,7 @@ def _prepare() -> tuple[_Library | None, str | None]:
 
 
 def _choose() -> tuple[_Library | None, str | None]:
-    """Return the best BLAS to be had; or, with None, why NumPy's is not to be had."""
+    """Return the best available BLAS, or None and the reason NumPy's is unavailable."""
     preloaded = _load_for_everyone(None)
     if preloaded is not None:
         return preloaded, None
@@ -165,7 +165,7 @@ def _choose() -> tuple[_Library | None, str | None]:
 
 
 def _borrow_from_numpy() -> _Library:
-    """Let `localrl._blas` forward MLX's products to the OpenBLAS in NumPy's wheel."""
+    """Make `localrl._blas` forward MLX's products to the OpenBLAS in NumPy's wheel."""
     openblas = _numpy_openblas()
     names = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm", "cblas_sgemv")
     try:
@@ -187,9 +187,9 @@ def _borrow_from_numpy() -> _Library:
 def _one_team(
     team: ModuleType, threads: int, set_blas_threads: Callable[[int], None]
 ) -> tuple[Callable[[], int], Callable[[int], None]]:
-    """Let the team of the steps in C have all threads, and each call of the BLAS one.
+    """Give all threads to the thread team of the C kernels, and one to each BLAS call.
 
-    Returns how to get and set their number.
+    Returns: functions that get and set the number of threads.
     """
     set_blas_threads(1)
     in_force = team.set_threads(threads)
@@ -208,14 +208,13 @@ def _numpy_openblas() -> ctypes.CDLL:
         for path in folder.glob("libscipy_openblas64_*.so*"):
             return ctypes.CDLL(str(path))
     raise _UnavailableError(
-        "the NumPy installed here brings no OpenBLAS of its own; "
-        "`pip install --force-reinstall numpy`"
+        "the installed NumPy has no OpenBLAS of its own; `pip install --force-reinstall numpy`"
     )
 
 
 def _import_shim() -> ModuleType:
-    # Only after the addresses are known: were extension modules loaded with global symbols here
-    # (sys.setdlopenflags), an unbound shim would answer MLX's products.
+    # Import only once the addresses are known: if extension modules are loaded with global symbols
+    # (sys.setdlopenflags), an unbound shim would receive MLX's products.
     try:
         return importlib.import_module("localrl._blas")
     except ImportError as error:
@@ -228,18 +227,18 @@ def _import_shim() -> ModuleType:
 def _load_from_system() -> _Library | None:
     core = _core_type()
     if core is not None:
-        # An older OpenBLAS takes a newer processor for a Prescott of 2004: a fifth of the speed.
+        # An older OpenBLAS treats a newer processor as a 2004 Prescott, at a fifth of the speed.
         os.environ.setdefault("OPENBLAS_CORETYPE", core)
-    folder = Path(sys.prefix, "lib")  # where conda, and pip's MKL, keep theirs
+    folder = Path(sys.prefix, "lib")  # conda and pip's MKL keep theirs here
     places = [place for name in _SYSTEM_LIBRARIES for place in (name, str(folder / name))]
     return next(filter(None, map(_load_for_everyone, places)), None)
 
 
 def _load_for_everyone(place: str | None) -> _Library | None:
-    """Give all libraries loaded later the BLAS at `place` (None: what is global already).
+    """Make the BLAS at `place` global for libraries loaded later (None: what is global already).
 
-    The answer is None where no such file exists, where it does not speak 32-bit integers, and
-    where another library would still be asked before it.
+    Returns None if no such file exists, if it does not use 32-bit integers, or if another
+    library would still take precedence.
     """
     try:
         blas = ctypes.CDLL(place)
@@ -266,7 +265,7 @@ def _plain_library(blas: ctypes.CDLL) -> _Library | None:
 
 
 def _core_type() -> str | None:
-    """Name the x86-64 kernels of OpenBLAS that this processor can run; None where unsure."""
+    """Name the x86-64 OpenBLAS kernels that this processor can run; None if unsure."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -285,12 +284,12 @@ def _usable_cpus() -> int:
     """Count the CPUs this process may keep busy: its affinity, within its container's quota."""
     allowed = len(os.sched_getaffinity(0))
     quota = _cpu_quota(Path("/sys/fs/cgroup"))
-    # A quota of 1.5 is rounded down: two busy threads would be halted in every period.
+    # A quota of 1.5 is rounded down: two busy threads would be throttled in every period.
     return allowed if quota is None else max(1, min(allowed, int(quota)))
 
 
 def _cpu_quota(cgroup: Path) -> float | None:
-    """Return how many CPUs' worth of time a control group grants; None where it sets no limit."""
+    """Return the CPU time a control group grants, in CPUs; None if it sets no limit."""
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             quota, period = " ".join((cgroup / file).read_text() for file in files).split()
@@ -302,7 +301,7 @@ def _cpu_quota(cgroup: Path) -> float | None:
 
 
 def _find_kernels() -> ModuleType | None:
-    """`localrl._kernels`; None where it was not built, and where there is no BLAS to lend it."""
+    """Import `localrl._kernels`; None if it was not built, off Linux, or after MLX was loaded."""
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return None
     try:
@@ -312,7 +311,7 @@ def _find_kernels() -> ModuleType | None:
 
 
 kernels: ModuleType | None = _find_kernels()
-"""Steps of a model in C, for Linux CPUs, and the team that shares products with them."""
+"""Model kernels in C, for Linux CPUs, and the thread team they share with matrix products."""
 _library, _note = _prepare()
 if _library is None or _library.name != "numpy-openblas":
     kernels = None
@@ -321,8 +320,8 @@ import mlx.core as mx  # noqa: E402  (the BLAS must be in place first)
 
 _first_device = mx.default_device()
 if sys.platform == "linux" and mx.default_device().type == mx.cpu:
-    # On the CPU mx.compile runs g++ for each new graph, which costs up to a minute at the start of
-    # a run and saves less.
+    # On the CPU, mx.compile runs g++ for each new graph, which costs up to a minute at the start
+    # of a run and saves less than that.
     mx.disable_compile()
 
 import mlx.nn as nn  # noqa: E402

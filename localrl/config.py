@@ -1,7 +1,8 @@
-"""Every setting once: its default, unit, range and help; reading, checking and writing them.
+"""The settings: default, unit, range and help of each; reading, checking and writing them.
 
 Precedence, lowest first: the defaults below, the demonstration's own values (only when no model is
-named), a TOML file, `--set key=value` and flags. An unknown key is an error that names the closest.
+named), a TOML file, `--set key=value` and flags. An unknown key is an error that names the closest
+one.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ ALIASES = {
     "output_dir": "run.out",
     "seed": "run.seed",
 }
-"""TRL's spellings, accepted wherever a key is."""
+"""TRL's names of settings, accepted wherever a key is."""
 
 
 OBJECTIVES = ("clipped", "grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rloo")
-"""What `localrl.learning.objectives` defines."""
+"""Objectives defined in `localrl.learning.objectives`."""
 
 PROMPT_WEIGHTS = ("none", "mean", "std", "maxrl")
-"""What `localrl.learning.weighting` defines."""
+"""Prompt weights defined in `localrl.learning.weighting`."""
 
 STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
 PROMPT_ORDERS = ("shuffled", "thompson")
@@ -51,13 +52,13 @@ FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
 ENGINES = ("auto", "mlx", "cpu")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-"""What `localrl.learning.objective` defines."""
+"""KL estimators defined in `localrl.learning.objective`."""
 
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
-"""What runs did whose config.toml is older than these settings, where the default is another."""
+"""Values for runs whose config.toml predates these settings, where today's default differs."""
 
 LIMIT_FORM = r"(?i)\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB|%)\s*"
-"""A size or a share, as `localrl.memory.limit` reads it."""
+"""Pattern of a size or a share, as `localrl.memory.limit` reads it."""
 
 
 def setting(
@@ -70,9 +71,9 @@ def setting(
     form: str | None = None,
     or_zero: bool = False,
 ) -> Any:
-    """A field of a section: its default, one line of help, and the values that it may take.
+    """Declare a field of a section: its default, one line of help, and its allowed values.
 
-    or_zero: 0 may be given too, below `low`.
+    or_zero: 0 is allowed too, although it is below `low`.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "form": form}
     metadata["or_zero"] = or_zero
@@ -81,98 +82,99 @@ def setting(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model that is trained."""
+    """The model to train."""
 
-    path: str | None = setting(
-        None, "folder or GGUF file of a model, or user/name; unset: embedded"
-    )
-    quantize: int = setting(0, "quantise it to 4 or 8 bits when it is loaded; 0: as it is stored")
-    thinking: str = setting("auto", "switch a thinking model on or off", choices=THINKING)
+    path: str | None = setting(None, "model folder, GGUF file, or user/name; unset: embedded")
+    quantize: int = setting(0, "quantise to 4 or 8 bits when loading; 0: as stored")
+    thinking: str = setting("auto", "thinking mode of models that have one", choices=THINKING)
     engine: str = setting(
         "auto",
-        "what computes it: MLX, or NumPy and C (cpu); auto: those where they can",
+        "compute with MLX, or with NumPy and C (cpu); auto: cpu where possible",
         choices=ENGINES,
     )
-    base_id: str | None = setting(None, "the unquantised model's name on the Hub; unset: its card")
+    base_id: str | None = setting(None, "Hub id of the unquantised model; unset: from its card")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapters."""
+    """The LoRA adapters."""
 
     rank: int = setting(16, "rank of the adapters", low=1, high=1024)
     scale: float = setting(2.0, "factor on the adapter's output (alpha / rank)", low=0.0)
-    layers: int = setting(0, "adapt the last N blocks; 0: all", low=0)
+    layers: int = setting(0, "number of last blocks to adapt; 0: all", low=0)
     keys: tuple[str, ...] = setting((), "layers in a block, e.g. self_attn.q_proj; unset: all")
-    adapter: str | None = setting(None, "folder of an adapter to start from; it sets the above")
+    adapter: str | None = setting(None, "adapter folder to start from; it sets all of the above")
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is learned, and on how many prompts."""
+    """The task, its rewards and its prompts."""
 
-    name: str = setting("steps", "a built-in task, or your data: file.jsonl, folder, file.py")
-    rewards: tuple[str, ...] = setting((), "your rewards, as file.py:name; unset: the task's own")
-    reward_weights: tuple[float, ...] = setting((), "a weight for each of them; unset: all 1")
-    system: str | None = setting(None, "system message of data that has none of its own")
+    name: str = setting("steps", "built-in task, or your data: file.jsonl, folder, file.py")
+    rewards: tuple[str, ...] = setting((), "rewards, as file.py:name; unset: the task's own")
+    reward_weights: tuple[float, ...] = setting((), "one weight per reward; unset: all 1")
+    system: str | None = setting(None, "system message for data without one")
     environment: str | None = setting(
-        None, "what completions talk to, as file.py:Name; unset: the task's own"
+        None, "environment to interact with, as file.py:Name; unset: the task's own"
     )
-    tools: tuple[str, ...] = setting((), "functions that the model may call, as file.py:name")
-    tool_timeout_s: float = setting(5.0, "seconds that one answer or tool may take", low=0.01)
+    tools: tuple[str, ...] = setting((), "functions the model may call, as file.py:name")
+    tool_timeout_s: float = setting(
+        5.0, "seconds allowed per environment reply or tool call", low=0.01
+    )
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
-    eval_prompts: int = setting(256, "the most held-out prompts to evaluate on; 0: none", low=0)
+    eval_prompts: int = setting(256, "maximum held-out prompts per evaluation; 0: none", low=0)
     eval_temperature: float | None = setting(
         None,
-        "of evaluations; 0: the likeliest token each time; unset: rollout.temperature",
+        "evaluation temperature; 0: greedy; unset: rollout.temperature",
         low=0.01,
         high=100.0,
         or_zero=True,
     )
     cut_reward: float | None = setting(
-        None, "reward of completions cut off for length or looping; unset: as they are scored"
+        None, "reward of completions cut off for length or looping; unset: as scored"
     )
-    unsafe_code: bool = setting(False, "run code in answers without a sandbox: it may do anything")
-    reward_timeout_s: float = setting(30.0, "seconds that one reward call may take", low=0.01)
-    reward_memory_mb: int = setting(2048, "megabytes that the reward process may use", low=16)
+    unsafe_code: bool = setting(False, "run generated code without a sandbox: it can do anything")
+    reward_timeout_s: float = setting(30.0, "seconds allowed per reward call", low=0.01)
+    reward_memory_mb: int = setting(2048, "reward process memory limit, in megabytes", low=16)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How completions are sampled."""
+    """Sampling of completions."""
 
-    prompts_per_step: int = setting(16, "distinct prompts in a step", low=1)
+    prompts_per_step: int = setting(16, "distinct prompts per step", low=1)
     prompt_order: str = setting(
-        "shuffled", "all in turn, or those that teach most", choices=PROMPT_ORDERS
+        "shuffled", "all prompts in turn, or the most informative ones", choices=PROMPT_ORDERS
     )
     uniform_share: float = setting(
-        0.1, "share of prompts that come in turn all the same", low=0.01, high=1.0
+        0.1, "thompson: share of prompts still taken in turn", low=0.01, high=1.0
     )
-    group_size: int = setting(0, "completions of a prompt, at most; 0: 2 if flat, else 8", low=0)
+    group_size: int = setting(0, "maximum completions per prompt; 0: 2 if flat, else 8", low=0)
     strategy: str = setting("flat", "independent completions, trees, rounds", choices=STRATEGIES)
-    rounds: int = setting(0, "adaptive: parts that a group may come in; 0: chosen", low=0)
+    rounds: int = setting(0, "adaptive: maximum rounds per group; 0: chosen", low=0)
     give_up: float = setting(
-        0.9, "adaptive: no more when outcomes stay alike with this chance", low=0.0, high=1.0
+        0.9, "adaptive: stop a group that is this likely to stay uniform", low=0.0, high=1.0
     )
-    roots: int = setting(2, "independent beginnings of a tree", low=1)
-    fork_rule: str = setting("entropy", "where trees fork", choices=FORK_RULES)
-    fork_gap: int = setting(0, "tokens between two forks of a path; 0: chosen", low=0)
-    stop_loops: bool = setting(False, "end a completion that only repeats itself")
+    roots: int = setting(2, "independent roots of a tree", low=1)
+    fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
+    fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
+    stop_loops: bool = setting(False, "end a completion that repeats itself")
     stop_text: str | None = setting(None, "end a completion after this text, e.g. </answer>")
-    replay_groups: int = setting(0, "earlier groups that are learned from again in a step", low=0)
-    replay_age: int = setting(8, "updates after which a group is not replayed any more", low=1)
-    replay_drift: float = setting(0.02, "nats of drift after which it is not either", low=0.0)
+    replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
+    replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)
+    replay_drift: float = setting(0.02, "maximum drift of a replayed group, in nats", low=0.0)
     reuse: float = setting(
-        0.0, "share of a prompt's completions begun from its earlier ones", low=0.0, high=1.0
+        0.0, "share of completions that continue a prefix of an earlier one", low=0.0, high=1.0
     )
     max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
     max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
-    max_turns: int = setting(8, "turns of the model in one completion, with environments", low=1)
-    temperature: float = setting(1.0, "of sampling and scoring alike", low=0.01, high=100.0)
+    max_turns: int = setting(8, "maximum model turns per completion, with environments", low=1)
+    temperature: float = setting(1.0, "temperature of sampling and scoring", low=0.01, high=100.0)
 
     @property
     def completions(self) -> int:
-        """`group_size`, or what is chosen for the strategy: see docs/strategies.md."""
+        """Number of completions per prompt: `group_size`, or the strategy's default, see
+        docs/strategies.md."""
         return self.group_size or (2 if self.strategy == "flat" else 8)
 
 
@@ -182,69 +184,67 @@ class LearningConfig:
 
     lr: float = setting(5e-5, "learning rate after warm-up", low=0.0)
     warmup_steps: int = setting(5, "updates over which the learning rate rises", low=0)
-    objective: str = setting("clipped", "the loss: see docs/papers.md", choices=OBJECTIVES)
+    objective: str = setting("clipped", "loss function, see docs/papers.md", choices=OBJECTIVES)
     prompt_weight: str | None = setting(
-        None, "which prompts count more; unset: as the paper", choices=PROMPT_WEIGHTS
+        None, "weighting of prompts; unset: as in the objective's paper", choices=PROMPT_WEIGHTS
     )
     clip_low: float | None = setting(
-        None, "the ratio is held above 1 - this; unset: as the paper", low=0.0, high=1.0
+        None, "clip the ratio at 1 - this; unset: as in the paper", low=0.0, high=1.0
     )
     clip_high: float | None = setting(
-        None, "the ratio is held below 1 + this; unset: as the paper", low=0.0
+        None, "clip the ratio at 1 + this; unset: as in the paper", low=0.0
     )
     kl_coef: float = setting(
-        0.0, "weight of the KL from the model without adapters; 0: never computed", low=0.0
+        0.0, "weight of the KL to the model without adapters; 0: not computed", low=0.0
     )
-    kl_estimator: str = setting("k3", "how that KL is estimated", choices=KL_ESTIMATORS)
+    kl_estimator: str = setting("k3", "KL estimator", choices=KL_ESTIMATORS)
     kappa: float | None = setting(
         None,
-        "the tracker's weight in baselines; unset: 0 in flat groups above 2, else 4",
+        "weight of the tracker in baselines; unset: 0 in flat groups above 2, else 4",
         low=0.0,
     )
     keep_completions: int = setting(
-        0, "of a flat group, those of greatest reward variance; 0: all", low=0
+        0, "completions trained per flat group, by greatest reward variance; 0: all", low=0
     )
-    min_advantage: float = setting(
-        0.0, "smaller advantages are rounded at random to it or 0", low=0.0
-    )
-    max_grad_norm: float = setting(1.0, "global norm the gradient is clipped to", low=0.0)
+    min_advantage: float = setting(0.0, "round smaller advantages at random to this or 0", low=0.0)
+    max_grad_norm: float = setting(1.0, "clip the gradient to this global norm", low=0.0)
     updates_per_step: int = setting(1, "optimizer updates on one step's rollouts", low=1)
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Sizes that trade memory for speed; none of them changes what is computed."""
+    """Sizes that trade memory for speed; none of them changes the result."""
 
     decode_rows: int = setting(0, "sequences decoded at once; 0: the whole step", low=0)
     micro_rows: int = setting(0, "sequences in one backward pass; 0: chosen", low=0)
-    head_chunk: int = setting(0, "positions whose logits exist at once; 0: chosen", low=0)
-    dequantise: str = setting("auto", "float32 base on CPU", choices=("auto", "on", "off"))
-    threads: int = setting(0, "threads of the CPU's matrix products; 0: chosen", low=0)
+    head_chunk: int = setting(0, "positions whose logits are held at once; 0: chosen", low=0)
+    dequantise: str = setting("auto", "base as float32 on CPU", choices=("auto", "on", "off"))
+    threads: int = setting(0, "CPU threads for matrix products; 0: chosen", low=0)
     limit: str | None = setting(
-        None, "most that MLX may hold: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
+        None, "MLX memory limit: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
     )
-    pin: str | None = setting(None, "plan.json to use as it is")
-    recalibrate: bool = setting(False, "measure memory again, and choose sizes by that")
+    pin: str | None = setting(None, "plan.json to use unchanged")
+    recalibrate: bool = setting(False, "measure memory again, then choose sizes")
 
 
 @dataclass(frozen=True)
 class RunSection:
-    """Length, seed and place of the run."""
+    """Length, seed and folder of the run."""
 
     steps: int = setting(100, "training steps", low=0)
     minutes: float | None = setting(None, "stop after this many minutes of training", low=0.0)
-    seed: int = setting(0, "every random draw derives from it", low=0)
-    eval_every: int = setting(0, "evaluate every N steps too; 0: only before and after", low=0)
-    out: str | None = setting(None, "run folder; unset: a new one below runs/")
+    seed: int = setting(0, "seed of all random draws", low=0)
+    eval_every: int = setting(0, "also evaluate every N steps; 0: only before and after", low=0)
+    out: str | None = setting(None, "run folder; unset: a new one under runs/")
     checkpoint_every: int = setting(
-        0, "steps between checkpoints; 0: as often as costs 1 % of the time", low=0
+        0, "steps between checkpoints; 0: as often as 1 % of the time allows", low=0
     )
     keep_every: int = setting(
-        0, "keep each checkpoint of every Nth step; 0: the last two and the best", low=0
+        0, "also keep the checkpoint of every Nth step; 0: the last two and the best", low=0
     )
-    report_to: tuple[str, ...] = setting((), "numbers also to tensorboard or wandb; unset: nowhere")
+    report_to: tuple[str, ...] = setting((), "also log to tensorboard or wandb; unset: neither")
     rollout_log_limit: int = setting(
-        200_000_000, "bytes of rollouts.jsonl after which only every 10th group is written", low=0
+        200_000_000, "size of rollouts.jsonl in bytes beyond which 1 group in 10 is written", low=0
     )
 
 
@@ -264,9 +264,10 @@ class RunConfig:
     def create(
         cls, settings: Mapping[str, Any] | None = None, file: str | Path | None = None
     ) -> RunConfig:
-        """The configuration from a TOML file and `section.key` settings over the defaults.
+        """Build a configuration from defaults, a TOML file and `section.key` settings, in that
+        order.
 
-        When neither names a model, the demonstration's values for the embedded model come first.
+        If neither names a model, the demonstration's values for the embedded model come first.
 
         Raises: ConfigError for an unreadable file, an unknown key or a value out of range.
         """
@@ -281,7 +282,7 @@ class RunConfig:
 
     @classmethod
     def of_run(cls, file: Path, settings: Mapping[str, Any] | None = None) -> RunConfig:
-        """The configuration in the config.toml of a run, also of an older one, with settings over
+        """Build a configuration from a run's config.toml, also an older run's, and settings over
         it.
 
         Raises: as `create` does.
@@ -290,12 +291,12 @@ class RunConfig:
 
     @property
     def eval_temperature(self) -> float:
-        """Of evaluations: that of training, unless `task.eval_temperature` says otherwise."""
+        """Evaluation temperature: that of training unless `task.eval_temperature` is set."""
         wish = self.task.eval_temperature
         return self.rollout.temperature if wish is None else wish
 
     def replace(self, key: str, value: Any) -> RunConfig:
-        """This configuration with one `section.key` set to a checked value."""
+        """Return a copy with one `section.key` set to a checked value."""
         section, _, name = key.partition(".")
         spec = _spec(key)
         checked = _check(key, value, spec)
@@ -303,12 +304,12 @@ class RunConfig:
         return dataclasses.replace(self, **{section: changed})
 
     def value(self, key: str) -> Any:
-        """The value of a `section.key`."""
+        """Return the value of a `section.key`."""
         section, _, name = key.partition(".")
         return getattr(getattr(self, section), name)
 
     def to_toml(self) -> str:
-        """The whole configuration as a commented TOML file that reads back to itself."""
+        """Write the whole configuration as commented TOML that reads back unchanged."""
         lines = []
         for section in dataclasses.fields(self):
             values = getattr(self, section.name)
@@ -322,7 +323,7 @@ class RunConfig:
 
 
 def demonstration(task: str | None = None) -> dict[str, Any]:
-    """The settings that suit the embedded model; its number of prompts is of its own task alone."""
+    """Return settings that suit the embedded model; the prompt count only for its own task."""
     settings = read_toml(Path(__file__).with_name("demo.toml"))
     if task not in (None, settings["task.name"]):
         del settings["task.train_prompts"]
@@ -330,7 +331,7 @@ def demonstration(task: str | None = None) -> dict[str, Any]:
 
 
 def keys() -> list[str]:
-    """Every `section.key` there is, in order."""
+    """List every `section.key`, in order."""
     sections = dataclasses.fields(RunConfig())
     return [
         f"{section.name}.{spec.name}"
@@ -340,9 +341,9 @@ def keys() -> list[str]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The `section.key` settings in a TOML file.
+    """Read the `section.key` settings in a TOML file.
 
-    Raises: ConfigError when the file is missing, is not TOML, or holds an unknown key.
+    Raises: ConfigError if the file is missing, is not TOML, or contains an unknown key.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -360,9 +361,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`section.key=value` as a pair; the value is read as TOML, else as plain text.
+    """Split `section.key=value`; the value is parsed as TOML, else kept as plain text.
 
-    Raises: ConfigError when there is no `=`.
+    Raises: ConfigError if there is no `=`.
     """
     key, equals, value = text.partition("=")
     if not equals:
@@ -374,13 +375,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A sentence naming the known word most like this one, or an empty string."""
+    """Suggest the known word most like this one in a sentence, or return an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def _canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under their own names; one key under two names is an error."""
+    """Replace aliases by the settings' own names; setting one key under two names is an error."""
     result: dict[str, Any] = {}
     for name, value in settings.items():
         key = ALIASES.get(name, name)
@@ -404,7 +405,7 @@ def _spec(key: str) -> dataclasses.Field[Any]:
 
 
 def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
-    """The value, in the field's type and range; a whole number is a float too, nothing else is."""
+    """Check a value against the field's type and range; only an int is converted, to float."""
     kind = str(spec.type).split(" | ")[0]
     if value is None and "None" in str(spec.type):
         return None
@@ -426,18 +427,18 @@ def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
         raise ConfigError(f"{key} is {value!r}; it must be {wanted} ({_help(spec)}).")
     form = spec.metadata["form"]
     if form and not re.fullmatch(form, str(value)):
-        raise ConfigError(f"{key} is {value!r}; it is not written as it must be ({_help(spec)}).")
+        raise ConfigError(f"{key} is {value!r}; its form is wrong ({_help(spec)}).")
     return value
 
 
 def _check_list(key: str, value: Any, kind: str, spec: dataclasses.Field[Any]) -> tuple[Any, ...]:
-    """The values as a tuple; one alone needs no brackets."""
+    """Check the values and return them as a tuple; a single one needs no brackets."""
     values = value if isinstance(value, list | tuple) else [value]
     if kind == "float":
         values = [float(v) if type(v) is int else v for v in values]
     wrong = [v for v in values if type(v).__name__ != kind]
     if wrong:
-        raise ConfigError(f"{key} holds {wrong[0]!r}; each must be of type {kind} ({_help(spec)}).")
+        raise ConfigError(f"{key} has {wrong[0]!r}; each must be of type {kind} ({_help(spec)}).")
     return tuple(values)
 
 
@@ -454,7 +455,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for the one character that only TOML escapes.
+        # TOML uses JSON's escapes, except for one character that only TOML escapes.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"

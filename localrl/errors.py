@@ -1,4 +1,4 @@
-"""The errors localrl raises on purpose, each with the exit code its command ends with.
+"""The errors that localrl raises on purpose, each with its exit code.
 
     LocalRLError            1   the run failed
       ConfigError           2   wrong usage or configuration
@@ -7,15 +7,15 @@
         RewardError         4   a reward function failed too often
       CheckpointError       5   a checkpoint cannot be read or written
       HubError              6   the Hub or the network
-      Stopped              75   stopped on request, and can be resumed
+      Stopped              75   stopped on request; can be resumed
 
-Every message says what happened, the value seen, and what to do next. The command line turns any of
-these into one line on stderr; only `--debug` shows a traceback.
+Every message says what happened, the value seen, and what to do next. The command line prints each
+as one line on stderr; only `--debug` shows a traceback.
 """
 
 
 class LocalRLError(Exception):
-    """A failure that localrl can explain; `exit_code` is what the process ends with."""
+    """A failure that localrl can explain; the process ends with `exit_code`."""
 
     exit_code = 1
 
@@ -27,7 +27,7 @@ class ConfigError(LocalRLError):
 
 
 class MemoryBudgetError(LocalRLError):
-    """The run does not fit in the memory it may use."""
+    """The run does not fit within its memory limit."""
 
     exit_code = 3
 
@@ -55,6 +55,6 @@ class HubError(LocalRLError):
 
 
 class Stopped(LocalRLError):
-    """The run was asked to stop; what it had is saved."""
+    """The run was asked to stop; its state is saved."""
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""Evaluation: one completion for each held-out prompt, the same prompts and draws every time."""
+"""Evaluation: one completion per held-out prompt, with the same prompts and draws every time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from localrl.rollouts.turns import Turns
 from localrl.utils.intervals import wilson
 
 EVALUATION_SEED = 0x5EED
-"""Evaluations do not depend on the run's seed: they compare policies, not luck."""
+"""Fixed seed of evaluations, independent of the run's: they compare policies, not luck."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One held-out prompt with what the model made of it, for people."""
+    """One held-out prompt with the model's completion, for people to read."""
 
     prompt: str
     completion: str
@@ -29,22 +29,22 @@ class Shown:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a policy does on held-out prompts, one completion each."""
+    """The performance of a policy on held-out prompts, one completion each."""
 
     n: int
-    """Completions that the first reward function judged; one that it failed on is not counted."""
+    """Number of completions judged by the first reward function; its failures are not counted."""
     pass_at_1: float | None
-    """Share of these that it gave 1 or more. Further functions may shape, but do not judge."""
+    """Share of them with a reward of 1 or more. Other functions may shape, but do not judge."""
     ci95: tuple[float, float] | None
     """Wilson interval of pass_at_1."""
     mean_reward: float | None
     mean_completion_tokens: float | None
     shown: tuple[Shown, ...]
     temperature: float = 1.0
-    """Of the sampling; 0 stands for greedy decoding. Checkpoints without it were made at 1."""
+    """Sampling temperature; 0 means greedy. Checkpoints without this field were made at 1."""
 
     def summary(self) -> dict[str, Any]:
-        """The numbers alone, under the names of `eval.json`."""
+        """Return only the numbers, under the names used in `eval.json`."""
         fields = asdict(self)
         del fields["shown"]
         fields["pass@1"] = fields.pop("pass_at_1")
@@ -61,7 +61,7 @@ def evaluate(
     max_completion_tokens: int,
     turns: Turns | None = None,
 ) -> Evaluation:
-    """pass@1 of the decoder's policy as it is now. `prompts` holds the examples' token ids.
+    """Measure pass@1 of the decoder's current policy. `prompts` holds the examples' token ids.
 
     A completion passes when the reward function named `passing` gives it 1 or more.
     """
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def at_temperature(decoder: Decoder, temperature: float) -> Decoder:
-    """A decoder of the same policy that samples so, with counts of its own."""
+    """Copy a decoder with another temperature and its own counts."""
     return replace(decoder, temperature=temperature, counts=DecodeCounts())
 
 
@@ -112,7 +112,7 @@ def _show(scored: ScoredGroup) -> Shown:
 
 
 def _said(leaf: Leaf) -> str:
-    """What the model wrote, or the whole conversation."""
+    """Return the model's text, or the whole conversation."""
     if not leaf.messages:
         return leaf.text
     return " | ".join(f"{message['role']}: {message['content']}" for message in leaf.messages)

@@ -1,8 +1,8 @@
-"""The records that travel along the loop: plain, frozen, and free of MLX.
+"""The records passed along the loop: plain, frozen, and free of MLX.
 
 T is the number of tokens of a completion, n of a node. Log-probabilities and entropies are in nats,
 lengths in tokens, memory in bytes, times in seconds. Token ids are the truth: text is decoded once
-for rewards and people and is never encoded back.
+for rewards and people, and is never encoded back.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A reward function by its import path, so that a spawned child can load it by itself."""
+    """A reward function given by import path, so that a spawned child can load it."""
 
     name: str
-    """Of its metrics."""
+    """Name used in metric keys, e.g. rewards/<name>/mean."""
     target: str
-    """`module:function`, see `Worker.call`."""
+    """Import path `module:function`, see `Worker.call`."""
     weight: float = 1.0
 
 
 ENVIRONMENT_LOOKUP = "localrl.tasks.environment_child:instances"
-"""What gives a worker's child the environments that completions talk to, by `Leaf.conversation`."""
+"""Function in a worker's child that returns its environments, by `Leaf.conversation`."""
 
 FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
-"""Why a completion ended: its end token, the stop text, the longest length, repetition, the last
-turn of an environment, a failure."""
+"""Reasons a completion ended: end token, stop text, maximum length, repetition, last turn of an
+environment, failure."""
 
 DropReason = Literal["no reward", "no coefficient", "down-sampled"]
-"""Why a completion is not trained."""
+"""Reasons a completion is not trained on."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Example:
     """One problem of a task, before it is rendered to tokens."""
 
     id: str
-    """Stable across runs and machines; unique within a task."""
+    """Identifier, stable across runs and machines; unique within a task."""
     messages: tuple[Mapping[str, str], ...]
     """Chat messages, each with `role` and `content`."""
     answer: Any = None
-    """The gold answer that rewards compare with."""
+    """Gold answer that rewards compare with."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Every other field of the row; reaches the reward functions by name."""
+    """Every other field of the row; passed to reward functions by name."""
     as_text: bool = False
-    """Whether the prompt came as text: reward functions then get prompts and completions as text,
-    as TRL gives them, and not as chat messages."""
+    """True if the prompt was given as text: reward functions then get prompts and completions as
+    text, as in TRL, not as chat messages."""
     tracker_key: str = ""
-    """What the tracker counts under: the id, or family/difficulty for endless tasks."""
+    """Key under which the tracker counts: the id, or family/difficulty for endless tasks."""
 
     def __post_init__(self) -> None:
         if not self.tracker_key:
@@ -68,17 +68,17 @@ class Node:
     token_ids: np.ndarray
     """(n,) int32."""
     sampled: np.ndarray
-    """(n,) bool; false for tokens that the model did not write (tools, turns)."""
+    """(n,) bool; False for tokens that the model did not write (tools, turns)."""
     sampled_logprobs: np.ndarray
-    """(n,) float32, under the distribution really sampled from; 0 where not sampled."""
+    """(n,) float32, under the distribution actually sampled from; 0 where not sampled."""
     entropies: np.ndarray
     """(n,) float32, of that whole distribution; 0 where not sampled."""
     cond_weight: float = 1.0
-    """1/B for one of B siblings drawn alike, 1/s for a survivor of pruning."""
+    """Weight: 1/B for one of B siblings drawn alike, 1/s for a survivor of pruning."""
     version: int = 0
     """Number of policy updates made before these tokens were sampled."""
     round: int = 0
-    """Of a root: the round in which it was asked for. Whether later rounds come depends on it."""
+    """Round in which a root was requested. Later rounds depend on its outcome."""
     old_logprobs: np.ndarray | None = None
     """(n,) float32, under the policy at the start of this step, for tokens that an earlier policy
     sampled; None for fresh ones, where it would be `sampled_logprobs`."""
@@ -92,17 +92,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Leaf:
-    """The end of one completion."""
+    """The last node of one completion, with its text."""
 
     node: int
     finish_reason: FinishReason
     text: str
-    """Decoded completion without the end token; of several turns the last one's. For rewards and
-    people only."""
+    """Decoded completion without the end token, of the last turn if there are several; only for
+    rewards and people."""
     messages: tuple[Mapping[str, Any], ...] = ()
-    """The completion of an example with an environment as chat messages; empty for others."""
+    """The completion as chat messages, if its example has an environment; else empty."""
     conversation: int | None = None
-    """Which environment it talked to: a number that only `tasks.environments` understands."""
+    """Number of its environment; only `tasks.environments` interprets it."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class Group:
     nodes: tuple[Node, ...]
     leaves: tuple[Leaf, ...]
     planned_roots: int
-    """Roots that were asked for; weights divide by it, so that stopping early stays unbiased."""
+    """Number of roots planned; weights divide by it, so that stopping early stays unbiased."""
 
     def path(self, node: int) -> list[int]:
-        """Indices of the nodes from the root down to `node`."""
+        """Return the indices of the nodes from the root down to `node`."""
         path = []
         while node >= 0:
             path.append(node)
@@ -140,7 +140,7 @@ class Group:
         return path[::-1]
 
     def completion(self, leaf: int) -> Completion:
-        """The completion that ends in the leaf with this index."""
+        """Return the completion that ends in the leaf with this index."""
         end = self.leaves[leaf]
         nodes = [self.nodes[i] for i in self.path(end.node)]
         return Completion(
@@ -153,40 +153,40 @@ class Group:
         )
 
     def completions(self) -> Iterator[Completion]:
-        """The completions of all leaves, in leaf order."""
+        """Iterate over the completions of all leaves, in leaf order."""
         return (self.completion(i) for i in range(len(self.leaves)))
 
 
 @dataclass(frozen=True)
 class ModelTurn:
-    """A completion whose turn has come to an end, on its way to its environment."""
+    """A finished turn of the model, sent to its environment."""
 
     example: Example
     conversation: int | None
-    """None when this was its first turn. Where paths have forked, several have the same one."""
+    """Number of its environment; None after the first turn. Forked paths share one number."""
     token_ids: tuple[int, ...]
-    """Of this turn, the end token included."""
+    """Token ids of this turn, including the end token."""
     text: str
-    """Of this turn, without the end token."""
+    """Text of this turn, without the end token."""
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
 class EnvironmentReply:
-    """What an environment made of a turn."""
+    """An environment's reply to a turn."""
 
     conversation: int
-    """From now on this completion's own."""
+    """Number of the environment, from now on exclusive to this completion."""
     messages: tuple[Mapping[str, Any], ...]
-    """The turn and what was answered to it, as chat messages."""
+    """The turn and the reply to it, as chat messages."""
     token_ids: tuple[int, ...] = ()
-    """What stands between this turn and the next one; empty when there is no next one."""
+    """Tokens between this turn and the next one; empty if there is no next one."""
     failed: bool = False
-    """The environment broke: the completion has no reward."""
+    """True if the environment failed: the completion has no reward."""
 
     @property
     def over(self) -> bool:
-        """Whether the conversation has come to its end."""
+        """True if the conversation has ended."""
         return not self.token_ids
 
 
@@ -196,15 +196,15 @@ class ScoredGroup:
 
     group: Group
     rewards: tuple[float | None, ...]
-    """One per leaf: the weighted sum of the parts. None when no part gave a number, and then
-    the leaf is left out of every baseline and teaches nothing."""
+    """Reward per leaf, the weighted sum of the parts. None if no part gave a number; the leaf is
+    then left out of every baseline and not trained on."""
     parts: Mapping[str, tuple[float | None, ...]]
     """Unweighted reward of each leaf by reward function; None is "not applicable" or "failed"."""
 
 
 @dataclass(frozen=True, eq=False)
 class BatchNode:
-    """A node on its way to the optimizer: tokens, and one coefficient for each."""
+    """A node prepared for the update: tokens, and one coefficient per token."""
 
     prompt: int
     """Index into `Batch.prompts`."""
@@ -213,68 +213,68 @@ class BatchNode:
     token_ids: np.ndarray
     """(n,) int32."""
     coefficients: np.ndarray
-    """(n,) float32: share times advantage; 0 where the model did not write the token."""
+    """(n,) float32, share times advantage; 0 where the model did not write the token."""
     anchor_logprobs: np.ndarray
-    """(n,) float32, the anchor of the ratio: the sampler's for fresh tokens, those of the policy
-    at the start of the step for tokens that an earlier policy sampled."""
+    """(n,) float32, anchor of the ratio: the sampler's log-probabilities for fresh tokens, those of
+    the policy at the start of the step for tokens sampled by an earlier policy."""
     finish: bool
-    """True when a completion ends here."""
+    """True if a completion ends here."""
     kl_weights: np.ndarray
-    """(n,) float32: kl_coef times share; 0 where the model did not write the token."""
+    """(n,) float32, kl_coef times share; 0 where the model did not write the token."""
 
     @property
     def trained(self) -> np.ndarray:
-        """(n,) bool: the tokens that have something to teach."""
+        """(n,) bool, True for tokens with a nonzero coefficient or KL weight."""
         return (self.coefficients != 0) | (self.kl_weights != 0)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All that the update sees of one step: tokens, structure, one coefficient per token, Z."""
+    """The update's entire input of one step: tokens, structure, one coefficient per token, Z."""
 
     prompts: tuple[tuple[int, ...], ...]
     nodes: tuple[BatchNode, ...]
     z: float
-    """The one denominator: by default prompts of the step times the *configured*
+    """The single denominator: by default prompts of the step times the *configured*
     max_completion_tokens. See `localrl.learning.objectives.denominator`."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What rollouts and update may use: plain numbers, made before the run."""
+    """Sizes that rollouts and update may use: plain numbers, planned before the run."""
 
     group_size: int
     decode_rows: int
-    """Sequences decoded at once."""
+    """Number of sequences decoded at once."""
     prefill_rows: int
-    """Prompts prefilled at once."""
+    """Number of prompts prefilled at once."""
     micro_rows: int
-    """Sequences in one backward pass."""
+    """Number of sequences in one backward pass."""
     head_chunk: int
-    """Positions whose logits exist at once in the update."""
+    """Number of positions whose logits are held at once in the update."""
     max_prompt_tokens: int
-    """Of the prompts that the sizes are for; a longer one that is allowed changes the plan."""
+    """Longest prompt that the sizes are planned for; a longer allowed one changes the plan."""
     max_completion_tokens: int
     grad_checkpoint: bool
     dequantise: bool
-    """Keep the frozen base as float32 matrices (the CPU's fast path)."""
+    """True if the frozen base is kept as float32 matrices (the CPU's fast path)."""
     threads: int | None
     predicted_bytes: int | None
-    """None: not estimated."""
+    """Predicted peak memory in bytes; None if not estimated."""
     limit_bytes: int | None
     reason: str
     measured: bool = False
-    """Whether the prediction rests on measurements of this machine and model."""
+    """True if the prediction is based on measurements of this machine and model."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one update did, summed over its micro-batches; None where there was no update."""
+    """Statistics of one update, summed over its micro-batches; None where there was no update."""
 
     loss: float | None
     grad_norm: float | None
     clipped_low: float | None
-    """Share of trained tokens whose ratio was held at 1 - clip_low."""
+    """Share of trained tokens whose ratio was clipped at 1 - clip_low."""
     clipped_high: float | None
     logprob_gap_mean: float | None
     """Mean |new - sampled| log-probability before the first update of the step."""
@@ -282,17 +282,17 @@ class StepStats:
     kl: float | None
     """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
     drift: float | None
-    """Mean |change of log-probability| that the step made, in nats, over some trained tokens."""
+    """Mean |change of log-probability| by the step, in nats, over some trained tokens."""
     trained_tokens: int
     saved_positions: int
-    """Positions not computed again because completions share them, the prompt's included."""
+    """Number of positions not recomputed because completions share them, including the prompt's."""
     updated: bool
     problem: str | None = None
-    """Why an update was not made, or was taken back: something was not finite."""
+    """Reason an update was skipped or undone: something was not finite."""
     relative_size: float | None = None
-    """What the adapters add to the weights, as a share of their size: see `policy.size`."""
+    """Mean size of the adapters' products relative to the weights, see `policy.size`."""
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:
-    """Mean of the values, or None when there are none: no number is invented."""
+    """Return the mean of the values, or None if there are none: no number is invented."""
     return float(np.mean(values)) if len(values) else None

@@ -1,4 +1,4 @@
-"""The loop, in reading order.
+"""The training loop, in reading order.
 
 Task -> rollouts -> rewards -> credit -> selection -> update -> run folder
 """
@@ -29,18 +29,18 @@ from localrl.training.setup import open_session
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind."""
+    """The result of a run."""
 
     folder: Path
     steps: int
     train_s: float
-    """Seconds of its steps, those before a resumption included, without evaluations."""
+    """Seconds spent in steps, including those before a resume, without evaluations."""
     base: Evaluation | None
     adapter: Evaluation | None
     plan: MemoryPlan
-    """The last one."""
+    """The plan in force at the end."""
     peak_bytes: int
-    """The most that MLX held."""
+    """Peak memory held by MLX."""
 
 
 def train(
@@ -53,15 +53,15 @@ def train(
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
 ) -> RunResult:
-    """Teach the configured model the configured task; everything lands in the run folder.
+    """Train the configured model on the configured task; all output goes to the run folder.
 
-    resume: go on with the run in `config.run.out` as if nothing had happened.
-    restart: what a supervisor says of the process before this one.
-    ranks: those that train together, see `collective.join`; only rank 0 has a run folder.
+    resume: continue the run in `config.run.out` as if it had not been interrupted.
+    restart: the supervisor's record of the previous process.
+    ranks: the ranks training together, see `collective.join`; only rank 0 has a run folder.
 
-    Raises: ConfigError, before anything is computed, when the configuration cannot work;
-    RewardError when rewards fail too often; LocalRLError when the adapter diverges; CheckpointError
-    when there is nothing whole to go on from; Stopped when `heartbeat` was asked to stop.
+    Raises: ConfigError, before anything is computed, if the configuration cannot work;
+    RewardError if rewards fail too often; LocalRLError if the adapter diverges; CheckpointError
+    if there is no intact checkpoint to resume from; Stopped if `heartbeat` was asked to stop.
     """
     opened = open_session(
         config,
@@ -95,7 +95,7 @@ def train(
 
 
 def train_step(session: Session, step: int) -> None:
-    """One turn of the loop."""
+    """Run one iteration of the loop."""
     sampler, updater, clock = session.sampler, session.updater, Stopwatch()
     before, learning_rate = session.counters(), updater.learning_rate
     version = updater.updates
@@ -137,18 +137,18 @@ def train_step(session: Session, step: int) -> None:
 
 @contextmanager
 def _explain_exit(session: Session) -> Iterator[None]:
-    """Say how to go on, once what was stopped is saved."""
+    """Log why the run ended; if it was stopped and saved, say how to resume it."""
     try:
         yield
     except Stopped as stopped:
         if not session.ranks.is_main:
-            raise Stopped(f"Rank {session.ranks.rank} is stopped by {stopped}.") from None
+            raise Stopped(f"Rank {session.ranks.rank} was stopped by {stopped}.") from None
         steps = session.checkpoints.steps()
         done = f"after step {steps[-1]}" if steps else ""
         session.run.event("stopped", reason=str(stopped))
-        again = "" if session.ranks.size == 1 else " (with as many ranks as you like)"
+        again = "" if session.ranks.size == 1 else " (with any number of ranks)"
         raise Stopped(
-            f"Stopped by {stopped} {done}. Go on with: localrl train --resume --out "
+            f"Stopped by {stopped} {done}. Resume with: localrl train --resume --out "
             f"{shlex.quote(str(session.folder))}{again}"
         ) from None
     except LocalRLError as error:
@@ -157,19 +157,19 @@ def _explain_exit(session: Session) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds of the parts of a step, under the names of their metrics."""
+    """Times the parts of a step, in seconds, by metric name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, Any] = {}
         self._started = self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Give the time since the last lap this name."""
+        """Record the time since the last lap under this name."""
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
 
     def total(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self._started
 
 
@@ -177,11 +177,11 @@ def _time_is_up(session: Session) -> bool:
     limit = session.config.run.minutes
     if limit is None:
         return False
-    # Those of other ranks count what they wait for evaluations.
+    # Only rank 0's time counts: that of other ranks includes waiting for evaluations.
     return gather(session.ranks, session.trained_s)[0] >= 60 * limit
 
 
 def _evaluation_due(config: RunConfig, step: int) -> bool:
-    """Before the first step, after the last, and every eval_every steps."""
+    """True before the first step, after the last, and every `eval_every` steps."""
     every = config.run.eval_every
     return step in (0, config.run.steps) or (every > 0 and step % every == 0)

@@ -75,7 +75,7 @@ def test_trl_spellings_are_aliases():
         ({"learning.clip_low": 1.5}, "between 0.0 and 1.0"),
         ({"learning.lr": float("nan")}, "nan; it must be at least 0.0"),
         ({"memory.dequantise": "maybe"}, "must be auto, on or off"),
-        ({"memory.limit": "6"}, "memory.limit is '6'; it is not written as it must be"),
+        ({"memory.limit": "6"}, "memory.limit is '6'; its form is wrong"),
         ({"memory.limit": "six GB"}, "6GB, or 70% of the machine's"),
         ({"memory.limit": 6}, "6; it must be of type str"),
         ({"learning.objective": "ppo"}, "must be clipped, grpo, dr_grpo"),

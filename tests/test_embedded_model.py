@@ -86,7 +86,7 @@ def test_model_is_looked_for_in_the_package_then_beside_it(monkeypatch, tmp_path
             (folder / "config.json").write_text("{}")
             assert embedded_model_path(name) == folder
     assert embedded_model_path() == tmp_path / "localrl" / "embedded_model"
-    with pytest.raises(ConfigError, match=r"'tuns'; there are steps-0.8m and turns-0.1m"):
+    with pytest.raises(ConfigError, match=r"'tuns'. Choose steps-0.8m or turns-0.1m"):
         embedded_model_path("tuns")
 
 

@@ -13,33 +13,37 @@ if TYPE_CHECKING:
 
 
 def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
-    """Distinct numbers, in order."""
+    """Parse a comma-separated list into distinct, sorted numbers."""
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers such as 1,2,4,8.") from None
+        raise click.BadParameter(
+            f"{text!r} is not a list of numbers. Write it like 1,2,4,8."
+        ) from None
 
 
 @click.command()
-@click.option("--model", metavar="MODEL", help="A folder, a .gguf, or user/name; else embedded.")
-@click.option("--quantize", type=int, default=0, metavar="BITS", help="As for train.")
+@click.option(
+    "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
+)
+@click.option("--quantize", type=int, default=0, metavar="BITS", help="As for `train`.")
 @click.option(
     "--rows",
     default="1,2,4,8,16",
     callback=_counts,
     show_default=True,
-    help="Completions decoded at once; the most are also the group that is trained.",
+    help="Numbers of completions decoded at once; the largest is also the group size trained.",
 )
-@click.option("--tokens", default=64, show_default=True, help="Tokens of a completion.")
-@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", default=64, show_default=True, help="Tokens in a completion.")
+@click.option("--prompt-tokens", default=32, show_default=True, help="Tokens in the prompt.")
 @click.option(
     "--repeats",
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="Times that everything is measured, after a warm-up; medians are shown.",
+    help="Number of measurements after a warm-up; medians are shown.",
 )
-@click.option("--profile", "with_profile", is_flag=True, help="Where the time of a step goes.")
+@click.option("--profile", "with_profile", is_flag=True, help="Show where a step spends its time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model: str | None,
@@ -53,8 +57,8 @@ def bench(
 ) -> None:
     """Measure how fast this machine decodes and trains a model.
 
-    Prompts and rewards mean nothing, and nothing is kept. Other programs that run now make it
-    slower.
+    Prompts and rewards are dummies, and nothing is saved. Other running programs make the
+    numbers worse.
 
     \b
       localrl bench
@@ -65,8 +69,8 @@ def bench(
     opened = open_bench(model, quantize, Wanted(rows, prompt_tokens, tokens, repeats))
     if not as_json:
         for text in opened.left_out:
-            click.echo(f"left out, there is no memory for it: {text}")
-        click.echo("rows   tokens/s   ms a token   floor, ms   first, ms   MLX's peak, MB")
+            click.echo(f"skipped, not enough memory: {text}")
+        click.echo("rows   tokens/s     ms/token   floor, ms   first, ms   MLX's peak, MB")
     report = measure(opened, (lambda rate: None) if as_json else _show_rate)
     profiled = None
     if with_profile:
@@ -94,14 +98,14 @@ def _show(report: dict) -> None:
     fit, update, rates = report["fit"], report["update"], report["rates"]
     if rates:
         click.echo(
-            f"the floor: {rates['bytes_per_s'] / 1e9:.1f} GB/s read from memory, "
-            f"{rates['flops_per_s'] / 1e9:.0f} GFLOP/s in products; {report['kernels']}"
+            f"floor: {rates['bytes_per_s'] / 1e9:.1f} GB/s memory reads, "
+            f"{rates['flops_per_s'] / 1e9:.0f} GFLOP/s in matrix products; {report['kernels']}"
         )
     if fit:
         length = "" if fit["c_ms"] is None else f" + {1e3 * fit['c_ms']:.3f} us x rows x length"
         click.echo(
             f"a token takes {fit['a_ms']:.2f} ms + {fit['b_ms']:.3f} ms x rows{length}; "
-            f"the fit is {fit['residual']:.0%} off"
+            f"fit residual {fit['residual']:.0%}"
         )
     click.echo(
         f"update: {update['positions']} positions of {update['completions']} completions in "

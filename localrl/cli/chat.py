@@ -17,25 +17,27 @@ from localrl.utils.text import printable, sampled_at
 if TYPE_CHECKING:
     from localrl.policy.model import Policy
 
-HELP = "/base and /adapter switch, /reset forgets the conversation, /quit ends (or Ctrl-D)"
+HELP = "/base and /adapter switch models, /reset clears the conversation, /quit (or Ctrl-D) ends it"
 
 
 @click.command()
 @click.argument("run", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
 @click.option(
-    "--model", metavar="MODEL", help="A folder, a .gguf, or user/name; default: embedded."
+    "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
-@click.option("--adapter", metavar="DIR", help="With the adapter in this folder.")
-@click.option("--system", metavar="TEXT", help="A system message; default: that of the run.")
+@click.option("--adapter", metavar="DIR", help="Use the adapter in this folder.")
+@click.option("--system", metavar="TEXT", help="System message; default: the run's.")
 @click.option(
     "--temperature",
     type=float,
-    help="Of sampling; 0: the likeliest token; default: as in training.",
+    help="Sampling temperature; 0 takes the likeliest token; default: as in training.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), help="Of an answer; default: as in training.")
-@click.option("--seed", type=click.IntRange(0), help="For the same answers again.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for train.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Longest answer; default: as in training."
+)
+@click.option("--seed", type=click.IntRange(0), help="Seed, for reproducible answers.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `train`.")
 def chat(
     run: Path | None,
     settings: tuple[str, ...],
@@ -44,7 +46,7 @@ def chat(
     seed: int | None,
     **options: Any,
 ) -> None:
-    """Talk to a model, with a run's adapter and without it.
+    """Chat with a model, with or without a run's adapter.
 
     \b
       localrl chat runs/steps-1
@@ -75,7 +77,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What a person or a pipe says, line by line."""
+    """Yield lines typed on a terminal or read from a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -91,7 +93,7 @@ def _lines() -> Iterator[str]:
 
 @dataclass
 class Talk:
-    """A conversation that goes on."""
+    """An interactive conversation with the model."""
 
     policy: Policy
     temperature: float
@@ -99,15 +101,15 @@ class Talk:
     system: str | None
     has_adapter: bool
     messages: list[dict[str, str]] = field(default_factory=list)
-    """Without the system message."""
+    """The conversation so far, without the system message."""
     adapter: bool = field(init=False)
-    """Whether answers come from the model with its adapter."""
+    """True if answers come from the model with its adapter."""
 
     def __post_init__(self) -> None:
         self.adapter = self.has_adapter
 
     def hear(self, line: str) -> bool:
-        """Answer a line, or do what it commands; false when it ends the conversation."""
+        """Answer a line or run its command; return False when it ends the conversation."""
         text = line.strip()
         if text.startswith("/"):
             return self._command(text)
@@ -117,15 +119,15 @@ class Talk:
 
     def _command(self, text: str) -> bool:
         if text == "/adapter" and not self.has_adapter:
-            click.echo("There is no adapter. Name one with --adapter, or a run.", err=True)
+            click.echo("There is no adapter. Pass --adapter or a run.", err=True)
         elif text in ("/base", "/adapter"):
             self.adapter = text == "/adapter"
             click.echo(f"answers now come from the {text[1:]}", err=True)
         elif text == "/reset":
             self.messages.clear()
-            click.echo("forgotten", err=True)
+            click.echo("conversation cleared", err=True)
         elif text != "/quit":
-            click.echo(f"There is no {printable(text)}: {HELP}", err=True)
+            click.echo(f"Unknown command {printable(text)}: {HELP}", err=True)
         return text != "/quit"
 
     def _answer(self, text: str) -> None:
@@ -134,12 +136,12 @@ class Talk:
         try:
             answer = self._stream([*head, *asked])
         except (ConfigError, DataError) as error:  # a template that refuses these messages
-            click.echo(f"{printable(str(error))} (/reset forgets what was said)", err=True)
+            click.echo(f"{printable(str(error))} (/reset clears the conversation)", err=True)
             return
         self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _stream(self, messages: list[dict[str, str]]) -> str:
-        """Sample an answer, and show its text as it comes. Ctrl-C ends it early."""
+        """Sample an answer and stream its text. Ctrl-C ends it early."""
         from contextlib import nullcontext
 
         from mlx_lm import stream_generate
@@ -166,7 +168,7 @@ class Talk:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-        except RuntimeError as error:  # mlx's own
+        except RuntimeError as error:  # raised by MLX itself
             raise LocalRLError(f"The model cannot answer: {error}.") from error
         click.echo()
         return "".join(pieces)

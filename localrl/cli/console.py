@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines without one."""
+"""Progress display of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from localrl.training.session import Session
 
 PLAIN_EVERY_S = 10.0
-"""Seconds between plain lines where there is no terminal."""
+"""Seconds between plain lines when there is no terminal."""
 
 
 class Console:
@@ -35,14 +35,14 @@ class Console:
         self._last_line = 0.0
 
     def begin(self, session: Session) -> None:
-        """Name the model, the task, the machine and the plan."""
+        """Print the model, the task, the machine and the plan."""
         config, plan = session.config, session.plan
         own = config.model.path is None
         self._first, self._steps = session.step, config.run.steps
         self._limit_s = 60 * config.run.minutes if config.run.minutes is not None else None
         self._line(f"run      {session.folder}")
         name = EMBEDDED_MODEL if own else config.model.path
-        demonstration = " (embedded, with the demonstration's settings)" if own else ""
+        demonstration = " (embedded, with the demonstration settings)" if own else ""
         self._line(f"model    {name}{demonstration}")
         self._line(f"task     {session.task.name}: {session.task.description}")
         prompts = config.rollout.prompts_per_step
@@ -59,14 +59,14 @@ class Console:
             self._line(f"evaluating on {len(session.held_out)} held-out prompts ...")
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        """One line for each evaluation."""
+        """Print one line per evaluation."""
         when = "before training" if step == 0 else f"after step {step}"
         self._line(f"{when}: {_score(evaluation)}")
         if step == 0:
             self._start_bar()
 
     def stepped(self, metrics: Mapping[str, Any]) -> None:
-        """Move the bar, or print a plain line now and then."""
+        """Advance the bar, or print a plain line at intervals."""
         if self._bar is None:
             self._start_bar()
         assert self._bar is not None
@@ -79,17 +79,17 @@ class Console:
             self._line(f"step {step}/{self._steps}  {_postfix(metrics)}, {left} left")
 
     def warn(self, line: str) -> None:
-        """A warning, beside the bar."""
+        """Print a warning without breaking the bar."""
         self._line(f"warning: {line}")
 
     def finish(self, result: RunResult) -> None:
-        """The result: before and after, three completions of each, what to do next."""
+        """Print the result: before and after, three completions of each, next commands."""
         if self._bar is not None:
             self._bar.close()
         if result.base and result.adapter:
             click.echo("\n" + comparison(result.base, result.adapter))
         click.echo(
-            f"{result.steps} steps in {result.train_s:.0f} s; all of it is in {result.folder}"
+            f"{result.steps} steps in {result.train_s:.0f} s; everything is in {result.folder}"
         )
         click.echo(memory(result))
         click.echo(next_command(result))
@@ -115,7 +115,7 @@ class Console:
 
 
 def completions(shape: Shape) -> str:
-    """How many completions a prompt gets, in words."""
+    """Describe the number of completions per prompt in words."""
     most = shape.leaves * shape.rounds
     if shape.rounds > 1:
         return f"{shape.roots} to {most} completions"
@@ -125,7 +125,7 @@ def completions(shape: Shape) -> str:
 
 
 def comparison(base: Evaluation, adapter: Evaluation) -> str:
-    """The before/after table and three held-out prompts with both completions."""
+    """Format the before/after table and three held-out prompts with both completions."""
     lines = [f"{'':10}{'pass@1':>8}{'95 % interval':>18}{'mean reward':>14}{'tokens':>9}"]
     for name, side in (("base", base), ("adapter", adapter)):
         low, high = side.ci95 or (None, None)
@@ -141,7 +141,7 @@ def comparison(base: Evaluation, adapter: Evaluation) -> str:
 
 
 def memory(result: RunResult) -> str:
-    """What the run was thought to take, and what it took."""
+    """Format predicted and measured peak memory beside the limit."""
     predicted, limit = result.plan.predicted_bytes, result.plan.limit_bytes
     return (
         f"memory: predicted at most {_bytes(predicted)}, measured {_bytes(result.peak_bytes)}, "
@@ -150,12 +150,12 @@ def memory(result: RunResult) -> str:
 
 
 def next_command(result: RunResult) -> str:
-    """What to try now."""
+    """Suggest the next commands to run."""
     adapter = result.folder / "adapter"
     return (
         f"adapter: {adapter} (mlx-lm format)\n"
-        f"next: localrl export {shlex.quote(str(result.folder))} --fused  a whole model of it\n"
-        "      localrl train --print-config  every setting there is"
+        f"next: localrl export {shlex.quote(str(result.folder))} --fused  a complete model\n"
+        "      localrl train --print-config  all settings"
     )
 
 

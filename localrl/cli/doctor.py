@@ -12,13 +12,13 @@ MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
 
 @click.command()
-@click.option("--model", metavar="MODEL", help="Load this model too: a folder, or user/name.")
-@click.option("--quantize", type=int, default=0, metavar="BITS", help="As for train.")
+@click.option("--model", metavar="MODEL", help="Also load this model: a folder or user/name.")
+@click.option("--quantize", type=int, default=0, metavar="BITS", help="As for `train`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(model: str | None, quantize: int, as_json: bool) -> None:
-    """Look at this machine and, with --model, at a model: what works, on which path.
+    """Check this machine and, with --model, a model: what works, and on which path.
 
-    Exits with 1 when something fails. Nothing asks the network.
+    Exits with 1 if a check fails. Never uses the network.
 
     \b
       localrl doctor

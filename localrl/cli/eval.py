@@ -27,34 +27,34 @@ SETTINGS = {
     "temperature": "task.eval_temperature",
     "unsafe_code": "task.unsafe_code",
 }
-"""Options that are settings under another name."""
+"""Settings that the options set."""
 
 
 @click.command("eval")
 @click.argument("run", required=False, metavar="[RUN]", type=click.Path(path_type=Path))
 @click.option(
-    "--model", metavar="MODEL", help="A folder, a .gguf, or user/name; default: embedded."
+    "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @click.option("--adapter", metavar="DIR", help="Compare with the adapter in this folder.")
-@click.option("--task", metavar="TASK", help="A built-in task, or your file.jsonl or folder.")
-@click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for train.")
-@click.option("--environment", metavar="ENV", help="As for train.")
-@click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for train.")
+@click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
+@click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for `train`.")
+@click.option("--environment", metavar="ENV", help="As for `train`.")
+@click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
-@click.option("--unsafe-code", is_flag=True, default=None, help="As for train.")
-@click.option(
-    "-k", "--samples", type=click.IntRange(1), default=1, help="Completions of each prompt."
-)
-@click.option("--prompts", type=click.IntRange(1), help="The most held-out prompts.")
+@click.option("--unsafe-code", is_flag=True, default=None, help="As for `train`.")
+@click.option("-k", "--samples", type=click.IntRange(1), default=1, help="Completions per prompt.")
+@click.option("--prompts", type=click.IntRange(1), help="Maximum number of held-out prompts.")
 @click.option(
     "--temperature",
     type=float,
-    help="Of sampling; 0: the likeliest token; default: as in training.",
+    help="Sampling temperature; 0 takes the likeliest token; default: as in training.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Of the draws; default: as in training.")
+@click.option("--seed", type=click.IntRange(0), help="Sampling seed; default: as in training.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there too.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write JSON here."
+)
 def evaluate(
     run: Path | None,
     settings: tuple[str, ...],
@@ -64,7 +64,7 @@ def evaluate(
     out: Path | None,
     **options: Any,
 ) -> None:
-    """Measure a model on held-out prompts: pass@k, and what an adapter changes.
+    """Measure a model on held-out prompts: pass@k, and the effect of an adapter.
 
     \b
       localrl eval runs/steps-1                      a run's adapter against its base
@@ -75,7 +75,7 @@ def evaluate(
     from localrl.evaluate import EVALUATION_SEED
 
     if out is not None and out.exists():
-        raise ConfigError(f"{out} exists. Name another file with --out, or move it away.")
+        raise ConfigError(f"{out} already exists. Choose another file with --out, or move it.")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} to write {out.name} into.")
     result = evaluate_model(
@@ -94,9 +94,9 @@ def evaluate(
 
 
 def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, Any]) -> RunConfig:
-    """The settings of the run, when one is named, with its adapter; options and --set over them.
+    """Return the settings of the run, if named, with its adapter; options and --set override them.
 
-    Raises: ConfigError when there is no such run, or it has no adapter.
+    Raises: ConfigError if there is no such run or it has no adapter.
     """
     from localrl.config import RunConfig, parse_setting
 
@@ -107,23 +107,23 @@ def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, An
     file = run / "config.toml"
     if not file.is_file():
         raise ConfigError(
-            f"There is no run in {run} (no config.toml). Name the folder that `localrl train` "
-            "wrote, or a model with --model and an adapter with --adapter."
+            f"There is no run in {run} (no config.toml). Pass a folder written by "
+            "`localrl train`, or a model with --model and an adapter with --adapter."
         )
     if "lora.adapter" not in given:
         if not (run / "adapter" / "adapter_config.json").is_file():
             raise ConfigError(
-                f"{run} holds no adapter yet: one is written when the run ends. Go on with "
-                f"localrl train --resume --out {run}, or name another with --adapter."
+                f"{run} has no adapter yet: one is written when the run ends. Resume it with "
+                f"localrl train --resume --out {run}, or choose another with --adapter."
             )
         given["lora.adapter"] = str(run / "adapter")
     return RunConfig.of_run(file, given)
 
 
 def table(result: Result) -> str:
-    """What was measured, for people."""
+    """Format the result as a table."""
     lines = [
-        f"{result.task}: {result.prompts} held-out prompts, {result.samples} completions of each, "
+        f"{result.task}: {result.prompts} held-out prompts, {result.samples} completions each, "
         f"{sampled_at(result.temperature)}",
         f"{'':10}{'':>8}{'rate':>8}{'95 % interval':>18}",
     ]

@@ -1,4 +1,4 @@
-"""`localrl export`: the adapter, or the model with the adapter in it, for other programs."""
+"""`localrl export`: the adapter, or the model with the adapter fused in, for other programs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 SHOWN_PROMPTS = 3
 MOST_TOKENS = 128
-"""Of a text that is shown for comparison."""
+"""Length limit of a text generated for comparison, in tokens."""
 GOOD_COSINE = 0.98
-NOTHING = "kept     nothing to keep: the adapter's update is zero"
+NOTHING = "kept     nothing: the adapter's update is zero"
 NAMES = {8: "Q8_0", 16: "F16"}
-"""Of the numbers of GGUF files, by their bits."""
+"""Number formats of GGUF files, by bits."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported: an adapter, the model it belongs to, and the run they are from."""
+    """The source of an export: an adapter, its model, and the run they come from."""
 
     adapter: Path
     model: Path
     name: str | None
     """The model as the user named it."""
     config: RunConfig | None
-    """None: not from a run."""
+    """Settings of the run; None if the adapter is not from a run."""
 
     @property
     def base_bits(self) -> int:
@@ -44,32 +44,32 @@ class _Source:
 
 @click.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--fused", is_flag=True, help="A whole model, with the adapter added in.")
+@click.option("--fused", is_flag=True, help="Write a complete model with the adapter merged in.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Of the fused model; without it float16, or float32 where that would lose too much.",
+    help="Dtype of the fused model; default: float16, or float32 where that loses too much.",
 )
 @click.option(
     "--quantize",
     type=click.Choice(["4", "8"]),
-    help="Pack the fused model's weights in so many bits; most of a small update is then lost.",
+    help="Quantise the fused model to 4 or 8 bits; most of a small update is then lost.",
 )
 @click.option(
     "--gguf",
     metavar="[FILE]",
     is_flag=False,
     flag_value="",
-    help="One file for Ollama, LM Studio and llama.cpp, with the adapter added in.",
+    help="Write one file for Ollama, LM Studio and llama.cpp, with the adapter merged in.",
 )
 @click.option(
     "--bits",
     type=click.Choice(["8", "16"]),
-    help="Of the numbers in the GGUF file: 8 (Q8_0), or 16 (F16).  [default: 8]",
+    help="Bits per number in the GGUF file: 8 (Q8_0) or 16 (F16).  [default: 8]",
 )
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--base-id", metavar="ID", help="The unquantised base model on the Hub, user/name.")
-@click.option("--model", metavar="MODEL", help="The model, where RUN is an adapter folder.")
+@click.option("--model", metavar="MODEL", help="The model, if RUN is an adapter folder.")
 def export(
     run: Path,
     fused: bool,
@@ -81,22 +81,24 @@ def export(
     base_id: str | None,
     model: str | None,
 ) -> None:
-    """Write what a run learned in a form that other programs take.
+    """Export a run's adapter, or a model that contains it, for other programs.
 
     \b
       localrl export runs/steps-1                    its adapter, for mlx-lm and PEFT
       localrl export runs/steps-1 --gguf             one file, for Ollama and LM Studio
-      localrl export runs/steps-1 --fused            a whole model, for everything else
-      localrl export ADAPTER --model DIR --out new   an adapter that came from elsewhere
+      localrl export runs/steps-1 --fused            a complete model, for everything else
+      localrl export ADAPTER --model DIR --out new   an adapter from elsewhere
     """
     if not fused and (dtype or quantize):
         flag = "--dtype" if dtype else "--quantize"
-        raise ConfigError(f"{flag} is for fused models. Add --fused, or leave it out.")
+        raise ConfigError(f"{flag} needs --fused. Add it, or remove this option.")
     if gguf is None and bits:
-        raise ConfigError("--bits is for GGUF files. Add --gguf, or leave it out.")
+        raise ConfigError("--bits needs --gguf. Add it, or remove this option.")
     if gguf is not None and (fused or out):
         flag = "--fused" if fused else "--out"
-        raise ConfigError(f"{flag} does not go with --gguf, which writes one file: --gguf FILE.")
+        raise ConfigError(
+            f"{flag} cannot be combined with --gguf, which writes one file: --gguf FILE."
+        )
     source = _open(run, model)
     adapter = _read(source, base_id)
     if gguf is not None:
@@ -108,7 +110,10 @@ def export(
 
 
 def _open(run: Path, model: str | None) -> _Source:
-    """Raises: ConfigError when there is neither a run nor an adapter with its model."""
+    """Find the adapter and its model.
+
+    Raises: ConfigError if there is neither a run nor an adapter with its model.
+    """
     from localrl.config import RunConfig
     from localrl.policy.loading import find_model
 
@@ -118,16 +123,16 @@ def _open(run: Path, model: str | None) -> _Source:
         return _Source(run / "adapter", find_model(name), name, config)
     if (run / "adapter_config.json").is_file():
         if model is None:
-            raise ConfigError(f"{run} is an adapter and not a run: name its model with --model.")
+            raise ConfigError(f"{run} is an adapter, not a run. Pass its model with --model.")
         return _Source(run, find_model(model), model, None)
     raise ConfigError(
-        f"There is nothing to export in {run}: it holds neither a run's config.toml nor an "
+        f"There is nothing to export in {run}: it contains neither a run's config.toml nor an "
         "adapter_config.json."
     )
 
 
 def _read(source: _Source, base_id: str | None) -> Adapter:
-    """The adapter, with what is known of its model."""
+    """Read the adapter and fill in its model's type and id."""
     from localrl.export.adapters import read_adapter
     from localrl.export.base import find_base_id
     from localrl.policy.folder import check_folder
@@ -142,9 +147,9 @@ def _read(source: _Source, base_id: str | None) -> Adapter:
 
 
 def _below(run: Path, source: _Source) -> Path:
-    """Where a fused model goes when nobody says: into its run."""
+    """Return the default folder of a fused model, inside its run."""
     if source.config is None:
-        raise ConfigError("Where to? Name a new folder with --out.")
+        raise ConfigError("There is no run to write into. Name a new folder with --out.")
     return run / "fused"
 
 
@@ -152,16 +157,16 @@ def _adapter(adapter: Adapter, source: _Source, out: Path | None) -> None:
     from localrl.export.adapters import write_adapter
 
     if out is None and source.config is None:
-        raise ConfigError("Where to? Name a new folder with --out.")
+        raise ConfigError("There is no run to write into. Name a new folder with --out.")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty. Choose another folder with --out.")
     reason = write_adapter(adapter, out or source.adapter)
     click.echo(f"adapter  {out or source.adapter}: rank {adapter.rank}, scale {adapter.scale:g}")
     if reason is not None:
-        click.echo(f"mlx-lm only: {reason}, so there are no weights in PEFT's form")
+        click.echo(f"mlx-lm only: {reason}, so no weights were written in PEFT format")
     elif adapter.base_id is None:
         click.echo(
-            "base     unknown: name the unquantised model with --base-id for PEFT to find it"
+            "base     unknown: pass the unquantised model with --base-id so PEFT can find it"
         )
     else:
         click.echo(f"base     {adapter.base_id}")
@@ -190,7 +195,7 @@ def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) ->
     from localrl.export.gguf import export_gguf
 
     if not file and source.config is None:
-        raise ConfigError("Where to? Name a new file behind --gguf.")
+        raise ConfigError("There is no run to write into. Name a new file after --gguf.")
     compared: list[str] = []
     made = export_gguf(
         adapter,
@@ -206,7 +211,7 @@ def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) ->
 
 
 def _rounded(made: Written) -> list[str]:
-    """How much of the update is in a GGUF file, and how large the rounding is beside it."""
+    """Report how much of the update a GGUF file keeps, and its rounding error."""
     from localrl.export.fused import median
 
     lines = [f"rounding {made.rounding:.2g} of the weights, as in any {NAMES[made.bits]} file"]
@@ -220,12 +225,12 @@ def _rounded(made: Written) -> list[str]:
         f"{least.share:.2f}, {least.name})"
     )
     if noise > 1 and made.bits == 8:
-        lines.append("note: rounding is larger than what was learned; --bits 16 rounds less")
+        lines.append("note: rounding is larger than the learned update; --bits 16 rounds less")
     return lines
 
 
 def _kept(made: Fused) -> list[str]:
-    """How much of the update is in the model, measured on its files."""
+    """Report how much of the update is in the model, measured on its files."""
     from localrl.export.fused import median
 
     if not made.layers:
@@ -240,12 +245,12 @@ def _kept(made: Fused) -> list[str]:
     ]
     if median(cosines) < GOOD_COSINE:
         instead = "without --quantize" if made.bits else "with --dtype float32"
-        lines.append(f"warning: much of what was learned is not in this model; export it {instead}")
+        lines.append(f"warning: this model lost much of the learned update; export it {instead}")
     return lines
 
 
 def _compared(source: _Source, adapter: Adapter, out: Path) -> list[str]:
-    """Greedy texts of both models for prompts of the run's task."""
+    """Compare greedy texts of both models on prompts of the run's task."""
     from localrl import backend
     from localrl.export.compare import greedy_pairs
 
@@ -288,7 +293,7 @@ def _told(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _prompts(source: _Source) -> list[tuple[int, ...]]:
-    """Some held-out prompts of the run's task."""
+    """Encode a few held-out prompts of the run's task."""
     from localrl.policy.tokenizer import load_tokenizer
     from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards

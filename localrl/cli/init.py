@@ -1,4 +1,4 @@
-"""`localrl init`: a folder to begin with."""
+"""`localrl init`: a starter folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROWS = 200
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 def init(folder: Path) -> None:
-    """Write a small folder that trains as it stands: settings, data, a reward, a README.
+    """Create a small folder that is ready to train: settings, data, a reward, a README.
 
-    DIR is new or empty; nothing is overwritten.
+    DIR must be new or empty; nothing is overwritten.
 
     \b
       localrl init first
@@ -32,12 +32,12 @@ def init(folder: Path) -> None:
     files = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in COPIED}
     files["data.jsonl"] = _data()
     _write(folder, files)
-    click.echo(f"{folder} holds {', '.join(sorted(files))}")
+    click.echo(f"{folder} contains {', '.join(sorted(files))}")
     click.echo(f"next: cd {shlex.quote(str(folder))}\n      localrl train train.toml")
 
 
 def _data() -> str:
-    """Sums in the embedded model's notation, the same ones every time."""
+    """Return JSONL rows of sums in the embedded model's notation, always the same ones."""
     from localrl.tasks.builtin import load_task
 
     task = load_task("sums", train_prompts=ROWS)
@@ -49,16 +49,16 @@ def _data() -> str:
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
-    """All of the files into a new or empty folder, or none of them.
+    """Write all files into a new or empty folder, or none of them.
 
-    Raises: ConfigError when the folder holds something, or a file cannot be written.
+    Raises: ConfigError if the folder is not empty or a file cannot be written.
     """
     written: list[Path] = []
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ConfigError(f"{folder} is not empty, and is left as it is. Name a new folder.")
+            raise ConfigError(f"{folder} is not empty and was left unchanged. Choose a new folder.")
         for name, text in files.items():
             with (folder / name).open("x", encoding="utf-8", newline="\n") as file:
                 written.append(folder / name)
@@ -70,5 +70,5 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
             with suppress(OSError):
                 folder.rmdir()
         raise ConfigError(
-            f"{folder} cannot be filled: {error.strerror}. Name another folder."
+            f"Cannot write to {folder}: {error.strerror}. Choose another folder."
         ) from None

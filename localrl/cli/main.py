@@ -27,7 +27,7 @@ INTERRUPTED = 130
 
 
 class Failure(click.ClickException):
-    """An error of localrl as click shows it."""
+    """A localrl error in the form click shows."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Failure(click.ClickException):
 
 
 class Group(click.Group):
-    """Turns localrl's own errors into one line and their exit code, in one place."""
+    """A command group that turns localrl's own errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -54,10 +54,10 @@ def cli(debug: bool) -> None:
 
     \b
       localrl train                    the embedded model, a built-in task, no network
-      localrl init DIR                 a folder of your own to begin with
-      localrl train --model DIR ...    a model of your own
-      localrl plan --model DIR ...     whether it fits into memory
-      localrl tasks show steps         what a task looks like to the model
+      localrl init DIR                 a starter folder of your own
+      localrl train --model DIR ...    your own model
+      localrl plan --model DIR ...     check that it fits into memory
+      localrl tasks show steps         see a task as the model sees it
     """
 
 
@@ -76,7 +76,7 @@ cli.add_command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point; exits with the codes listed in `localrl.errors`."""
+    """Run the command line; exit with the codes listed in `localrl.errors`."""
     try:
         status = cli.main(args=arguments, prog_name="localrl", standalone_mode=False)
     except click.exceptions.Exit as done:

@@ -17,20 +17,25 @@ SHARED = (
     "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts",
     "memory_limit", "settings",
 )  # fmt: skip
-"""What it has in common with `localrl train`."""
+"""Parameters shared with `localrl train`."""
 
 
 @click.command(params=[param for param in train.params if param.name in SHARED])
-@click.option("--mac", type=click.IntRange(4, 1024), metavar="GB", help="As if on a Mac like that.")
+@click.option(
+    "--mac",
+    type=click.IntRange(4, 1024),
+    metavar="GB",
+    help="Plan for a Mac with this much memory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     config: str | None, settings: tuple[str, ...], mac: int | None, as_json: bool, **flags: Any
 ) -> None:
-    """Say whether a run fits into memory, with which sizes, and what it gives up for that.
+    """Check that a run fits into memory, at what sizes, and what has to be reduced.
 
     Takes the settings of `localrl train`. No weights are loaded: the model may also be a
-    config.json, or the name of a well-known one that is not on this machine. Where model and task
-    are here, the task's prompts are measured. Exits with 3 when nothing fits.
+    config.json, or the name of a well-known model that is not on this machine. If model and task
+    are available, the task's prompts are measured. Exits with 3 if nothing fits.
 
     \b
       localrl plan
@@ -74,10 +79,10 @@ def _page(found: Outlook, mac: int | None) -> str:
     if found.request.prompts:
         lines.append(f"task     {found.request.prompts}")
     if mac is not None:
-        lines.append(f"         predicted for a Mac with {mac} GB, and never run on one")
+        lines.append(f"         predicted for a Mac with {mac} GB, never run on one")
     if found.machine.resident_bytes:
         held = show(found.machine.resident_bytes)
-        lines.append(f"process  holds {held} beside what MLX will hold")
+        lines.append(f"process  holds {held} besides MLX's memory")
     lines += ["", f"{'':34}{'bytes at most':>14}"]
     lines += [f"{name:34}{show(size):>14}" for name, size in told(found.estimate) if size]
     basis = "measured on this machine" if plan.measured else "priors, not measured here"
@@ -86,7 +91,7 @@ def _page(found: Outlook, mac: int | None) -> str:
     lines += [f"{'':34}{'wanted':>14}{'planned':>14}"]
     for name in SIZES:
         wish, now = getattr(found.request.plan, name), getattr(plan, name)
-        mark = "" if wish == now else "   gave way"
+        mark = "" if wish == now else "   reduced"
         lines.append(f"{name:34}{_value(wish):>14}{_value(now):>14}{mark}")
     return "\n".join([*lines, "", _verdict(found)])
 
@@ -105,8 +110,8 @@ def _verdict(found: Outlook) -> str:
     from localrl.memory.limit import show, write_limit
 
     if found.request.limit.bytes is None:
-        return "Nothing is known of this machine's memory, so that nothing is limited."
+        return "This machine's memory could not be read; no limit is applied."
     if not found.gave_way:
-        return "It fits, and nothing is given up."
+        return "It fits, and nothing is reduced."
     more = f"With a limit of {write_limit(found.enough)} ({show(found.enough)})"
-    return f"It fits, with less than was wanted. {more} nothing would be given up."
+    return f"It fits with reduced sizes. {more} nothing would be reduced."

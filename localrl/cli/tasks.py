@@ -1,4 +1,4 @@
-"""`localrl tasks`: what there is to learn, and what the model gets to see of it."""
+"""`localrl tasks`: list tasks, and show them as the model sees them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @click.group()
 def tasks() -> None:
-    """List the tasks, look at one, or check your own."""
+    """List tasks, inspect one, or check your own."""
 
 
 @tasks.command("list")
 def list_all() -> None:
-    """Name the built-in tasks."""
+    """List the built-in tasks."""
     from localrl.tasks.builtin import list_tasks
 
     for name, description in list_tasks().items():
@@ -31,13 +31,17 @@ def list_all() -> None:
 
 
 def _options(command):
-    """The options that `show` and `check` share."""
+    """Add the options shared by `show` and `check`."""
     for option in (
-        click.option("--model", metavar="MODEL", help="Render for this, not the embedded model."),
-        click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for train."),
-        click.option("--environment", metavar="ENV", help="As for train."),
-        click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for train."),
-        click.option("-n", "count", type=click.IntRange(0), default=3, help="Examples to show."),
+        click.option("--model", metavar="MODEL", help="Render for this model; default: embedded."),
+        click.option(
+            "--reward", "rewards", multiple=True, metavar="REWARD", help="As for `train`."
+        ),
+        click.option("--environment", metavar="ENV", help="As for `train`."),
+        click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`."),
+        click.option(
+            "-n", "count", type=click.IntRange(0), default=3, help="Number of examples to show."
+        ),
         click.argument("name"),
     ):
         command = option(command)
@@ -89,7 +93,7 @@ def check(name: str, count: int, **options: Any) -> None:
 
 
 class _Opened(NamedTuple):
-    """What there is to look at."""
+    """An opened task and what is needed to show it."""
 
     task: Task
     scorer: Scorer
@@ -105,9 +109,9 @@ def _opened(
     environment: str | None,
     tools: tuple[str, ...],
 ) -> Iterator[_Opened]:
-    """The task, its rewards, the model's tokenizer, and what completions would talk to.
+    """Open the task, its rewards, the model's tokenizer and its environments.
 
-    Data that bring no reward and no environment get `accuracy`.
+    Data without a reward and an environment gets `accuracy`.
     """
     from localrl.config import TaskConfig
     from localrl.policy.loading import find_model
@@ -143,7 +147,7 @@ def _head(opened: _Opened) -> None:
     click.echo(f"{task.name}: {task.description}\nrewards: {parts}")
     for kind in opened.environments.kinds.values() if opened.environments else ():
         called = ", ".join(schema["function"]["name"] for schema in kind.schemas)
-        what = f"the model may call {called}" if called else "plays in text"
+        what = f"the model may call {called}" if called else "text-only turns"
         click.echo(f"environment: {kind.name}, {what}")
 
 
@@ -151,11 +155,11 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
     least, median, longest = report.prompt_tokens
     training = report.training or "endless"
     yield f"prompts: {training} to train on, {report.held_out} held out"
-    yield f"length: {least} to {longest} tokens, half of them up to {median}"
+    yield f"length: {least} to {longest} tokens, median {median}"
     if report.too_long:
-        yield f"  {report.too_long} are longer than {most}: raise rollout.max_prompt_tokens"
+        yield f"  {report.too_long} are longer than {most} tokens: raise rollout.max_prompt_tokens"
     if report.repeated:
-        yield f"repeated: {report.repeated} prompts come more than once"
+        yield f"repeated: {report.repeated} prompts occur more than once"
     if report.unknown:
         yield f"unreadable: this model has no token for {report.unknown!r}"
     if report.gold:
@@ -165,7 +169,7 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
         parts = {name: values[0] for name, values in scored.parts.items()}
         yield f"  {scored.group.example.id}: {scored.group.example.answer!r:.60} gets {parts}"
     if report.reward_s is not None:
-        yield f"reward time: {1000 * report.reward_s:.1f} ms for the completions of a step"
+        yield f"reward time: {1000 * report.reward_s:.1f} ms for one step's completions"
 
 
 def _examples(opened: _Opened, count: int) -> None:

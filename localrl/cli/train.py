@@ -26,12 +26,12 @@ FLAGS = {
     "tools": "task.tools",
     "memory_limit": "memory.limit",
 }
-"""Flags that are settings under another name."""
+"""Settings that the flags set."""
 GIVEN = "localrl.train.arguments"
 
 
 class Train(click.Command):
-    """Remembers its arguments as they were given, for the process that will run them."""
+    """A command that keeps its raw arguments for the child process that will run them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[GIVEN] = list(args)
@@ -41,42 +41,46 @@ class Train(click.Command):
 @click.command(cls=Train)
 @click.argument("config", required=False, type=click.Path(dir_okay=False))
 @click.option(
-    "--model", metavar="MODEL", help="A folder, a .gguf, or user/name; default: embedded."
+    "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
-@click.option("--task", metavar="TASK", help="A built-in task, or your file.jsonl or folder.")
+@click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
 @click.option(
     "--reward",
     "rewards",
     multiple=True,
     metavar="REWARD",
-    help="Your reward, file.py:name, or a built-in one; may be given several times.",
+    help="A reward: your file.py:name or a built-in one; repeatable.",
 )
-@click.option("--environment", metavar="ENV", help="What completions talk to, file.py:Name.")
+@click.option("--environment", metavar="ENV", help="Environment to interact with, file.py:Name.")
 @click.option(
-    "--tool", "tools", multiple=True, metavar="TOOL", help="What they may call, file.py:name."
+    "--tool",
+    "tools",
+    multiple=True,
+    metavar="TOOL",
+    help="Tool to offer, file.py:name; repeatable.",
 )
 @click.option("--steps", type=int, help="Training steps.")
 @click.option("--minutes", type=float, help="Stop training after this many minutes.")
-@click.option("--seed", type=int, help="Every random draw derives from it.")
-@click.option("--eval-every", type=int, help="Evaluate every N steps too.")
-@click.option("--out", metavar="DIR", help="Run folder; without it a new one below runs/.")
-@click.option("--memory-limit", metavar="SIZE", help="The most MLX may hold: 6GB, or 70%.")
+@click.option("--seed", type=int, help="Seed of all random draws.")
+@click.option("--eval-every", type=int, help="Also evaluate every N steps.")
+@click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
+@click.option("--memory-limit", metavar="SIZE", help="Maximum memory for MLX: 6GB or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
-@click.option("--overwrite", is_flag=True, help="Rename an existing run folder out of the way.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out, or the newest.")
+@click.option("--overwrite", is_flag=True, help="Move an existing run folder out of the way.")
+@click.option("--resume", is_flag=True, help="Resume the run in --out, or the newest.")
 @click.option(
-    "--unsafe-code", is_flag=True, default=None, help="Run code in answers without a sandbox."
+    "--unsafe-code", is_flag=True, default=None, help="Run generated code without a sandbox."
 )
 @click.option(
-    "--no-supervise", is_flag=True, help="No parent process that restarts the run when it dies."
+    "--no-supervise", is_flag=True, help="Do not restart the run from a parent process if it dies."
 )
 @click.option(
     "--on-battery",
     type=click.Choice(["run", "pause"]),
-    help="Below 30 % of the battery: go on, or save and wait (default).",
+    help="Below 30 % battery: keep running, or save and wait (default: pause).",
 )
 @click.option("--print-config", is_flag=True, help="Print the resolved settings and stop.")
 def train(
@@ -89,7 +93,7 @@ def train(
     print_config: bool,
     **flags: Any,
 ) -> None:
-    """Teach a model a task: sample, reward, update, again.
+    """Train a model on a task: sample, reward, update, repeat.
 
     \b
       localrl train
@@ -114,7 +118,7 @@ def train(
     place = find_place()
     if place is not None:
         if on_battery:
-            raise ConfigError("--on-battery is for a run on one machine. Leave it out.")
+            raise ConfigError("--on-battery only works on one machine. Remove it.")
         from localrl.cli.ranks import run_with_others
 
         run_with_others(place, resolve, overwrite=overwrite, resume=resume)
@@ -126,14 +130,14 @@ def train(
     if supervisor is None and not no_supervise:
         _supervise(pause=on_battery != "run")
     if supervisor is None and on_battery:
-        raise ConfigError("--on-battery is for the parent process. Leave --no-supervise out.")
+        raise ConfigError("--on-battery needs the parent process. Remove --no-supervise.")
     from localrl.cli.supervised import run_here
 
     run_here(resolved, supervisor, overwrite=overwrite, resume=resume)
 
 
 def _supervise(*, pause: bool) -> NoReturn:
-    """Let a child process do it, and end as it ends."""
+    """Run training in a child process and exit with its status."""
     from localrl.processes.supervisor import command_of, supervise, this_python
 
     context, python = click.get_current_context(), this_python()
@@ -148,27 +152,27 @@ def _supervise(*, pause: bool) -> NoReturn:
 
 
 def _stopped_run(config: str | None, overwrite: bool, given: dict[str, Any]) -> Path:
-    """The settings file of the run to go on with; its folder is put among the given settings.
+    """Return the settings file of the run to resume; add its folder to the given settings.
 
-    Raises: ConfigError when it cannot be told, or when more is asked than to go on.
+    Raises: ConfigError if no run is found, or if options besides resuming are given.
     """
     if config or overwrite:
         what = "--overwrite" if overwrite else config
-        raise ConfigError(f"--resume takes the settings of the run itself. Leave {what} out.")
+        raise ConfigError(f"--resume uses the run's own settings. Remove {what}.")
     out = given.get("run.out") or _newest(Path("runs"))
     given["run.out"] = str(out)
     file = Path(out) / "config.toml"
     if not file.is_file():
         raise ConfigError(
-            f"There is no run in {out} to go on with. Name its folder with --out, or leave "
-            "--resume out to start a new one."
+            f"There is no run in {out} to resume. Pass its folder with --out, or remove "
+            "--resume to start a new one."
         )
     return file
 
 
 def _newest(folder: Path) -> Path:
-    """The run below a folder that was last written to."""
+    """Find the most recently written run under a folder."""
     files = list(folder.glob("*/metrics.jsonl"))
     if not files:
-        raise ConfigError(f"There is no run below {folder} to go on with. Name one with --out.")
+        raise ConfigError(f"There is no run under {folder} to resume. Pass one with --out.")
     return max(files, key=lambda path: path.stat().st_mtime).parent

@@ -2,5 +2,5 @@
 
 import os
 
-# The Hub's client reads it once, when it is first imported.
+# The Hub's client reads this variable once, when it is first imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

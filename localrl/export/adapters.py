@@ -1,4 +1,4 @@
-"""Adapter folders: one that mlx-lm and PEFT both read, written whole, checked when read.
+"""Adapter folders that mlx-lm and PEFT both read, written whole and checked when read.
 
 adapter_config.json          the keys of mlx-lm and those of PEFT
 adapters.safetensors         the weights as mlx-lm names them
@@ -34,28 +34,28 @@ NOTE = "localrl.json"
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA adapters apart from their model."""
+    """LoRA adapters without their model."""
 
     weights: Mapping[str, mx.array]
-    """By mlx-lm's names: `<layer>.lora_a` (inputs, rank), `<layer>.lora_b` (rank, outputs)."""
+    """Arrays by mlx-lm name: `<layer>.lora_a` (inputs, rank), `<layer>.lora_b` (rank, outputs)."""
     rank: int
     scale: float
     layers: int
-    """Adapted blocks, counted from the last, as mlx-lm counts; 0: all."""
+    """Number of adapted blocks, counted from the last, as in mlx-lm; 0 means all."""
     keys: tuple[str, ...]
     """Paths of the adapted layers inside a block."""
     model_type: str | None = None
-    """The family of the model, as its config.json names it; None: unknown."""
+    """Model family as named in config.json; None if unknown."""
     base_id: str | None = None
-    """The unquantised base model on the Hub; None: unknown."""
+    """Hub id of the unquantised base model; None if unknown."""
 
     def layers_of(self, blocks: int) -> int:
-        """`layers` for a model with this many blocks: 0 when all are adapted."""
+        """Return `layers` for a model with this many blocks: 0 if all are adapted."""
         return self.layers if 0 < self.layers < blocks else 0
 
 
 def adapter_of(model: Any, *, base_id: str | None = None) -> Adapter:
-    """The adapters on a model. The arrays are the model's own."""
+    """Extract the adapters of a model. The arrays are shared with the model."""
     adapted = {
         (index, path): module
         for index, block in enumerate(model.layers)
@@ -80,14 +80,14 @@ def adapter_of(model: Any, *, base_id: str | None = None) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> str | None:
-    """Write an adapter folder; returns why PEFT's half was left out, or None.
+    """Write an adapter folder; return why the PEFT files were left out, or None.
 
-    All files are first made complete in a folder beside this one. Where there is no folder yet they
-    appear at once; an earlier adapter of ours is replaced file by file, the checksums last, so that
-    a mixture of two is found out when it is read.
+    All files are first completed in a temporary folder next to this one. A new folder appears at
+    once; an earlier adapter of ours is replaced file by file, checksums last, so a mixture of two
+    is detected when it is read.
 
-    Raises: CheckpointError when the adapter is not finite, or cannot be written, or when the folder
-    holds something that is not an adapter written by localrl.
+    Raises: CheckpointError if the adapter is not finite or cannot be written, or if the folder
+    contains something that is not an adapter written by localrl.
     """
     check_adapter(adapter.weights, adapter.rank, folder)
     try:
@@ -100,15 +100,15 @@ def write_adapter(adapter: Adapter, folder: Path) -> str | None:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"The adapter cannot be written to {folder}: {error}.") from error
+        raise CheckpointError(f"Cannot write the adapter to {folder}: {error}.") from error
     return reason
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter folder: ours, or one by mlx-lm or PEFT.
+    """Read an adapter folder written by localrl, mlx-lm or PEFT.
 
-    Raises: ConfigError when there is none, or it is of a kind that cannot be used here;
-    CheckpointError, naming the file, when it is damaged: checksums, missing tensors, NaN.
+    Raises: ConfigError if there is none, or if its kind is not supported; CheckpointError, naming
+    the file, if it is damaged: checksums, missing tensors, NaN.
     """
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"There is no adapter in {folder} (no {CONFIG}).")
@@ -132,17 +132,17 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def peft_note(folder: Path) -> str | None:
-    """Why an adapter folder of ours has no PEFT half; None when it has one.
+    """Return the reason an adapter folder of ours has no PEFT files; None if it has them.
 
-    Raises: ConfigError when localrl did not write the folder.
+    Raises: ConfigError if localrl did not write the folder.
     """
     if not (folder / NOTE).is_file():
-        raise ConfigError(f"{folder} holds no {NOTE}, so localrl did not write that adapter.")
+        raise ConfigError(f"{folder} has no {NOTE}, so localrl did not write that adapter.")
     return read_json(folder / NOTE).get("peft_left_out")
 
 
 def _write_files(adapter: Adapter, folder: Path) -> str | None:
-    """All files of an adapter; returns why PEFT's half is not among them."""
+    """Write all files of an adapter; return why the PEFT files are not among them."""
     reason = peft.why_not(adapter.model_type, adapter.weights)
     config: dict[str, Any] = {
         "fine_tune_type": "lora",
@@ -179,7 +179,7 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
     fresh.chmod(0o755)
     _sync(fresh)
     if not folder.exists() or not any(folder.iterdir()):
-        fresh.rename(folder)  # over an empty folder, too
+        fresh.rename(folder)  # also replaces an empty folder
     else:
         if not (fresh / PEFT_WEIGHTS).exists():
             (folder / PEFT_WEIGHTS).unlink(missing_ok=True)
@@ -192,33 +192,39 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
 
 
 def _refuse_others(folder: Path) -> None:
-    """Raises: CheckpointError where writing would go over files that are not ours."""
+    """Refuse to overwrite files that are not ours.
+
+    Raises: CheckpointError if the folder contains other files.
+    """
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found and NOTE not in found:
         raise CheckpointError(
-            f"{folder} holds {', '.join(sorted(found)[:3])} and no {NOTE}: it is not an adapter "
-            "that localrl wrote, so nothing is written there. Choose another folder."
+            f"{folder} contains {', '.join(sorted(found)[:3])} and no {NOTE}, so localrl "
+            "did not write it. Nothing was written there; choose another folder."
         )
 
 
 def _check_note(note: Mapping[str, Any], folder: Path) -> None:
-    """Raises: CheckpointError when a weight file is not the one that was written."""
+    """Check format and checksums.
+
+    Raises: CheckpointError if a weight file is not the one that was written.
+    """
     if note.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder / NOTE} is of format {note.get('format')!r}; this localrl reads {FORMAT}. "
-            "Install the localrl that wrote it."
+            f"{folder / NOTE} has format {note.get('format')!r}; this localrl reads {FORMAT}. "
+            "Install the localrl version that wrote it."
         )
     sums = note.get("sha256")
     if not isinstance(sums, dict) or WEIGHTS not in sums:
-        raise CheckpointError(f"{folder / NOTE} holds no checksum of {WEIGHTS}: it is damaged.")
+        raise CheckpointError(f"{folder / NOTE} has no checksum of {WEIGHTS}: it is damaged.")
     there = {name for name in (WEIGHTS, PEFT_WEIGHTS) if (folder / name).exists()}
     for name in sorted(there | sums.keys()):
         if name not in there:
-            raise CheckpointError(f"{folder / name} is missing, though {NOTE} lists it.")
+            raise CheckpointError(f"{folder / name} is missing, although {NOTE} lists it.")
         if checksum(folder / name) != sums.get(name):
             raise CheckpointError(
-                f"{folder / name} is not the file that was written: its checksum is not the one in "
-                f"{NOTE}. It is damaged, or was changed or saved only in part; use another copy."
+                f"{folder / name} is not the file that was written: its checksum differs from "
+                f"{NOTE}. It is damaged, modified or only partly saved; use another copy."
             )
 
 
@@ -227,14 +233,14 @@ def _compare(note: Mapping[str, Any], adapter: Adapter, folder: Path) -> None:
         if note.get(name) != getattr(adapter, name):
             raise CheckpointError(
                 f"{folder / CONFIG} says {name} {getattr(adapter, name)}, {NOTE} says "
-                f"{note.get(name)}: one of them was changed. Use another copy."
+                f"{note.get(name)}: one of the files was modified. Use another copy."
             )
 
 
 def _read_mlx(config: Mapping[str, Any], folder: Path) -> Adapter:
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        raise ConfigError(f"The adapter in {folder} is of type {kind!r}; only lora can be used.")
+        raise ConfigError(f"The adapter in {folder} is of type {kind!r}; only lora is supported.")
     tensors = read_tensors(folder / WEIGHTS)
     lora = config.get("lora_parameters")
     try:
@@ -257,11 +263,11 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make what happened in a folder last through a power cut."""
+    """Make changes in a folder survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some file systems cannot, and need not
+    except OSError:  # some file systems do not support it and do not need it
         pass
     finally:
         os.close(descriptor)

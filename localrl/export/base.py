@@ -1,4 +1,4 @@
-"""The name of the unquantised base model on the Hub, which PEFT and model cards need."""
+"""Hub id of the unquantised base model, which PEFT and model cards need."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_base_id(given: str | None, model_folder: Path, name: str | None = None) -> str | None:
-    """`given`, else what the card of the model folder says it was converted from; None: unknown.
+    """Return `given`, else the model that the model folder's card names; None if unknown.
 
-    The `base_model` of a card counts when the folder is a conversion of that model: quantised, or
-    with `library_name: mlx`. Elsewhere it names what the model was trained from, another model;
-    one that is not quantised and was asked for by its `name` on the Hub is its own base. Of a model
-    that a package ships it is known.
+    The `base_model` of a card counts if the folder is a conversion of that model: quantised, or
+    with `library_name: mlx`. Otherwise it names the model this one was trained from, a different
+    one; an unquantised model requested by its Hub `name` is its own base. For a model shipped in
+    a package it is known.
 
-    Raises: ConfigError when `given` is not a Hub id, such as a path of this machine.
+    Raises: ConfigError if `given` is not a Hub id, for example a local path.
     """
     if given is not None:
         if not is_hub_id(given) or Path(given).exists():
             raise ConfigError(
-                f"The base model's id is {given!r}; it must be one of the Hub, like "
-                "Qwen/Qwen3-0.6B, and not a folder (--base-id, model.base_id)."
+                f"The base model's id is {given!r}; it must be a Hub id such as "
+                "Qwen/Qwen3-0.6B, not a folder (--base-id, model.base_id)."
             )
         return given
     packaged = PACKAGED_MODELS.get(name or "")
@@ -46,12 +46,12 @@ def find_base_id(given: str | None, model_folder: Path, name: str | None = None)
 
 
 def is_hub_id(name: Any) -> TypeGuard[str]:
-    """Whether this has the form of a model's name on the Hub; paths of a machine do not."""
+    """Check for the form of a model's Hub id; local paths do not have it."""
     return isinstance(name, str) and _ID.fullmatch(name) is not None
 
 
 def front_matter(model_folder: Path) -> Mapping[str, Any]:
-    """The metadata at the head of the model card; empty when there is none or it is not YAML."""
+    """Read the model card's front matter; empty if there is none or it is not YAML."""
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 

@@ -1,4 +1,4 @@
-"""The model card of a pushed adapter, made from what `facts` lets out of the run folder."""
+"""The model card of a pushed adapter, made only from the `facts` of its run folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from localrl.export.facts import Facts, Side
 from localrl.utils.text import sampled_at
 
 TAGS = ("lora", "grpo", "reinforcement-learning", "localrl")
-"""Not `mlx`: for that tag the Hub's page shows commands that fail on an adapter."""
+"""Tags of the card. `mlx` is left out: it makes the Hub show commands that fail on an adapter."""
 
 SETTINGS_NOTE = (
-    "`localrl train --print-config` says what each means; 0 often leaves the choice to localrl."
+    "`localrl train --print-config` explains each setting; 0 often means that localrl chooses."
 )
 
 WIDTH, HEIGHT = 60, 8
 SAMPLE_LIMIT = 2000
-"""Characters of a prompt or a completion that are shown."""
+"""Maximum number of characters shown of a prompt or completion."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A rollout that its owner has chosen to show."""
+    """A rollout that its owner chose to publish."""
 
     prompt: str
     completion: str
@@ -33,17 +33,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Address:
-    """Where an adapter goes and what it belongs to."""
+    """The repository of an adapter and the base model it belongs to."""
 
     repo_id: str
     base_id: str
-    """The unquantised model, on the Hub."""
+    """Hub id of the unquantised model."""
     peft_left_out: str | None
-    """Why the weights are not there in PEFT's form; None when they are."""
+    """Reason there are no PEFT weights; None if there are."""
 
 
 def make_card(facts: Facts, address: Address, samples: Sequence[Sample] = ()) -> str:
-    """README.md of the repository: the Hub's metadata, then Markdown."""
+    """Format the repository's README.md: the Hub's metadata, then Markdown."""
     results = _results(facts)
     data = ModelCardData(
         base_model=address.base_id,
@@ -81,17 +81,17 @@ def _sections(facts: Facts, address: Address, samples: Sequence[Sample]) -> Iter
     yield f"# {_name(address)}"
     yield (
         f"A LoRA adapter for [{base}](https://huggingface.co/{base}), trained on that model or a "
-        "quantised copy of it, by reinforcement learning with localrl on one machine."
+        "quantised copy by reinforcement learning with localrl on one machine."
     )
     if facts.embedded:
         yield (
-            "The model it was trained on is the small one that ships with localrl; that the base "
-            "named above is the same is the word of whoever pushed this."
+            "It was trained on the small model that ships with localrl. Whoever pushed this "
+            "states that the base model named above is the same model."
         )
     if facts.unsafe_code:
         yield (
             "**Code from answers ran without a sandbox in this training run** "
-            "(`task.unsafe_code`): it could do anything its user may do."
+            "(`task.unsafe_code`): it could do anything its user can do."
         )
     yield _usage(address)
     yield "## What it learned"
@@ -114,12 +114,12 @@ def _sections(facts: Facts, address: Address, samples: Sequence[Sample]) -> Iter
 def _usage(address: Address) -> str:
     name, base = _name(address), address.base_id
     text = (
-        "## Use\n\nWith mlx-lm, which takes an adapter from a local folder only:\n\n"
+        "## Use\n\nWith mlx-lm, which loads adapters only from a local folder:\n\n"
         f"```bash\nhf download {address.repo_id} --local-dir {name}\n"
         f'mlx_lm.generate --model {base} --adapter-path {name} --prompt "your prompt"\n```'
     )
     if address.peft_left_out is not None:
-        return f"{text}\n\nThere are no weights in PEFT's form: {address.peft_left_out}."
+        return f"{text}\n\nThere are no weights in PEFT format: {address.peft_left_out}."
     return (
         f"{text}\n\nWith PEFT:\n\n```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         f'model = AutoPeftModelForCausalLM.from_pretrained("{address.repo_id}")\n```'
@@ -132,9 +132,9 @@ def _evaluation(facts: Facts) -> str:
         return "## Evaluation\n\nThis run was not evaluated."
     rows = [_side("base", facts.base), _side("with the adapter", facts.adapter)]
     return (
-        "## Evaluation\n\nOn held-out prompts, the same before and after; one completion each, "
-        f"{sampled_at(known.temperature)}. pass@1 is the share that the first reward function gave "
-        "1 or more, with its 95 % Wilson interval.\n\n"
+        "## Evaluation\n\nOn the same held-out prompts before and after; one completion each, "
+        f"{sampled_at(known.temperature)}. pass@1 is the share with a first reward of 1 or more, "
+        "with its 95 % Wilson interval.\n\n"
         "| | prompts | pass@1 | 95 % interval | mean reward |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
     )
@@ -153,7 +153,7 @@ def _side(name: str, side: Side | None) -> str:
 
 def _curve(rewards: Sequence[float]) -> str:
     each = -(-len(rewards) // WIDTH)
-    means = "" if each == 1 else f"; a column is the mean of {each} steps"
+    means = "" if each == 1 else f"; each column is the mean of {each} steps"
     return (
         f"## Training\n\nMean reward of {len(rewards)} steps{means}.\n\n"
         f"```text\n{plot(rewards, each)}\n```"
@@ -161,7 +161,7 @@ def _curve(rewards: Sequence[float]) -> str:
 
 
 def plot(values: Sequence[float], each: int = 1) -> str:
-    """A column chart in text, from the lowest value to the highest; `each` values to a column."""
+    """Draw a text column chart from the lowest value to the highest, `each` values per column."""
     parts = [values[i : i + each] for i in range(0, len(values), each)]
     columns = [sum(part) / len(part) for part in parts]
     low, high = min(columns), max(columns)
@@ -180,7 +180,7 @@ def _sample(sample: Sample) -> str:
 
 
 def fence(text: str) -> str:
-    """The text as a block that nothing in it can end."""
+    """Fence the text with more backticks than it contains, so nothing in it ends the block."""
     text = text if len(text) <= SAMPLE_LIMIT else text[:SAMPLE_LIMIT] + " [...]"
     marks = "```"
     while marks in text:
@@ -190,7 +190,7 @@ def fence(text: str) -> str:
 
 def _memory(facts: Facts) -> str:
     peak = "unknown" if facts.peak_bytes is None else f"{facts.peak_bytes / 2**20:.0f} MiB"
-    return f"## Memory\n\nMost that MLX held at once: {peak}. The plan:\n\n" + _table(
+    return f"## Memory\n\nPeak memory held by MLX: {peak}. The plan:\n\n" + _table(
         ("planned", "value"), facts.plan
     )
 
@@ -202,11 +202,11 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
 
 def _limits(facts: Facts, address: Address) -> str:
     limits = [
-        "It was rewarded for one task; what it does elsewhere was not measured.",
-        "The held-out prompts come from the same source as those of training.",
-        "LM Studio, oMLX and Ollama take no adapter folder: they need a fused model, which "
+        "It was rewarded for one task; its behaviour on others was not measured.",
+        "The held-out prompts come from the same source as the training prompts.",
+        "LM Studio, oMLX and Ollama cannot load an adapter folder: they need a fused model, which "
         "`localrl export --fused` writes.",
-        f"The licence of {address.base_id} holds for what is made with it.",
+        f"The licence of {address.base_id} applies to derived models.",
     ]
     if facts.adapter is None:
         limits.insert(0, "It was not evaluated.")

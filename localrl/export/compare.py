@@ -1,4 +1,4 @@
-"""The same prompts answered by the base with its adapter and by the fused model."""
+"""Comparison of greedy answers by the base with its adapter and by the fused model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def greedy_pairs(
     base_bits: int,
     on_cpu: bool,
 ) -> Iterator[tuple[str, str]]:
-    """For each prompt, the most likely text of the base with its adapter, and of the fused model.
+    """Yield each prompt's greedy text by the base with its adapter and by the fused model.
 
-    most: tokens of a text. base_bits: see `export_fused`. on_cpu: compute in float32 with the
-    values as they are stored, since narrower formats are many times slower there.
+    most: maximum tokens of a text. base_bits: see `export_fused`. on_cpu: compute in float32 from
+    the values as stored, because narrower formats are many times slower there.
     """
     loaded = load_model(model_folder, quantize=base_bits)
     policy = make_policy(
@@ -52,7 +52,7 @@ def greedy_pairs(
 
 
 def greedy(model: Any, prompt: Prompt, most: int, ends: frozenset[int]) -> list[int]:
-    """The most likely continuation, token by token, up to an end token or `most` tokens."""
+    """Decode greedily up to an end token or `most` tokens."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache, tokens, rest = make_prompt_cache(model), [], list(prompt)

@@ -1,7 +1,7 @@
-"""What may be told of a run to others: read from its folder, by allow-lists alone.
+"""The publishable facts of a run, read from its folder by allow-lists only.
 
-Nothing that a person has written (prompts, answers, names of files, paths, settings that are text)
-is among it, nor anything that names the machine.
+Nothing written by a person (prompts, answers, file names, paths, text settings) is included, nor
+anything that identifies the machine.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SETTINGS = (
     "run.minutes",
     "run.seed",
 )
-"""Numbers, switches and names out of a list of ours; a setting that is a person's text is not."""
+"""Settings that may be published: numbers, switches and names from our lists, never free text."""
 
 PLAN = (
     "group_size",
@@ -96,24 +96,24 @@ WORD = re.compile(r"[\w.+-]{1,40}", re.ASCII)
 
 @dataclass(frozen=True)
 class Side:
-    """The policy before or after training, on held-out prompts; None: not known."""
+    """Results of the policy before or after training, on held-out prompts; None means unknown."""
 
     n: int | None
     pass_at_1: float | None
     ci95: tuple[float, float] | None
     mean_reward: float | None
     temperature: float
-    """0 stands for greedy decoding."""
+    """Sampling temperature; 0 means greedy decoding."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A run as others may see it."""
+    """The publishable facts of a run."""
 
     task: str
-    """The name of a built-in task; otherwise only that the data are the user's own."""
+    """Name of a built-in task; otherwise only a note that the data is the user's own."""
     about: str | None
-    """What a built-in task asks for."""
+    """Description of a built-in task."""
     rewards: tuple[str, ...]
     settings: Mapping[str, str]
     plan: Mapping[str, str]
@@ -121,17 +121,17 @@ class Facts:
     base: Side | None
     adapter: Side | None
     curve: tuple[float, ...]
-    """Mean reward of each step that has one."""
+    """Mean reward of each step that has a reward."""
     peak_bytes: int | None
     unsafe_code: bool
     embedded: bool
-    """Whether the model is the one that ships with localrl."""
+    """True if the model is the one that ships with localrl."""
 
 
 def read_facts(run: Path) -> Facts:
-    """The facts of a run folder.
+    """Read the facts of a run folder.
 
-    Raises: ConfigError when it is none; DataError when one of its files cannot be read.
+    Raises: ConfigError if it is not a run folder; DataError if one of its files cannot be read.
     """
     versions, config = _json(run / "run.json"), _toml(run / "config.toml")
     task, evaluation = config.get("task", {}), _json(run / "eval.json")
@@ -161,7 +161,7 @@ def _task(name: str) -> dict[str, Any]:
 
 
 def _rewards(texts: Sequence[str]) -> tuple[str, ...]:
-    """Names of functions; of the user's own nothing else, and of built-in ones no settings."""
+    """Name the reward functions and whether they are built in, without paths or settings."""
     try:
         specs = parse_rewards([str(text) for text in texts])
     except LocalRLError:
@@ -190,7 +190,7 @@ def _side(values: Any) -> Side | None:
 
 
 def _shown(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, str]:
-    """The allowed entries that are a number, a switch, a word, or a list of numbers."""
+    """Format the allowed entries that are a number, a switch, a word, or a list of these."""
     shown = {}
     for key in allowed:
         value = values.get(key)
@@ -217,15 +217,18 @@ def _number(value: Any) -> float | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no such file, but for the marker."""
+    """Read a JSON object; empty if there is no such file, unless it is the marker file.
+
+    Raises: ConfigError if the marker is missing; DataError if the file cannot be read.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if path.name != "run.json":
             return {}
         raise ConfigError(
-            f"{path.parent} is no run of localrl: it holds no {path.name}. Name the folder that "
-            "`localrl train` has written."
+            f"{path.parent} is not a localrl run: it has no {path.name}. Pass a folder written by "
+            "`localrl train`."
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error

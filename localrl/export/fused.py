@@ -1,8 +1,8 @@
-"""A model with its adapter added in, as a folder of its own, and how much of the update is in it.
+"""Fusing a model with its adapter into a new folder, and measuring how much of the update is kept.
 
-Adding an update to 4-bit weights and packing them again rounds most of it away, so that the fused
-model is dense: float16, or float32 where the update is too small for that. What survived is
-measured on the files that were written.
+Adding an update to 4-bit weights and quantising them again rounds most of it away. Therefore the
+fused model is dense: float16, or float32 if the update is too small for that. The kept share is
+measured on the written files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from localrl.policy.rope import rope_settings
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 MOST_FLOAT16 = 65504.0
 SMALL_UPDATE = 1e-3
-"""Of the size of the weights: below it float16 rounds a fifth of an update away."""
+"""Relative update size, |D| / |W|, below which float16 rounds a fifth of it away."""
 TOKENIZER_FILES = (
     *("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
     *("merges.txt", "*.model", "generation_config.json", "LICENSE*", "NOTICE*"),
@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What became of one layer's update D, where W is the base's weight and F the fused one's."""
+    """Fidelity of one layer's update D, with base weight W and fused weight F."""
 
     name: str
     size: float
@@ -48,23 +48,23 @@ class LayerUpdate:
     error: float
     """|(F - W) - D| / |D|."""
     cosine: float
-    """Of F - W and D."""
+    """Cosine of F - W and D."""
     share: float
-    """(F - W) D / |D|^2: 1 where all of D is in, whatever noise is on top; 0 where none is."""
+    """(F - W) D / |D|^2: 1 if all of D is in F, regardless of added noise; 0 if none is."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A fused model as it was written."""
+    """A written fused model."""
 
     folder: Path
     dtype: str
     bits: int | None
-    """None: dense."""
+    """Bits of quantised weights; None if dense."""
     reason: str
-    """Why this number format."""
+    """Reason for the number format."""
     layers: tuple[LayerUpdate, ...]
-    """Those whose update is not zero."""
+    """Layers whose update is not zero."""
 
 
 def export_fused(
@@ -76,13 +76,13 @@ def export_fused(
     dtype: str | None = None,
     bits: int | None = None,
 ) -> Fused:
-    """Write the model with the adapter added in to the folder `out`, all at once.
+    """Write the model with the adapter merged in to the folder `out`, all at once.
 
-    base_bits: to which the run packed the model's weights when it read them; 0: it did not.
-    bits: pack the fused weights again, with the loss that this means.
+    base_bits: bits to which the run quantised the model on loading; 0: not quantised.
+    bits: quantise the fused weights again, with the loss this causes.
 
-    Raises: ConfigError when `out` holds something, when the adapter does not fit the model or the
-    values do not fit into `dtype`; CheckpointError when it cannot be written.
+    Raises: ConfigError if `out` is not empty, if the adapter does not fit the model or the
+    values do not fit `dtype`; CheckpointError if it cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty. Choose another folder with --out.")
@@ -104,21 +104,21 @@ def export_fused(
             kept = tuple(survival(load(), load_model(fresh).model, adapter, model_folder))
             fresh.rename(out)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"The model cannot be written to {out}: {error}.") from error
+        raise CheckpointError(f"Cannot write the model to {out}: {error}.") from error
     return Fused(out, dtype, bits, reason, kept)
 
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """One tensor of a fused model, which is computed when it is asked for."""
+    """One tensor of a fused model, computed on demand."""
 
     shape: tuple[int, ...]
     make: Callable[[], mx.array]
-    """In float32, with the adapter added in."""
+    """Computes the tensor in float32, with the adapter merged in."""
 
 
 def dense_tensors(model: Any) -> dict[str, DenseTensor]:
-    """All tensors of a model with adapters on it, by their names in a dense model without."""
+    """Map names in a dense model without adapters to the tensors of a model with adapters."""
     adapted = dict(_adapted(model))
     found: dict[str, DenseTensor] = {}
     for path, module in model.named_modules():
@@ -131,7 +131,7 @@ def dense_tensors(model: Any) -> dict[str, DenseTensor]:
 
 
 def _tensors_of(path: str, module: Any, layer: Any) -> dict[str, DenseTensor]:
-    """Tensors of one module; layer: with whose update its weight is."""
+    """Return the tensors of one module; layer: the LoRA layer whose update its weight includes."""
 
     def weight() -> mx.array:
         return _weight(module) if layer is None else _weight(module) + _update(layer)
@@ -156,9 +156,9 @@ def _tensors_of(path: str, module: Any, layer: Any) -> dict[str, DenseTensor]:
 def survival(
     base: Any, fused: Any, adapter: Adapter, source: object = None
 ) -> Iterator[LayerUpdate]:
-    """What of each layer's update is in a fused model; layers whose update is zero are left out.
+    """Measure how much of each layer's update is in a fused model; zero updates are skipped.
 
-    base, fused: models without adapters; `base` gets them.
+    base, fused: models without adapters; the adapter is attached to `base`.
     """
     layers = dict(fused.named_modules())
     for name, layer in _adapted(attached(base, adapter, source)):
@@ -176,28 +176,28 @@ def survival(
 def _make(
     adapter: Adapter, folder: Path, load: Callable[[], Any], wish: str | None
 ) -> tuple[Any, str, str]:
-    """The fused model, its number format, and why this one.
+    """Return the fused model, its number format, and the reason for it.
 
-    Raises: ConfigError when the values do not fit into the one that is wished for.
+    Raises: ConfigError if the values do not fit the requested format.
     """
     model = attached(load(), adapter, folder)
     dtype, reason = _choose_dtype(model, wish)
     fused = _fuse(model, DTYPES[dtype])
     name = _overflow(fused)
     if name is not None and wish is None and dtype == "float16":
-        reason = f"{name} holds numbers beyond {MOST_FLOAT16:g}, where float16 ends"
+        reason = f"{name} has numbers beyond {MOST_FLOAT16:g}, the float16 maximum"
         dtype, fused = "float32", _fuse(attached(load(), adapter, folder), mx.float32)
         name = _overflow(fused)
     if name is not None:
         raise ConfigError(
             f"{name} of the fused model is not finite as {dtype}. "
-            + ("Take --dtype float32." if dtype == "float16" else "The model or adapter is broken.")
+            + ("Use --dtype float32." if dtype == "float16" else "The model or adapter is broken.")
         )
     return fused, dtype, reason
 
 
 def attached(model: Any, adapter: Adapter, source: object) -> Any:
-    """The model with the adapter on it."""
+    """Attach the adapter to the model and return it."""
     layers = adapter.layers_of(len(model.layers))
     attach(model, rank=adapter.rank, scale=adapter.scale, seed=0, layers=layers, keys=adapter.keys)
     fill(model, adapter.weights, source)
@@ -209,11 +209,11 @@ def _adapted(model: Any) -> list[tuple[str, Any]]:
 
 
 def _weight(module: Any) -> mx.array:
-    """A linear layer's weight in float32, made anew, so that it can be forgotten after use."""
+    """Compute a linear layer's float32 weight as a new array, to be freed after use."""
     if "scales" not in module:
         return module.weight.astype(mx.float32)
     scales, biases = module.scales, module.get("biases")
-    if mx.issubdtype(scales.dtype, mx.floating):  # other modes pack them into bytes
+    if mx.issubdtype(scales.dtype, mx.floating):  # other modes store scales as bytes
         scales = scales.astype(mx.float32)
         biases = biases.astype(mx.float32) if biases is not None else None
     sizes = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
@@ -221,7 +221,7 @@ def _weight(module: Any) -> mx.array:
 
 
 def _update(layer: Any) -> mx.array:
-    """(outputs, inputs): what the adapter adds to the weight."""
+    """Return the adapter's update to the weight, (outputs, inputs)."""
     return layer.scale * (layer.lora_b.T @ layer.lora_a.T)
 
 
@@ -235,9 +235,9 @@ def _number(array: mx.array) -> float:
 
 
 def _choose_dtype(model: Any, wish: str | None) -> tuple[str, str]:
-    """The number format of a model with adapters on it, and why."""
+    """Choose the number format of a model with adapters, and give the reason."""
     if wish is not None:
-        return wish, "as asked for"
+        return wish, "as requested"
     sizes = [_norm(_update(m)) / max(_norm(_weight(m.linear)), 1e-38) for _, m in _adapted(model)]
     middle = median(sizes)
     if 0 < middle < SMALL_UPDATE:
@@ -246,13 +246,13 @@ def _choose_dtype(model: Any, wish: str | None) -> tuple[str, str]:
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of the two in the middle."""
+    """Return the middle value, or the mean of the two middle values."""
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def _fuse(model: Any, dtype: mx.Dtype) -> Any:
-    """Adapters added in, nothing quantised, all in `dtype`; one layer is computed at a time."""
+    """Merge adapters and dequantise everything to `dtype`, one layer at a time."""
     from mlx_lm.utils import dequantize_model
 
     for name, layer in _adapted(model):
@@ -268,7 +268,7 @@ def _fuse(model: Any, dtype: mx.Dtype) -> Any:
     dequantize_model(model)
     castable = getattr(model, "cast_predicate", lambda _: True)
     parameters: Any = tree_flatten(model.parameters())
-    while parameters:  # each float32 array is forgotten as soon as it is cast
+    while parameters:  # each float32 array is freed as soon as it is cast
         name, array = parameters.pop()
         if castable(name) and mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
@@ -278,7 +278,7 @@ def _fuse(model: Any, dtype: mx.Dtype) -> Any:
 
 
 def _overflow(model: Any) -> str | None:
-    """The name of a tensor that is not finite."""
+    """Return the name of a tensor that is not finite, or None."""
     parameters: Any = tree_flatten(model.parameters())
     return next((name for name, x in parameters if not mx.isfinite(x).all().item()), None)
 
@@ -295,7 +295,7 @@ def _fused_config(model_folder: Path, dtype: str) -> dict[str, Any]:
 def _quantise(
     model: nn.Module, config: dict[str, Any], bits: int, original: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Affine quantisation, in groups as large as the base's where it has some."""
+    """Quantise affinely, with the base's group size if it has one."""
     from mlx_lm.utils import quantize_model
 
     group_size = (original.get("quantization") or {}).get("group_size", 64)
@@ -315,7 +315,7 @@ def _write(model: Any, config: dict[str, Any], model_folder: Path, folder: Path)
 
 
 def _write_card(adapter: Adapter, model_folder: Path, bits: int | None, folder: Path) -> None:
-    """A model card that says what this is, and nothing of this machine."""
+    """Write a model card that describes the model and reveals nothing about this machine."""
     card = front_matter(model_folder)
     about: dict[str, Any] = {
         "library_name": "mlx",

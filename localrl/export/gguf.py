@@ -1,7 +1,7 @@
-"""A model with its adapter added in, as one GGUF file for Ollama, LM Studio and llama.cpp.
+"""Export of a model with its adapter merged in, as one GGUF file for Ollama, LM Studio, llama.cpp.
 
-The file is read again before it gets its name, by the code that reads GGUF files of others: what
-became of the update is measured on that, and a model that came back as another one is an error.
+The file is read back before it gets its final name, by the code that reads other GGUF files. The
+kept share of the update is measured on that, and a model that comes back different is an error.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 SAMPLE = (
     "The year 2024: it's 12,345.67 kg!\n\n  Zürich, 東京, Ελλάδα, नमस्ते 🙂\tx_1 = [y**2]; DON'T\r\n"
 )
-"""A text whose tokens must be the same in the file as in the model's folder."""
+"""Text that must tokenize the same with the file as with the model's folder."""
 UNWRITTEN = ("model_type", "tie_word_embeddings", "rope_parameters", "rope_scaling")
-"""Settings of a family that are compared in another way, or stand elsewhere."""
+"""Settings of a family that are compared in another way or stored elsewhere."""
 ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
-"""What llama.cpp computes with where a file says nothing."""
+"""Defaults of llama.cpp for keys missing in a file."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A GGUF file as it was written."""
+    """A written GGUF file."""
 
     path: Path
     size: int
-    """Bytes."""
+    """Size in bytes."""
     bits: int
     rounding: float
     """|file - model| / |model| over all matrices."""
     layers: tuple[LayerUpdate, ...]
-    """What became of the update, as for `Fused`."""
+    """Fidelity of the update, as for `Fused`."""
 
 
 def export_gguf(
@@ -74,17 +74,17 @@ def export_gguf(
     tell: Callable[[str], None] = lambda _: None,
     look: Callable[[Path], None] = lambda _: None,
 ) -> Written:
-    """Write the model with the adapter added in to the file `out`, all at once.
+    """Write the model with the adapter merged in to the file `out`, all at once.
 
-    bits: of a matrix's numbers: 8 (Q8_0) or 16 (F16). base_bits: see `export_fused`.
-    tell: gets a line with the size before anything is written.
-    look: gets a folder that was made of the file, before the file gets its name.
+    bits: number format of matrices: 8 (Q8_0) or 16 (F16). base_bits: see `export_fused`.
+    tell: called with a line stating the size before anything is written.
+    look: called with a folder converted from the file, before the file gets its final name.
 
-    Raises: ConfigError when `out` exists, when the family, the tokenizer or a setting has no equal
-    in GGUF, or when there is no room; CheckpointError when it cannot be written.
+    Raises: ConfigError if `out` exists, if the family, the tokenizer or a setting cannot be
+    expressed in GGUF, or if the disk is too full; CheckpointError if it cannot be written.
     """
     if out.exists():
-        raise ConfigError(f"{out} exists. Name another file behind --gguf.")
+        raise ConfigError(f"{out} already exists. Name another file after --gguf.")
     need_package()
     plan = _plan(adapter, model_folder, bits, base_bits)
     _check_room(plan, out)
@@ -106,20 +106,20 @@ def export_gguf(
             size = fresh.stat().st_size
             os.replace(fresh, out)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"The model cannot be written to {out}: {error}.") from error
+        raise CheckpointError(f"Cannot write the model to {out}: {error}.") from error
     return Written(out, size, bits, rounding, layers)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All of a file but its numbers, which are computed one tensor at a time."""
+    """Everything in a file except tensor values, which are computed one tensor at a time."""
 
     family: Family
     config: Mapping[str, Any]
-    """The settings of mlx-lm's family, defaults included."""
+    """Settings of mlx-lm's family, including defaults."""
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
-    """By GGUF's names, as `names` has them, and Llama 3's rotary factors."""
+    """Tensors by GGUF name, as in `names`, and Llama 3's rope factors."""
     names: Mapping[str, str]
     dense: Mapping[str, DenseTensor]
     factors: np.ndarray | None
@@ -129,7 +129,7 @@ class _Plan:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def values(self, tensor: Tensor) -> np.ndarray:
-        """A tensor's numbers in float32, as GGUF has them."""
+        """Compute a tensor's values in float32, in GGUF's layout."""
         if tensor.name == ROPE_FACTORS and self.factors is not None:
             return self.factors
         array = self.dense[self.names[tensor.name]].make()
@@ -139,7 +139,7 @@ class _Plan:
         values = np.array(to_pairs(array, heads) if heads else array)
         if not np.isfinite(values).all():
             raise ConfigError(
-                f"{tensor.name} holds NaN or infinity; the model or adapter is broken."
+                f"{tensor.name} contains NaN or infinity; the model or adapter is broken."
             )
         return values
 
@@ -157,8 +157,8 @@ def _plan(adapter: Adapter, folder: Path, bits: int, base_bits: int) -> _Plan:
     odd = sorted(set(names.values()) ^ dense.keys())
     if odd:
         raise ConfigError(
-            f"GGUF has no place for this {family.model_type} model: {len(odd)} tensors are not "
-            f"those of the family, such as {odd[0]}."
+            f"GGUF cannot store this {family.model_type} model: {len(odd)} tensors do not belong "
+            f"to the family, such as {odd[0]}."
         )
     shapes = {ours: dense[theirs].shape for ours, theirs in names.items()}
     factors = rope_factors(config)
@@ -180,7 +180,7 @@ def _plan(adapter: Adapter, folder: Path, bits: int, base_bits: int) -> _Plan:
 
 
 def _general(adapter: Adapter, folder: Path, bits: int) -> dict[str, Any]:
-    """What the file says of itself: where the model comes from, and nothing of this machine."""
+    """Return general metadata: the model's origin, and nothing about this machine."""
     found: dict[str, Any] = {
         "general.type": "model",
         "general.name": (adapter.base_id or folder.name).rsplit("/", 1)[-1] + " localrl",
@@ -222,7 +222,10 @@ def _check_settings(
     tensors: Mapping[str, Tensor],
     factors: np.ndarray | None,
 ) -> None:
-    """Raises: ConfigError for settings that would not be the same when they are read again."""
+    """Check that the settings survive being written and read back.
+
+    Raises: ConfigError for a setting that would change.
+    """
     data = (np.zeros(0) if factors is None else factors).view(np.uint8)  # the first tensor, if any
     again = config_of(GGUF(Path("the file"), metadata, tensors, data), family)
     back = dataclasses.asdict(type(args).from_dict(again))
@@ -233,8 +236,8 @@ def _check_settings(
     if lost:
         name = lost[0]
         raise ConfigError(
-            f"GGUF has no place for this model's {name} {given[name]!r:.100} "
-            f"(llama.cpp would compute with {back[name]!r:.100}). Take --fused."
+            f"GGUF cannot store this model's {name} {given[name]!r:.100} "
+            f"(llama.cpp would use {back[name]!r:.100}). Use --fused instead."
         )
 
 
@@ -245,7 +248,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _same_rope(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Whether two ways to scale rotary positions are the same, the second with nothing left out."""
+    """Compare two rope scalings; anything missing in the second must be llama.cpp's default."""
     ours, theirs = _rope(one), _rope(other)
     known = {"factor", *theirs} if theirs else {}
     rest = {name: value for name, value in ours.items() if name not in known}
@@ -263,23 +266,29 @@ def _rope(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_tokens(folder: Path, again: Path) -> None:
-    """Raises: ConfigError when the tokenizer came back as another one."""
+    """Check that the tokenizer survives the file.
+
+    Raises: ConfigError if it came back different.
+    """
     one, other = load_tokenizer(folder), load_tokenizer(again)
     if one.encode_text(SAMPLE) != other.encode_text(SAMPLE) or one.end_ids != other.end_ids:
         raise ConfigError(
-            "The tokenizer of this model is another one when it is read from GGUF again, and the "
-            "file would be wrong. Take --fused."
+            "This model's tokenizer changes when it is read back from GGUF, so the file would be "
+            "wrong. Use --fused instead."
         )
 
 
 def _check_room(plan: _Plan, out: Path) -> None:
-    """Raises: ConfigError when there is no room for the file and for what is read of it again."""
+    """Check the disk space for the file and for reading it back.
+
+    Raises: ConfigError if the disk is too full.
+    """
     place = out.parent
     while not place.exists():
         place = place.parent
     wanted, free = int(2.2 * plan.size), shutil.disk_usage(place).free
     if wanted > free:
         raise ConfigError(
-            f"Writing {out} and reading it again takes {wanted / 1e9:.1f} GB, and its disk has "
-            f"{free / 1e9:.1f} GB free. Make room, or name a file on another disk."
+            f"Writing {out} and reading it back takes {wanted / 1e9:.1f} GB, but its disk has only "
+            f"{free / 1e9:.1f} GB free. Free some space, or name a file on another disk."
         )

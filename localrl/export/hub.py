@@ -1,6 +1,6 @@
-"""The Hub's client, with timeouts, and one sentence for everything that can go wrong with it.
+"""The Hub's client with timeouts, and a one-sentence message for each of its failures.
 
-Tokens stay where the client keeps them: nothing here reads, takes or prints one.
+Tokens stay where the client keeps them: nothing here reads, accepts or prints one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from huggingface_hub.utils._http import default_client_factory
 from localrl.errors import ConfigError, HubError
 
 CONNECT_S, ANSWER_S = 10.0, 60.0
-"""Seconds without a connection, or without a byte, after which a call has failed; the client's own
-HF_HUB_DOWNLOAD_TIMEOUT changes the second."""
+"""Seconds without a connection, or without a byte, after which a call fails; the client's own
+HF_HUB_DOWNLOAD_TIMEOUT overrides the second."""
 
 
 def connect() -> HfApi:
-    """The client of this machine's Hub settings (HF_ENDPOINT, HF_HOME, its token), with timeouts.
+    """Create a client with this machine's Hub settings (HF_ENDPOINT, HF_HOME, token) and timeouts.
 
-    Makes no call.
+    Makes no network call.
     """
     told = "HF_HUB_DOWNLOAD_TIMEOUT" in os.environ
     answer_s = float(constants.HF_HUB_DOWNLOAD_TIMEOUT) if told else ANSWER_S
 
     def factory():
-        client = default_client_factory()  # its hook is what keeps HF_HUB_OFFLINE
+        client = default_client_factory()  # its hook enforces HF_HUB_OFFLINE
         client.timeout = (min(CONNECT_S, answer_s), answer_s, answer_s, answer_s)
         return client
 
@@ -51,17 +51,20 @@ def connect() -> HfApi:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises: ConfigError, suggesting a name, when this is not `user/name` as the Hub has it."""
+    """Check for a valid `user/name` of the Hub.
+
+    Raises: ConfigError, suggesting a name, if it is not.
+    """
     try:
         validate_repo_id(repo_id)
         if repo_id.count("/") == 1:
             return
-        reason = "the user or organisation and the name, with one '/' between them, are needed"
+        reason = "it must be a user or organisation and a name, separated by one '/'"
     except HFValidationError as error:
         reason = str(error).rstrip(".")
     user, _, name = repo_id.rpartition("/")
     wish = "/".join((_suggest(user) or "user", _suggest(name) or "adapter"))
-    raise ConfigError(f"{repo_id!r} is no repository of the Hub: {reason}. Try {wish}.")
+    raise ConfigError(f"{repo_id!r} is not a Hub repository id: {reason}. Try {wish}.")
 
 
 def _suggest(text: str) -> str:
@@ -71,9 +74,9 @@ def _suggest(text: str) -> str:
 
 @contextmanager
 def explained(later: str) -> Iterator[None]:
-    """Whatever the client raises inside becomes one HubError that ends with `later`.
+    """Turn any error of the client into one HubError whose message ends with `later`.
 
-    Raises: HubError. The client's errors have no common class: those of connections are no OSError,
+    Raises: HubError. The client's errors have no common class: connection errors are not OSError,
     and xet raises RuntimeError.
     """
     try:
@@ -83,7 +86,7 @@ def explained(later: str) -> Iterator[None]:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same call may succeed soon: the network, or a Hub that is busy."""
+    """Return True if the same call may succeed soon: a network problem or a busy Hub."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status in (408, 429) or status >= 500
@@ -94,7 +97,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return "There is no token for the Hub on this machine. Run `hf auth login`."
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the Hub was not called. Unset it."
+        return "HF_HUB_OFFLINE is set, so the Hub was not called. Unset it to continue."
     if isinstance(error, GatedRepoError):
         return f"This repository is gated: accept its terms on the Hub first. {_said(error)}"
     if isinstance(error, RepositoryNotFoundError):
@@ -117,18 +120,18 @@ def _refusal(error: HfHubHTTPError) -> str:
         return f"The Hub refused the token {_token_place()}. Run `hf auth login`."
     if status in (402, 403):
         return (
-            f"The Hub did not allow this ({status}). {_said(error)} It takes a token that may "
-            "write for this user or organisation, and room in their storage."
+            f"The Hub did not allow this ({status}). {_said(error)} It needs a token with write "
+            "access for this user or organisation, and free storage there."
         )
     if status in (409, 412):
-        return f"The repository was changed by someone else meanwhile ({status})."
+        return f"Someone else changed the repository in the meantime ({status})."
     if status == 429:
-        return "The Hub asks for fewer calls (429). Wait some minutes."
+        return "The Hub is rate limiting this client (429). Wait a few minutes."
     return f"The Hub answered with status {status}. {_said(error)}".rstrip()
 
 
 def _token_place() -> str:
-    """Where the client found its token; never what it is."""
+    """Describe where the client found its token; never the token itself."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name, "").strip():
             return f"in the environment variable {name}"
@@ -141,6 +144,6 @@ def _said(error: HfHubHTTPError) -> str:
 
 
 def plain(text: str) -> str:
-    """Others' text as one line that cannot drive a terminal, without anything like a token."""
+    """Sanitise external text: one line, no control characters, nothing like a token."""
     line = "".join(c for c in " ".join(text.split()) if c.isprintable())
     return re.sub(r"hf_\w+", "(a token)", line)[:400]

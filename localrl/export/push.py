@@ -1,4 +1,4 @@
-"""Send a staged folder to a repository of the Hub: private by default, all or nothing."""
+"""Uploading a staged folder to a Hub repository: private by default, all or nothing."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from localrl.export.hub import is_passing
 from localrl.export.staging import ALLOWED, MARK
 
 WAITS_S = (1.0, 5.0)
-"""Before the second and the third attempt. The client retries most calls by itself, but not the
-one that makes the commit."""
+"""Seconds to wait before the second and third attempt. The client retries most calls itself, but
+not the one that makes the commit."""
 
 HUBS_OWN = {".gitattributes", "README.md"}
-"""What a repository made on the website may hold."""
+"""Files that a repository created on the website may contain."""
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What became of a push."""
+    """The outcome of a push."""
 
     url: str
     private: bool
     changed: bool
-    """False when the repository held the same files already."""
+    """False if the repository already had the same files."""
 
 
 def push(api: HfApi, folder: Path, repo_id: str, *, public: bool, message: str) -> Pushed:
-    """Make `repo_id` hold the staged files, in one commit; nothing when it holds them already.
+    """Upload the staged files to `repo_id` in one commit; do nothing if it already has them.
 
-    Bytes that an earlier attempt has sent are not sent again.
+    Bytes sent by an earlier attempt are not sent again.
 
-    Raises: HubError when the repository is public without `public`, or holds something else;
-    otherwise what the client raises: see `localrl.export.hub.explained`.
+    Raises: HubError if the repository is public without `public`, or contains something else;
+    otherwise the client's errors, see `localrl.export.hub.explained`.
     """
-    api.whoami()  # a token that does not work is better known before anything is made
+    api.whoami()  # detect an invalid token before anything is created
     info = _look(api, repo_id)
     if info is None:
         api.create_repo(repo_id, private=not public)
@@ -62,25 +62,28 @@ def _look(api: HfApi, repo_id: str) -> ModelInfo | None:
 
 
 def _check(info: ModelInfo, repo_id: str, public: bool) -> None:
-    """Raises: HubError when the files must not go there. What is not said to be private is not."""
+    """Check that the files may be uploaded. A repository not marked private counts as public.
+
+    Raises: HubError if they may not.
+    """
     if not info.private and not public:
         raise HubError(
             f"{repo_id} is public, so nothing was uploaded. Push to a new name, make it private in "
-            "its settings on the Hub, or say --public."
+            "its settings on the Hub, or pass --public."
         )
     names = {file.rfilename for file in info.siblings or ()}
     if MARK not in names and (others := sorted(names - HUBS_OWN)):
         raise HubError(
-            f"{repo_id} holds something that localrl did not push ({', '.join(others[:3])}), so it "
-            "is left alone. Push to a new name."
+            f"{repo_id} contains files that localrl did not push ({', '.join(others[:3])}), so "
+            "nothing was uploaded. Push to a new name."
         )
 
 
 def _upload(api: HfApi, folder: Path, info: ModelInfo, message: str) -> None:
-    """One commit on top of what `_check` has seen.
+    """Make one commit on top of the state seen by `_check`.
 
-    An allowed file that this run does not have is left from an earlier push, and does not belong to
-    these weights any more; the repository's history keeps it.
+    An allowed file that this run lacks is left from an earlier push and no longer belongs to these
+    weights, so it is deleted; the repository's history keeps it.
     """
     there = {file.rfilename for file in info.siblings or ()}
     stale = [name for name in ALLOWED if name in there and not (folder / name).exists()]
@@ -95,7 +98,7 @@ def _upload(api: HfApi, folder: Path, info: ModelInfo, message: str) -> None:
 
 
 def _persist(attempt: Callable[[], None]) -> None:
-    """Try again after what passes by itself; a commit that got through is found, not repeated."""
+    """Retry after temporary failures; a commit that got through is detected, not repeated."""
     for wait in WAITS_S:
         try:
             return attempt()

@@ -1,4 +1,4 @@
-"""What of a run may be pushed: five names, in a folder of their own, looked through first."""
+"""Staging of the files that may be pushed: five names in their own folder, checked first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from localrl.export.tensors import read_json
 from localrl.runs.logs import read_jsonl
 
 MARK = NOTE
-"""By it a repository is known as one that localrl has pushed."""
+"""File that marks a repository as pushed by localrl."""
 
 ALLOWED = (WEIGHTS, PEFT_WEIGHTS, CONFIG, "README.md", MARK)
 
@@ -54,7 +54,7 @@ TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 
 @dataclass(frozen=True)
 class Staged:
-    """A file as it would be pushed."""
+    """A file to be pushed."""
 
     name: str
     bytes: int
@@ -69,19 +69,19 @@ def stage(
     task_name: str | None = None,
     with_samples: bool = False,
 ) -> list[Staged]:
-    """Fill an empty folder with what may be pushed of a run, which is only read.
+    """Fill an empty folder with the files of a run that may be pushed; the run is only read.
 
-    base_id: of the base model on the Hub, where the adapter does not know it. task_name: what the
-    card calls the task. with_samples: whether the card shows some rollouts.
+    base_id: Hub id of the base model, if the adapter does not know it. task_name: name of the task
+    in the card. with_samples: show some rollouts in the card.
 
-    Raises: ConfigError when the run has no adapter, or its base is not known; CheckpointError when
-    the adapter is damaged; DataError when a file cannot be read, or holds a token or a place of
-    this machine.
+    Raises: ConfigError if the run has no adapter or its base is unknown; CheckpointError if the
+    adapter is damaged; DataError if a file cannot be read, or contains a token or a path of this
+    machine.
     """
     facts = read_facts(run)
     adapter = run / "adapter"
     left_out = peft_note(adapter)
-    known = read_adapter(adapter).base_id  # read in any case: it checks that all is whole
+    known = read_adapter(adapter).base_id  # always read: this checks that the adapter is intact
     base = _base(run, base_id or known)
     if task_name:
         facts = replace(facts, task=" ".join(task_name.split()), about=None)
@@ -103,25 +103,28 @@ def stage(
 
 
 def _base(run: Path, base_id: str | None) -> str:
-    """Raises: ConfigError when it is not a name on the Hub."""
+    """Check the base model's Hub id.
+
+    Raises: ConfigError if it is not one.
+    """
     if is_hub_id(base_id):
         return base_id
     raise ConfigError(
-        f"The base model of {run} has no known name on the Hub, and without it nobody can use the "
-        f"adapter{f' ({base_id!r} is none)' if base_id else ''}. Name the model, unquantised, with "
-        "--base-id user/name."
+        f"The base model of {run} has no known Hub id, and without it nobody can use the "
+        f"adapter{f' ({base_id!r} is not one)' if base_id else ''}. Pass the unquantised model "
+        "with --base-id user/name."
     )
 
 
 def _copy_json(source: Path, folder: Path, keys: Sequence[str], **more: str) -> None:
-    """The entries with these keys, and more."""
+    """Copy the entries with these keys, and add more."""
     content = read_json(source)
     kept = {key: content[key] for key in keys if key in content} | more
     (folder / source.name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _samples(run: Path) -> Iterator[Sample]:
-    """One completion of the first groups of the last step."""
+    """Yield one completion of each of the first groups of the last step."""
     lines = list(read_jsonl(run / "rollouts.jsonl"))
     last = [line for line in lines if line["step"] == lines[-1]["step"] and not line["replayed"]]
     for line in last[:SAMPLES]:
@@ -131,14 +134,17 @@ def _samples(run: Path) -> Iterator[Sample]:
 
 
 def _check_private(file: Path, run: Path) -> None:
-    """Raises: DataError when the bytes hold a token, the home folder, or the run's place."""
+    """Check a file for private content.
+
+    Raises: DataError if it contains a token, the home folder, or the run's path.
+    """
     data = file.read_bytes()
     places = {str(Path.home()), str(run.absolute()), str(run.resolve())}
     found = [place for place in places if len(place) > 1 and place.encode() in data]
     if TOKEN.search(data):
-        found.append("something like a token of the Hub")
+        found.append("something like a Hub token")
     if found:
         raise DataError(
-            f"{file.name} would carry {found[0]}, so nothing was pushed. Take it out of the run's "
+            f"{file.name} contains {found[0]}, so nothing was pushed. Remove it from the run's "
             "adapter folder, or push without --with-samples."
         )

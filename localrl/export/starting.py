@@ -1,4 +1,4 @@
-"""Starting a run from an existing adapter: what it sets, and what contradicts it."""
+"""Starting a run from an existing adapter: settings it determines, and conflicts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from localrl.export.adapters import Adapter, read_adapter
 
 
 def starting_adapter(config: RunConfig, blocks: int) -> tuple[RunConfig, Adapter | None]:
-    """The adapter that `lora.adapter` names, and the configuration with its rank, scale and places.
+    """Load the adapter named by `lora.adapter`; return the configuration with its rank, scale,
+    layers and keys, and the adapter.
 
-    blocks: of the model. A setting counts as the user's when it is not the default.
+    blocks: number of blocks of the model. A setting counts as the user's if it is not the default.
 
-    Raises: ConfigError when there is no adapter, or when a setting contradicts it; CheckpointError
-    when it is damaged.
+    Raises: ConfigError if there is no adapter or a setting contradicts it; CheckpointError if it
+    is damaged.
     """
     if config.lora.adapter is None:
         return config, None
@@ -35,13 +36,16 @@ def starting_adapter(config: RunConfig, blocks: int) -> tuple[RunConfig, Adapter
 
 
 def _agree(name: str, wish: Any, value: Any, folder: str) -> None:
-    """Raises: ConfigError when the user asked for another value than the adapter's."""
+    """Check a setting against the adapter's value.
+
+    Raises: ConfigError if the user set a different value.
+    """
     asked = wish != getattr(LoraConfig(), name)
     same = set(wish) == set(value) if name == "keys" else wish == value
     if asked and not same:
         raise ConfigError(
             f"lora.{name} is {_plain(wish)}, but the adapter in {folder} has {_plain(value)}. "
-            f"Leave lora.{name} out, or start without --adapter."
+            f"Remove lora.{name}, or start without --adapter."
         )
 
 

@@ -1,1 +1,1 @@
-"""GGUF, the file format of llama.cpp, Ollama and LM Studio: read, checked and converted."""
+"""Reading, checking and converting GGUF, the file format of llama.cpp, Ollama and LM Studio."""

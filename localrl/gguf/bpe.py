@@ -1,4 +1,4 @@
-"""Byte-pair encoding in the form of tokenizer.json: models, decoders, and merges found again."""
+"""Byte-pair encoding in tokenizer.json format: models, decoders, and recovery of merges."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from localrl.errors import ConfigError
 
 MOST_MERGES = 2_000_000
-"""The largest real vocabularies have some 600 thousand."""
+"""Maximum number of merges; the largest real vocabularies have about 600 thousand."""
 SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+"""Character that SentencePiece uses for a space."""
 
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -20,16 +20,16 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": True,
 }
-"""The decoder of byte-level vocabularies."""
+"""Decoder of byte-level vocabularies."""
 
 
 def spelled(token: str) -> str:
-    """A token of Gemma as SentencePiece spells it: GGUF has runs of spaces as such."""
+    """Spell a token of Gemma as SentencePiece does; GGUF stores runs of spaces literally."""
     return SPACE * len(token) if token and not token.strip(" ") else token
 
 
 def gemma_parts(model: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json's parts for Gemma: spaces are spelled, and nothing is put before a text."""
+    """Return the tokenizer.json parts for Gemma: spaces are spelled, nothing is prepended."""
     space = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
     return {
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
@@ -40,9 +40,9 @@ def gemma_parts(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama_parts(model: dict[str, Any], prefix: bool) -> dict[str, Any]:
-    """A tokenizer.json's parts for Llama 2 and Mistral.
+    """Return the tokenizer.json parts for Llama 2 and Mistral.
 
-    prefix: whether a text gets a space before it when it has none.
+    prefix: prepend a space to a text that does not begin with one.
     """
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
@@ -71,10 +71,10 @@ def bpe(
     unknown: str | None = None,
     byte_fallback: bool = False,
 ) -> dict[str, Any]:
-    """The model of a tokenizer.json.
+    """Return the model of a tokenizer.json.
 
-    ignore_merges: a word that is a token stays whole. byte_fallback: what is no token is spelled in
-    bytes, else `unknown` stands for it.
+    ignore_merges: keep a word whole if it is a token. byte_fallback: spell unknown text in bytes;
+    otherwise the token `unknown` replaces it.
     """
     return {
         "type": "BPE",
@@ -91,12 +91,12 @@ def bpe(
 
 
 def merges_of(tokens: Sequence[str], scores: np.ndarray) -> list[tuple[str, str]]:
-    """Merges that join pieces in the order of their scores, the best first.
+    """Return the merges that join pieces in the order of their scores, best first.
 
-    Each piece is joined from every pair of shorter ones that it consists of; among pairs of equal
-    scores the one with the longer first part comes first.
+    Each piece is joined from every pair of shorter pieces that it consists of; among pairs with
+    equal scores, the one with the longer first part comes first.
 
-    Raises: ConfigError when there are too many.
+    Raises: ConfigError if there are too many.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     found = []
@@ -106,6 +106,6 @@ def merges_of(tokens: Sequence[str], scores: np.ndarray) -> list[tuple[str, str]
         known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         found += [(score, len(left), len(right), left, right) for left, right in known]
         if len(found) > MOST_MERGES:
-            raise ConfigError(f"A vocabulary is refused: it makes more than {MOST_MERGES} merges.")
+            raise ConfigError(f"A vocabulary is refused: it needs more than {MOST_MERGES} merges.")
     found.sort(key=lambda entry: entry[:3], reverse=True)
     return [entry[3:] for entry in found]

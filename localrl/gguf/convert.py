@@ -1,4 +1,4 @@
-"""From a GGUF file to a folder in mlx-lm's layout, made once, in localrl's cache."""
+"""Conversion of a GGUF file, once, to a folder in mlx-lm's layout in localrl's cache."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from localrl.gguf.reader import GGUF, read_gguf
 from localrl.utils.cache import cache_folder
 
 RECORD = "gguf.json"
-"""In a converted folder: which file it was made of."""
+"""File in a converted folder that identifies its source."""
 FORMAT = 1
-"""Of converted folders, and in their names; one more when a file would become another folder."""
+"""Format number of converted folders, part of their names; raised when the conversion changes."""
 SPARE_BYTES = 1 << 28
-"""Of the disk, left free."""
+"""Bytes of disk space to leave free."""
 
 ABANDONED_S = 24 * 3600.0
-"""After as long nobody is still converting."""
+"""Age in seconds after which a partial conversion counts as abandoned."""
 
 Tell = Callable[[str], None]
 
 
 class WrongHash(ConfigError):
-    """A file is not the one whose SHA-256 was asked for."""
+    """A file does not have the required SHA-256."""
 
 
 def as_folder(path: Path, tell: Tell, sha256: str | None = None) -> Path:
-    """The folder that a GGUF file becomes; it is made when it is not there yet.
+    """Return the converted folder of a GGUF file; convert it if necessary.
 
-    A file that was converted before is recognised by its size and times, else by its SHA-256. What
-    is made is complete or not there at all, and the file itself is only read.
+    A file converted before is recognised by its size and times, else by its SHA-256. The folder is
+    complete or does not exist, and the file itself is only read.
 
-    tell: gets a line when something is made, and one when numbers had to be rounded. sha256: what
-    the file's must be, where that is known.
+    tell: called with a line when a folder is made, and when numbers had to be rounded. sha256: the
+    required SHA-256 of the file, if known.
 
-    Raises: ConfigError when the file cannot be read as a model, or the disk has no room; WrongHash.
+    Raises: ConfigError if the file cannot be read as a model, or the disk is too full; WrongHash.
     """
     stamp = _stamp(path)
     root = cache_folder() / "gguf"
@@ -55,7 +55,7 @@ def as_folder(path: Path, tell: Tell, sha256: str | None = None) -> Path:
         if record.get("stamp") == stamp and sha256 in (None, record.get("sha256")):
             return _checked(folder)
     if sha256 is not None and (found := _digest(path)) != sha256:
-        raise WrongHash(f"its SHA-256 is {found}, where {sha256} was expected")
+        raise WrongHash(f"its SHA-256 is {found}, but {sha256} was expected")
     file = read_gguf(path)
     family = find_family(file.get("general.architecture", str, ""))
     digest = sha256 or _digest(path)
@@ -69,24 +69,27 @@ def as_folder(path: Path, tell: Tell, sha256: str | None = None) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    """Raises: ConfigError when files of a converted folder are gone: a cache may be cleaned up."""
+    """Check that a converted folder is complete: a cache may have been cleaned up.
+
+    Raises: ConfigError if files are missing or differ in size.
+    """
     files = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != RECORD}
     lost = [name for name, size in _record(folder)["files"].items() if files.get(name) != size]
     if lost:
         raise ConfigError(
-            f"{folder} is damaged: {', '.join(lost)} is not as it was made. Delete the folder, and "
-            "it is made again."
+            f"{folder} is damaged: {', '.join(lost)} is missing or has changed. Delete the folder, "
+            "and it will be converted again."
         )
     return folder
 
 
 def _name(path: Path) -> str:
-    """The file's name, as far as it can be a folder's."""
+    """Turn the file's name into a valid folder name."""
     return re.sub(r"[^\w.-]+", "_", path.stem if path.suffix.lower() == ".gguf" else path.name)[:80]
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file is written: size, times, and which file it is."""
+    """Return size, times and identity of a file, which change when it is written."""
     try:
         found = path.stat()
     except OSError as error:
@@ -95,7 +98,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """What a converted folder says of its file; empty when there is no sound one."""
+    """Read a converted folder's record of its source file; empty if there is no valid one."""
     try:
         found = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
@@ -110,10 +113,10 @@ def _digest(path: Path) -> str:
 
 
 def _make(file: GGUF, family: Family, folder: Path, record: Mapping[str, Any], tell: Tell) -> None:
-    """Make the folder beside its place, and put it there when it is whole."""
+    """Build the folder under a temporary name, and rename it when complete."""
     plan = make_plan(file, family)
     _check_room(file, folder.parent)
-    tell(f"{file.path.name} is GGUF: converting it once, into {folder}")
+    tell(f"{file.path.name} is GGUF: converting it once, to {folder}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
@@ -125,7 +128,7 @@ def _make(file: GGUF, family: Family, folder: Path, record: Mapping[str, Any], t
         files = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
         write_json(beside / RECORD, {**record, "files": files})
         _place(beside, folder)
-    except (OSError, RuntimeError) as error:  # MLX's own when it writes a file
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError when a write fails
         raise _not_written(folder, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -134,7 +137,7 @@ def _make(file: GGUF, family: Family, folder: Path, record: Mapping[str, Any], t
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a conversion to this folder left behind that was killed a day ago or earlier."""
+    """Remove leftovers of conversions to this folder that were killed at least a day ago."""
     for old in folder.parent.glob(f".{folder.name}.*"):
         if time.time() - old.stat().st_mtime > ABANDONED_S:
             shutil.rmtree(old, ignore_errors=True)
@@ -142,30 +145,34 @@ def _sweep(folder: Path) -> None:
 
 def _not_written(folder: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"{folder} cannot be written ({error}). XDG_CACHE_HOME names the folder that holds it."
+        f"Cannot write {folder} ({error}). Set XDG_CACHE_HOME to use a cache elsewhere."
     )
 
 
 def _place(beside: Path, folder: Path) -> None:
-    """Rename a finished folder; another process may have made the same one meanwhile."""
+    """Rename a finished folder; another process may have made the same one in the meantime."""
     beside.chmod(0o755)
     try:
         beside.replace(folder)
     except OSError as error:
         if not _record(folder):
-            raise OSError(f"{error.strerror}; delete what is there") from None
+            raise OSError(f"{error.strerror}; delete the existing folder") from None
 
 
 def _check_room(file: GGUF, root: Path) -> None:
-    """Raises: ConfigError when the disk of the cache has no room for the folder."""
+    """Check the disk space of the cache.
+
+    Raises: ConfigError if there is no room for the folder.
+    """
     place = root
     while not place.exists():
         place = place.parent
-    # Numbers that are quantised anew take 9 bits, the others at most one bit more than in the file.
+    # Requantised numbers take 9 bits, the others at most one bit more than in the file.
     most = sum(max(t.nbytes, t.nbytes * 9 / t.type.bits) for t in file.tensors.values()) * 1.25
     wanted, free = int(most) + SPARE_BYTES, shutil.disk_usage(place).free
     if wanted > free:
         raise ConfigError(
-            f"Converting {file.path} takes up to {wanted / 1e9:.1f} GB in {root}, and its disk has "
-            f"{free / 1e9:.1f} GB free. Make room, or set XDG_CACHE_HOME to a folder on another."
+            f"Converting {file.path} takes up to {wanted / 1e9:.1f} GB in {root}, but its disk has "
+            f"only {free / 1e9:.1f} GB free. Free some space, or set XDG_CACHE_HOME "
+            "to a folder on another disk."
         )

@@ -1,4 +1,4 @@
-"""Families of models as GGUF has them and as mlx-lm has them: names, rows, settings; both ways."""
+"""Model families in GGUF and in mlx-lm: tensor names, row order, settings; in both directions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENDS = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-"""Tensors outside of the blocks, without `.weight`; a tied head is not stored."""
+"""Tensors outside the blocks, without `.weight`; a tied head is not stored."""
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -34,31 +34,31 @@ _AROUND = {
 }
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""A tensor (head_dim / 2,) by which rotary frequencies are divided: how Llama 3 is stored."""
+"""Tensor (head_dim / 2,) that divides rope frequencies; GGUF stores Llama 3's scaling this way."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: where GGUF's way to store it and mlx-lm's differ."""
+    """Differences between GGUF and mlx-lm in how one family is stored."""
 
     architecture: str
     """`general.architecture` in GGUF, and the prefix of its settings."""
     model_type: str
-    """In config.json."""
+    """`model_type` in config.json."""
     transformers: str
-    """The class that config.json names under `architectures`."""
+    """Class named under `architectures` in config.json."""
     block: Mapping[str, str] = field(default_factory=lambda: _BLOCK)
-    """Tensors of a block, without `blk.N.` and `model.layers.N.`."""
+    """Tensor names of a block, without `blk.N.` and `model.layers.N.`."""
     permuted: tuple[str, ...] = ()
-    """Tensors whose rows GGUF has in the order of pairs: see `to_halves`."""
+    """Tensors whose rows GGUF stores in pairs, see `to_halves`."""
     norms_plus_one: bool = False
-    """Whether GGUF has 1 + w where mlx-lm has w."""
+    """True if GGUF stores 1 + w where mlx-lm stores w."""
     overflows: bool = False
-    """Whether activations can be too large for float16, so that they are to be float32 instead."""
+    """True if activations can be too large for float16, so float32 is used instead."""
     biases: tuple[str, ...] = ()
     """Tensors of a block that always have a bias."""
     may_have_biases: bool = False
-    """Whether config.json can say that the attention or the feed-forward layers have biases."""
+    """True if config.json can declare biases of the attention or feed-forward layers."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -83,36 +83,36 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
-"""By `general.architecture`. Mistral's models are stored as llama."""
+"""Families by `general.architecture`. Mistral's models are stored as llama."""
 
 ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 def find_family(architecture: str) -> Family:
-    """The family that GGUF calls so.
+    """Find a family by its GGUF architecture.
 
-    Raises: ConfigError for one that is not known, naming those that are.
+    Raises: ConfigError for an unknown one, naming the known ones.
     """
     if architecture not in FAMILIES:
         raise ConfigError(
-            f"GGUF files of the family {architecture!r:.80} cannot be read; there are "
-            f"{', '.join(FAMILIES)}. Take the model in MLX's or Hugging Face's form."
+            f"GGUF files of the family {architecture!r:.80} cannot be read, only those of "
+            f"{', '.join(FAMILIES)}. Use the model in MLX or Hugging Face format."
         )
     return FAMILIES[architecture]
 
 
 def family_of(model_type: str) -> Family:
-    """The family that config.json calls so.
+    """Find a family by the model_type in config.json.
 
-    Raises: ConfigError for one that GGUF is not written for.
+    Raises: ConfigError for one that GGUF export does not support.
     """
     for family in FAMILIES.values():
         if model_type in (family.model_type, *_SAME.get(family.model_type, ())):
             return family
     raise ConfigError(
-        f"GGUF is not written for models of type {model_type!r:.80}; it is for mistral, "
-        f"{', '.join(f.model_type for f in FAMILIES.values())}. Take --fused, and llama.cpp's own "
+        f"GGUF export does not support models of type {model_type!r:.80}, only mistral, "
+        f"{', '.join(f.model_type for f in FAMILIES.values())}. Use --fused, then llama.cpp's own "
         "convert_hf_to_gguf.py."
     )
 
@@ -121,9 +121,9 @@ _SAME = {"llama": ("mistral",)}
 
 
 def tensor_names(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of all tensors of a model: GGUF's to mlx-lm's, a one-to-one table.
+    """Map GGUF's names of all tensors of a model to mlx-lm's, one to one.
 
-    config: of config.json: the number of blocks, and whether there are biases and a head.
+    config: entries of config.json: number of blocks, biases, and whether there is a head.
     """
     ends = dict(ENDS)
     if config.get("tie_word_embeddings"):
@@ -141,14 +141,14 @@ def tensor_names(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def part_of(name: str) -> str:
-    """What a tensor is within its block, or outside of them: GGUF's name without numbers."""
+    """Return a tensor's role within its block, or outside: GGUF's name without numbers."""
     return name.rsplit(".", 1)[0].split(".")[-1]
 
 
 def row_heads(family: Family, name: str, config: Mapping[str, Any]) -> int:
-    """For a tensor whose rows are to be put in another order, its heads; else 0.
+    """Return the number of heads of a tensor whose rows must be reordered, else 0.
 
-    name: GGUF's.
+    name: the tensor's GGUF name.
     """
     if part_of(name) not in family.permuted:
         return 0
@@ -156,21 +156,21 @@ def row_heads(family: Family, name: str, config: Mapping[str, Any]) -> int:
 
 
 def to_halves(rows: Any, heads: int) -> Any:
-    """Rows of GGUF's llama in mlx-lm's order: within a head the even ones, then the odd ones.
+    """Reorder rows of GGUF's llama for mlx-lm: within a head, even rows first, then odd rows.
 
-    rows: an array of NumPy or MLX whose first axis is (heads * head_dim). llama.cpp rotates
-    neighbouring rows together, mlx-lm those of the two halves of a head.
+    rows: a NumPy or MLX array whose first axis is (heads * head_dim). llama.cpp rotates
+    neighbouring rows together, mlx-lm rows of the two halves of a head.
     """
     shape = rows.shape
     return rows.reshape(heads, -1, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 
 def to_pairs(rows: Any, heads: int) -> Any:
-    """The inverse of `to_halves`: rows in the order that GGUF has them in."""
+    """Invert `to_halves`: reorder rows for GGUF."""
     shape = rows.shape
     return rows.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 
 def is_norm(name: str) -> bool:
-    """Whether a tensor, by GGUF's name, is the weight of a norm."""
+    """Return True if a tensor, by its GGUF name, is the weight of a norm."""
     return part_of(name).endswith("norm")

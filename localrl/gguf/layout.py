@@ -1,4 +1,4 @@
-"""What becomes of a GGUF file in mlx-lm's layout: decided from its header, then written."""
+"""Conversion of a GGUF file to mlx-lm's layout: planned from its header, then written."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from localrl.gguf.tensors import GROUP, Converted, bits_of, convert, is_lossless
 from localrl.gguf.tokenizer import read_tokenizer
 
 MOST_LICENCE = 200
-"""Characters of a licence's name, which becomes a model card."""
+"""Maximum characters of a licence's name, which is written to a model card."""
 SHARD = 1 << 30
-"""Bytes of one file of weights, about."""
+"""Approximate bytes of one weight file."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a file, decided from its header alone."""
+    """The conversion of a file, planned from its header alone."""
 
     family: Family
     config: dict[str, Any]
     names: dict[str, str]
-    """GGUF's names of all tensors that are taken to mlx-lm's."""
+    """Map from GGUF names of all converted tensors to mlx-lm names."""
     others: dict[str, Any]
-    """The other JSON files by their names."""
+    """Contents of the other JSON files by name."""
 
 
 def make_plan(file: GGUF, family: Family) -> Plan:
-    """Decide what becomes of a file.
+    """Plan the conversion of a file.
 
-    Raises: ConfigError when it is not sound as a model of that family.
+    Raises: ConfigError if it is not valid as a model of that family.
     """
     config = config_of(file, family)
     names = tensor_names(family, config)
@@ -64,19 +64,22 @@ def make_plan(file: GGUF, family: Family) -> Plan:
 
 
 def _check_tensors(file: GGUF, names: Mapping[str, str], config: Mapping[str, Any]) -> None:
-    """Raises: ConfigError when tensors are missing, too many, or not of the model's sizes."""
+    """Check the tensors against the expected names and shapes.
+
+    Raises: ConfigError if tensors are missing, unexpected, or not of the model's sizes.
+    """
     missing = sorted(names.keys() - file.tensors.keys())
     if missing:
-        raise refused(file.path, f"it lacks {len(missing)} tensors, {_some(missing)}")
+        raise refused(file.path, f"it lacks {len(missing)} tensors: {_some(missing)}")
     extra = sorted(file.tensors.keys() - names.keys() - {ROPE_FACTORS})
     if extra:
-        raise refused(file.path, f"{len(extra)} of its tensors have no place: {_some(extra)}")
+        raise refused(file.path, f"{len(extra)} of its tensors are unexpected: {_some(extra)}")
     for name, theirs in names.items():
         wanted = _shape(theirs, config)
         if file.tensors[name].shape != wanted:
             raise refused(
                 file.path,
-                f"its {name} is {file.tensors[name].shape} where its settings make it {wanted}",
+                f"its {name} is {file.tensors[name].shape}, but its settings require {wanted}",
             )
 
 
@@ -85,7 +88,7 @@ def _some(names: list[str]) -> str:
 
 
 def _shape(name: str, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of a tensor by mlx-lm's name."""
+    """Return the shape of a tensor by its mlx-lm name."""
     width, size, inner = (config[n] for n in ("hidden_size", "head_dim", "intermediate_size"))
     queries, keys = (size * config[n] for n in ("num_attention_heads", "num_key_value_heads"))
     shapes = {
@@ -107,7 +110,7 @@ def _shape(name: str, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _quantisation(file: GGUF, names: Mapping[str, str]) -> dict[str, Any]:
-    """The `quantization` of config.json: what most matrices have, and all that differ from it."""
+    """Return `quantization` for config.json: the most common bits, and all exceptions."""
     bits = {
         theirs.removesuffix(".weight"): bits_of(file.tensors[ours].type)
         for ours, theirs in names.items()
@@ -125,7 +128,7 @@ def _quantisation(file: GGUF, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def fill(file: GGUF, plan: Plan, folder: Path) -> str:
-    """Write all files of a folder; returns what was rounded, in words."""
+    """Write all files of a folder; return a description of what was rounded."""
     rounding = _Rounding()
     small = _float_type(file, plan)
     shards = list(_shards(file, plan.names))
@@ -153,7 +156,7 @@ _NAMES: dict[Any, str] = {
 
 
 def _shards(file: GGUF, names: Mapping[str, str]) -> Iterator[list[str]]:
-    """GGUF's names in groups of about SHARD bytes."""
+    """Group GGUF names into shards of about SHARD bytes."""
     shard, size = [], 0
     for name in names:
         if shard and size + file.tensors[name].nbytes > SHARD:
@@ -167,7 +170,7 @@ def _shards(file: GGUF, names: Mapping[str, str]) -> Iterator[list[str]]:
 def _arrays(
     file: GGUF, plan: Plan, name: str, small: Any, rounding: _Rounding
 ) -> dict[str, mx.array]:
-    """A tensor under mlx-lm's names, its rows and numbers as mlx-lm has them."""
+    """Convert a tensor to mlx-lm's names, row order and number format."""
     tensor = file.tensors[name]
     found = convert(file, tensor)
     rounding.add(tensor, found)
@@ -182,7 +185,7 @@ def _arrays(
 
 
 def _vector(plan: Plan, name: str, values: mx.array) -> mx.array:
-    """A norm or a bias in float32 as mlx-lm has it."""
+    """Convert a norm or bias to mlx-lm's form, in float32."""
     values = values.astype(mx.float32)
     if plan.family.norms_plus_one and is_norm(name):
         return values - 1
@@ -191,7 +194,7 @@ def _vector(plan: Plan, name: str, values: mx.array) -> mx.array:
 
 
 def _vector_back(plan: Plan, name: str, values: mx.array) -> mx.array:
-    """The inverse of `_vector`."""
+    """Invert `_vector`."""
     if plan.family.norms_plus_one and is_norm(name):
         return values + 1
     heads = row_heads(plan.family, name, plan.config)
@@ -199,10 +202,10 @@ def _vector_back(plan: Plan, name: str, values: mx.array) -> mx.array:
 
 
 def _float_type(file: GGUF, plan: Plan) -> Any:
-    """The type of norms and biases: 16 bits where that changes none of them, else float32.
+    """Choose the dtype of norms and biases: 16 bits if that changes none of them, else float32.
 
-    llama.cpp stores them in float32 whatever they were. In float32 they would make MLX compute all
-    of a model's activations so.
+    llama.cpp always stores them in float32. Keeping that would make MLX compute all of a model's
+    activations in float32.
     """
     kinds = {file.tensors[name].type.name for name in plan.names if _is_matrix(file, name)}
     if "F32" in kinds or (plan.family.overflows and "BF16" not in kinds):
@@ -221,7 +224,7 @@ def _is_matrix(file: GGUF, name: str) -> bool:
 
 
 class _Rounding:
-    """What quantising anew has changed."""
+    """Accumulates the error of requantisation."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -229,7 +232,7 @@ class _Rounding:
         self.norm = 0.0
 
     def add(self, tensor: Tensor, found: Converted) -> None:
-        """Count a tensor."""
+        """Add the error of a tensor."""
         if is_lossless(tensor.type):
             return
         self.counts[f"{tensor.type.name} to {found.bits} bits"] += 1
@@ -237,16 +240,16 @@ class _Rounding:
         self.norm += found.squared_norm
 
     def text(self) -> str:
-        """All of it in one line; empty when nothing was changed."""
+        """Describe the error in one line; empty if nothing changed."""
         if not self.counts:
             return ""
         kinds = ", ".join(f"{count} tensors from {kind}" for kind, count in self.counts.items())
         relative = (self.error / self.norm) ** 0.5 if self.norm else 0.0
-        return f"{kinds}; their numbers changed by {relative:.2%} (root mean square, relative)"
+        return f"{kinds}; their values changed by {relative:.2%} (relative root mean square)"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all; a vocabulary without line ends."""
+    """Write a JSON file atomically; a vocabulary is written without line breaks."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     indent = None if path.name == "tokenizer.json" else 1
     beside.write_text(json.dumps(value, ensure_ascii=False, indent=indent), encoding="utf-8")

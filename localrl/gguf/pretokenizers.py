@@ -1,7 +1,7 @@
-"""How the text of a byte-level vocabulary is cut into words, by the names that llama.cpp has.
+"""Pre-tokenizers, which split text for byte-level vocabularies, by llama.cpp's names.
 
 The expressions are those of the models' own tokenizer.json; "default" is llama.cpp's, for
-vocabularies that nobody had a name for.
+vocabularies without a name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _cased(contractions: str, digits: str) -> str:
-    """Words that are cut where a capital letter follows small ones."""
+    """Return an expression that also splits words where a capital follows lower-case letters."""
     before = r"[^\r\n\p{L}\p{N}]?"
     small = rf"{before}{_UPPER}*{_LOWER}+{contractions}"
     capital = rf"{before}{_UPPER}+{_LOWER}*{contractions}"
@@ -36,21 +36,21 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 @dataclass(frozen=True)
 class Pretokenizer:
-    """One way to cut a text."""
+    """One way to split text into words."""
 
     cuts: tuple[str, ...] = ()
-    """Expressions, one after the other: what each matches stands alone."""
+    """Expressions applied in order; each match becomes a separate piece."""
     gpt2: bool = False
-    """Whether GPT-2's own expression comes after them."""
+    """True if GPT-2's own expression is applied last."""
     composed: bool = False
-    """Whether characters are composed first (NFC)."""
+    """True if characters are composed first (NFC)."""
     whole_words: bool = False
-    """Whether a word that is a token stays whole, whatever the merges say."""
+    """True if a word that is a token stays whole, regardless of merges."""
     begins: bool = False
-    """Whether a text begins with the begin token unless the file says otherwise."""
+    """True if text begins with the begin token, unless the file says otherwise."""
 
     def json(self) -> dict[str, Any]:
-        """In the form of tokenizer.json."""
+        """Return the pre-tokenizer in tokenizer.json format."""
         cuts = [
             {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
             for cut in self.cuts
@@ -78,19 +78,19 @@ PRETOKENIZERS: dict[str, Pretokenizer] = {
     "tekken": Pretokenizer((_TEKKEN,), whole_words=True, begins=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), Pretokenizer((_GPT4O,))),
 }
-"""By the name in `tokenizer.ggml.pre`."""
+"""Pre-tokenizers by the name in `tokenizer.ggml.pre`."""
 
 
 def find_pretokenizer(path: Path, name: str | None) -> Pretokenizer:
-    """The pre-tokenizer of that name.
+    """Find a pre-tokenizer by name.
 
-    Raises: ConfigError when it is not known; with another one, tokens would be wrong.
+    Raises: ConfigError if it is unknown; a different one would give wrong tokens.
     """
     if name is None:
         raise refused(path, "it names no pre-tokenizer (tokenizer.ggml.pre); it is an old file")
     if name not in PRETOKENIZERS:
         raise refused(
             path,
-            f"its pre-tokenizer {name!r:.60} is not known; there are {', '.join(PRETOKENIZERS)}",
+            f"its pre-tokenizer {name!r:.60} is unknown; known are {', '.join(PRETOKENIZERS)}",
         )
     return PRETOKENIZERS[name]

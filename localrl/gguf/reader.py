@@ -1,8 +1,8 @@
-"""Reading the header of a GGUF file: its metadata, and where its tensors lie.
+"""Reading the header of a GGUF file: its metadata and the positions of its tensors.
 
-A file from somewhere else is not trusted. Every count, length and offset is compared with the size
-of the file before anything is allocated or repeated for it, so that reading takes time and memory
-in proportion to the header, which is bounded as well.
+A file from elsewhere is not trusted. Every count, length and offset is compared with the size of
+the file before anything is allocated or repeated for it, so reading takes time and memory in
+proportion to the header, which is bounded as well.
 """
 
 from __future__ import annotations
@@ -24,57 +24,59 @@ from localrl.gguf.types import ARRAY, NUMBERS, STRING, TENSOR_TYPES, TensorType
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_HEADER = 1 << 28
-"""Bytes before the tensors; the largest real headers have some 20 million."""
+"""Maximum bytes before the tensors; the largest real headers have about 20 million."""
 MOST_VALUES = 3_000_000
-"""Metadata values, members of arrays included; the largest vocabularies have some 1.5 million."""
+"""Maximum metadata values including array elements; the largest vocabularies have about 1.5
+million."""
 MOST_STRING = 1_000_000
-"""Bytes of one string: as many as of a chat template in a folder."""
+"""Maximum bytes of one string, the same as for a chat template in a folder."""
 MOST_NAME = 256
-"""Bytes of a key or a tensor's name."""
+"""Maximum bytes of a key or a tensor's name."""
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 4
 LEAST_TENSOR = 8 + 4 + 8 + 4 + 8
-"""Bytes that describe one tensor: length of its name, dimensions, one dimension, type, offset."""
+"""Minimum bytes to describe a tensor: name length, dimensions, one dimension, type, offset."""
 LEAST_STRING = 8
-"""Bytes of an empty string: its length."""
+"""Minimum bytes of a string: its length."""
 LEAST_VALUE = 8 + 4 + 1
-"""Bytes of one pair of metadata: length of its key, type, value."""
+"""Minimum bytes of a metadata pair: length of its key, type, value."""
 MOST_ALIGNMENT = 1 << 16
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies, and what it is."""
+    """Position, shape and type of a tensor in a file."""
 
     name: str
     shape: tuple[int, ...]
-    """The last dimension is contiguous, as in NumPy; GGUF writes them the other way round."""
+    """Shape with the last dimension contiguous, as in NumPy; GGUF stores the reverse."""
     type: TensorType
     offset: int
-    """From the beginning of the file."""
+    """Bytes from the beginning of the file."""
     nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
 class GGUF:
-    """A file whose header was read and whose tensors all lie within it."""
+    """A file whose header was read and whose tensors all lie within the file."""
 
     path: Path
     metadata: Mapping[str, Any]
-    """int, float, bool or str; arrays of numbers as NumPy arrays, those of texts as lists."""
+    """Values of type int, float, bool or str; number arrays as NumPy arrays, string arrays as
+    lists."""
     tensors: Mapping[str, Tensor]
     data: np.ndarray
-    """The whole file as bytes, mapped."""
+    """The whole file as memory-mapped bytes."""
 
     def raw(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's bytes (rows, bytes of a row), a view of the file."""
+        """Return the tensor's bytes (rows, bytes per row) as a view of the file."""
         rows = math.prod(tensor.shape[:-1])
         return self.data[tensor.offset : tensor.offset + tensor.nbytes].reshape(rows, -1)
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The value of a key, or the default where it is absent.
+        """Return the value of a key, or the default if it is absent.
 
-        Raises: ConfigError when the value is of another type.
+        Raises: ConfigError if the value has a different type.
         """
         value = self.metadata.get(key, default)
         if value is default:
@@ -86,7 +88,7 @@ class GGUF:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a plain file is GGUF by its ending or, like those of Ollama, by its first bytes."""
+    """Detect a GGUF file by its suffix or, as for Ollama's files, by its first bytes."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return False
@@ -99,7 +101,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: Path) -> GGUF:
-    """Read and check the header of a file; its tensors are mapped, not read.
+    """Read and check the header of a file; its tensors are memory-mapped, not read.
 
     Raises: ConfigError saying what is wrong with the file.
     """
@@ -112,14 +114,14 @@ def read_gguf(path: Path) -> GGUF:
 
 
 def refused(path: Path, reason: str) -> ConfigError:
-    """The error for a file that is not as the format has it."""
+    """Build the error for a file that violates the format."""
     return ConfigError(f"{path} is refused: {reason}.")
 
 
 def _mapped(path: Path) -> mmap.mmap | bytes:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait
-            raise ConfigError(f"{path} is no plain file.")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            raise ConfigError(f"{path} is not a regular file.")
         with path.open("rb") as file:
             if not path.stat().st_size:
                 return b""
@@ -129,7 +131,7 @@ def _mapped(path: Path) -> mmap.mmap | bytes:
 
 
 class _Cursor:
-    """A place in the file, which moves on as values are read and never past its end."""
+    """A read position in the file, which never moves past its end."""
 
     def __init__(self, path: Path, data: mmap.mmap | bytes):
         self.path = path
@@ -139,34 +141,37 @@ class _Cursor:
 
     @property
     def left(self) -> int:
-        """Bytes that the rest of a header may have."""
+        """Maximum bytes left for the rest of the header."""
         return min(len(self.data), MOST_HEADER) - self.at
 
     def take(self, length: int, what: str) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         self.check(length, what)
         found = self.data[self.at : self.at + length]
         self.at += length
         return found
 
     def check(self, length: int, what: str) -> None:
-        """Raises: ConfigError when the file, or what may be a header, has not as many bytes."""
+        """Check that this many bytes are left.
+
+        Raises: ConfigError if the file, or its largest allowed header, has fewer.
+        """
         if length <= self.left:
             return
         if self.at + length > len(self.data):
             raise refused(
                 self.path,
                 f"it is truncated or damaged: {what} would need {length} bytes from byte "
-                f"{self.at} on, and the file has {len(self.data)}. Fetch it again",
+                f"{self.at} on, but the file has {len(self.data)}. Fetch it again",
             )
         raise refused(self.path, f"its header is larger than {MOST_HEADER} bytes")
 
     def number(self, form: str, what: str) -> Any:
-        """The next number; form: as NumPy names it."""
+        """Read the next number; form: its `struct` format."""
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
     def text(self, what: str, most: int) -> str:
-        """The next string, of at most that many bytes."""
+        """Read the next string, of at most `most` bytes."""
         length = self.number("<Q", what)
         if length > most:
             self.check(length, what)
@@ -174,12 +179,12 @@ class _Cursor:
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError:
-            raise refused(self.path, f"{what} is no UTF-8 text") from None
+            raise refused(self.path, f"{what} is not UTF-8 text") from None
 
     def count(self, number: int) -> None:
         """Count values.
 
-        Raises: ConfigError when there are too many in all.
+        Raises: ConfigError if the total is too large.
         """
         self.values += number
         if self.values > MOST_VALUES:
@@ -187,15 +192,15 @@ class _Cursor:
 
 
 def _start(cursor: _Cursor) -> tuple[int, int]:
-    """Counts of tensors and metadata values, both possible in a file of this size."""
+    """Read the numbers of tensors and metadata values, checked against the file's size."""
     if cursor.data[:4] != MAGIC:
-        raise refused(cursor.path, "it is no GGUF file (it does not begin with GGUF)")
+        raise refused(cursor.path, "it is not a GGUF file (it does not begin with GGUF)")
     cursor.at = 4
     version = cursor.number("<I", "the version")
     if version not in VERSIONS:
         if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
-            raise refused(cursor.path, "it is big-endian; only little-endian GGUF is read")
-        raise refused(cursor.path, f"it has GGUF version {version}; versions 2 and 3 are read")
+            raise refused(cursor.path, "it is big-endian; only little-endian GGUF is supported")
+        raise refused(cursor.path, f"it has GGUF version {version}; versions 2 and 3 are supported")
     tensors = cursor.number("<Q", "the number of tensors")
     values = cursor.number("<Q", "the number of metadata values")
     cursor.check(tensors * LEAST_TENSOR, f"{tensors} tensors")
@@ -240,7 +245,7 @@ def _array(cursor: _Cursor, what: str) -> Any:
         cursor.check(length * form.itemsize, f"{what} with {length} values")
         cursor.count(length)
         return np.frombuffer(cursor.take(length * form.itemsize, what), form)
-    if kind != STRING:  # llama.cpp reads no arrays of arrays either
+    if kind != STRING:  # llama.cpp does not read arrays of arrays either
         found = "arrays" if kind == ARRAY else f"the unknown type {kind}"
         raise refused(cursor.path, f"{what} is an array of {found}")
     cursor.check(length * LEAST_STRING, f"{what} with {length} values")
@@ -257,12 +262,12 @@ def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tensor]:
-    """Descriptions of all tensors, checked; offsets from the beginning of the file."""
+    """Read and check descriptions of all tensors; offsets are from the beginning of the file."""
     found: dict[str, Tensor] = {}
     for index in range(count):
         name = cursor.text(f"the name of tensor {index}", MOST_NAME)
         if name in found:
-            raise refused(cursor.path, f"it has two tensors called {name!r:.80}")
+            raise refused(cursor.path, f"it has two tensors named {name!r:.80}")
         found[name] = _tensor(cursor, name, alignment)
     start = -(-cursor.at // alignment) * alignment
     placed = {
@@ -297,18 +302,21 @@ def _tensor(cursor: _Cursor, name: str, alignment: int) -> Tensor:
 
 
 def _check_places(cursor: _Cursor, tensors: Mapping[str, Tensor]) -> None:
-    """Raises: ConfigError when a tensor lies beyond the file, or two lie on each other."""
+    """Check the positions of tensors.
+
+    Raises: ConfigError if a tensor extends beyond the file, or two overlap.
+    """
     end = 0
     for tensor in sorted(tensors.values(), key=lambda t: t.offset):
         if tensor.offset + tensor.nbytes > len(cursor.data):
             raise refused(
                 cursor.path,
                 f"it is truncated or damaged: the tensor {tensor.name!r:.80} would end at byte "
-                f"{tensor.offset + tensor.nbytes}, and the file has {len(cursor.data)}. "
+                f"{tensor.offset + tensor.nbytes}, but the file has {len(cursor.data)}. "
                 "Fetch it again",
             )
         if tensor.offset < end:
-            raise refused(cursor.path, f"the tensor {tensor.name!r:.80} lies on another one")
+            raise refused(cursor.path, f"the tensor {tensor.name!r:.80} overlaps another one")
         end = tensor.offset + tensor.nbytes
 
 

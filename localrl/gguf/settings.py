@@ -1,4 +1,4 @@
-"""From the metadata of a GGUF file to a config.json, and back."""
+"""Conversion of GGUF metadata to config.json and back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS: dict[str, str] = {
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
 }
-"""Counts: config.json's names to GGUF's, without the architecture before them."""
+"""Counts: map from config.json names to GGUF names, without the architecture prefix."""
 
 EPSILON = "attention.layer_norm_rms_epsilon"
 MOST = 1 << 31
@@ -37,17 +37,17 @@ NEUTRAL: dict[str, tuple[float, ...]] = {
     "final_logit_softcapping": (0,),
     "rope.scaling.attn_factor": (0, 1),
 }
-"""Settings that would make it another model, and the values with which they do not."""
+"""Settings that would change the model, and the values at which they have no effect."""
 
 GEMMA_WINDOW, GEMMA_PATTERN, GEMMA_LOCAL_BASE = 512, 6, 10_000.0
 GEMMA_LARGE = 62
-"""Blocks of Gemma 3 27B, whose queries are scaled by width and heads and not by a head's size."""
+"""Number of blocks of Gemma 3 27B, which scales queries by width / heads, not by head size."""
 
 
 def config_of(file: GGUF, family: Family) -> dict[str, Any]:
-    """The config.json of a model, without its quantisation and end tokens.
+    """Build the config.json of a model, without quantisation and end tokens.
 
-    Raises: ConfigError for settings that are missing, impossible, or that mlx-lm has no place for.
+    Raises: ConfigError for settings that are missing, impossible, or unsupported by mlx-lm.
     """
     reader = _Settings(file, family.architecture)
     reader.check_neutral()
@@ -76,10 +76,10 @@ def config_of(file: GGUF, family: Family) -> dict[str, Any]:
 
 
 def metadata_of(family: Family, config: Mapping[str, Any]) -> dict[str, int | float | str]:
-    """The settings of a config.json by GGUF's names; int is uint32 and float is float32 there.
+    """Convert a config.json to GGUF settings; int means uint32 and float means float32 there.
 
-    The inverse of `config_of`, but for Llama 3's rotary frequencies, which are a tensor:
-    see `rope_factors`.
+    The inverse of `config_of`, except Llama 3's rope frequencies, which are a tensor: see
+    `rope_factors`.
     """
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     full = {"num_key_value_heads": config["num_attention_heads"], **config, "head_dim": head_dim}
@@ -108,7 +108,7 @@ def metadata_of(family: Family, config: Mapping[str, Any]) -> dict[str, int | fl
 
 
 def _unusual(config: Mapping[str, Any]) -> dict[str, int | float]:
-    """Settings of Gemma that are written where they are not those of all of its models."""
+    """Return Gemma settings that differ from the values common to all its models."""
     pattern = config.get("sliding_window_pattern", GEMMA_PATTERN)
     base = float(config.get("rope_local_base_freq", GEMMA_LOCAL_BASE))
     found: dict[str, int | float] = {}
@@ -120,7 +120,7 @@ def _unusual(config: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
-    """What Llama 3 divides its rotary frequencies by, (head_dim / 2,); None for other models."""
+    """Compute the divisors (head_dim / 2,) of Llama 3's rope frequencies; None for others."""
     scaling = config.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type")) != "llama3":
         return None
@@ -143,16 +143,16 @@ class _Settings:
         return f"{self.architecture}.{name}"
 
     def whole(self, name: str, default: int | None = None, most: int = MOST) -> int:
-        """A positive whole number; of an array for all blocks the one value that it has.
+        """Read a positive whole number; an array over all blocks must have a single value.
 
-        Raises: ConfigError when it is missing without a default, or impossible.
+        Raises: ConfigError if it is missing without a default, or impossible.
         """
         value = self.file.get(self.key(name), (int, np.ndarray), default)
         if isinstance(value, np.ndarray):
             different = np.unique(value)
             if len(different) != 1:
                 raise refused(
-                    self.file.path, f"its blocks differ in {self.key(name)}, which mlx-lm cannot"
+                    self.file.path, f"its blocks differ in {self.key(name)}, unsupported by mlx-lm"
                 )
             value = different[0].item()
         if not isinstance(value, int) or not 0 < value < most:
@@ -161,19 +161,19 @@ class _Settings:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive finite number.
+        """Read a positive finite number.
 
-        Raises: ConfigError when it is missing without a default, or impossible.
+        Raises: ConfigError if it is missing without a default, or impossible.
         """
         value = self.file.get(self.key(name), (float, int), default)
         if value is None or not 0 < value < math.inf:
             what = "missing" if value is None else f"impossible: {value!r:.40}"
             raise refused(self.file.path, f"its {self.key(name)} is {what}")
-        # float32 in the file: the shortest decimal number that is the same there
+        # The file has float32: use the shortest decimal that rounds to the same value.
         return float(str(np.float32(value)))
 
     def counts(self) -> dict[str, int]:
-        """The counts of config.json."""
+        """Read the counts of config.json."""
         heads = self.whole("attention.head_count", most=MOST_HEADS)
         width = self.whole("embedding_length")
         rope = self.whole("rope.dimension_count", max(1, width // heads))
@@ -188,27 +188,35 @@ class _Settings:
         }
 
     def check_neutral(self) -> None:
-        """Raises: ConfigError for a setting that makes it a model which mlx-lm would get wrong."""
+        """Check for settings that mlx-lm would compute wrongly.
+
+        Raises: ConfigError if there is one.
+        """
         for name, neutral in NEUTRAL.items():
             value = self.file.metadata.get(self.key(name), neutral[0])
             if value not in neutral:
                 raise refused(
                     self.file.path,
-                    f"its {self.key(name)} is {value!r:.40}, and models with that are not read",
+                    f"its {self.key(name)} is {value!r:.40}, which is not supported",
                 )
         if self.file.metadata.get(self.key("attention.causal"), True) is not True:
             raise refused(self.file.path, "its attention is not causal")
 
 
 def _check_heads(file: GGUF, family: Family, config: Mapping[str, Any]) -> None:
-    """Raises: ConfigError when sizes of heads do not go together, or only a part is rotated."""
+    """Check the sizes of heads.
+
+    Raises: ConfigError if they are inconsistent, or only a part of a head is rotated.
+    """
     reader, size = _Settings(file, family.architecture), config["head_dim"]
     for name in ("attention.value_length", "rope.dimension_count"):
         if (found := reader.whole(name, size)) != size:
-            raise refused(file.path, f"its {reader.key(name)} is {found} and its heads have {size}")
+            raise refused(
+                file.path, f"its {reader.key(name)} is {found}, but its heads have {size}"
+            )
     heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % shared or size % 2:
-        raise refused(file.path, f"it has {heads} heads, {shared} of keys, of {size} numbers")
+        raise refused(file.path, f"it has {heads} heads, {shared} key heads, of size {size}")
     if family.architecture == "qwen2" and heads * size != config["hidden_size"]:
         raise refused(
             file.path, f"its {heads} heads of {size} are not {config['hidden_size']} wide"
@@ -235,22 +243,24 @@ def _gemma(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pattern(reader: _Settings, value: Any, layers: int) -> int:
-    """Every how many blocks one has full attention."""
+    """Return the period, in blocks, of full attention."""
     if value is None:
         return GEMMA_PATTERN
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_BLOCKS:
         return value
-    if isinstance(value, np.ndarray):  # for each block whether it has a window
+    if isinstance(value, np.ndarray):  # for each block, true if it has a window
         full = np.flatnonzero(value == 0)
         period = int(full[0]) + 1 if len(full) else 0
         wanted = [(i + 1) % period != 0 for i in range(layers)] if period else None
         if wanted is not None and [bool(v) for v in value] == wanted:
             return period
-    raise refused(reader.file.path, f"its windows follow no pattern that mlx-lm has: {value!r:.80}")
+    raise refused(
+        reader.file.path, f"its windows follow no pattern that mlx-lm supports: {value!r:.80}"
+    )
 
 
 def _scaling(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How rotary positions are stretched."""
+    """Return the rope scaling of config.json, or None."""
     factors = _llama3(reader, config)
     kind = reader.file.get(reader.key("rope.scaling.type"), str, "none")
     old = reader.file.get(reader.key("rope.scale_linear"), (float, int))
@@ -261,7 +271,7 @@ def _scaling(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | N
     if kind == "none":
         return None
     if kind not in ("linear", "yarn") or factors is not None:
-        raise refused(reader.file.path, f"its rotary positions are scaled in the way {kind!r:.40}")
+        raise refused(reader.file.path, f"its rope scaling is {kind!r:.40}, which is not supported")
     factor = reader.number("rope.scaling.factor", old)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor} if factor != 1 else None
@@ -270,7 +280,7 @@ def _scaling(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def _llama3(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Llama 3's settings, found again from the factors that GGUF has in their place."""
+    """Recover Llama 3's rope settings from the factors that GGUF stores instead."""
     file = reader.file
     tensor = file.tensors.get("rope_freqs.weight")
     if tensor is None:
@@ -293,5 +303,5 @@ def _llama3(reader: _Settings, config: Mapping[str, Any]) -> dict[str, Any] | No
             return scaling
     raise ConfigError(
         f"{file.path} is refused: the factors in its rope_freqs.weight are not those of Llama 3, "
-        "and mlx-lm reads no others. Take the model in MLX's or Hugging Face's form."
+        "and mlx-lm supports no others. Use the model in MLX or Hugging Face format."
     )

@@ -1,10 +1,10 @@
-"""From a tensor of a GGUF file to the arrays that MLX computes with.
+"""Conversion of GGUF tensors to the arrays that MLX computes with.
 
-MLX's affine numbers are q * scale + bias, with q an unsigned integer of a few bits and one scale
-and one bias for each group of 32. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are just that, and are taken over
-without loss: the integers as they are, and float16 scales and biases that follow exactly. Q4_K and
-Q5_K are such numbers too, but their scales are products, which float16 rounds. All other types are
-unpacked by the `gguf` package and quantised anew, to 8 bits.
+MLX's affine numbers are q * scale + bias, with q an unsigned integer of a few bits, and one scale
+and one bias per group of 32. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have this form and are converted
+without loss: the integers unchanged, and float16 scales and biases that follow exactly. Q4_K and
+Q5_K have this form too, but their scales are products, which float16 rounds. All other types are
+dequantised by the `gguf` package and requantised to 8 bits.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from localrl.gguf.reader import GGUF, Tensor, refused
 from localrl.gguf.types import TensorType
 
 GROUP = 32
-"""Numbers that share a scale."""
+"""Number of values that share a scale."""
 ANEW_BITS = 8
-"""Of a number that is quantised anew: with 4 a file's own rounding would be added to by as much."""
+"""Bits of a requantised number; 4 would add as much rounding error as the file already has."""
 CHUNK = 1 << 22
-"""Numbers that are unpacked at once."""
+"""Number of values dequantised at once."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Numbers q * scale + bias."""
+    """Numbers of the form q * scale + bias."""
 
     integers: np.ndarray
     """(groups, 32) uint8."""
     scales: np.ndarray
-    """(groups,) float32, as biases."""
+    """(groups,) float32, the same as for biases."""
     biases: np.ndarray
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A tensor as MLX holds it."""
+    """A tensor in MLX's form."""
 
     arrays: dict[str, mx.array]
-    """`weight`, and of a quantised one `scales` and `biases`; rows are those of the tensor."""
+    """`weight`, plus `scales` and `biases` if quantised; rows are those of the tensor."""
     bits: int = 0
-    """Of a quantised number; 0: floats."""
+    """Bits of a quantised number; 0 for floats."""
     squared_error: float = 0.0
-    """Sum over the squared differences from the file's numbers."""
+    """Sum of squared differences from the file's numbers."""
     squared_norm: float = 1.0
-    """Sum over the file's squared numbers, where there is a difference."""
+    """Sum of the file's squared numbers, set if there is a difference."""
 
 
 def convert(file: GGUF, tensor: Tensor) -> Converted:
-    """A tensor as MLX holds it: floats as they are, blocks as affine numbers in groups of 32.
+    """Convert a tensor to MLX's form: floats unchanged, blocks as affine numbers in groups of 32.
 
-    Raises: ConfigError when a number is not finite, or when the type cannot be read: the message
-    says what to install if that would help.
+    Raises: ConfigError if a number is not finite or the type cannot be read; the message says what
+    to install if that would help.
     """
     if tensor.type.name in _FLOATS:
         return Converted({"weight": _floats(file, tensor)})
@@ -78,14 +78,14 @@ def convert(file: GGUF, tensor: Tensor) -> Converted:
 
 
 def bits_of(kind: TensorType) -> int:
-    """Bits of a number after the conversion; 0: floats."""
+    """Return the bits of a number after conversion; 0 for floats."""
     if kind.name in _AFFINE:
         return _AFFINE[kind.name][0]
     return 0 if kind.name in _FLOATS else ANEW_BITS
 
 
 def is_lossless(kind: TensorType) -> bool:
-    """Whether numbers of the type are taken over as they are."""
+    """Return True if numbers of the type are converted without loss."""
     return kind.name in _FLOATS or kind.name in _EXACT
 
 
@@ -103,7 +103,7 @@ def _floats(file: GGUF, tensor: Tensor) -> mx.array:
 
 
 def _part(file: GGUF, tensor: Tensor, raw: np.ndarray) -> Converted:
-    """Some rows of a tensor; raw: (rows, bytes of a row)."""
+    """Convert some rows of a tensor; raw: (rows, bytes per row)."""
     blocks = raw.reshape(-1, tensor.type.bytes)
     bits = bits_of(tensor.type)
     if tensor.type.name not in _AFFINE:
@@ -131,7 +131,7 @@ def _part(file: GGUF, tensor: Tensor, raw: np.ndarray) -> Converted:
 
 
 def _packed(integers: np.ndarray, bits: int) -> np.ndarray:
-    """Integers of a few bits one after another, the first in the lowest bits, as uint32."""
+    """Pack integers of a few bits into uint32, the first in the lowest bits."""
     eights = integers.reshape(-1, 8)
     words = np.zeros(len(eights), "<u8")
     for place in range(8):
@@ -156,14 +156,14 @@ def _unpacked(tensor: Tensor, raw: np.ndarray) -> np.ndarray:
     except ImportError:
         raise ConfigError(
             f"The tensor {tensor.name!r:.80} has the type {tensor.type.name}, which the gguf "
-            "package unpacks: pip install 'localrl[gguf]', or take a file in Q4_0, Q4_K or Q8_0."
+            "package reads: pip install 'localrl[gguf]', or use a file in Q4_0, Q4_K or Q8_0."
         ) from None
     try:
         return dequantize(raw, GGMLQuantizationType[tensor.type.name])
     except (KeyError, NotImplementedError):
         raise ConfigError(
             f"The tensor {tensor.name!r:.80} has the type {tensor.type.name}, which the installed "
-            "gguf package cannot unpack. Take a file in another type."
+            "gguf package cannot read. Use a file of another type."
         ) from None
 
 
@@ -176,17 +176,17 @@ def _not_finite(file: GGUF, tensor: Tensor) -> ConfigError:
 
 
 def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at a place in every block, as float32."""
+    """Read the float16 at byte `at` of every block, as float32."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")[:, 0].astype(np.float32)
 
 
 def _nibbles(quads: np.ndarray) -> np.ndarray:
-    """Low halves of the bytes, and behind them their high halves."""
+    """Return the low halves of the bytes, followed by their high halves."""
     return np.concatenate([quads & 15, quads >> 4], axis=-1)
 
 
 def _fifth(bits: np.ndarray) -> np.ndarray:
-    """16 for each bit that is set; bits: (groups, 4) bytes, the first number in the lowest bit."""
+    """Return 16 for each set bit; bits: (groups, 4) bytes, the first number in the lowest bit."""
     return np.unpackbits(bits, axis=-1, bitorder="little") << 4
 
 
@@ -215,7 +215,7 @@ def _q8_0(blocks: np.ndarray) -> Affine:
 
 
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and biases (groups,) of Q4_K and Q5_K: 8 groups a block, 6 bits each, in 12 bytes."""
+    """Unpack scales and biases (groups,) of Q4_K and Q5_K: 8 groups per block, 6 bits, 12 bytes."""
     a, b, c = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([a & 63, c & 15 | (a >> 6) << 4], axis=1)
     least = np.concatenate([b & 63, c >> 4 | (b >> 6) << 4], axis=1)

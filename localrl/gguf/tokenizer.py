@@ -1,8 +1,8 @@
-"""From the vocabulary in a GGUF file's metadata to the files of a tokenizer beside a model.
+"""Conversion of the vocabulary in GGUF metadata to a model's tokenizer files.
 
-llama.cpp names two kinds that the families here have: byte-level BPE ("gpt2"), whose text is cut by
-a named pre-tokenizer first, and SentencePiece ("llama"), which becomes BPE with byte fallback, its
-merges found again from the pieces and their scores.
+The families here use two kinds in llama.cpp: byte-level BPE ("gpt2"), whose text is first split by
+a named pre-tokenizer, and SentencePiece ("llama"), which becomes BPE with byte fallback, its merges
+recovered from the pieces and their scores.
 """
 
 from __future__ import annotations
@@ -29,35 +29,37 @@ from localrl.gguf.pretokenizers import PRETOKENIZERS, Pretokenizer, find_pretoke
 from localrl.gguf.reader import GGUF, refused
 
 UNKNOWN, CONTROL, USER = 2, 3, 4
-"""Types of tokens that are looked for in a text before anything else; 1 is a plain one."""
+"""Types of tokens that are matched in a text before anything else; 1 is a normal token."""
 MOST_TOKENS = 1_000_000
 MOST_TOKEN = 512
-"""Characters of one token; runs of spaces are the longest, of some 128."""
+"""Maximum characters of one token; runs of spaces are the longest, about 128."""
 MOST_CHARACTERS = 16_000_000
-"""Of all tokens; the largest vocabularies have some 2 million."""
+"""Maximum characters of all tokens; the largest vocabularies have about 2 million."""
 MOST_BYTES = 64_000_000
-"""Of tokenizer.json: as much as is read of one."""
+"""Maximum bytes of tokenizer.json, the same as when one is read."""
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
-"""Tokens that end a turn wherever they are: not every file names one as its end token."""
+"""Tokens that always end a turn; not every file names them as end tokens."""
 _IDS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a tokenizer is made of."""
+    """Contents of a tokenizer's files."""
 
     tokenizer: dict[str, Any]
-    """tokenizer.json."""
+    """Content of tokenizer.json."""
     config: dict[str, Any]
-    """tokenizer_config.json, the chat template included."""
+    """Content of tokenizer_config.json, including the chat template."""
     ids: dict[str, int | list[int]]
-    """Ids of the end tokens, the begin token and the padding, as config.json names them."""
+    """Ids of the end, begin and padding tokens, by their config.json keys."""
 
 
 def read_tokenizer(file: GGUF, vocabulary: int, context: int) -> TokenizerFiles:
-    """The tokenizer of a file; vocabulary: rows of the embedding; context: tokens at most.
+    """Read the tokenizer of a file.
 
-    Raises: ConfigError when its kind or its pre-tokenizer is not known, or when it is not sound.
+    vocabulary: rows of the embedding. context: maximum number of tokens.
+
+    Raises: ConfigError if its kind or pre-tokenizer is unknown, or if it is invalid.
     """
     vocab = _vocabulary(file, vocabulary)
     kind = file.get("tokenizer.ggml.model", str)
@@ -67,7 +69,7 @@ def read_tokenizer(file: GGUF, vocabulary: int, context: int) -> TokenizerFiles:
         body = _sentencepiece(file, vocab)
     else:
         raise refused(
-            file.path, f"its tokenizer is of the kind {kind!r:.40}; there are gpt2 and llama"
+            file.path, f"its tokenizer is of kind {kind!r:.40}; gpt2 and llama are supported"
         )
     ids = {name: vocab.id_of(file, key) for name, key in _IDS.items()}
     begins = file.get("tokenizer.ggml.add_bos_token", bool, body.begins)
@@ -95,24 +97,24 @@ def read_tokenizer(file: GGUF, vocabulary: int, context: int) -> TokenizerFiles:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Tokens by their ids, all different, and what each of them is."""
+    """Tokens by id, all different, with their types."""
 
     tokens: list[str]
     types: np.ndarray
-    """(tokens,) int: see UNKNOWN, CONTROL and USER."""
+    """(tokens,) int, see UNKNOWN, CONTROL and USER."""
 
     def id_of(self, file: GGUF, key: str) -> int | None:
-        """The id that a key of the metadata names; None where it is absent."""
+        """Return the token id in a metadata key; None if it is absent."""
         found = file.get(f"tokenizer.ggml.{key}", int)
         if found is not None and not 0 <= found < len(self.tokens):
             raise refused(
                 file.path,
-                f"its tokenizer.ggml.{key} is {found}, and there are {len(self.tokens)} tokens",
+                f"its tokenizer.ggml.{key} is {found}, but there are {len(self.tokens)} tokens",
             )
         return found
 
     def added(self) -> list[dict[str, Any]]:
-        """Tokens that a text is searched for as they are, in the form of tokenizer.json."""
+        """Return the tokens matched literally in a text, in tokenizer.json format."""
         chosen = np.flatnonzero(np.isin(self.types, (UNKNOWN, CONTROL, USER)))
         return [
             {
@@ -135,7 +137,7 @@ class _Body:
 
     parts: dict[str, Any]
     begins: bool
-    """Whether a text begins with the begin token unless the file says otherwise."""
+    """True if text begins with the begin token, unless the file says otherwise."""
 
 
 def _vocabulary(file: GGUF, rows: int) -> _Vocabulary:
@@ -143,12 +145,12 @@ def _vocabulary(file: GGUF, rows: int) -> _Vocabulary:
     if not tokens or not all(isinstance(token, str) for token in tokens):
         raise refused(file.path, "it has no list of tokens (tokenizer.ggml.tokens)")
     if len(tokens) > min(rows, MOST_TOKENS):
-        raise refused(file.path, f"it has {len(tokens)} tokens and {rows} rows of embeddings")
+        raise refused(file.path, f"it has {len(tokens)} tokens, but {rows} rows of embeddings")
     if max(map(len, tokens)) > MOST_TOKEN or sum(map(len, tokens)) > MOST_CHARACTERS:
         raise refused(
             file.path,
-            f"its tokens are too long: at most {MOST_TOKEN} characters of one and "
-            f"{MOST_CHARACTERS} of all are read",
+            f"its tokens are too long: at most {MOST_TOKEN} characters per token and "
+            f"{MOST_CHARACTERS} in total are read",
         )
     types = file.get("tokenizer.ggml.token_type", np.ndarray)
     if types is None:
@@ -171,7 +173,7 @@ def _byte_level(file: GGUF, vocab: _Vocabulary) -> _Body:
         raise refused(file.path, f"it has {len(merges)} merges; at most {MOST_MERGES} are read")
     pairs = [merge.split(" ") if isinstance(merge, str) else [] for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
-        raise refused(file.path, "one of its merges is no pair of tokens")
+        raise refused(file.path, "one of its merges is not a pair of tokens")
     model = bpe(vocab.tokens, pairs, ignore_merges=found.whole_words)
     parts = {
         "normalizer": {"type": "NFC"} if found.composed else None,
@@ -183,14 +185,16 @@ def _byte_level(file: GGUF, vocab: _Vocabulary) -> _Body:
 
 
 def _check_class(file: GGUF, found: Pretokenizer | None) -> None:
-    """Raises: ConfigError when transformers would cut texts in another way than the file says.
+    """Check that transformers would split texts as the file says.
 
-    It gives every qwen2 model Qwen's own tokenizer, whatever tokenizer.json holds.
+    transformers gives every qwen2 model Qwen's own tokenizer, whatever is in tokenizer.json.
+
+    Raises: ConfigError if it would not.
     """
     own = PRETOKENIZERS["qwen2"].cuts
     if file.metadata.get("general.architecture") == "qwen2" and (not found or found.cuts != own):
         raise refused(
-            file.path, "it is of the family qwen2, and its tokenizer is not that of Qwen 2"
+            file.path, "it is of the family qwen2, but its tokenizer is not that of Qwen 2"
         )
 
 
@@ -201,7 +205,7 @@ def _sentencepiece(file: GGUF, vocab: _Vocabulary) -> _Body:
         raise refused(file.path, "it has no score for each of its tokens (tokenizer.ggml.scores)")
     is_gemma = str(file.metadata.get("general.architecture", "")).startswith("gemma")
     if is_gemma:
-        # Its runs of spaces are stored as such; and its merges follow the order of its tokens.
+        # Its runs of spaces are stored literally, and its merges follow the order of its tokens.
         vocab.tokens[:] = [spelled(token) for token in vocab.tokens]
         if len(set(vocab.tokens)) != len(vocab.tokens):
             raise refused(file.path, "two of its tokens are the same")
@@ -215,7 +219,7 @@ def _sentencepiece(file: GGUF, vocab: _Vocabulary) -> _Body:
 
 
 def _begin(vocab: _Vocabulary, begin: int | None) -> dict[str, Any] | None:
-    """A post-processor that puts the begin token before a text."""
+    """Return a post-processor that prepends the begin token, or None."""
     if begin is None:
         return None
     token = vocab.tokens[begin]
@@ -232,13 +236,16 @@ def _begin(vocab: _Vocabulary, begin: int | None) -> dict[str, Any] | None:
 def _special_ids(
     file: GGUF, vocab: _Vocabulary, ids: Mapping[str, int | None]
 ) -> dict[str, int | list[int]]:
-    """Raises: ConfigError when there is no end token: nothing would stop."""
+    """Return the ids of special tokens by their config.json keys.
+
+    Raises: ConfigError if there is no end token, because sampling would not stop.
+    """
     control = set(np.flatnonzero(vocab.types == CONTROL).tolist())
     named = [ids["eos_token"], *(vocab.id_of(file, f"{n}_token_id") for n in ("eot", "eom"))]
     known = [i for i in sorted(control) if vocab.tokens[i] in ENDS]
     ends = list(dict.fromkeys(i for i in [*named, *known] if i is not None))
     if not ends:
-        raise refused(file.path, "it names no end token, so nothing would stop")
+        raise refused(file.path, "it names no end token, so sampling would not stop")
     found: dict[str, int | list[int]] = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     for name in ("bos_token", "pad_token"):
         if (number := ids[name]) is not None:
@@ -247,15 +254,18 @@ def _special_ids(
 
 
 def _try(file: GGUF, tokenizer: Mapping[str, Any]) -> None:
-    """Raises: ConfigError when the library cannot make a tokenizer of it."""
+    """Check that the library accepts the tokenizer.
+
+    Raises: ConfigError if it does not.
+    """
     from tokenizers import Tokenizer
 
     text = json.dumps(tokenizer, ensure_ascii=False)
     if len(text.encode()) > MOST_BYTES:
-        raise refused(file.path, f"its vocabulary would make more than {MOST_BYTES} bytes of JSON")
+        raise refused(file.path, f"its vocabulary would take more than {MOST_BYTES} bytes of JSON")
     try:
         Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare exceptions
         raise ConfigError(
-            f"{file.path} is refused: its vocabulary makes no tokenizer ({error!s:.200})."
+            f"{file.path} is refused: its vocabulary is not a valid tokenizer ({error!s:.200})."
         ) from None

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TensorType:
-    """How numbers of a tensor are stored: in blocks along its rows."""
+    """Number format of a tensor: blocks along its rows."""
 
     name: str
     block: int
     """Numbers in a block."""
     bytes: int
-    """Of a block."""
+    """Bytes of a block."""
 
     @property
     def bits(self) -> float:
-        """Of a number, its share of the block's scales included."""
+        """Bits per number, including its share of the block's scales."""
         return 8 * self.bytes / self.block
 
 
@@ -58,7 +58,7 @@ TENSOR_TYPES: dict[int, TensorType] = {
         (39, "MXFP4", 32, 17),
     )
 }
-"""By their numbers in the file."""
+"""Tensor types by their number in the file."""
 
 NUMBERS: dict[int, str] = {
     0: "<B",
@@ -73,7 +73,7 @@ NUMBERS: dict[int, str] = {
     11: "<q",
     12: "<d",
 }
-"""Types of metadata values that are one number, as `struct` and NumPy name them."""
+"""Types of metadata values that are one number, as `struct` and NumPy formats."""
 
 STRING, ARRAY = 8, 9
 """The other two types of metadata values."""

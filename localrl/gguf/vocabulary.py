@@ -1,7 +1,7 @@
-"""From the tokenizer.json of a model to the metadata of a GGUF file.
+"""Conversion of a model's tokenizer.json to GGUF metadata.
 
-The inverse of `tokenizer`: what llama.cpp would cut into other tokens than the model's own
-tokenizer is refused and not written.
+The inverse of `tokenizer`: a tokenizer whose tokens llama.cpp would not reproduce is refused, not
+written.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from localrl.gguf.pretokenizers import PRETOKENIZERS, Pretokenizer
 from localrl.gguf.tokenizer import CONTROL, SPACE, UNKNOWN, USER
 
 NORMAL, UNUSED, BYTE = 1, 5, 6
-"""The other types of tokens: see UNKNOWN, CONTROL and USER."""
+"""Other types of tokens, see UNKNOWN, CONTROL and USER."""
 INSTEAD = (
-    "Take --fused: transformers and mlx-lm read the folder, and llama.cpp's own "
-    "convert_hf_to_gguf.py may know this tokenizer."
+    "Use --fused: transformers and mlx-lm read the folder, and llama.cpp's own "
+    "convert_hf_to_gguf.py may support this tokenizer."
 )
 
 
 @dataclass(frozen=True)
 class Special:
-    """Tokens with a meaning, as the model's tokenizer has them."""
+    """Special tokens of a model's tokenizer."""
 
     ends: tuple[int, ...]
-    """Ids that end a completion, the tokenizer's own end token first."""
+    """Ids of tokens that end a completion, the tokenizer's own end token first."""
     begin: int | None = None
     padding: int | None = None
     unknown: int | None = None
     begins: bool = False
-    """Whether a plain text gets the begin token put before it."""
+    """True if plain text is prefixed with the begin token."""
     template: str | None = None
     """The chat template."""
 
@@ -41,15 +41,15 @@ class Special:
 def tokenizer_metadata(
     tokenizer: Mapping[str, Any], special: Special, family: Family, rows: int
 ) -> dict[str, Any]:
-    """What a file says of its tokenizer; rows: of the embedding.
+    """Build the tokenizer metadata of a file.
 
-    tokenizer: the content of tokenizer.json.
+    tokenizer: content of tokenizer.json. rows: rows of the embedding.
 
-    Raises: ConfigError for a tokenizer that llama.cpp has no equal of.
+    Raises: ConfigError for a tokenizer without an equivalent in llama.cpp.
     """
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE":
-        raise _unknown(f"its model is {model.get('type')!r:.40}, and not BPE")
+        raise _unknown(f"its model is {model.get('type')!r:.40}, not BPE")
     odd = [n for n in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(n)]
     if odd:
         raise _unknown(f"it has {odd[0]} {model[odd[0]]!r:.40}")
@@ -67,12 +67,12 @@ def tokenizer_metadata(
 
 
 def _tokens(tokenizer: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """A text and a type for each row of the embedding; rows without a token are named as such."""
+    """Return a text and a type per embedding row; rows without a token are named [PADi]."""
     vocabulary: Mapping[str, int] = tokenizer["model"]["vocab"]
     added = tokenizer.get("added_tokens") or []
     largest = max([*vocabulary.values(), *(entry["id"] for entry in added)])
     if largest >= rows:
-        raise _unknown(f"it has the token {largest}, and the model has embeddings for {rows}")
+        raise _unknown(f"it has the token {largest}, but the model has embeddings for {rows}")
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [UNUSED] * rows
     for token, i in vocabulary.items():
@@ -88,7 +88,7 @@ def _tokens(tokenizer: Mapping[str, Any], rows: int) -> tuple[list[str], list[in
 def _special(special: Special) -> dict[str, Any]:
     names = ("eos", "eot", "eom")
     if not 0 < len(special.ends) <= len(names):
-        raise _unknown(f"it has {len(special.ends)} end tokens, and GGUF has room for 3")
+        raise _unknown(f"it has {len(special.ends)} end tokens, but GGUF has room for 3")
     ids = {f"{name}_token_id": i for name, i in zip(names, special.ends, strict=False)}
     ids |= {"bos_token_id": special.begin, "padding_token_id": special.padding}
     ids |= {"unknown_token_id": special.unknown, "add_bos_token": special.begins}
@@ -110,31 +110,31 @@ def _byte_level(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pretokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer.json cuts a text into words.
+    """Return llama.cpp's name for how a byte-level tokenizer.json splits text into words.
 
-    Raises: ConfigError when it has none.
+    Raises: ConfigError if it has none.
     """
     composed = _steps(tokenizer.get("normalizer"), "normalizers")
     if composed not in ([], [{"type": "NFC"}]):
-        raise _unknown(f"it normalises texts by {composed!r:.200}")
+        raise _unknown(f"it normalises text with {composed!r:.200}")
     cuts, gpt2 = _cuts(_steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
     wanted = (cuts, gpt2, bool(tokenizer["model"].get("ignore_merges")))
     names = [name for name, found in PRETOKENIZERS.items() if _way(found) == wanted]
     names.sort(key=lambda name: PRETOKENIZERS[name].composed != bool(composed))
     if not names:
-        raise _unknown(f"it cuts texts by {tokenizer.get('pre_tokenizer')!r:.300}")
+        raise _unknown(f"it splits text with {tokenizer.get('pre_tokenizer')!r:.300}")
     return names[0]
 
 
 def _way(found: Pretokenizer) -> tuple[tuple[str, ...], bool, bool]:
-    """What decides about tokens. llama.cpp composes no characters, whatever the name."""
+    """Return the properties that determine tokens. llama.cpp never composes characters."""
     return found.cuts, found.gpt2, found.whole_words
 
 
 def _cuts(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], bool]:
-    """The expressions that cut a text, and whether GPT-2's own comes after them."""
+    """Return the expressions that split text, and True if GPT-2's own is applied last."""
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space", True):
-        raise _unknown("its pre-tokenizer is not byte-level, or puts a space before texts")
+        raise _unknown("its pre-tokenizer is not byte-level, or prepends a space to text")
     cuts = []
     for step in steps[:-1]:
         pattern = step.get("pattern") or {}
@@ -145,12 +145,12 @@ def _cuts(steps: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], bool]:
         ):
             cuts.append(pattern["Regex"])
         else:
-            raise _unknown(f"it cuts texts by {step!r:.200}")
+            raise _unknown(f"it splits text with {step!r:.200}")
     return tuple(cuts), bool(steps[-1].get("use_regex", True))
 
 
 def _steps(part: Any, members: str) -> list[Any]:
-    """The steps of a part of tokenizer.json, which may be one step or a sequence."""
+    """List the steps of a part of tokenizer.json, which may be one step or a sequence."""
     if part is None:
         return []
     return list(part[members]) if part.get("type") == "Sequence" else [part]
@@ -159,10 +159,11 @@ def _steps(part: Any, members: str) -> list[Any]:
 def _sentencepiece(
     tokenizer: Mapping[str, Any], tokens: list[str], types: list[int], family: Family
 ) -> dict[str, Any]:
-    """The scores are the order of the merges; types and tokens are put right in place."""
+    """Return SentencePiece metadata with scores from the merge order; fix types and tokens in
+    place."""
     prefix = _puts_space_first(tokenizer)
     if prefix and family.architecture == "gemma3":
-        raise _unknown("it puts a space before texts, which Gemma's does not")
+        raise _unknown("it prepends a space to text, unlike Gemma's")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(tokenizer["model"]["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -172,7 +173,7 @@ def _sentencepiece(
             types[i] = BYTE
     scores = [-float(ranks.get(token, len(ranks) + i)) for i, token in enumerate(tokens)]
     for i, token in enumerate(tokens):
-        if types[i] == USER:  # llama.cpp looks for them in the text as it is
+        if types[i] == USER:  # llama.cpp matches them in the raw text
             tokens[i] = token.replace(SPACE, " ")
     return {
         "tokenizer.ggml.model": "llama",
@@ -187,9 +188,9 @@ _BEFORE = {"type": "Prepend", "prepend": SPACE}
 
 
 def _puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text.
+    """Return True if a SentencePiece tokenizer prepends a space to text.
 
-    Raises: ConfigError when it does not treat spaces as llama.cpp does.
+    Raises: ConfigError if it does not treat spaces as llama.cpp does.
     """
     before = _steps(tokenizer.get("normalizer"), "normalizers")
     steps = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
@@ -199,8 +200,10 @@ def _puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
             return _BEFORE in before
     elif not before and kinds == ["Metaspace"] and steps[0].get("replacement") == SPACE:
         return steps[0].get("prepend_scheme", "always") != "never"
-    raise _unknown(f"it treats spaces by {before!r:.150} and {steps!r:.150}")
+    raise _unknown(f"it treats spaces with {before!r:.150} and {steps!r:.150}")
 
 
 def _unknown(reason: str) -> ConfigError:
-    return ConfigError(f"llama.cpp has no equal of this model's tokenizer: {reason}. {INSTEAD}")
+    return ConfigError(
+        f"llama.cpp has no equivalent of this model's tokenizer: {reason}. {INSTEAD}"
+    )

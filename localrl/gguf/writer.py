@@ -1,4 +1,4 @@
-"""Writing a GGUF file, one tensor after the other, by llama.cpp's own `gguf` package."""
+"""Writing a GGUF file, one tensor at a time, with llama.cpp's own `gguf` package."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from localrl.gguf.types import TENSOR_TYPES, TensorType
 
 _TYPES = {form.name: form for form in TENSOR_TYPES.values()}
 MATRICES = {8: _TYPES["Q8_0"], 16: _TYPES["F16"]}
-"""The types that matrices are written in, by their bits."""
+"""Tensor types of written matrices, by bits."""
 FILE_TYPES = {8: 7, 16: 1}
-"""What `general.file_type` calls a file most of whose tensors are such."""
+"""Values of `general.file_type` for files with mostly such tensors, by bits."""
 PADDING = 32
-"""Bytes of which each tensor's place is a multiple."""
+"""Alignment of tensors in bytes."""
 
 Metadata = Mapping[str, Any]
-"""Keys and values: bool, int (stored as uint32), float (float32), str, or lists of one of them."""
+"""Keys and values: bool, int (stored as uint32), float (float32), str, or lists of one type."""
 
 
 def plan_tensors(shapes: Mapping[str, tuple[int, ...]], bits: int) -> dict[str, Tensor]:
-    """The tensors of a file by GGUF's names: matrices in `bits` bits, the rest in float32.
+    """Plan the tensors of a file by GGUF name: matrices in `bits` bits, the rest in float32.
 
-    Q8_0 has blocks of 32 numbers: a matrix whose rows are no multiple of that becomes F16.
+    Q8_0 has blocks of 32 numbers: a matrix whose row length is not a multiple of 32 becomes F16.
     """
     planned, offset = {}, 0
     for name, shape in shapes.items():
@@ -53,12 +53,12 @@ def write_file(
     tensors: Mapping[str, Tensor],
     values: Callable[[Tensor], np.ndarray],
 ) -> float:
-    """Write a file; returns how much rounding changed all matrices: |written - given| / |given|.
+    """Write a file; return the relative rounding error over all matrices.
 
-    values: a tensor's numbers in float32, asked for in order and one at a time.
+    The error is |written - given| / |given|. values: returns a tensor's numbers in float32; called
+    in order, one tensor at a time.
 
-    Raises: ConfigError when a number does not fit into its type, or without the gguf package;
-    OSError.
+    Raises: ConfigError if a number does not fit its type, or without the gguf package; OSError.
     """
     gguf = need_package()
     writer = gguf.GGUFWriter(path, architecture)
@@ -88,15 +88,15 @@ def write_file(
 
 
 def need_package() -> Any:
-    """The gguf package.
+    """Import the gguf package.
 
-    Raises: ConfigError where it is not installed.
+    Raises: ConfigError if it is not installed.
     """
     try:
         import gguf
     except ImportError:
         raise ConfigError(
-            "GGUF files are written by the gguf package: pip install 'localrl[gguf]'."
+            "Writing GGUF files needs the gguf package: pip install 'localrl[gguf]'."
         ) from None
     return gguf
 
@@ -111,7 +111,7 @@ def _packed(gguf: Any, tensor: Tensor, values: np.ndarray) -> np.ndarray:
     if not np.isfinite(numbers).all():
         largest = float(np.abs(values).max())
         raise ConfigError(
-            f"{tensor.name} holds numbers up to {largest:g}, which do not fit into "
+            f"{tensor.name} has numbers up to {largest:g}, which do not fit into "
             f"{tensor.type.name}; GGUF cannot be written."
         )
     return packed

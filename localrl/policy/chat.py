@@ -1,7 +1,7 @@
-"""Chat templates, our side: every rendering happens in a child process with limits, and is kept.
+"""Chat templates, parent side: rendering runs in a child process with limits and is cached.
 
-One child serves the whole process. Prompts come again in later epochs and in every evaluation, so
-texts are kept, up to a bound.
+One child serves the whole process. Prompts recur in later epochs and in every evaluation, so texts
+are cached up to a bound.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from localrl.errors import ConfigError, DataError
 from localrl.processes.worker import Reply, Worker
 
 TIME_LIMIT_S = 10.0
-"""For one batch of conversations."""
+"""Time limit for one batch of conversations, in seconds."""
 MEMORY_LIMIT = 512 << 20
-"""Bytes of the child; an idle one has some 30 MB."""
+"""Memory limit of the child in bytes; an idle one uses about 30 MB."""
 TEXT_LIMIT = 2_000_000
-"""Characters of one rendered conversation: more than any model here can read."""
+"""Maximum characters of one rendered conversation: more than any model here can read."""
 BATCH = 256
-"""Conversations in one call."""
+"""Maximum conversations per call."""
 SHOWN = 200
-"""Characters of a conversation, and of a template's reason, in an error."""
+"""Maximum characters of a conversation, or of a template's reason, in an error."""
 KEPT = 8 << 20
-"""Characters of texts and their keys that are kept."""
+"""Maximum characters of cached texts and their keys."""
 
 THINKING = {"auto": None, "on": True, "off": False}
-"""The values of `model.thinking`; `auto` leaves it to the template."""
+"""Values of `model.thinking`; `auto` leaves the choice to the template."""
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -38,12 +38,12 @@ Tools = Sequence[Mapping[str, Any]]
 
 @dataclass(eq=False)
 class ChatTemplate:
-    """How a model wants conversations written."""
+    """The chat template of a model, with a cache of rendered texts."""
 
     sources: Mapping[str, str]
-    """Templates by name: `default`, and `tool_use` where a model has one of its own for tools."""
+    """Templates by name: `default`, and `tool_use` if a model has a separate one for tools."""
     variables: Mapping[str, Any]
-    """What they see besides the conversation: special tokens, `enable_thinking`."""
+    """Variables besides the conversation: special tokens, `enable_thinking`."""
     _texts: dict[str, str] = field(default_factory=dict)
     _size: int = 0
 
@@ -54,10 +54,10 @@ class ChatTemplate:
         tools: Tools | None = None,
         add_generation_prompt: bool = True,
     ) -> list[str]:
-        """The text of each conversation.
+        """Render each conversation to text.
 
-        Raises: DataError when the template refuses one; ConfigError when it takes too much time or
-        memory, or writes too much.
+        Raises: DataError if the template refuses one; ConfigError if it takes too much time or
+        memory, or produces too much text.
         """
         keys = [
             json.dumps([list(map(dict, messages)), tools, add_generation_prompt], default=repr)
@@ -77,14 +77,14 @@ class ChatTemplate:
         return [found[key] for key in keys]
 
     def source(self, tools: Tools | None) -> str:
-        """The template for a conversation with these tools.
+        """Return the template for a conversation with these tools.
 
-        Raises: ConfigError when there are several and none is for it.
+        Raises: ConfigError if there are several and none applies.
         """
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise ConfigError(
-                f"The model has chat templates called {', '.join(self.sources)}, and no default."
+                f"The model has chat templates named {', '.join(self.sources)}, but no default."
             )
         return self.sources[name]
 
@@ -104,20 +104,20 @@ class ChatTemplate:
         )
         if not reply.ok:
             raise ConfigError(
-                f"The model's chat template is refused: rendering it {_told(reply)}. Mend the "
+                f"The model's chat template is refused: rendering it {_told(reply)}. Fix the "
                 "template in the model's folder, or use another model."
             )
         if "refused" in reply.value:
             culprit = conversations[len(reply.value["texts"])]
             reason = _plain(reply.value["refused"].rstrip("."))
             raise DataError(
-                f"The model's chat template cannot write the conversation {_shown(culprit)}: "
+                f"The model's chat template cannot render the conversation {_shown(culprit)}: "
                 f"{reason}. Change the task's messages, or use another model."
             )
         return reply.value["texts"]
 
     def _keep(self, texts: Mapping[str, str]) -> None:
-        """Keep the texts, and forget the oldest ones beyond the bound."""
+        """Cache the texts, and evict the oldest ones beyond the bound."""
         for key, text in texts.items():
             self._texts[key] = text
             self._size += len(key) + len(text)
@@ -127,17 +127,17 @@ class ChatTemplate:
 
 
 def thinking_switch(template: Mapping[str, str], wish: str) -> dict[str, bool]:
-    """What `model.thinking` adds to a template's variables.
+    """Return the template variables set by `model.thinking`.
 
-    Raises: ConfigError when thinking is to be switched and the template has no such switch.
+    Raises: ConfigError if thinking is switched on or off but the template has no such switch.
     """
     value = THINKING[wish]
     if value is None:
         return {}
     if not any("enable_thinking" in source for source in template.values()):
         raise ConfigError(
-            f"model.thinking is {wish!r}, but this model's chat template has no enable_thinking to "
-            "switch. Leave it at 'auto'."
+            f"model.thinking is {wish!r}, but this model's chat template has no enable_thinking "
+            "switch. Set it to 'auto'."
         )
     return {"enable_thinking": value}
 
@@ -153,14 +153,14 @@ def _shown(messages: Messages) -> str:
 
 
 def _plain(text: str) -> str:
-    """The beginning of a text out of a model's folder, without what could drive a terminal."""
+    """Truncate a text from a model's folder and replace unprintable characters."""
     shown = "".join(c if c.isprintable() else "�" for c in text[:SHOWN])
     return shown if len(text) <= SHOWN else f"{shown}..."
 
 
 @functools.cache
 def _worker() -> Worker:
-    """The child that renders, started by the first call and ended with this process."""
+    """Return the rendering child, started by the first call and ended with this process."""
     worker = Worker(time_limit_s=TIME_LIMIT_S, memory_limit_bytes=MEMORY_LIMIT)
     atexit.register(worker.close)
     return worker

@@ -1,8 +1,8 @@
-"""The door to what computes a model: prefill, decode steps, log-probabilities with their gradient.
+"""The engine protocol: prefill, decode steps, log-probabilities with their gradient.
 
-Two packages stand behind it: `engines.mlx`, which runs mlx-lm's models on MLX's default device, and
-`engines.cpu`, NumPy and C for Linux CPUs. What passes through the door are small NumPy arrays, but
-for log-probabilities, which MLX differentiates.
+Two packages implement it: `engines.mlx`, which runs mlx-lm's models on MLX's default device, and
+`engines.cpu`, NumPy and C for Linux CPUs. Only small NumPy arrays cross this interface, except
+log-probabilities, which MLX differentiates.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from localrl.policy.packing import MicroBatch
 
 
 class Sampled(NamedTuple):
-    """One token of each row, (B,) each."""
+    """One sampled token per row, each field (B,)."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
-    """Nats, at the temperature that was asked for."""
+    """Log-probabilities in nats, at the requested temperature."""
     entropies: np.ndarray
-    """Nats, of the whole distribution."""
+    """Entropies of the whole distribution, in nats."""
 
 
 class DecodeState(Protocol):
@@ -32,7 +32,7 @@ class DecodeState(Protocol):
     def __len__(self) -> int: ...
 
     def select(self, rows: np.ndarray) -> None:
-        """Keep these rows only; an index that repeats forks its row."""
+        """Keep only these rows; a repeated index forks its row."""
         ...
 
     def extend(self, other: Any) -> None:
@@ -40,15 +40,15 @@ class DecodeState(Protocol):
         ...
 
     def sample(self, uniforms: np.ndarray | None, temperature: float) -> Sampled:
-        """One token per row, by inverting the cumulative distribution in float32.
+        """Sample one token per row by inverting the cumulative distribution in float32.
 
-        uniforms (B,) in (0, 1). At temperature 0 they are None, the likeliest token is taken, and
+        uniforms: (B,) in (0, 1). At temperature 0 they are None, the likeliest token is taken, and
         log-probabilities and entropies are those of temperature 1.
         """
         ...
 
     def entropies(self, temperature: float) -> np.ndarray:
-        """Entropy (B,) in nats of each row's next-token distribution; at temperature 0 as at 1."""
+        """Return the entropy (B,) in nats of each row's next token; temperature 0 counts as 1."""
         ...
 
     def step(self, tokens: np.ndarray) -> None:
@@ -56,75 +56,76 @@ class DecodeState(Protocol):
         ...
 
     def wait(self) -> None:
-        """Return once all that was begun is computed."""
+        """Block until all pending computation is done."""
         ...
 
     def logits(self) -> np.ndarray:
-        """Float32 logits (B, V) of each row's next token."""
+        """Return float32 logits (B, V) of each row's next token."""
         ...
 
 
 class Prefilled(Protocol):
-    """Prompts that rows can go on from; forking leaves them as they are."""
+    """Prefilled prompts that rows can continue from; forking does not change them."""
 
     def fork(self, rows: np.ndarray, prompts: Sequence[int] | None) -> DecodeState:
-        """A state of B rows, each of which goes on from one of the prompts.
+        """Create a state of B rows, each continuing one of the prompts.
 
-        rows: (B,) int, which prompt that is. prompts: the key of each prompt, for rows to share its
-        keys and values; two states with the same key have the same prompt. None: copies.
+        rows: (B,) int, index of each row's prompt. prompts: the key of each prompt, to let rows
+        share its KV cache; two states with the same key have the same prompt. None: copy.
         """
         ...
 
     def logits(self) -> np.ndarray:
-        """Float32 logits (P, V) after each prompt."""
+        """Return float32 logits (P, V) after each prompt."""
         ...
 
 
 class Engine(Protocol):
-    """What computes one model, with its adapters as they are at each call."""
+    """Computes one model, with its adapters as they are at each call."""
 
     @property
     def name(self) -> Literal["mlx", "cpu"]:
-        """As `model.engine` has it."""
+        """Name used in `model.engine`."""
         ...
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether rows may share the keys and values of a prompt."""
+        """True if rows may share the KV cache of a prompt."""
         ...
 
     @property
     def splits_head(self) -> bool:
-        """Whether body and head are apart, so that logits are made of trained positions alone."""
+        """True if body and head are separate, so logits are computed only at trained positions."""
         ...
 
     @property
     def packs_forests(self) -> bool | None:
-        """Whether forests score as plain rows do; None: it depends on the family, to be tried."""
+        """True if forests score like plain rows; None if it depends on the family and must be
+        tested."""
         ...
 
     @property
     def kernels(self) -> Any:
-        """Record of the compiled steps, on which rounding depends; None where there are none."""
+        """Record of the compiled kernels, which determine rounding; None if there are none."""
         ...
 
     def use_kernels(self, kernels: Any) -> None:
-        """Compute with those of an earlier run.
+        """Use the kernels of an earlier run.
 
-        Raises: ConfigError when this machine cannot.
+        Raises: ConfigError if this machine cannot run them.
         """
         ...
 
     def can_recompute(self) -> bool:
-        """Whether the blocks' activations can be computed again in the backward pass."""
+        """Return True if block activations can be recomputed in the backward pass."""
         ...
 
     def decode_numbers(self) -> int | None:
-        """Weights that a decode step reads, each once for all rows; None where that is unknown."""
+        """Count the weights that a decode step reads, each once for all rows; None if unknown."""
         ...
 
     def prefill(self, tokens: np.ndarray, lengths: Sequence[int]) -> Prefilled:
-        """Run right-padded prompts (P, L) of these lengths; all is computed when this returns."""
+        """Run right-padded prompts (P, L) of these lengths, and wait for the result."""
         ...
 
     def token_logprobs(
@@ -136,17 +137,17 @@ class Engine(Protocol):
         gradient: bool = False,
         recompute: bool = False,
     ) -> mx.array:
-        """Float32 log-probabilities (N,) of a micro-batch's targets.
+        """Compute float32 log-probabilities (N,) of a micro-batch's targets.
 
-        The distribution is that of the sampler: logits divided by the temperature, over the whole
-        vocabulary; the logits of `head_chunk` positions exist at a time. gradient: the result is
-        differentiated by the adapters; with `recompute` what goes on inside a block is computed
-        again then.
+        The distribution is the sampler's: logits divided by the temperature, over the whole
+        vocabulary. The logits of only `head_chunk` positions are held at once. gradient: the
+        result is differentiable w.r.t. the adapters; with `recompute`, block activations are
+        recomputed in the backward pass.
         """
         ...
 
     def head_logprobs(
         self, states: np.ndarray, targets: np.ndarray, *, temperature: float, chunk: int
     ) -> np.ndarray:
-        """The head's part of it alone, from states (N, d): to be timed."""
+        """Compute only the head's part, from hidden states (N, d); used for timing."""
         ...

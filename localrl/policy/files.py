@@ -1,4 +1,4 @@
-"""Which files of a model's repository are taken, and looked for in the Hub client's cache."""
+"""File patterns of a model's repository, for fetching and for the Hub client's cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MODEL_FILES: tuple[str, ...] = (
     "*.jsonl",
     "*.jinja",
 )
-"""mlx-lm's patterns without `*.py`: what a model needs to be loaded, and no code. Whatever mlx-lm
-or `localrl pull` has fetched is complete by these patterns."""
+"""mlx-lm's patterns without `*.py`: everything needed to load a model, and no code. Anything that
+mlx-lm or `localrl pull` fetched is complete by these patterns."""
 
 README = "README.md"
-"""The model card: pulled beside them, never needed."""
+"""The model card: fetched with the model files, never required."""

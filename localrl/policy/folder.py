@@ -1,7 +1,7 @@
-"""What a model folder must be before anything in it is loaded.
+"""Checks of a model folder before anything in it is loaded.
 
-A folder from somewhere else is not trusted: it may name files outside of itself, hold code or
-pickles, or JSON that eats the memory. Everything here is looked at in bounded time and memory.
+A folder from elsewhere is not trusted: it may refer to files outside itself, or contain code,
+pickles, or JSON that exhausts memory. Every check here runs in bounded time and memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from localrl.errors import ConfigError
 from localrl.policy.files import MODEL_FILES
 
 WEIGHTS = "model*.safetensors"
-"""The only files that weights are read from, as in mlx-lm."""
+"""Pattern of the only files that weights are read from, as in mlx-lm."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz", "*.h5", "*.gguf")
 
 INDEX = "model.safetensors.index.json"
-"""Which tensor is in which file; mlx-lm does not read it."""
+"""Index of tensors by file; mlx-lm does not read it."""
 
 MEGABYTE = 1_000_000
 SIZES = {
@@ -37,7 +37,7 @@ SIZES = {
     "*.tiktoken": 64 * MEGABYTE,
     "*.txt": 64 * MEGABYTE,
 }
-"""The most bytes of each file; the largest real ones have about half. The first pattern counts."""
+"""Maximum bytes of each file, about twice the largest real ones. The first match counts."""
 
 PARSED = (
     "config.json",
@@ -48,23 +48,23 @@ PARSED = (
     "added_tokens.json",
     INDEX,
 )
-"""JSON that is read here first; of the rest only sizes are looked at."""
+"""JSON files that are parsed here first; for the rest only the size is checked."""
 
 VALUES = 8_000_000
-"""The most values in a JSON file, counted by their separators: some 80 bytes of memory each."""
+"""Maximum values in a JSON file, counted by separators: about 80 bytes of memory each."""
 
 ENTRIES = 10_000
-"""The most files in a folder."""
+"""Maximum files in a folder."""
 
 COUNT = 100_000
-"""The most of anything that config.json counts: layers, heads, experts."""
+"""Maximum of any count in config.json: layers, heads, experts."""
 
 _FAMILY = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NUMBERED = re.compile(r"(num_|n_)(\w*_)?(layers?|heads?|experts?|blocks?|groups?)")
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Look at a model folder without loading it; returns its config.json.
+    """Check a model folder without loading it; return its config.json.
 
     Raises: ConfigError saying what is missing or refused, and what to do.
     """
@@ -75,14 +75,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def check_texts(folder: Path) -> dict[str, dict[str, Any]]:
-    """Look at everything in a model folder but the weights; returns the JSON that was read.
+    """Check everything in a model folder except the weights; return the parsed JSON files.
 
     Raises: ConfigError saying what is missing or refused.
     """
     if not folder.is_dir() or not (folder / "config.json").exists():
         raise ConfigError(
-            f"There is no model in {folder} (no config.json). Give --model the folder of an MLX or "
-            "Hugging Face model, or leave it out to train the embedded one."
+            f"There is no model in {folder} (no config.json). Pass the folder of an MLX or Hugging "
+            "Face model with --model, or omit --model to use the embedded one."
         )
     try:
         _check_files(folder)
@@ -94,9 +94,9 @@ def check_texts(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of bounded size.
+    """Read the JSON object in a file of bounded size.
 
-    Raises: ConfigError when it is too large, too deep, or no object.
+    Raises: ConfigError if it is too large, too deeply nested, or not an object.
     """
     data = path.read_bytes()
     _check_values(path, data)
@@ -107,7 +107,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object.")
+        raise ConfigError(f"{path} does not contain a JSON object.")
     return value
 
 
@@ -118,14 +118,17 @@ def _check_values(path: Path, data: bytes) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises: ConfigError for a file that is too large, or is not in the folder at all."""
+    """Check the files of a folder.
+
+    Raises: ConfigError for a file that is too large or lies outside the folder.
+    """
     for path in _entries(folder):
         if not path.is_file():
-            raise ConfigError(f"{path} is refused: it is not a plain file, or leads nowhere.")
+            raise ConfigError(f"{path} is refused: it is not a regular file, or is a broken link.")
         if not _is_within(path, folder):
             raise ConfigError(
-                f"{path} is refused: it leads out of the model's folder, to {path.resolve()}. Put "
-                "the file itself there."
+                f"{path} is refused: it links to {path.resolve()}, outside the model's folder. "
+                "Replace the link by the file itself."
             )
         limit = next((most for name, most in SIZES.items() if fnmatch(path.name, name)), None)
         size = path.stat().st_size
@@ -136,12 +139,12 @@ def _check_files(folder: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """What a loader may read: the folder's files by their patterns, and its further templates."""
+    """Yield the files that a loader may read: those matching the patterns, and extra templates."""
     for place in (folder, folder / "additional_chat_templates"):
         if not place.is_dir():
             continue
         if place != folder and not _is_within(place, folder):
-            raise ConfigError(f"{place} is refused: it leads out of the model's folder.")
+            raise ConfigError(f"{place} is refused: it links outside the model's folder.")
         with os.scandir(place) as entries:
             for number, entry in enumerate(entries):
                 if number >= ENTRIES:
@@ -151,7 +154,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _is_within(path: Path, folder: Path) -> bool:
-    """Whether a file is in the folder, or among the files that the Hub's cache links to."""
+    """Check that a file is in the folder, or among the files that the Hub's cache links to."""
     home = folder.resolve()
     if home.parent.name == "snapshots":
         home = home.parent.parent
@@ -159,15 +162,16 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def _tensors(folder: Path, index: Mapping[str, Any]) -> int:
-    """Tensors in the weight files, whose headers are read strictly.
+    """Count the tensors in the weight files; their headers are parsed strictly.
 
-    Raises: ConfigError when there is no file, one is missing or damaged, or is none of the folder.
+    Raises: ConfigError if there is no weight file, or one is missing, damaged or outside the
+    folder.
     """
     for name in _index_names(folder, index):
         if not (folder / name).is_file():
             raise ConfigError(
-                f"{folder / name} is missing, which the model's index names. Fetch the model again "
-                "with `localrl pull`."
+                f"{folder / name} is missing, although the model's index lists it. Fetch the model "
+                "again with `localrl pull`."
             )
     files = sorted(folder.glob(WEIGHTS))
     if not files:
@@ -180,14 +184,14 @@ def _tensors(folder: Path, index: Mapping[str, Any]) -> int:
             with safe_open(path, "numpy") as weights:
                 count += len(weights.keys())
         except (SafetensorError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} is not a sound safetensors file: {error}.") from None
+            raise ConfigError(f"{path} is not a valid safetensors file: {error}.") from None
     return count
 
 
 def _index_names(folder: Path, index: Mapping[str, Any]) -> set[str]:
     names = index.get("weight_map", {})
     if not isinstance(names, dict):
-        raise ConfigError(f"{folder / INDEX} has no sound weight_map.")
+        raise ConfigError(f"{folder / INDEX} has no valid weight_map.")
     found = {name if isinstance(name, str) else "" for name in names.values()}
     for name in found:
         _check_name(folder / INDEX, "a weight file", name)
@@ -197,18 +201,18 @@ def _index_names(folder: Path, index: Mapping[str, Any]) -> set[str]:
 def _no_weights(folder: Path) -> str:
     others = sorted(p.name for kind in PICKLES for p in folder.glob(kind))
     if not others:
-        return f"there is no {WEIGHTS} in it."
+        return f"it contains no {WEIGHTS}."
     return (
-        f"its weights are in {', '.join(others[:3])}; localrl reads safetensors only, because "
-        "others can run code when they are opened, and GGUF where --model names the file itself. "
-        "Look for the model in safetensors, or convert it with its maker's tools."
+        f"its weights are in {', '.join(others[:3])}; localrl reads only safetensors, because "
+        "other formats can run code when opened, and GGUF if --model names the file itself. "
+        "Look for the model in safetensors format, or convert it with its maker's tools."
     )
 
 
 def _check_name(path: Path, what: str, name: str) -> None:
     if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
         raise ConfigError(
-            f"{path} is refused: it names {name[:80]!r} as {what}; only files beside it are read."
+            f"{path} is refused: it names {name[:80]!r} as {what}; only files next to it are read."
         )
 
 
@@ -216,38 +220,41 @@ def _check_config(folder: Path, config: Mapping[str, Any], tensors: int) -> None
     path = folder / "config.json"
     if (code := config.get("model_file")) is not None:
         raise ConfigError(
-            f"{path} is refused: the model needs code of its own ({str(code)[:80]!r}), and localrl "
-            "runs no code out of model folders."
+            f"{path} is refused: the model needs its own code ({str(code)[:80]!r}), and localrl "
+            "runs no code from model folders."
         )
     family = config.get("model_type")
     if not isinstance(family, str) or not _FAMILY.fullmatch(family):
         raise ConfigError(
-            f"{path} has no model_type that could be a family: {str(family)[:80]!r}; name the "
-            "folder of a language model."
+            f"{path} has no valid model_type: {str(family)[:80]!r}. Choose the folder of a "
+            "language model."
         )
     for part in (config, config.get("text_config")):
         if part is None:
             continue
         if not isinstance(part, dict):
-            raise ConfigError(f"{path} is refused: its text_config is no object.")
+            raise ConfigError(f"{path} is refused: its text_config is not an object.")
         _check_counts(path, part, tensors)
 
 
 def _check_counts(path: Path, config: Mapping[str, Any], tensors: int) -> None:
-    """A count decides how much is built before the first weight is read."""
+    """Check counts, because they decide how much is built before the first weight is read."""
     for name, value in config.items():
         if not isinstance(value, int) or not _NUMBERED.fullmatch(name):
             continue
         most = tensors if name == "num_hidden_layers" else COUNT
         if not 0 <= value <= most:
             raise ConfigError(
-                f"{path} is refused: {name} is {str(value)[:20]}, and at most {most} can be right: "
+                f"{path} is refused: {name} is {str(value)[:20]}, but at most {most} is possible: "
                 f"there are {tensors} tensors in the weight files."
             )
 
 
 def _check_tokenizer(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises: ConfigError for names of files that are not beside it, or of unknown modules."""
+    """Check the tokenizer's configuration.
+
+    Raises: ConfigError for names of files that are not next to it, or of unknown modules.
+    """
     path = folder / "tokenizer_config.json"
     for name, value in config.items():
         if name.endswith("_file") and value is not None:

@@ -1,8 +1,8 @@
-"""From a batch to levels of branches: the forest's counterpart of `packing`.
+"""Packing of a batch into levels of branches: the forest counterpart of `packing`.
 
-A branch is a node with its tokens moved by one: its inputs are the last token before the node and
-all of the node's own but the last, so that every token of a node is predicted within its branch.
-Branches of one depth make a rectangle, padded on the right.
+A branch is a node shifted by one token: its inputs are the last token before the node and all of
+the node's own tokens except the last, so every token of a node is predicted within its branch.
+Branches of one depth form a rectangle, padded on the right.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from localrl.records import Batch, BatchNode
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """A run of inputs to compute behind its parent's."""
+    """A run of input tokens that follows its parent's."""
 
     parent: int
-    """Index among the branches, -1 for one that begins a sequence. Parents come first."""
+    """Index of the parent branch, -1 at the start of a sequence. Parents come first."""
     inputs: np.ndarray
-    """(n,) int32, at least one."""
+    """(n,) int32, n >= 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Level:
     lengths: np.ndarray
     """(R,) int32, true lengths."""
     parents: np.ndarray
-    """(R,) int32, rows of the level before; empty for the first level."""
+    """(R,) int32, parent rows in the level above; empty for the first level."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +43,11 @@ class Layout:
 
     levels: tuple[Level, ...]
     starts: np.ndarray
-    """(branches,) where each begins among the flattened positions of all levels."""
+    """(branches,) start of each branch in the flattened positions of all levels."""
 
     @property
     def positions(self) -> int:
-        """Tokens computed, without padding."""
+        """Number of tokens computed, without padding."""
         return int(sum(level.lengths.sum() for level in self.levels))
 
 
@@ -57,20 +57,21 @@ class PackedForest:
 
     layout: Layout
     nodes: tuple[int, ...]
-    """Nodes of the batch that are in it, but for those without tokens."""
+    """Indices of the included batch nodes, excluding empty ones."""
     branches: np.ndarray
-    """(nodes,) the branch of each of them."""
+    """(nodes,) branch of each node."""
     trees: np.ndarray
-    """(nodes,) the tree of each of them, from 0."""
+    """(nodes,) tree of each node, from 0."""
     row_positions: int
-    """Positions that the same paths take one row each."""
+    """Positions that the same paths would take as separate rows."""
 
 
 def pack_forest(batch: Batch, size: int) -> Iterator[PackedForest]:
-    """The trees that have something to teach, as many at once as have `size` paths together.
+    """Pack the trees with trained tokens into forests of at most `size` paths each.
 
-    A tree is a root with what grew from it; one with more paths than that goes alone. Nodes below
-    which nothing is trained are left out. Trees of one prompt stand together; prompts by length.
+    A tree is a root with its descendants; one with more paths than `size` is packed alone. Nodes
+    below which nothing is trained are left out. Trees of one prompt are adjacent; prompts are
+    ordered by length.
     """
     trees = _trees(batch)
     builder, paths = _ForestBuilder(batch), 0
@@ -87,7 +88,7 @@ def pack_forest(batch: Batch, size: int) -> Iterator[PackedForest]:
 
 @dataclass(eq=False)
 class _ForestBuilder:
-    """The branches of some trees while they are collected."""
+    """Collects the branches of some trees."""
 
     batch: Batch
     branches: list[Branch] = field(default_factory=list)
@@ -97,11 +98,11 @@ class _ForestBuilder:
     _added: int = 0
     _prompts: dict[int, int] = field(default_factory=dict)
     _branch: dict[int, int] = field(default_factory=dict)
-    """The branch at the end of each node, which is an ancestor's where a node has no tokens."""
+    """Branch at the end of each node; an ancestor's branch if the node has no tokens."""
     _last: dict[int, int] = field(default_factory=dict)
-    """The last token on the path to the end of each node."""
+    """Last token on the path to the end of each node."""
     _length: dict[int, int] = field(default_factory=dict)
-    """Tokens on the path to the end of each node, the prompt's included."""
+    """Number of tokens on the path to the end of each node, including the prompt."""
 
     def add(self, tree: Sequence[int], ends: set[int]) -> None:
         """Add a tree's nodes, parents first; trees of one prompt share its branch."""
@@ -120,7 +121,7 @@ class _ForestBuilder:
         self.row_positions += sum(self._length[n] for n in ends)
 
     def packed(self) -> PackedForest:
-        """What has been collected, in levels."""
+        """Lay out the collected branches in levels."""
         branches = np.array([self._branch[n] for n in self.nodes])
         return PackedForest(
             lay_out(self.branches),
@@ -131,7 +132,7 @@ class _ForestBuilder:
         )
 
     def _above(self, node: BatchNode) -> tuple[int, int, int]:
-        """The branch that a node goes on from, the last token and the length before it."""
+        """Return the branch that a node continues, and the last token and length before it."""
         if node.parent >= 0:
             return self._branch[node.parent], self._last[node.parent], self._length[node.parent]
         prompt = list(self.batch.prompts[node.prompt])
@@ -142,7 +143,7 @@ class _ForestBuilder:
 
 
 def lay_out(branches: Sequence[Branch]) -> Layout:
-    """Levels of the forest."""
+    """Arrange branches in levels by depth."""
     depths: list[int] = []
     for branch in branches:
         depths.append(depths[branch.parent] + 1 if branch.parent >= 0 else 0)
@@ -164,7 +165,7 @@ def lay_out(branches: Sequence[Branch]) -> Layout:
 
 
 def _trees(batch: Batch) -> dict[int, list[int]]:
-    """By root, the nodes on some path to a trained token, parents first."""
+    """Map each root to its nodes on a path to a trained token, parents first."""
     wanted = [bool(node.trained.any()) for node in batch.nodes]
     for n in reversed(range(len(batch.nodes))):
         parent = batch.nodes[n].parent
@@ -180,7 +181,7 @@ def _trees(batch: Batch) -> dict[int, list[int]]:
 
 
 def _ends(batch: Batch, tree: Sequence[int]) -> set[int]:
-    """Nodes of the tree without a child in it: one for each path."""
+    """Return the tree's nodes without a child in it: one per path."""
     return set(tree) - {batch.nodes[n].parent for n in tree}
 
 

@@ -1,4 +1,4 @@
-"""From what a person writes after --model to a folder on this machine, without the network."""
+"""Resolution of --model arguments to folders on this machine, without the network."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def _tell(line: str) -> None:
 
 
 def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
-    """The folder of a model: a path, or a name.
+    """Find the folder of a model given by path or name.
 
-    A name is an embedded model's, that of one that a package ships, or `user/name` in the Hub's
-    cache. None is the embedded model that is trained by default. A folder that exists comes first.
-    A GGUF file becomes a folder in localrl's cache, once. The Hub's cache is only read: nothing
-    asks the network.
+    A name is that of an embedded model, of one shipped in a package, or `user/name` in the Hub's
+    cache. None means the default embedded model. An existing folder takes precedence. A GGUF file
+    is converted once to a folder in localrl's cache. The Hub's cache is only read: the network is
+    never used.
 
-    tell: gets a line when a GGUF file is converted.
+    tell: called with a line when a GGUF file is converted.
 
-    Raises: ConfigError when the model is not on this machine, or a GGUF file cannot be read.
+    Raises: ConfigError if the model is not on this machine, or a GGUF file cannot be read.
     """
     if name is None:
         return embedded_model_path()
@@ -43,22 +43,22 @@ def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
     if is_gguf(folder):
         return as_folder(folder, tell)
     if folder.suffix.lower() == ".gguf" and not folder.exists():
-        raise ConfigError(f"There is no file {folder}.")
+        raise ConfigError(f"The file {folder} does not exist.")
     if folder.is_dir() or not _HUB_NAME.fullmatch(name):
         return folder
     found = _cached(name)
     if found is not None:
         return found
     raise ConfigError(
-        f"The model {name!r} is not on this machine: there is no such folder, and the Hub's cache "
-        f"does not hold all of it. Fetch it with `localrl pull {name}`."
+        f"The model {name!r} is not on this machine: there is no such folder, and it is not "
+        f"complete in the Hub's cache. Fetch it with `localrl pull {name}`."
     )
 
 
 def packaged_folder(model: PackagedModel, tell: Callable[[str], None] = _tell) -> Path:
-    """The folder that the GGUF of a model that a package ships becomes, once, in localrl's cache.
+    """Return the folder in localrl's cache converted, once, from a packaged model's GGUF.
 
-    Raises: ConfigError when the GGUF is not on this machine, or is another than the known one.
+    Raises: ConfigError if the GGUF is not on this machine, or differs from the known file.
     """
     path = packaged_file(model)
     try:

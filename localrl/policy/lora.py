@@ -1,6 +1,6 @@
 """LoRA adapters: attach them to the linear layers of a model's blocks, fill them, switch them off.
 
-Paper: Hu et al. 2021, arXiv 2106.09685. Their files: `localrl.export.adapters`.
+Paper: Hu et al. 2021, arXiv 2106.09685. For adapter files see `localrl.export.adapters`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from localrl.errors import ConfigError
 class LoRALinear(nn.Module):
     """A frozen linear layer plus `scale * x @ lora_a @ lora_b`.
 
-    Unlike mlx-lm's layer the float32 master weights are cast to the type of `x`, not `x` to theirs:
-    one small copy instead of one per activation.
+    Unlike in mlx-lm's layer, the float32 master weights are cast to the dtype of `x`, not the
+    other way round: one small copy instead of one per activation.
     """
 
     def __init__(self, linear: Any, rank: int, scale: float, key: mx.array) -> None:
@@ -33,12 +33,12 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
-        lora_b = (self.scale * self.lora_b).astype(x.dtype)  # smaller than what it makes
+        lora_b = (self.scale * self.lora_b).astype(x.dtype)  # cheaper than scaling the output
         return y + (x @ self.lora_a.astype(x.dtype)) @ lora_b
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a plain or quantised linear layer."""
+    """Return (outputs, inputs) of a plain or quantised linear layer."""
     outputs, inputs = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):
         inputs = inputs * 32 // linear.bits
@@ -54,13 +54,15 @@ def attach(
     layers: int = 0,
     keys: Collection[str] = (),
 ) -> list[str]:
-    """Freeze the model and put adapters on linear layers of its last `layers` blocks (0: of all).
+    """Freeze the model and attach adapters to linear layers of its last `layers` blocks (0: all).
 
-    keys: module paths inside a block; without any, all linear layers but a mixture's routers.
-    Stacked experts have no adapters. The random half of each adapter depends on the seed and on
-    which layer it is, not on what else is adapted. Returns the paths, as mlx-lm's `keys`.
+    keys: module paths inside a block; if empty, all linear layers except routers of experts.
+    Stacked experts get no adapters. The random matrix of each adapter depends only on the seed and
+    the layer, not on what else is adapted.
 
-    Raises: ConfigError when there are no such blocks or layers.
+    Returns: the paths, as mlx-lm's `keys`.
+
+    Raises: ConfigError if there are no such blocks or layers.
     """
     model.freeze()
     blocks = len(model.layers)
@@ -75,7 +77,7 @@ def attach(
     first = blocks - layers if layers else 0
     chosen = _choose(model, {path for index, path, _ in places if index >= first}, set(keys))
     if not chosen:
-        raise ConfigError("The model's blocks hold no linear layers, so there is nothing to adapt.")
+        raise ConfigError("The model's blocks have no linear layers: there is nothing to adapt.")
     seeds = mx.random.split(mx.random.key(seed), len(places))
     adapted: dict[str, None] = {}
     for (index, path, module), key in zip(places, seeds, strict=True):
@@ -87,9 +89,9 @@ def attach(
 
 
 def fill(model: Any, weights: Mapping[str, mx.array], source: object) -> None:
-    """Give the attached adapters these weights, in float32; `source` is for the message.
+    """Load these weights into the attached adapters, in float32; `source` is for error messages.
 
-    Raises: ConfigError when names or shapes are not exactly those of the model's adapters.
+    Raises: ConfigError if names or shapes do not exactly match the model's adapters.
     """
     parameters: dict[str, Any] = dict(tree_flatten(model.trainable_parameters()))
     wanted = {name: array.shape for name, array in parameters.items()}
@@ -99,27 +101,27 @@ def fill(model: Any, weights: Mapping[str, mx.array], source: object) -> None:
         if have != need:
             raise ConfigError(
                 f"The adapter in {source} does not fit this model: {name} is {have} in the adapter "
-                f"and {need} in the model. Name the model it was trained on with --model."
+                f"and {need} in the model. Pass the model it was trained on with --model."
             )
     model.load_weights([(n, w.astype(mx.float32)) for n, w in weights.items()], strict=False)
 
 
 def _choose(model: Any, paths: set[str], keys: set[str]) -> set[str]:
-    """The paths to adapt, of those that are linear layers."""
+    """Choose the paths to adapt among those of linear layers."""
     for key in sorted(keys - paths):
         raise ConfigError(
-            f"lora.keys holds {key!r}, which is no linear layer of the adapted blocks."
-            f"{closest(key, paths)} There are {', '.join(sorted(paths))}."
+            f"lora.keys contains {key!r}, which is not a linear layer of the adapted blocks."
+            f"{closest(key, paths)} Choose from {', '.join(sorted(paths))}."
         )
     return keys or paths - _routers(model)
 
 
 def _routers(model: Any) -> set[str]:
-    """Paths of the linear layers that choose among stacked experts.
+    """Find the paths of linear layers that route among stacked experts.
 
-    Training them lets tokens change experts between the sampler and the update, so that ratios
-    jump. They are those with as many outputs as experts, or one, beside the experts, and whatever
-    is called `router`.
+    Training them lets tokens change experts between sampler and update, which makes ratios jump.
+    Routers are the layers next to experts with as many outputs as experts, or one, and every
+    layer named `router`.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
@@ -142,9 +144,9 @@ def _routers(model: Any) -> set[str]:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Within this context the model is the reference policy: its adapters have scale 0.
+    """Turn the model into the reference policy within this context, by setting adapter scales to 0.
 
-    A graph keeps the scale it was made with, so arrays made inside may be evaluated outside.
+    A graph keeps the scale it was built with, so arrays built inside may be evaluated outside.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     scales = [layer.scale for layer in layers]

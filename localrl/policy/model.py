@@ -20,10 +20,10 @@ from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with adapters attached, and what the loop needs to talk to it."""
+    """A model with adapters attached, its tokenizer and its engine."""
 
     model: Any
-    """mlx-lm's module, which holds the weights; `engine` computes with them."""
+    """mlx-lm module that holds the weights; `engine` computes with them."""
     tokenizer: Tokenizer
     lora_keys: list[str]
     """Paths of the adapted layers inside a block."""
@@ -32,7 +32,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model that plans need, read from its config.json alone."""
+    """Sizes of a model needed for planning, read only from its config.json."""
 
     layers: int
     width: int
@@ -40,9 +40,9 @@ class ModelShape:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """Sizes of the model in the folder.
+    """Read the sizes of the model in a folder.
 
-    Raises: ConfigError when the folder or its config.json is missing or is not a text model's.
+    Raises: ConfigError if the folder or its config.json is missing or is not a text model's.
     """
     return _shape(folder, check_folder(folder))
 
@@ -53,7 +53,7 @@ def _shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
         sizes = [text[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
     except KeyError as missing:
         raise ConfigError(
-            f"{folder / 'config.json'} has no {missing}; name the folder of a language model."
+            f"{folder / 'config.json'} has no {missing}. Choose the folder of a language model."
         ) from None
     if not all(isinstance(size, int) and 0 < size < 2**31 for size in sizes):
         raise ConfigError(f"{folder / 'config.json'} has impossible sizes: {sizes!s:.80}.")
@@ -62,7 +62,7 @@ def _shape(folder: Path, config: Mapping[str, Any]) -> ModelShape:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as it lies in its folder, before adapters."""
+    """A model as loaded from its folder, before adapters."""
 
     model: Any
     tokenizer: Tokenizer
@@ -75,12 +75,12 @@ def load_model(
     thinking: str = "auto",
     tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
-    """Read a model folder through mlx-lm; weights are loaded when first used.
+    """Load a model folder through mlx-lm; weights are read when first used.
 
-    quantize: bits of a weight; 0 leaves them as they are stored. thinking: see `load_tokenizer`.
-    tokenizer: that of the folder, where it has been read already.
+    quantize: bits per weight; 0 leaves them as stored. thinking: see `load_tokenizer`.
+    tokenizer: the folder's tokenizer, if it has already been loaded.
 
-    Raises: ConfigError when the folder is refused or cannot be read as a model.
+    Raises: ConfigError if the folder is refused or cannot be read as a model.
     """
     from mlx_lm.utils import load_model as load
 
@@ -93,7 +93,7 @@ def load_model(
         model = load(folder, lazy=True, trust_remote_code=False, model_config=changes)[0]
     except ConfigError:
         raise
-    except Exception as error:  # a family's own code meets a configuration that nobody has checked
+    except Exception as error:  # a family's own code reads an unchecked configuration
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
     if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
@@ -101,7 +101,7 @@ def load_model(
 
 
 def _stored_bits(config: Mapping[str, Any]) -> int:
-    """Bits of most matrices of a model that is quantised already; single ones may have others."""
+    """Return the default bits of a model stored quantised (some matrices may differ), or 0."""
     settings = config.get("quantization")
     bits = settings.get("bits") if isinstance(settings, Mapping) else None
     return bits if isinstance(bits, int) else 0
@@ -110,5 +110,5 @@ def _stored_bits(config: Mapping[str, Any]) -> int:
 def _told(error: Exception, config: Mapping[str, Any]) -> str:
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     if "auto_map" in config and "not supported" in text:
-        return f"{text} It needs code of its own (auto_map); localrl runs no code out of models."
+        return f"{text} It needs its own code (auto_map); localrl runs no code from models."
     return text

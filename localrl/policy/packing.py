@@ -1,7 +1,7 @@
-"""From ragged tokens to rectangles: with `forest_packing` the only place that pads, shifts, masks.
+"""Packing of ragged tokens into rectangles; only this and `forest_packing` pad, shift and mask.
 
-A row is one root-to-leaf path behind its prompt. Position j of a row predicts token j + 1. A token
-shared by several paths is a target in the first of them only, so it counts once.
+A row is a prompt followed by one root-to-leaf path. Position j of a row predicts token j + 1. A
+token shared by several paths is a target only in the first of them, so it counts once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from localrl.records import Batch
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence of the update, still ragged; all arrays but the first belong to the targets."""
+    """One sequence of the update, unpadded; all arrays except the first belong to the targets."""
 
     token_ids: np.ndarray
     """(L,) int32, prompt and completion."""
     targets: np.ndarray
-    """(n,) positions in `token_ids` that are trained, each at least 1."""
+    """(n,) trained positions in `token_ids`, each at least 1."""
     coefficients: np.ndarray
     """(n,) float32."""
     anchor_logprobs: np.ndarray
@@ -35,15 +35,15 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward pass computes, and the N tokens that are trained on it."""
+    """The input of one forward pass and its N trained tokens."""
 
     tokens: np.ndarray | Layout
-    """Rows (B, L) int32, padded with 0 on the right, where causal attention never looks; or the
-    levels of a forest."""
+    """Rows (B, L) int32, padded on the right with 0, which causal attention ignores; or the levels
+    of a forest."""
     sources: np.ndarray
-    """(N,) index into all positions, flattened: where each target is predicted."""
+    """(N,) index into all flattened positions: the position that predicts each target."""
     targets: np.ndarray
-    """(N,) int32, the tokens predicted."""
+    """(N,) int32, the predicted tokens."""
     coefficients: np.ndarray
     """(N,) float32."""
     anchor_logprobs: np.ndarray
@@ -51,18 +51,17 @@ class MicroBatch:
     kl_weights: np.ndarray
     """(N,) float32."""
     rows: np.ndarray
-    """(N,) the row, or the tree, in which each target stands, from 0."""
+    """(N,) row or tree of each target, from 0."""
     nodes: np.ndarray
-    """(N,) index into the nodes of the batch. A node's targets stand together, in the order of its
-    tokens."""
+    """(N,) index into the nodes of the batch. A node's targets are adjacent, in token order."""
     saved_positions: int = 0
-    """Positions that the same paths would have taken more, one row each."""
+    """Extra positions that the same paths would have taken as separate rows."""
 
 
 def forest_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
-    """The trees of `size` paths at a time, in which each prompt and node is computed once.
+    """Pack trees of up to `size` paths at a time; each prompt and node is computed once.
 
-    A tree with more paths than that is not cut.
+    A tree with more paths is not split.
     """
     for packed in pack_forest(batch, size):
         nodes = [(batch.nodes[n], batch.nodes[n].trained) for n in packed.nodes]
@@ -83,9 +82,9 @@ def forest_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
 
 
 def rows_of(batch: Batch) -> list[Row]:
-    """The paths of the batch that have something to teach.
+    """List the paths of the batch that have targets.
 
-    Targets are the tokens with a coefficient or a KL weight other than 0.
+    Targets are the tokens with a nonzero coefficient or KL weight.
     """
     result = []
     counted: set[int] = set()
@@ -99,7 +98,7 @@ def rows_of(batch: Batch) -> list[Row]:
 
 
 def row_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
-    """Rows of similar length, `size` at a time, each batch padded to its own longest row."""
+    """Pack rows of similar length, `size` at a time, each padded to its own longest row."""
     rows = rows_of(batch)
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].token_ids), i))
     for start in range(0, len(order), size):
@@ -107,7 +106,7 @@ def row_batches(batch: Batch, size: int) -> Iterator[MicroBatch]:
 
 
 def pack(rows: Sequence[Row]) -> MicroBatch:
-    """One rectangle from these rows."""
+    """Pack these rows into one rectangle."""
     length = max(len(row.token_ids) for row in rows)
     tokens = np.zeros((len(rows), length), dtype=np.int32)
     for i, row in enumerate(rows):
@@ -133,7 +132,7 @@ def _path(batch: Batch, node: int) -> list[int]:
 
 
 def _row(batch: Batch, path: Sequence[int], counted: set[int]) -> Row:
-    """The row of one path; nodes that an earlier row has counted are context here."""
+    """Build the row of one path; nodes counted in an earlier row are only context here."""
     prompt = batch.prompts[batch.nodes[path[0]].prompt]
     nodes = [batch.nodes[i] for i in path]
     tokens = np.concatenate([np.asarray(prompt, np.int32), *(node.token_ids for node in nodes)])

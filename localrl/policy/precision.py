@@ -1,8 +1,8 @@
-"""The number format of the frozen base: what the CPU backend is fast with.
+"""The number format of the frozen base, chosen for speed on the CPU backend.
 
-On MLX's CPU backend a 4-bit product handles one row at a time and bfloat16 or float16 activations
+On MLX's CPU backend a 4-bit product handles one row at a time, and bfloat16 or float16 activations
 are ten to fifty times slower than float32 ones; a dense float32 product goes to the BLAS. On Metal
-the weights stay as they are stored.
+the weights stay as stored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from localrl.policy.lora import linear_shape
 
 
 def dense_bytes(model: nn.Module) -> int:
-    """Bytes that the quantised layers of the model would take as float32 matrices."""
+    """Return the bytes that the model's quantised layers would take as float32 matrices."""
     total = 0
     for _, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear):
@@ -27,10 +27,10 @@ def dense_bytes(model: nn.Module) -> int:
 
 
 def to_float32(model: nn.Module) -> None:
-    """Cast every floating parameter, quantisation scales included, to float32 in place.
+    """Cast every floating-point parameter, including quantisation scales, to float32 in place.
 
-    One array after another, so that both forms exist of one array only; the largest first, while
-    the others are still small.
+    Arrays are cast one at a time, so only one exists in both forms; the largest first, while the
+    others are still small.
     """
     waiting: Any = tree_flatten(model.parameters())
     waiting.sort(key=lambda named: named[1].nbytes)
@@ -43,10 +43,10 @@ def to_float32(model: nn.Module) -> None:
 
 
 def dequantise(model: nn.Module, *, as_float32: bool) -> None:
-    """Replace quantised linear and embedding layers by dense ones of the same values, in place.
+    """Replace quantised linear and embedding layers by dense ones with the same values, in place.
 
-    as_float32: the values are computed in float32, whatever the type of the scales. One layer after
-    another, so that both forms exist of one layer only; the largest first.
+    as_float32: compute the values in float32, regardless of the scales' dtype. Layers are converted
+    one at a time, so only one exists in both forms; the largest first.
     """
     waiting = [
         (path, module)
@@ -67,10 +67,11 @@ def dequantise(model: nn.Module, *, as_float32: bool) -> None:
 def quantise(model: Any, bits: int) -> None:
     """Quantise the layers of the model in place, as mlx-lm's conversion does.
 
-    Groups are of 64 weights, or 32 where a layer's width is no multiple of 64. A layer that neither
-    divides stays as it is. One layer after another, so that both forms exist of one layer only.
+    Groups have 64 weights, or 32 if a layer's width is not a multiple of 64. A layer whose width is
+    a multiple of neither is left as it is. Layers are quantised one at a time, so only one exists
+    in both forms.
 
-    Raises: ConfigError when the model is quantised to other bits already, or no layer can be.
+    Raises: ConfigError if the model is already quantised to other bits, or no layer can be.
     """
     found = {module.bits for _, module in model.named_modules() if hasattr(module, "bits")}
     if found == {bits}:
@@ -78,8 +79,8 @@ def quantise(model: Any, bits: int) -> None:
     if found:
         held = ", ".join(map(str, sorted(found)))
         raise ConfigError(
-            f"The model is quantised already, to {held} bits, and cannot be quantised to {bits} "
-            "again without a loss. Leave out --quantize, or name an unquantised model."
+            f"The model is already quantised to {held} bits and cannot be quantised to {bits} "
+            "without further loss. Remove --quantize, or choose an unquantised model."
         )
     family = getattr(model, "quant_predicate", None)
 
@@ -93,13 +94,13 @@ def quantise(model: Any, bits: int) -> None:
     nn.quantize(model, bits=bits, class_predicate=choose)
     quantised = [module for module in model.modules() if hasattr(module, "bits")]
     if not quantised:
-        raise ConfigError("No layer has a width that is a multiple of 32: leave out --quantize.")
+        raise ConfigError("No layer has a width that is a multiple of 32. Remove --quantize.")
     for module in quantised:
         mx.eval(module.parameters())
 
 
 def _group_size(module: Any) -> int | None:
-    """Weights that share a scale, or None for a layer that cannot be quantised."""
+    """Return how many weights share a scale, or None for a layer that cannot be quantised."""
     if not hasattr(module, "to_quantized"):
         return None
     width = module.weight.shape[-1]

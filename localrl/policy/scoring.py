@@ -1,4 +1,4 @@
-"""Log-probabilities of whole groups, and whether forests are scored as plain rows are."""
+"""Log-probabilities of whole groups, and a check that forests score like plain rows."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def group_logprobs(
     head_chunk: int,
     temperature: float,
 ) -> list[list[np.ndarray]]:
-    """Float32 log-probabilities (n,) of every node of every group under the policy as it is now.
+    """Compute float32 log-probabilities (n,) of every node of every group under the current policy.
 
     0 where the model did not write the token. One forward pass, `micro_rows` paths at a time, as
-    forests when `shared`, else as plain rows; nothing is kept for a gradient.
+    forests if `shared`, else as plain rows; nothing is kept for a gradient.
     """
     batch = _whole(groups)
     found = [np.zeros(len(node.token_ids), np.float32) for node in batch.nodes]
@@ -42,7 +42,7 @@ def group_logprobs(
 
 
 def _whole(groups: Sequence[Group]) -> Batch:
-    """The groups as a batch in which every sampled token is a target."""
+    """Build a batch from the groups in which every sampled token is a target."""
     nodes: list[BatchNode] = []
     for prompt, group in enumerate(groups):
         offset = len(nodes)
@@ -63,9 +63,9 @@ def _whole(groups: Sequence[Group]) -> Batch:
 
 
 def forest_agrees(policy: Policy, batch: Batch, *, temperature: float, head_chunk: int) -> bool:
-    """Whether the forest of the batch's first prompt scores its tokens as plain rows do.
+    """Check that the forest of the batch's first prompt scores its tokens like plain rows.
 
-    A family may keep more between tokens than keys and values, or ask its cache for more.
+    A family may keep more state between tokens than keys and values, or need more of its cache.
     """
     engine = policy.engine
     if engine.packs_forests is not None:
@@ -79,18 +79,18 @@ def forest_agrees(policy: Policy, batch: Batch, *, temperature: float, head_chun
             np.array(engine.token_logprobs(micro, temperature=temperature, head_chunk=head_chunk))
             for micro in micros
         ]
-        return np.sort(np.concatenate(found))  # the two take their targets in different orders
+        return np.sort(np.concatenate(found))  # the two order their targets differently
 
     rows = score(row_batches)
     try:
         forest = score(forest_batches)
-    except Exception:  # whatever a family's own code raises, rows will do
+    except Exception:  # a family's own code may raise anything; use rows then
         return False
     return bool(np.abs(rows - forest).max() < _tolerance(policy))
 
 
 def _tolerance(policy: Policy) -> float:
-    """Nats that two orders of the same sums may differ by."""
+    """Return the difference in nats allowed between two summation orders."""
     parameters: Any = tree_flatten(policy.model.parameters())
     kinds = {array.dtype for _, array in parameters}
     return 0.3 if kinds & {mx.bfloat16, mx.float16} else 1e-3

@@ -1,4 +1,4 @@
-"""How much adapters change a model: the size of their products beside that of the weights."""
+"""Relative size of adapters: the norm of their products compared with that of the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from localrl.policy.lora import LoRALinear
 
 
 def weight_norms(model: Any) -> mx.array:
-    """Frobenius norms (n,) of the weights under the adapters; unpacked one layer at a time."""
+    """Compute Frobenius norms (n,) of the adapted weights, dequantised one layer at a time."""
     norms = []
     for layer in _adapted(model):
         norms.append(mx.linalg.norm(_weight(layer.linear).astype(mx.float32)))
@@ -20,16 +20,16 @@ def weight_norms(model: Any) -> mx.array:
 
 
 def relative_size(model: Any, norms: mx.array) -> float:
-    """Mean over adapted layers of |scale A B| / |W|, with Frobenius norms.
+    """Compute the mean over adapted layers of |scale A B| / |W|, with Frobenius norms.
 
-    The product is never made: |A B|^2 is the sum over (A^T A) * (B B^T), which are (rank, rank).
+    The product is never formed: |A B|^2 is the sum over (A^T A) * (B B^T), which are (rank, rank).
     """
     squares = [
         layer.scale**2 * ((layer.lora_a.T @ layer.lora_a) * (layer.lora_b @ layer.lora_b.T)).sum()
         for layer in _adapted(model)
     ]
     sizes = mx.sqrt(mx.maximum(mx.stack(squares), 0.0))
-    # A layer of zeros has no size to compare with.
+    # The bound avoids division by zero for a layer of zeros.
     return float(np.array((sizes / mx.maximum(norms, 1e-12)).mean()))
 
 

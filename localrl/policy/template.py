@@ -1,8 +1,8 @@
-"""Rendering chat templates, the child's side: Jinja in the way model makers expect it.
+"""Rendering of chat templates, child side: Jinja as model makers expect it.
 
-Runs in a `processes.worker` child, which has the limits. A template is a program out of a model's
-folder: it may loop for ever or grow without bound, so it never runs in the process that trains.
-The environment is that of transformers: the names, filters and tags below are what templates use.
+Runs in a `processes.worker` child, which has limits. A template is a program from a model's
+folder: it may loop forever or grow without bound, so it never runs in the training process. The
+environment is that of transformers: templates use the names, filters and tags below.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which a message holds its reasoning; templates read the first, a few the second."""
+"""Keys under which a message stores its reasoning; templates read the first, a few the second."""
 
 
 def render(
@@ -32,13 +32,13 @@ def render(
     add_generation_prompt: bool,
     limit: int,
 ) -> dict[str, Any]:
-    """`texts`, one for each conversation, of at most `limit` characters.
+    """Render conversations to `texts`, one each, of at most `limit` characters.
 
-    When the template cannot write one, `texts` ends before it and `refused` says why.
+    If the template cannot render one, `texts` ends before it and `refused` says why.
 
-    variables: what the template sees besides: special tokens and switches.
+    variables: further variables for the template: special tokens and switches.
 
-    Raises: TemplateError when the template is not valid, OverflowError when a text is too long.
+    Raises: TemplateError if the template is not valid, OverflowError if a text is too long.
     """
     compiled = _compile(template)
     texts: list[str] = []
@@ -85,7 +85,7 @@ def _join(pieces: Any, limit: int) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without what is None, its reasoning under every name that templates look for."""
+    """Drop None entries of a message, and copy its reasoning to every key that templates read."""
     given = {key: value for key, value in message.items() if value is not None}
     reasoning = next((given[name] for name in REASONING if name in given), None)
     if reasoning is None:
@@ -104,7 +104,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, where Jinja's own filter would escape it for HTML."""
+    """Serialise to JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -115,9 +115,9 @@ def _to_json(
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which marks what the model wrote: here it is only its contents."""
+    """`{% generation %}`, which marks text written by the model; only its contents are kept."""
 
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own way to name them)
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own convention)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -126,18 +126,18 @@ class _Generation(Extension):
 
 
 class _Dictionary:
-    """`dict` without the attributes of the class itself."""
+    """`dict` for templates, without the attributes of the class itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
-        """As of `dict`."""
+        """Same as `dict.fromkeys`."""
         return dict.fromkeys(keys, value)
 
 
 class _PlainNamespace(Namespace):
-    """`namespace` that holds no names of Python's inner parts."""
+    """`namespace` that rejects names beginning with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         # As in Jinja, so that a template may have an attribute called `self`.
@@ -152,4 +152,4 @@ class _PlainNamespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if str(name).startswith("_"):
-        raise jinja2.TemplateError(f"a namespace cannot hold {name!r}")
+        raise jinja2.TemplateError(f"a namespace cannot contain {name!r}")

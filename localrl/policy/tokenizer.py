@@ -1,4 +1,4 @@
-"""Text to token ids and back; the only place that knows how a model wants its prompts."""
+"""Conversion of text to token ids and back; the only place that knows a model's prompt format."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from localrl.policy.chat import ChatTemplate, Messages, Tools, thinking_switch
 from localrl.policy.folder import check_texts
 
 UNFINISHED = "\ufffd"
-"""What tokenizers write for bytes that are no character."""
+"""Replacement character that tokenizers emit for bytes that do not form a character."""
 MOST_OPEN = 8
-"""Tokens that are waited for to make up a character, which has at most four bytes."""
+"""Maximum number of tokens buffered to complete a character, which has at most four bytes."""
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """mlx-lm's tokenizer of a model, used in the one way that training needs."""
+    """mlx-lm's tokenizer of a model, restricted to the operations that training needs."""
 
     inner: Any
     end_ids: frozenset[int]
     """Tokens that end a completion."""
     chat: ChatTemplate | None = None
-    """None where the folder has no template: contents are joined by line ends, or a family's own
-    Python in mlx-lm writes them."""
+    """Chat template; None if the folder has none: contents are then joined by newlines, or rendered
+    by a family's own Python code in mlx-lm."""
     _known: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
-    """Texts of single tokens that `pieces` has met."""
+    """Texts of single tokens already seen by `pieces`."""
 
     def render(
         self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """The text the model is given: the chat template, by default up to where it writes.
+        """Render the text given to the model: the chat template, by default up to its turn.
 
-        tools: JSON schemas of what the model may call.
+        tools: JSON schemas of the tools that the model may call.
 
         Raises: DataError or ConfigError, see `ChatTemplate.render`.
         """
@@ -47,7 +47,7 @@ class Tokenizer:
         tools: Tools | None = None,
         add_generation_prompt: bool = True,
     ) -> list[str]:
-        """As `render`, for many conversations at once, which is faster."""
+        """Render many conversations at once, which is faster than `render` for each."""
         if self.chat is not None:
             return self.chat.render(
                 conversations, tools=tools, add_generation_prompt=add_generation_prompt
@@ -65,19 +65,19 @@ class Tokenizer:
         ]
 
     def encode(self, messages: Messages, *, tools: Tools | None = None) -> tuple[int, ...]:
-        """Prompt ids. Special tokens come from the template alone."""
+        """Encode a prompt to token ids. Special tokens come only from the template."""
         return self.encode_text(self.render(messages, tools=tools))
 
     def encode_all(self, conversations: Sequence[Messages]) -> list[tuple[int, ...]]:
-        """As `encode`, for many conversations at once, which is faster."""
+        """Encode many conversations at once, which is faster than `encode` for each."""
         return [self.encode_text(text) for text in self.render_all(conversations)]
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Ids of a rendered text, with no special token added to it."""
+        """Encode a rendered text without adding special tokens."""
         return tuple(self.inner.encode(text, add_special_tokens=False))
 
     def unknown(self, messages: Messages) -> str:
-        """Characters of the messages that the model has no token for."""
+        """Return the characters of the messages that the model has no token for."""
         token = self.inner.unk_token_id
         if token is None or token not in self.encode(messages):
             return ""
@@ -85,14 +85,14 @@ class Tokenizer:
         return "".join(c for c in characters if token in self.encode_text(c))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a completion, without special tokens."""
+        """Decode a completion, without special tokens."""
         return self.inner.decode(list(token_ids), skip_special_tokens=True)
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """The text that each token adds, special tokens by their names; for people only.
+        """Return the text that each token adds, special tokens by name; for people only.
 
-        Of a character that several tokens make up, the last one has the text and the others have
-        none. Bytes that never become a character are U+FFFD, as in the whole text.
+        If several tokens form one character, the last one gets the text and the others get none.
+        Bytes that never form a character become U+FFFD, as in the whole text.
         """
         texts, open_ids = [""] * len(token_ids), []
         for i, token in enumerate(map(int, token_ids)):
@@ -112,7 +112,7 @@ class Tokenizer:
 
     def _piece(self, token: int) -> str:
         if token not in self._known:
-            # Doubled, since some tokenizers take away the space that a text begins with.
+            # Doubled, because some tokenizers strip the leading space of a text.
             once, twice = self._plain([token]), self._plain([token, token])
             self._known[token] = twice[len(once) :] if twice.startswith(once) else once
         return self._known[token]
@@ -124,12 +124,12 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path, *, thinking: str = "auto") -> Tokenizer:
-    """The tokenizer in a model folder; never touches the network or runs the folder's code.
+    """Load the tokenizer in a model folder, without the network and without the folder's code.
 
-    thinking: `on` or `off` switches it in templates that know `enable_thinking`.
+    thinking: `on` or `off` sets it in templates that support `enable_thinking`.
 
-    Raises: ConfigError when there is none, when the folder is refused, when it names no end token,
-    or when thinking cannot be switched.
+    Raises: ConfigError if there is none, if the folder is refused, if it names no end token, or if
+    thinking cannot be switched.
     """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
@@ -142,12 +142,14 @@ def load_tokenizer(folder: Path, *, thinking: str = "auto") -> Tokenizer:
         raise ConfigError(f"Cannot load the tokenizer in {folder}: {error}") from error
     ends = frozenset(int(token) for token in inner.eos_token_ids)
     if not ends:
-        raise ConfigError(f"The tokenizer in {folder} names no end token, so nothing would stop.")
+        raise ConfigError(
+            f"The tokenizer in {folder} names no end token, so sampling would not stop."
+        )
     return Tokenizer(inner, ends, _chat(inner, thinking))
 
 
 def _chat(inner: Any, thinking: str) -> ChatTemplate | None:
-    """The folder's template; None when there is none, or when mlx-lm has its own code for it."""
+    """Return the folder's template; None if there is none or mlx-lm has its own code for it."""
     source = inner.chat_template
     if source is None or inner._chat_template is not None:
         if thinking != "auto":

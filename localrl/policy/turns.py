@@ -1,7 +1,7 @@
-"""What stands between two turns of the model, as tokens; and the calls that a turn makes.
+"""Tokens between two turns of the model, and the tool calls in a turn.
 
-The chat template is asked how it writes an answer behind a stand-in for the model's turn, and only
-what follows that turn is taken: the tokens that the model wrote stay as they are.
+The chat template renders a reply after a stand-in for the model's turn, and only the text after
+that turn is used: the tokens that the model wrote stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from localrl.policy.chat import Tools
 from localrl.policy.tokenizer import Tokenizer
 
 STAND_IN = "stand-in"
-"""The model's turn in the conversation that the template is asked about."""
+"""Placeholder for the model's turn in the conversation that the template renders."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that a turn makes."""
+    """A tool call made in a turn."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
-    """Why what the turn wrote is no call that can be made; None when it is one."""
+    """Reason the call in the turn is invalid; None if it is valid."""
 
     def as_message(self) -> dict[str, Any]:
-        """As chat messages hold it."""
+        """Format the call as in chat messages."""
         function = {"name": self.name, "arguments": dict(self.arguments)}
         return {"type": "function", "function": function}
 
@@ -42,12 +42,12 @@ def answer_ids(
     calls: Sequence[ToolCall] = (),
     tools: Tools | None = None,
 ) -> tuple[int, ...]:
-    """Token ids from the end of a turn up to where the model writes again.
+    """Return the token ids from the end of a turn up to where the model writes again.
 
-    messages: what the turn is answered. ended: whether the model wrote its end token; else that
-    comes first. calls: those that the turn made, since some templates write results by them.
+    messages: the reply to the turn. ended: True if the model wrote its end token; otherwise the
+    result begins with it. calls: the turn's calls, because some templates render results by them.
 
-    Raises: ConfigError when the template does not keep turns as they were.
+    Raises: ConfigError if the template does not keep turns unchanged.
     """
     turn: dict[str, Any] = {"role": "assistant", "content": STAND_IN}
     if calls:
@@ -58,17 +58,17 @@ def answer_ids(
         head = tokenizer.render(before, tools=tools, add_generation_prompt=False)
     except DataError as error:
         raise ConfigError(
-            f"This model cannot be given answers between its turns. {error}"
+            f"This model's template cannot render replies between its turns. {error}"
         ) from error
     ids = tokenizer.encode_text(_after_turn(tokenizer, whole, head, calls))
     return ids[1:] if ended and ids and ids[0] in tokenizer.end_ids else ids
 
 
 def _after_turn(tokenizer: Tokenizer, whole: str, head: str, calls: Sequence[ToolCall]) -> str:
-    """What a conversation holds from the end of the stand-in's turn on.
+    """Return the text of a conversation after the stand-in's turn.
 
-    Calls stand behind the stand-in. Where they end is told by `head`, which ends with the turn, or,
-    as some templates write the last turn in another way than earlier ones, by its end token.
+    Calls follow the stand-in. Their end is found from `head`, which ends with the turn, or by the
+    end token, because some templates render the last turn differently from earlier ones.
     """
     after = whole.rpartition(STAND_IN)[2]
     if not calls:
@@ -81,8 +81,8 @@ def _after_turn(tokenizer: Tokenizer, whole: str, head: str, calls: Sequence[Too
     cut = min((place for end in ends if (place := after.find(end)) >= 0), default=0)
     if calls[0].name not in after[:cut]:
         raise ConfigError(
-            "The chat template of this model does not say where a turn with calls ends, so that "
-            "what was sampled could not be kept. Use another model."
+            "This model's chat template does not show where a turn with tool calls ends, so the "
+            "sampled tokens could not be kept. Use another model."
         )
     return after[cut:]
 
@@ -90,9 +90,9 @@ def _after_turn(tokenizer: Tokenizer, whole: str, head: str, calls: Sequence[Too
 def check_template(
     tokenizer: Tokenizer, role: str, calls: Sequence[ToolCall] = (), tools: Tools | None = None
 ) -> None:
-    """See that what is answered in this role arrives at the model, before a run relies on it.
+    """Check that replies in this role reach the model, before a run relies on it.
 
-    Raises: ConfigError when the template leaves it out, or does not keep turns as they were.
+    Raises: ConfigError if the template omits them, or does not keep turns unchanged.
     """
     answers = [{"role": role, "content": text} for text in "01"]
     if calls:
@@ -102,15 +102,15 @@ def check_template(
     )
     if one == other:
         raise ConfigError(
-            f"The chat template of this model leaves messages of the role {role!r} out. Use a "
-            "model whose template has them."
+            f"This model's chat template omits messages with the role {role!r}. Use a model whose "
+            "template renders them."
         )
 
 
 def read_calls(tokenizer: Tokenizer, token_ids: Sequence[int], tools: Tools) -> list[ToolCall]:
-    """The calls in a turn, in the format of the model's template; none is an empty list.
+    """Parse the calls in a turn, in the format of the model's template; empty if there are none.
 
-    Raises: ConfigError when the format of the model's calls is not known.
+    Raises: ConfigError if the format of the model's calls is unknown.
     """
     inner = tokenizer.inner
     check_tools(tokenizer)
@@ -124,11 +124,14 @@ def read_calls(tokenizer: Tokenizer, token_ids: Sequence[int], tools: Tools) -> 
 
 
 def check_tools(tokenizer: Tokenizer) -> None:
-    """Raises: ConfigError when mlx-lm does not know how this model writes calls."""
+    """Check that the format of this model's tool calls is known.
+
+    Raises: ConfigError if mlx-lm does not know it.
+    """
     if not tokenizer.inner.has_tool_calling:
         raise ConfigError(
-            "This model's chat template has no format of tool calls that mlx-lm knows, so it "
-            "cannot use tools. Use a model made for tools, or an environment that plays in text."
+            "This model's chat template has no tool call format that mlx-lm knows, so it cannot "
+            "use tools. Use a model made for tools, or an environment with text-only turns."
         )
 
 
@@ -137,12 +140,12 @@ def _parse(parser: Any, text: str, tools: Tools) -> list[ToolCall]:
         parsed = parser(text, tools)
         calls = parsed if isinstance(parsed, list) else [parsed]
         return [ToolCall(str(call["name"]), _arguments(call.get("arguments"))) for call in calls]
-    except Exception as error:  # parsers of sixteen formats raise whatever they meet
+    except Exception as error:  # parsers of sixteen formats may raise anything
         return [ToolCall("", problem=f"not a valid tool call: {type(error).__name__}: {error}")]
 
 
 def _arguments(value: Any) -> Mapping[str, Any]:
-    """Keyword arguments; some formats hold them as JSON text."""
+    """Parse keyword arguments; some formats store them as JSON text."""
     value = json.loads(value) if isinstance(value, str) else value
     if value is None:
         return {}

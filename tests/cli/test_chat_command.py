@@ -86,7 +86,7 @@ def test_commands_that_are_none_and_adapters_that_are_missing():
     assert done.exit_code == 0
     assert done.stdout == ""
     assert "There is no adapter" in done.stderr
-    assert "There is no /\ufffd[31mwhat" in done.stderr
+    assert "Unknown command /\ufffd[31mwhat" in done.stderr
     assert "no token for 'É'" in done.stderr
 
 

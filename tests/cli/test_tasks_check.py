@@ -32,7 +32,7 @@ def test_check_says_what_is_there_and_what_gold_answers_score(data, tmp_path):
     )
     output = invoke("check", data, "--reward", f"{tmp_path / 'mine.py'}:right", "-n", 1)
     assert "to train on" in output
-    assert "repeated: 1 prompts come more than once" in output
+    assert "repeated: 1 prompts occur more than once" in output
     assert "'wrong on purpose' gets {'right': 0.0}" in output
     assert "reward time" in output
 

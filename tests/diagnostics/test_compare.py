@@ -95,7 +95,7 @@ def test_greedy_decoding_is_measured_with_one_completion_alone(run, capsys):
     greedy = ["eval", run.folder, "--temperature", "0"]
     done = invoke(*greedy, "--prompts", 4)
     assert done.exit_code == 0, done.output
-    assert "1 completions of each, greedy" in done.stdout
+    assert "1 completions each, greedy" in done.stdout
     seeds = [invoke(*greedy, "--json", "--seed", n).stdout for n in (1, 2)]
     one, other = (json.loads(text) for text in seeds)
     assert one["base"] == other["base"]
@@ -118,7 +118,7 @@ def test_several_completions_for_each_prompt(run, tmp_path, capsys):
         rates = [side[f"pass@{k}"]["rate"] for k in (1, 2, 4)]
         assert rates == sorted(rates)
     assert refused(["eval", run.folder, "--out", out], capsys) == 2
-    assert "exists. Name another" in capsys.readouterr().err
+    assert "already exists. Choose another file" in capsys.readouterr().err
     other = invoke("eval", run.folder, "-k", 5, "--prompts", 6, "--seed", 1, "--json")
     assert json.loads(other.stdout)["base"] != result["base"]
 

@@ -223,7 +223,7 @@ def test_writing_again_replaces_ours_and_nothing_else(tmp_path, tiny_folder, wri
     others = tmp_path / "others"
     others.mkdir()
     (others / "adapters.safetensors").write_text("mine")
-    with pytest.raises(CheckpointError, match="nothing is written there"):
+    with pytest.raises(CheckpointError, match="Nothing was written there"):
         write_adapter(adapter, others)
     assert (others / "adapters.safetensors").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "others"}

@@ -36,7 +36,7 @@ def test_the_base_models_name(tmp_path, card, bits, name, found):
 
 @pytest.mark.parametrize("given", ["/abs/path", "../up", "a/b/c", "~/x", "", "a b"])
 def test_a_path_is_no_base_models_name(tiny_folder, given):
-    with pytest.raises(ConfigError, match="must be one of the Hub"):
+    with pytest.raises(ConfigError, match="must be a Hub id"):
         find_base_id(given, tiny_folder)
 
 

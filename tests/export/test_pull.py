@@ -90,7 +90,7 @@ def test_a_second_pull_fetches_nothing(hub, pull):
     before = len(downloads(hub))
     status, printed = pull("acme/tiny")
     assert status == 0
-    assert "of it in the cache already" in printed
+    assert "already in the cache" in printed
     assert len(downloads(hub)) == before
 
 
@@ -108,7 +108,7 @@ def test_what_is_half_there_is_not_taken_for_a_model(hub, pull):
     hub.fail("GET", "resolve/.*/model.safetensors", 404, times=9)
     status, printed = pull("acme/tiny")
     assert status == 6
-    assert "go on with: localrl pull acme/tiny" in printed
+    assert "continue with: localrl pull acme/tiny" in printed
     with pytest.raises(Exception, match="localrl pull acme/tiny"):
         find_model("acme/tiny")
 
@@ -117,7 +117,7 @@ def test_too_small_a_disk_is_said_before_anything_is_fetched(hub, pull, monkeypa
     monkeypatch.setattr(pulling, "SPARE_BYTES", 2**60)
     status, printed = pull("acme/tiny", "--yes")
     assert status == 6
-    assert "to come. Make room" in printed
+    assert "needed. Free some space" in printed
     assert not downloads(hub)
 
 
@@ -154,7 +154,7 @@ def test_one_file_of_a_data_set_is_fetched_and_copied(hub, pull, tmp_path):
     out.write_bytes(b"changed")
     status, printed = pull("--data", "acme/rows:train.jsonl", "--out", out)
     assert status == 2
-    assert "exists and is left alone" in printed
+    assert "already exists and was not changed" in printed
     assert out.read_bytes() == b"changed"
     nowhere, link = tmp_path / "nowhere", tmp_path / "link"
     link.symlink_to(nowhere)
@@ -176,9 +176,9 @@ def test_a_file_in_the_cache_is_named(hub, pull):
         (("acme/tiny", "--out", "there"), 2, "a model stays in the cache"),
         (("--data", "acme/rows"), 2, "names no JSONL file"),
         (("--data", "acme/rows:data.parquet"), 2, "names no JSONL file"),
-        (("--data", "acme/rows:test.jsonl"), 6, "JSONL files there: train.jsonl"),
+        (("--data", "acme/rows:test.jsonl"), 6, "Available JSONL files: train.jsonl"),
         (("acme/nothing",), 6, "no such repository, or your token may not see it"),
-        (("../etc",), 6, "'../etc'. Nothing was fetched."),
+        (("../etc",), 6, "'../etc'. Nothing was downloaded."),
     ],
 )
 def test_what_cannot_be_pulled_is_one_sentence(hub, pull, arguments, status, words):

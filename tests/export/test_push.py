@@ -122,7 +122,7 @@ def test_a_push_is_private_and_carries_nothing_of_its_owner(run, tmp_path, xet):
     assert len(repo.commits) == 2  # the Hub's own first one, and ours
     first, second, _ = done.stdout.split("--\n")
     assert "pushed to" in first
-    assert "nothing has changed in" in second
+    assert "nothing changed in" in second
     weights = (run / "adapter" / "adapters.safetensors").read_bytes()
     assert repo.lfs["adapters.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert bool(hub.stored) == xet
@@ -224,7 +224,7 @@ def test_what_does_not_belong_to_these_weights_goes(hub, push, run, tmp_path):
     assert push("me/tiny", folder=other)[0] == 0
     files = hub.repos["me/tiny"].files
     assert set(files) == NAMES - {"adapter_model.safetensors"} | {".gitattributes"}
-    assert b"no weights in PEFT's form: it was taken away" in files["README.md"]
+    assert b"no weights in PEFT format: it was taken away" in files["README.md"]
 
 
 def bad_token(hub, monkeypatch):
@@ -293,12 +293,12 @@ def too_many(hub, monkeypatch):
         (offline, "HF_HUB_OFFLINE is set"),
         (nobody_there, "did not answer (ConnectError"),
         (never_answers, "did not answer (ReadTimeout"),
-        (changed_meanwhile, "changed by someone else meanwhile (412)"),
+        (changed_meanwhile, "changed the repository in the meantime (412)"),
         (card_refused, "refused the model card; please report this"),
         (no_room, "It says: Private repository storage limit reached."),
         (no_money, "It says: Payment required [31m(a token)."),
         (always_failing, "answered with status 500. It says: made to fail."),
-        (too_many, "asks for fewer calls (429)"),
+        (too_many, "is rate limiting this client (429)"),
     ],
 )
 def test_every_failure_is_one_sentence_and_the_command_for_later(
@@ -346,7 +346,7 @@ def test_what_passes_by_itself_is_tried_again(hub, push):
 def test_a_name_that_the_hub_does_not_take_gets_a_suggestion(push, name, suggestion):
     status, printed = push(name)
     assert status == 2
-    assert f"{name!r} is no repository of the Hub" in printed
+    assert f"{name!r} is not a Hub repository id" in printed
     assert f"Try {suggestion}" in printed
 
 
@@ -364,7 +364,7 @@ def test_a_run_without_a_base_on_the_hub_names_the_flag(push, run, tmp_path):
 def test_a_folder_that_is_no_run_is_refused(push, tmp_path):
     status, printed = push("me/tiny", folder=tmp_path)
     assert status == 2
-    assert "is no run of localrl" in printed
+    assert "is not a localrl run" in printed
 
 
 def test_a_damaged_adapter_is_not_pushed(push, run, tmp_path):
@@ -382,5 +382,5 @@ def test_bytes_that_name_this_machine_are_held_back(push, run, tmp_path, leak):
     path.write_text(json.dumps({**json.loads(path.read_text()), "versions": {"localrl": leak}}))
     status, printed = push("me/tiny", "--dry-run", folder=other)
     assert status == 4
-    assert "localrl.json would carry" in printed
+    assert "localrl.json contains" in printed
     assert TOKEN not in printed

@@ -54,8 +54,8 @@ HUGE = (1 << 63, (1 << 64) - 1, 1 << 40)
 
 def hostile() -> Iterator[tuple[str, bytes, str]]:
     """What is wrong, the file, and a part of the message."""
-    yield "empty", b"", "no GGUF"
-    yield "magic", b"GGUX" + header(0, 0)[4:], "no GGUF"
+    yield "empty", b"", "not a GGUF"
+    yield "magic", b"GGUX" + header(0, 0)[4:], "not a GGUF"
     yield "magic alone", b"GGUF", "truncated"
     yield "big endian", b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"
     yield "version 1", header(0, 0, version=1), "version 1"
@@ -84,13 +84,13 @@ def hostile() -> Iterator[tuple[str, bytes, str]]:
     yield "part of a block", one_tensor(tensor("a", (33,), 2)), "blocks of 32"
     yield "not aligned", one_tensor(tensor("a", (4,), 0, 5)), "not aligned"
     same = tensor("a", (4,)), tensor("a", (4,), 0, 32)
-    yield "same names", one_tensor(*same), "two tensors called 'a'"
-    yield "overlap", one_tensor(tensor("a", (16,)), tensor("b", (4,), 0, 32)), "on another"
+    yield "same names", one_tensor(*same), "two tensors named 'a'"
+    yield "overlap", one_tensor(tensor("a", (16,)), tensor("b", (4,), 0, 32)), "overlaps another"
     yield "same keys", header(0, 2) + pair("a", U8, b"1") * 2, "two values for 'a'"
     yield "unknown kind", one_value(13, b"1"), "unknown type 13"
     yield "array of unknown", one_value(ARRAY, array(13, 1, b"1")), "unknown type 13"
     yield "neither", one_value(BOOL, b"\2"), "neither true nor false"
-    yield "no text", one_value(STRING, text(b"\xff\xfe")), "no UTF-8"
+    yield "no text", one_value(STRING, text(b"\xff\xfe")), "not UTF-8"
     yield "long template", one_value(STRING, text("x" * 10_000_000)), "10000000 bytes"
     yield "long key", header(0, 1) + pair("k" * 300, U8, b"1"), "300 bytes"
     deep = array(ARRAY, 1) * 100_000 + array(U8, 0)

@@ -29,7 +29,7 @@ def test_plan_and_train(localrl, tmp_path):
     path = write_model(tmp_path / "m.gguf", kind="Q4_1").path
     planned = localrl("plan", "--model", path)
     assert planned.returncode == 0, planned.stderr
-    assert planned.stderr.startswith("m.gguf is GGUF: converting it once, into ")
+    assert planned.stderr.startswith("m.gguf is GGUF: converting it once, to ")
     small = ("rollout.group_size=2", "rollout.max_completion_tokens=4", "task.eval_prompts=2")
     settings = [part for one in small for part in ("--set", one)]
     out = tmp_path / "run"

@@ -149,7 +149,7 @@ def test_llama_3_s_rotary_factors_are_written(tmp_path):
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling"),
         ("llama", {"rope_traditional": True}, "rope_traditional"),
         ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
-        ("llama", {"model_type": "phi3"}, "not written for models of type 'phi3'"),
+        ("llama", {"model_type": "phi3"}, "does not support models of type 'phi3'"),
     ],
 )
 def test_what_gguf_has_no_place_for_is_refused(tmp_path, architecture, changes, message):
@@ -165,13 +165,13 @@ def test_what_gguf_has_no_place_for_is_refused(tmp_path, architecture, changes, 
 def test_another_tokenizer_is_refused(tmp_path, tiny_folder):
     """One of words, and a byte-level one that cuts texts in a way without a name."""
     adapter = adapter_of(a_policy(tiny_folder).model)
-    with pytest.raises(ConfigError, match="'WordLevel', and not BPE"):
+    with pytest.raises(ConfigError, match="'WordLevel', not BPE"):
         export_gguf(adapter, tiny_folder, tmp_path / "out.gguf")
     folder = a_base(tmp_path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}{1,7}"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match=r"cuts texts by .*\{1,7\}"):
+    with pytest.raises(ConfigError, match=r"splits text with .*\{1,7\}"):
         export_gguf(adapter_of(a_policy(folder).model), folder, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -192,7 +192,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     adapter = adapter_of(a_policy(folder).model)
     usage = SimpleNamespace(total=10**9, used=10**9, free=10**5)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match=r"takes 0.0 GB, and its disk has 0.0 GB free"):
+    with pytest.raises(ConfigError, match=r"takes 0.0 GB, but its disk has only 0.0 GB free"):
         export_gguf(adapter, folder, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -221,16 +221,16 @@ def test_a_small_update_is_in_the_file_although_rounding_is_larger(tmp_path):
     arguments = [str(tmp_path / "adapter"), "--model", str(folder), "--gguf"]
     done = CliRunner().invoke(export, [*arguments, str(tmp_path / "model.gguf")])
     assert done.exit_code == 0, done.exception
-    assert "note: rounding is larger than what was learned; --bits 16" in done.output
+    assert "note: rounding is larger than the learned update; --bits 16" in done.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bits", "16"], "--bits is for GGUF files"),
-        (["--gguf", "x.gguf", "--fused"], "--fused does not go with --gguf"),
-        (["--gguf", "x.gguf", "--out", "new"], "--out does not go with --gguf"),
-        (["--gguf"], "Name a new file behind --gguf"),
+        (["--bits", "16"], "--bits needs --gguf"),
+        (["--gguf", "x.gguf", "--fused"], "--fused cannot be combined with --gguf"),
+        (["--gguf", "x.gguf", "--out", "new"], "--out cannot be combined with --gguf"),
+        (["--gguf"], "Name a new file after --gguf"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, arguments, message):

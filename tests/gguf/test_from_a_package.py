@@ -33,7 +33,7 @@ def test_pulled_once_and_ready_to_train(model, capsys, monkeypatch):
     assert load_model(folder).model.args.hidden_size == 256
     before = os.stat(folder / "model.safetensors").st_mtime_ns
     pull_packaged(model, yes=True)
-    assert "on this machine already" in capsys.readouterr().out
+    assert "already on this machine" in capsys.readouterr().out
     assert os.stat(folder / "model.safetensors").st_mtime_ns == before
 
 

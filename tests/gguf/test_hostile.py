@@ -88,7 +88,7 @@ def test_a_damaged_header_ends_in_a_model_or_a_refusal(tmp_path):
 def test_only_plain_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.gguf")
     assert not is_gguf(tmp_path / "pipe.gguf")
-    with pytest.raises(ConfigError, match="no plain file"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         read_gguf(tmp_path / "pipe.gguf")
     (tmp_path / "folder.gguf").mkdir()
     assert not is_gguf(tmp_path / "folder.gguf")

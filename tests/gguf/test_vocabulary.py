@@ -93,15 +93,15 @@ def test_end_tokens():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalizer": {"type": "Lowercase"}}, "normalises texts"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalises text with"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "not byte-level"),
         (
             {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
-            "puts a space before",
+            "prepends a space",
         ),
         (
             {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
-            "cuts texts by",
+            "splits text with",
         ),
     ],
 )

@@ -128,7 +128,7 @@ def test_asked_to_stop_both_do(tiny_folder, tmp_path):
     assert together.ends(processes) == [75, 75]
     assert "SIGTERM" in together.said(tmp_path, 0)
     assert "--resume --out run" in together.said(tmp_path, 0)
-    assert "Rank 1 is stopped by" in together.said(tmp_path, 1)
+    assert "Rank 1 was stopped by" in together.said(tmp_path, 1)
 
 
 def test_a_setting_that_cannot_work_ends_both_with_its_message(tiny_folder, tmp_path):

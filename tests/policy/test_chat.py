@@ -153,7 +153,7 @@ def test_a_template_of_its_own_for_tools():
     both = ChatTemplate({"default": "plain", "tool_use": "with tools"}, {})
     assert both.render(CONVERSATIONS[:1]) == ["plain"]
     assert both.render(CONVERSATIONS[:1], tools=[TOOL]) == ["with tools"]
-    with pytest.raises(ConfigError, match="chat templates called rag, and no default"):
+    with pytest.raises(ConfigError, match="chat templates named rag, but no default"):
         ChatTemplate({"rag": "plain"}, {}).render(CONVERSATIONS[:1])
 
 
@@ -251,7 +251,7 @@ def test_thinking_is_switched(tmp_path, wish, closed):
 
 def test_thinking_that_cannot_be_switched_is_told(tiny_folder):
     assert thinking_switch({"default": "no"}, "auto") == {}
-    with pytest.raises(ConfigError, match="no enable_thinking to switch"):
+    with pytest.raises(ConfigError, match="no enable_thinking switch"):
         load_tokenizer(tiny_folder, thinking="off")
 
 

@@ -49,7 +49,7 @@ def test_a_sound_folder_is_loaded(folder):
 def test_a_model_of_its_own_code_is_refused(folder, tmp_path):
     write_code(folder, tmp_path / "canary")
     change(folder / "config.json", model_file="own.py")
-    refuse(folder, r"code of its own \('own\.py'\)")
+    refuse(folder, r"its own code \('own\.py'\)")
     change(folder / "config.json", model_file=None, model_type="own", auto_map={"A": "own.Own"})
     refuse(folder, r"own not supported.*auto_map")
     assert not (tmp_path / "canary").exists()
@@ -83,9 +83,9 @@ def test_pickles_are_never_opened(folder, tmp_path, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
     load_model(folder)
     (folder / "model.safetensors").unlink()
-    refuse(folder, r"pytorch_model\.bin; localrl reads safetensors only")
+    refuse(folder, r"pytorch_model\.bin; localrl reads only safetensors")
     (folder / "model.safetensors").write_bytes((folder / "pytorch_model.bin").read_bytes())
-    refuse(folder, "not a sound safetensors file")
+    refuse(folder, "not a valid safetensors file")
     assert not (tmp_path / "canary").exists()
 
 
@@ -94,7 +94,7 @@ def test_pickles_are_never_opened(folder, tmp_path, monkeypatch):
 )
 def test_weights_are_beside_their_index(folder, name):
     change(folder / "model.safetensors.index.json", weight_map={"a": name})
-    refuse(folder, "as a weight file; only files beside it")
+    refuse(folder, "as a weight file; only files next to it")
 
 
 def test_a_weight_file_that_is_not_there_is_named(folder):
@@ -118,20 +118,20 @@ def test_a_tokenizer_names_no_modules_elsewhere(folder):
 def test_links_do_not_lead_out(folder, tmp_path, name):
     (folder / name).rename(tmp_path / "elsewhere")
     (folder / name).symlink_to(tmp_path / "elsewhere")
-    refuse(folder, "leads out of the model's folder")
+    refuse(folder, "outside the model's folder")
 
 
 def test_further_templates_are_looked_at_too(folder, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").symlink_to(tmp_path / "secret")
-    refuse(folder, "leads out of the model's folder")
+    refuse(folder, "outside the model's folder")
 
 
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(folder):
     (folder / "generation_config.json").unlink(missing_ok=True)
     os.mkfifo(folder / "generation_config.json")
-    refuse(folder, "not a plain file")
+    refuse(folder, "not a regular file")
 
 
 def test_large_json_is_refused_unread(folder):
@@ -158,12 +158,12 @@ def test_json_of_very_many_values_is_refused(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 10**9}, "at most 54 can be right"),
+        ({"num_hidden_layers": 10**9}, "at most 54 is possible"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_attention_heads": 10**9}, "num_attention_heads"),
         ({"num_local_experts": 10**9}, "num_local_experts"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers"),
-        ({"text_config": []}, "text_config is no object"),
+        ({"text_config": []}, "text_config is not an object"),
         ({"vocab_size": 10**15}, "impossible sizes"),
         ({"hidden_size": 0}, "impossible sizes"),
         ({"hidden_size": "wide"}, "impossible sizes"),
@@ -184,14 +184,14 @@ def test_numbers_of_very_many_digits_are_refused(folder):
 @pytest.mark.parametrize("size", [2**62, 2**40, 99_000_000, 10])
 def test_absurd_headers_of_weights_are_refused(folder, size):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", size) + b"{}")
-    refuse(folder, "not a sound safetensors file")
+    refuse(folder, "not a valid safetensors file")
 
 
 def test_weights_that_lie_over_each_other_are_refused(folder):
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
-    refuse(folder, "not a sound safetensors file")
+    refuse(folder, "not a valid safetensors file")
 
 
 def test_very_many_files_are_refused(folder, monkeypatch):

@@ -80,7 +80,7 @@ def test_the_random_half_does_not_depend_on_what_else_is_adapted(tiny_folder):
     [
         ({"layers": 3}, "lora.layers is 3; the model has 2 blocks"),
         ({"keys": ("self_attn.qproj",)}, "Did you mean 'self_attn.q_proj'"),
-        ({"keys": ("q_proj",)}, "holds 'q_proj', which is no linear layer"),
+        ({"keys": ("q_proj",)}, "contains 'q_proj', which is not a linear layer"),
     ],
 )
 def test_what_is_not_there_cannot_be_adapted(tiny_folder, options, message):
@@ -104,7 +104,7 @@ def test_routers_and_experts_have_no_adapters_unless_a_router_is_named(tmp_path)
     attention = {f"self_attn.{part}_proj" for part in "qkvo"}
     assert set(with_options(folder).lora_keys) == attention
     assert with_options(folder, keys=("mlp.gate",)).lora_keys == ["mlp.gate"]
-    with pytest.raises(ConfigError, match="no linear layer"):
+    with pytest.raises(ConfigError, match="not a linear layer"):
         with_options(folder, keys=("mlp.switch_mlp.up_proj",))
 
 

@@ -365,7 +365,7 @@ def test_the_parent_loads_nothing_heavy(tmp_path):
 
 def test_on_battery_needs_a_supervisor(tmp_path):
     process = localrl("--no-supervise", "--on-battery", "run", "--out", tmp_path / "run")
-    assert "Leave --no-supervise out" in process.stderr.read()
+    assert "Remove --no-supervise" in process.stderr.read()
     assert process.wait(DEADLINE_S) == 2
 
 

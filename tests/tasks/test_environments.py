@@ -276,5 +276,5 @@ def test_what_cannot_be_an_environment(worker, tokenizer, factory, tools, error,
 
 def test_a_model_that_knows_no_calls_cannot_have_tools(worker, tmp_path):
     plain = load_tokenizer(tiny.make_folder(tmp_path / "plain"))
-    with pytest.raises(ConfigError, match="no format of tool calls"):
+    with pytest.raises(ConfigError, match="no tool call format"):
         Talk(worker, plain, tools=["multiply"])
