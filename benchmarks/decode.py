@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from localrl.backend import mx
-from localrl.diagnostics.bench import Opened, Wanted, decode_once, open_bench
+from localrl.diagnostics.bench import BenchRequest, Opened, decode_once, open_bench
 from localrl.diagnostics.bench_fit import Fit, fit
 from localrl.engines.mlx import decode
 from localrl.engines.mlx.network import open_network
@@ -113,7 +113,7 @@ def main(rows: str, tokens: int, prompt_tokens: int, repeats: int, plot: bool) -
     counts = tuple(map(int, rows.split(",")))
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(HERE / "peers" / "make_model.py"), folder], check=True)
-        wanted = Wanted(counts, prompt_tokens, tokens, repeats)
+        wanted = BenchRequest(counts, prompt_tokens, tokens, repeats)
         opened = open_bench(f"{folder}/model", 0, wanted)
         found, steps = ([], alone(opened)) if plot else compare(opened)
     fitted = fit(steps, prompt_tokens)

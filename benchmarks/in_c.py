@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from localrl.diagnostics.bench import Wanted, decode_once, make_batch, open_bench, sample
+from localrl.diagnostics.bench import BenchRequest, decode_once, make_batch, open_bench, sample
 from localrl.engines.cpu.kernel_choice import NUMPY, current, using
 from localrl.utils.packaged import PACKAGED_MODELS, find_packaged
 
@@ -47,7 +47,7 @@ def ratio(work: Callable[[], Any], pairs: int) -> float:
 
 def measure(model: str, rows: int, prompt: int, tokens: int, pairs: int) -> dict[str, Any]:
     """Both parts of a step."""
-    opened = open_bench(model, 0, Wanted((rows,), prompt, tokens, 1))
+    opened = open_bench(model, 0, BenchRequest((rows,), prompt, tokens, 1))
     batch = make_batch(opened, sample(opened, opened.endless)).batch
     return {
         "model": Path(model).name,

@@ -26,7 +26,7 @@ import numpy as np
 from localrl import backend
 from localrl.backend import kernels
 from localrl.engines.cpu.attention import Attention
-from localrl.engines.cpu.kernel_choice import NUMPY, Choice, Sizes, choose, using
+from localrl.engines.cpu.kernel_choice import NUMPY, Choice, KernelSizes, choose, using
 from localrl.engines.cpu.math import FusedLinear, Norm, matmul, swiglu, swiglu_back
 from localrl.engines.cpu.sampling import draw
 
@@ -125,7 +125,7 @@ def ratios(tries: int = TRIES, rows: tuple[int, ...] = ROWS) -> dict[str, float]
 def chosen(sizes: dict[str, int]) -> Choice:
     """What a run of this model takes: by timing, or what the environment says."""
     rest = {name: sizes[name] for name in ("ffn", "heads", "kv_heads", "head_dim")}
-    return choose(Sizes(rows=2 * sizes["ffn"], inputs=sizes["width"], **rest))
+    return choose(KernelSizes(rows=2 * sizes["ffn"], inputs=sizes["width"], **rest))
 
 
 def in_child(environment: dict[str, str], how: str = "--here") -> dict[str, float]:

@@ -58,7 +58,7 @@ TREES = {
 THIRD = "def third(completion_ids):\n    return [sum(ids) % 3 == 0 for ids in completion_ids]\n"
 
 
-class EnvironmentReply(NullProgress):
+class Recorder(NullProgress):
     """Who remembers the warnings of a run."""
 
     def __init__(self):
@@ -203,7 +203,7 @@ def test_a_longer_prompt_than_was_planned_for_changes_the_plan_before_its_step(
     whole = run(place, tmp_path / "whole", **few)
     monkeypatch.setattr(prompt_lengths, "ENDLESS", 1)
     monkeypatch.setattr(prompt_lengths, "MARGIN", 10**6)
-    heard, out = EnvironmentReply(), tmp_path / "run"
+    heard, out = Recorder(), tmp_path / "run"
     result = run(place, out, progress=heard, **few)
     lengths = prompt_lengths_of(out, tiny_folder)
     told = events(out, "plan")
@@ -288,7 +288,7 @@ def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):
     ],
 )
 def test_a_smaller_group_or_length_is_said_aloud(place, tmp_path, name, settings):
-    heard = EnvironmentReply()
+    heard = Recorder()
     asked = plan_request(
         config(place, "", **settings),
         sizes_of(place / "model", 0),
@@ -378,7 +378,7 @@ def failing(monkeypatch, kind, name, at, text, *, times=1):
 def test_after_a_refusal_a_step_is_done_again_with_less(
     place, tiny_folder, tmp_path, monkeypatch, whole, kind, name, at
 ):
-    heard = EnvironmentReply()
+    heard = Recorder()
     failing(monkeypatch, kind, name, at, REFUSED)
     result = run(place, tmp_path / "run", model=tiny_folder, progress=heard, **EVERYTHING)
     (event,) = events(result.folder, "plan")
@@ -439,7 +439,7 @@ def test_in_need_the_run_goes_on_with_less(place, tiny_folder, tmp_path, monkeyp
     """And a resumed run keeps to it."""
     readings = iter([machine for machine, _ in NEED.values()])
     monkeypatch.setattr("localrl.training.session.read_machine", lambda: next(readings, CALM))
-    heard, out = EnvironmentReply(), tmp_path / "run"
+    heard, out = Recorder(), tmp_path / "run"
     run(place, out, model=tiny_folder, progress=heard, **EVERYTHING | {"run.steps": 2})
     told = events(out, "plan")
     assert [event["step"] for event in told] == [1, 2]

@@ -64,9 +64,9 @@ def bench(
       localrl bench
       localrl bench --model path/to/model --rows 1,8 --tokens 128 --profile
     """
-    from localrl.diagnostics.bench import Wanted, measure, open_bench
+    from localrl.diagnostics.bench import BenchRequest, measure, open_bench
 
-    opened = open_bench(model, quantize, Wanted(rows, prompt_tokens, tokens, repeats))
+    opened = open_bench(model, quantize, BenchRequest(rows, prompt_tokens, tokens, repeats))
     if not as_json:
         for text in opened.left_out:
             click.echo(f"skipped, not enough memory: {text}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from localrl.config import RunConfig
     from localrl.export.adapters import Adapter
     from localrl.export.fused import Fused
-    from localrl.export.gguf import Written
+    from localrl.export.gguf import WrittenGGUF
 
 SHOWN_PROMPTS = 3
 MOST_TOKENS = 128
@@ -210,7 +210,7 @@ def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) ->
         click.echo(line)
 
 
-def _rounded(made: Written) -> list[str]:
+def _rounded(made: WrittenGGUF) -> list[str]:
     """Report how much of the update a GGUF file keeps, and its rounding error."""
     from localrl.export.fused import median
 

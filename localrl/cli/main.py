@@ -34,7 +34,7 @@ class Failure(click.ClickException):
         self.status = exit_code
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """A command group that turns localrl's own errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -46,7 +46,7 @@ class Group(click.Group):
             raise Failure(str(error), error.exit_code) from error
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="localrl")
 def cli(debug: bool) -> None:

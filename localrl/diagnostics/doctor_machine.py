@@ -46,7 +46,7 @@ DECODE_PROMPT = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckResult:
     """The result of one check."""
 
     id: str
@@ -58,7 +58,7 @@ class Row:
     """Remedy for the finding."""
 
 
-def pair_rows(versions: Mapping[str, str | None]) -> Iterator[Row]:
+def pair_rows(versions: Mapping[str, str | None]) -> Iterator[CheckResult]:
     """Check that packages that belong together have the same version; `versions` as installed.
 
     A package that is not installed has no row: mlx has a library for each kind of machine.
@@ -70,29 +70,29 @@ def pair_rows(versions: Mapping[str, str | None]) -> Iterator[Row]:
             continue
         both = f"mlx {mlx} and {name} {found}"
         if found == mlx:
-            yield Row(f"pair.{name}", "ok", both)
+            yield CheckResult(f"pair.{name}", "ok", both)
         else:
             mend = f"pip install --force-reinstall --no-deps '{name}=={mlx}'"
-            yield Row(f"pair.{name}", "fail", f"{both} must have the same version", mend)
+            yield CheckResult(f"pair.{name}", "fail", f"{both} must have the same version", mend)
 
 
-def memory_rows(machine: Machine) -> Iterator[Row]:
+def memory_rows(machine: Machine) -> Iterator[CheckResult]:
     """Report the machine's memory, and the limit that MLX would get."""
     yield _memory(machine)
     limit = memory_limit(None, machine, mx.get_active_memory() + mx.get_cache_memory())
     if limit.bytes is None:
         mend = "set one with --memory-limit, as in --memory-limit 6GB"
-        yield Row("memory.limit", "warn", f"no limit is applied: {limit.reason}", mend)
+        yield CheckResult("memory.limit", "warn", f"no limit is applied: {limit.reason}", mend)
         return
     own = machine.resident_bytes
     beside = f"; this process holds {show(own)} now" if own is not None else ""
     text = f"MLX may hold {show(limit.bytes)}: {limit.reason}{beside}"
     little = limit.bytes < LITTLE_BYTES
     mend = "close other programs, or set --memory-limit" if little else None
-    yield Row("memory.limit", "warn" if little else "ok", text, mend)
+    yield CheckResult("memory.limit", "warn" if little else "ok", text, mend)
 
 
-def blas_speed_row(device: str) -> Row | None:
+def blas_speed_row(device: str) -> CheckResult | None:
     """Compare MLX's matrix products with NumPy's on the same matrices, in less than 0.3 s.
 
     None on a GPU, where small products measure the transfer, and NumPy is no yardstick.
@@ -102,34 +102,36 @@ def blas_speed_row(device: str) -> Row | None:
     return speed_row(*_product_times())
 
 
-def speed_row(mlx_s: float, numpy_s: float) -> Row:
+def speed_row(mlx_s: float, numpy_s: float) -> CheckResult:
     """Check that MLX's products take about as long as NumPy's; times in seconds."""
     work = sum(2 * size**3 for size in PRODUCTS)
     text = (
         f"matrix products: MLX {work / mlx_s / 1e9:.1f}, NumPy {work / numpy_s / 1e9:.1f} GFLOP/s"
     )
     if mlx_s <= SLOW * numpy_s:
-        return Row("blas.speed", "ok", text)
+        return CheckResult("blas.speed", "ok", text)
     mend = "see the row blas; if it is ok, run doctor again when nothing else is running"
-    return Row("blas.speed", "warn", f"{text}: MLX takes {mlx_s / numpy_s:.1f} times as long", mend)
+    return CheckResult(
+        "blas.speed", "warn", f"{text}: MLX takes {mlx_s / numpy_s:.1f} times as long", mend
+    )
 
 
-def decode_speed_row() -> Row:
+def decode_speed_row() -> CheckResult:
     """Measure how fast the embedded model decodes, as a number to compare machines and versions."""
     try:
         policy = _embedded_policy()
     except LocalRLError as error:
-        return Row("decode.speed", "warn", str(error), "reinstall localrl")
+        return CheckResult("decode.speed", "warn", str(error), "reinstall localrl")
     _decode_rate(policy, max(DECODE_ROWS), WARM_TOKENS)
     rates = [
         f"{_decode_rate(policy, rows, DECODE_TOKENS):.0f} tokens/s at {rows} row"
         + ("s" if rows > 1 else "")
         for rows in DECODE_ROWS
     ]
-    return Row("decode.speed", "ok", f"embedded model: {', '.join(rates)}")
+    return CheckResult("decode.speed", "ok", f"embedded model: {', '.join(rates)}")
 
 
-def _memory(machine: Machine) -> Row:
+def _memory(machine: Machine) -> CheckResult:
     total, swap = machine.total_bytes, machine.swap_used_bytes
     parts = [
         f"{_known(total)} in all, {_known(machine.available_bytes)} available",
@@ -143,7 +145,7 @@ def _memory(machine: Machine) -> Row:
     tight = machine.pressure in ("warn", "critical")
     mend = "close other programs, or wait: a run that swaps is many times slower"
     bad = tight or swapped
-    return Row("memory", "warn" if bad else "ok", ", ".join(parts), mend if bad else None)
+    return CheckResult("memory", "warn" if bad else "ok", ", ".join(parts), mend if bad else None)
 
 
 def _known(size: int | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from localrl.export.facts import Facts, Side
+from localrl.export.facts import Facts, HeldOutResult
 from localrl.utils.text import sampled_at
 
 TAGS = ("lora", "grpo", "reinforcement-learning", "localrl")
@@ -140,7 +140,7 @@ def _evaluation(facts: Facts) -> str:
     )
 
 
-def _side(name: str, side: Side | None) -> str:
+def _side(name: str, side: HeldOutResult | None) -> str:
     if side is None:
         return f"| {name} | unknown | unknown | unknown | unknown |"
     low, high = side.ci95 or (None, None)

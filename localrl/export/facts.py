@@ -95,7 +95,7 @@ WORD = re.compile(r"[\w.+-]{1,40}", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Side:
+class HeldOutResult:
     """Results of the policy before or after training, on held-out prompts; None means unknown."""
 
     n: int | None
@@ -118,8 +118,8 @@ class Facts:
     settings: Mapping[str, str]
     plan: Mapping[str, str]
     versions: Mapping[str, str]
-    base: Side | None
-    adapter: Side | None
+    base: HeldOutResult | None
+    adapter: HeldOutResult | None
     curve: tuple[float, ...]
     """Mean reward of each step that has a reward."""
     peak_bytes: int | None
@@ -174,13 +174,13 @@ def _rewards(texts: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _side(values: Any) -> Side | None:
+def _side(values: Any) -> HeldOutResult | None:
     if not isinstance(values, dict):
         return None
     ci95 = [_number(value) for value in values.get("ci95") or ()]
     low, high = ci95 if len(ci95) == 2 else (None, None)
     n, temperature = _number(values.get("n")), _number(values.get("temperature"))
-    return Side(
+    return HeldOutResult(
         n=None if n is None else int(n),
         pass_at_1=_number(values.get("pass@1")),
         ci95=None if low is None or high is None else (low, high),

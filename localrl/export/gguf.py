@@ -24,7 +24,7 @@ from localrl.export.fused import DenseTensor, LayerUpdate, attached, dense_tenso
 from localrl.export.tensors import read_json
 from localrl.gguf.families import (
     ROPE_FACTORS,
-    Family,
+    GGUFFamily,
     family_of,
     is_norm,
     row_heads,
@@ -51,7 +51,7 @@ ROPE_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenGGUF:
     """A written GGUF file."""
 
     path: Path
@@ -73,7 +73,7 @@ def export_gguf(
     base_bits: int = 0,
     tell: Callable[[str], None] = lambda _: None,
     look: Callable[[Path], None] = lambda _: None,
-) -> Written:
+) -> WrittenGGUF:
     """Write the model with the adapter merged in to the file `out`, all at once.
 
     bits: number format of matrices: 8 (Q8_0) or 16 (F16). base_bits: see `export_fused`.
@@ -107,14 +107,14 @@ def export_gguf(
             os.replace(fresh, out)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"Cannot write the model to {out}: {error}.") from error
-    return Written(out, size, bits, rounding, layers)
+    return WrittenGGUF(out, size, bits, rounding, layers)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Everything in a file except tensor values, which are computed one tensor at a time."""
 
-    family: Family
+    family: GGUFFamily
     config: Mapping[str, Any]
     """Settings of mlx-lm's family, including defaults."""
     metadata: dict[str, Any]
@@ -217,7 +217,7 @@ def _special(tokenizer: Tokenizer) -> Special:
 
 def _check_settings(
     args: Any,
-    family: Family,
+    family: GGUFFamily,
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     factors: np.ndarray | None,

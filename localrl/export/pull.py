@@ -30,7 +30,7 @@ SPARE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PullPlan:
     """A planned pull, before anything is fetched. Sizes in bytes."""
 
     repo_id: str
@@ -51,7 +51,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class WantedModel(Wanted):
+class WantedModel(PullPlan):
     """A planned pull of a model from the Hub."""
 
     weights_bytes: int
@@ -79,7 +79,7 @@ def look_at_model(api: HfApi, repo_id: str) -> WantedModel:
     )
 
 
-def pull_model(wanted: Wanted) -> Path:
+def pull_model(wanted: PullPlan) -> Path:
     """Fetch the files found by `look_at_model`; resume an earlier pull that stopped.
 
     Returns: the folder in the cache.
@@ -89,7 +89,7 @@ def pull_model(wanted: Wanted) -> Path:
     return Path(snapshot_download(wanted.repo_id, allow_patterns=list(PULLED)))
 
 
-def look_at_data(api: HfApi, repo_id: str, file: str) -> Wanted:
+def look_at_data(api: HfApi, repo_id: str, file: str) -> PullPlan:
     """Find out what pulling one data set file would fetch; download nothing.
 
     Raises: HubError, naming the available JSONL files, if this is not one of them; otherwise the
@@ -102,10 +102,10 @@ def look_at_data(api: HfApi, repo_id: str, file: str) -> Wanted:
         raise HubError(
             f"The data set {repo_id} has no JSONL file {file!r}. Available JSONL files: {names}."
         )
-    return Wanted(**_wanted(repo_id, info, [file], "dataset"))
+    return PullPlan(**_wanted(repo_id, info, [file], "dataset"))
 
 
-def pull_data(wanted: Wanted, file: str) -> Path:
+def pull_data(wanted: PullPlan, file: str) -> Path:
     """Fetch the file found by `look_at_data`; return its path in the cache."""
     found = hf_hub_download(wanted.repo_id, file, repo_type="dataset", revision=wanted.commit)
     return Path(found)
@@ -131,7 +131,7 @@ def _sizes(info: ModelInfo | DatasetInfo) -> dict[str, int]:
 def _wanted(
     repo_id: str, info: ModelInfo | DatasetInfo, chosen: Sequence[str], kind: str
 ) -> dict[str, Any]:
-    """Return the fields of `Wanted`. The name is kept as requested, because the cache uses it."""
+    """Return the fields of `PullPlan`. The name is kept as requested, because the cache uses it."""
     sizes, commit = _sizes(info), info.sha or ""
     missing = [name for name in chosen if not _is_cached(repo_id, name, commit, kind)]
     return {

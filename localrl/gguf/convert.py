@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from localrl.errors import ConfigError
-from localrl.gguf.families import Family, find_family
+from localrl.gguf.families import GGUFFamily, find_family
 from localrl.gguf.layout import fill, make_plan, write_json
 from localrl.gguf.reader import GGUF, read_gguf
 from localrl.utils.cache import cache_folder
@@ -112,7 +112,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _make(file: GGUF, family: Family, folder: Path, record: Mapping[str, Any], tell: Tell) -> None:
+def _make(
+    file: GGUF, family: GGUFFamily, folder: Path, record: Mapping[str, Any], tell: Tell
+) -> None:
     """Build the folder under a temporary name, and rename it when complete."""
     plan = make_plan(file, family)
     _check_room(file, folder.parent)

@@ -38,7 +38,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Family:
+class GGUFFamily:
     """Differences between GGUF and mlx-lm in how one family is stored."""
 
     architecture: str
@@ -61,19 +61,19 @@ class Family:
     """True if config.json can declare biases of the attention or feed-forward layers."""
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, GGUFFamily] = {
     family.architecture: family
     for family in (
-        Family(
+        GGUFFamily(
             "llama",
             "llama",
             "LlamaForCausalLM",
             permuted=("attn_q", "attn_k"),
             may_have_biases=True,
         ),
-        Family("qwen2", "qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
-        Family("qwen3", "qwen3", "Qwen3ForCausalLM", block={**_BLOCK, **_HEAD_NORMS}),
-        Family(
+        GGUFFamily("qwen2", "qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
+        GGUFFamily("qwen3", "qwen3", "Qwen3ForCausalLM", block={**_BLOCK, **_HEAD_NORMS}),
+        GGUFFamily(
             "gemma3",
             "gemma3_text",
             "Gemma3ForCausalLM",
@@ -89,7 +89,7 @@ ATTENTION_BIASES = ("attn_q", "attn_k", "attn_v", "attn_output")
 MLP_BIASES = ("ffn_gate", "ffn_up", "ffn_down")
 
 
-def find_family(architecture: str) -> Family:
+def find_family(architecture: str) -> GGUFFamily:
     """Find a family by its GGUF architecture.
 
     Raises: ConfigError for an unknown one, naming the known ones.
@@ -102,7 +102,7 @@ def find_family(architecture: str) -> Family:
     return FAMILIES[architecture]
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str) -> GGUFFamily:
     """Find a family by the model_type in config.json.
 
     Raises: ConfigError for one that GGUF export does not support.
@@ -120,7 +120,7 @@ def family_of(model_type: str) -> Family:
 _SAME = {"llama": ("mistral",)}
 
 
-def tensor_names(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
+def tensor_names(family: GGUFFamily, config: Mapping[str, Any]) -> dict[str, str]:
     """Map GGUF's names of all tensors of a model to mlx-lm's, one to one.
 
     config: entries of config.json: number of blocks, biases, and whether there is a head.
@@ -145,7 +145,7 @@ def part_of(name: str) -> str:
     return name.rsplit(".", 1)[0].split(".")[-1]
 
 
-def row_heads(family: Family, name: str, config: Mapping[str, Any]) -> int:
+def row_heads(family: GGUFFamily, name: str, config: Mapping[str, Any]) -> int:
     """Return the number of heads of a tensor whose rows must be reordered, else 0.
 
     name: the tensor's GGUF name.

@@ -13,7 +13,7 @@ from typing import Any
 from localrl.backend import mx
 from localrl.gguf.families import (
     ROPE_FACTORS,
-    Family,
+    GGUFFamily,
     is_norm,
     row_heads,
     tensor_names,
@@ -35,7 +35,7 @@ SHARD = 1 << 30
 class Plan:
     """The conversion of a file, planned from its header alone."""
 
-    family: Family
+    family: GGUFFamily
     config: dict[str, Any]
     names: dict[str, str]
     """Map from GGUF names of all converted tensors to mlx-lm names."""
@@ -43,7 +43,7 @@ class Plan:
     """Contents of the other JSON files by name."""
 
 
-def make_plan(file: GGUF, family: Family) -> Plan:
+def make_plan(file: GGUF, family: GGUFFamily) -> Plan:
     """Plan the conversion of a file.
 
     Raises: ConfigError if it is not valid as a model of that family.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from localrl.errors import ConfigError
-from localrl.gguf.families import ATTENTION_BIASES, MLP_BIASES, Family
+from localrl.gguf.families import ATTENTION_BIASES, MLP_BIASES, GGUFFamily
 from localrl.gguf.reader import GGUF, refused
 
 SETTINGS: dict[str, str] = {
@@ -44,7 +44,7 @@ GEMMA_LARGE = 62
 """Number of blocks of Gemma 3 27B, which scales queries by width / heads, not by head size."""
 
 
-def config_of(file: GGUF, family: Family) -> dict[str, Any]:
+def config_of(file: GGUF, family: GGUFFamily) -> dict[str, Any]:
     """Build the config.json of a model, without quantisation and end tokens.
 
     Raises: ConfigError for settings that are missing, impossible, or unsupported by mlx-lm.
@@ -75,7 +75,7 @@ def config_of(file: GGUF, family: Family) -> dict[str, Any]:
     return config
 
 
-def metadata_of(family: Family, config: Mapping[str, Any]) -> dict[str, int | float | str]:
+def metadata_of(family: GGUFFamily, config: Mapping[str, Any]) -> dict[str, int | float | str]:
     """Convert a config.json to GGUF settings; int means uint32 and float means float32 there.
 
     The inverse of `config_of`, except Llama 3's rope frequencies, which are a tensor: see
@@ -203,7 +203,7 @@ class _Settings:
             raise refused(self.file.path, "its attention is not causal")
 
 
-def _check_heads(file: GGUF, family: Family, config: Mapping[str, Any]) -> None:
+def _check_heads(file: GGUF, family: GGUFFamily, config: Mapping[str, Any]) -> None:
     """Check the sizes of heads.
 
     Raises: ConfigError if they are inconsistent, or only a part of a head is rotated.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localrl.errors import ConfigError
-from localrl.gguf.families import Family
+from localrl.gguf.families import GGUFFamily
 from localrl.gguf.pretokenizers import PRETOKENIZERS, Pretokenizer
 from localrl.gguf.tokenizer import CONTROL, SPACE, UNKNOWN, USER
 
@@ -39,7 +39,7 @@ class Special:
 
 
 def tokenizer_metadata(
-    tokenizer: Mapping[str, Any], special: Special, family: Family, rows: int
+    tokenizer: Mapping[str, Any], special: Special, family: GGUFFamily, rows: int
 ) -> dict[str, Any]:
     """Build the tokenizer metadata of a file.
 
@@ -157,7 +157,7 @@ def _steps(part: Any, members: str) -> list[Any]:
 
 
 def _sentencepiece(
-    tokenizer: Mapping[str, Any], tokens: list[str], types: list[int], family: Family
+    tokenizer: Mapping[str, Any], tokens: list[str], types: list[int], family: GGUFFamily
 ) -> dict[str, Any]:
     """Return SentencePiece metadata with scores from the merge order; fix types and tokens in
     place."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from localrl.memory.layers import Block, Matrix
+from localrl.memory.layers import BlockShape, Matrix
 
 FULL, NONE = 0, -1
 """Cache kinds of a layer: all tokens, or no keys and values; positive: a window of that size."""
@@ -137,7 +137,9 @@ def state_numbers(text: Mapping[str, Any], windows: tuple[int, ...]) -> int:
     return number * windows.count(NONE)
 
 
-def blocks(text: Mapping[str, Any], family: Family, windows: tuple[int, ...]) -> Iterator[Block]:
+def blocks(
+    text: Mapping[str, Any], family: Family, windows: tuple[int, ...]
+) -> Iterator[BlockShape]:
     """Yield the blocks in order; the counts in `text` are complete and were checked."""
     for index, window in enumerate(windows):
         if window == NONE and family.convolutions:
@@ -146,15 +148,15 @@ def blocks(text: Mapping[str, Any], family: Family, windows: tuple[int, ...]) ->
             mixing, others = _attention(text, family)
         has_experts = _has_experts(text, index)
         after = _experts(text) if has_experts else _feed_forward(text, family)
-        yield Block((*mixing, *after), others + family.norms * text["hidden_size"])
+        yield BlockShape((*mixing, *after), others + family.norms * text["hidden_size"])
 
 
-def ends(text: Mapping[str, Any]) -> Block:
+def ends(text: Mapping[str, Any]) -> BlockShape:
     """Return the parts before and after the blocks: the embedding, the last norm, the head."""
     width, vocabulary = text["hidden_size"], text["vocab_size"]
     embedding = Matrix("embed_tokens", width, vocabulary, kind="embedding")
     head = Matrix("lm_head", width, vocabulary, kind="head")
-    return Block((embedding,) if text["tie_word_embeddings"] else (embedding, head), width)
+    return BlockShape((embedding,) if text["tie_word_embeddings"] else (embedding, head), width)
 
 
 def ffn(text: Mapping[str, Any], family: Family) -> int:

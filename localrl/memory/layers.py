@@ -61,14 +61,14 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """One layer of a model, or the parts before and after all layers."""
 
     matrices: tuple[Matrix, ...]
     others: int
     """Number of weights of norms and convolutions, which are never quantised."""
 
-    def packed(self, packing: Packing) -> Block:
+    def packed(self, packing: Packing) -> BlockShape:
         """Return the block with every matrix quantised whose rows the groups divide."""
         return replace(
             self,
@@ -78,7 +78,7 @@ class Block:
             ),
         )
 
-    def overridden(self, settings: Mapping[str, Any]) -> Block:
+    def overridden(self, settings: Mapping[str, Any]) -> BlockShape:
         """Return the block with config.json's quantisation settings for individual paths."""
         changes = {m.path: settings[m.path] for m in self.matrices if m.path in settings}
         return replace(

@@ -10,7 +10,7 @@ from localrl.config import closest
 from localrl.errors import ConfigError
 from localrl.memory import families
 from localrl.memory.families import FULL, NONE
-from localrl.memory.layers import Block, Matrix, Packing
+from localrl.memory.layers import BlockShape, Matrix, Packing
 from localrl.memory.settings import complete, exceptions, packing_of
 
 __all__ = [
@@ -56,9 +56,9 @@ class Sizes:
     """Bytes of a stored float: 2 for bfloat16 and float16, 4 for float32."""
     known: bool = True
     """True if the family is known matrix by matrix; False: read as if it were Llama."""
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[BlockShape, ...] = ()
     """Contents of each block, for counting weights; filled by `read_sizes`."""
-    ends: Block | None = None
+    ends: BlockShape | None = None
     """Embedding, last norm, and the head unless it is tied."""
 
     @property
@@ -73,7 +73,7 @@ class Sizes:
             yield from block.matrices
 
     @property
-    def parts(self) -> tuple[Block, ...]:
+    def parts(self) -> tuple[BlockShape, ...]:
         """All blocks and the ends.
 
         Raises: ValueError if this was not made by `read_sizes`.

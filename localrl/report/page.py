@@ -23,7 +23,7 @@ from localrl.report import facts
 from localrl.report.charts import draw
 from localrl.report.curves import Chart, charts
 from localrl.report.reading import Run, Score
-from localrl.report.samples import Sampled, best_middle_worst, markup_free, sample
+from localrl.report.samples import ReportGroups, best_middle_worst, markup_free, sample
 from localrl.runs.logs import to_json, write_atomic
 from localrl.utils.text import one_line, printable
 
@@ -43,7 +43,7 @@ COLOURS = (
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenReport:
     """A report on disk."""
 
     path: Path
@@ -52,7 +52,7 @@ class Written:
     """Description of the groups that it contains."""
 
 
-def write_report(run: Run, path: Path, *, group_bytes: int = GROUP_BYTES) -> Written:
+def write_report(run: Run, path: Path, *, group_bytes: int = GROUP_BYTES) -> WrittenReport:
     """Write the report of a run, replacing an earlier one.
 
     Raises: ConfigError if there is a file that is not a report, or if it cannot be written.
@@ -67,10 +67,10 @@ def write_report(run: Run, path: Path, *, group_bytes: int = GROUP_BYTES) -> Wri
             f"The report {path} cannot be written: {error.strerror or error}. Choose another "
             "place with --out."
         ) from error
-    return Written(path, len(page), groups_note(sampled))
+    return WrittenReport(path, len(page), groups_note(sampled))
 
 
-def make_page(run: Run, sampled: Sampled) -> str:
+def make_page(run: Run, sampled: ReportGroups) -> str:
     """Render the HTML of a report."""
     styles, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
     shown = charts(run)
@@ -98,7 +98,7 @@ def make_page(run: Run, sampled: Sampled) -> str:
     )  # fmt: skip
 
 
-def groups_note(sampled: Sampled) -> str:
+def groups_note(sampled: ReportGroups) -> str:
     """Describe which of the run's groups are shown."""
     if not sampled.total:
         return "no groups yet"
@@ -118,7 +118,7 @@ def _check_place(path: Path) -> None:
         )
 
 
-def _data(run: Run, sampled: Sampled, shown: list[Chart]) -> str:
+def _data(run: Run, sampled: ReportGroups, shown: list[Chart]) -> str:
     """Return the script's data, as JSON that no HTML reader takes for markup."""
     values = {
         "groups": sampled.groups,
@@ -148,7 +148,7 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _cards(sampled: Sampled) -> list[dict[str, Any]]:
+def _cards(sampled: ReportGroups) -> list[dict[str, Any]]:
     """Return the best, a typical and the worst completion of the last step shown."""
     last = max((group["step"] or 0 for group in sampled.groups), default=0)
     found = [

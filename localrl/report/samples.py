@@ -35,7 +35,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class ReportGroups:
     """Groups of a run that fit into a report."""
 
     groups: tuple[dict[str, Any], ...]
@@ -62,7 +62,7 @@ def entries(path: Path) -> list[Entry]:
     ]
 
 
-def sample(path: Path, budget: int) -> Sampled:
+def sample(path: Path, budget: int) -> ReportGroups:
     """Choose groups whose JSON fits into `budget` bytes.
 
     The last step's best, median and worst group come first, then groups spread evenly over the run.
@@ -82,7 +82,7 @@ def sample(path: Path, budget: int) -> Sampled:
         elif left < budget / 20:
             break
     groups = tuple(chosen[i] for i in sorted(chosen))
-    return Sampled(groups, len(known), reasons(known), all("t" in g for g in _nodes(groups)))
+    return ReportGroups(groups, len(known), reasons(known), all("t" in g for g in _nodes(groups)))
 
 
 def reasons(known: Sequence[Entry]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What an answer is worth. The signature is TRL's: lists with one entry for each completion."""
+"""Reward functions. The signature is TRL's: lists with one entry for each completion."""
 
 
 def right(completions, answer, **kwargs):

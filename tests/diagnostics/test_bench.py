@@ -8,7 +8,13 @@ import tiny
 from click.testing import CliRunner
 
 from localrl.cli.main import cli
-from localrl.diagnostics.bench import Wanted, decode_once, measure_update, open_bench, parameters
+from localrl.diagnostics.bench import (
+    BenchRequest,
+    decode_once,
+    measure_update,
+    open_bench,
+    parameters,
+)
 from localrl.diagnostics.bench_fit import fit
 from localrl.diagnostics.bench_profile import profile
 from localrl.errors import ConfigError
@@ -17,7 +23,7 @@ from localrl.errors import ConfigError
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     folder = tiny.make_folder(tmp_path_factory.mktemp("bench") / "model")
-    return open_bench(str(folder), 0, Wanted((1, 3), 6, 8, 1))
+    return open_bench(str(folder), 0, BenchRequest((1, 3), 6, 8, 1))
 
 
 def test_every_token_of_every_row_is_decoded(opened):
@@ -137,6 +143,6 @@ def test_rows_that_are_no_numbers_are_refused(rows):
 def test_too_little_to_measure_is_refused(tmp_path):
     folder = str(tiny.make_folder(tmp_path / "model"))
     with pytest.raises(ConfigError, match="at least 1"):
-        open_bench(folder, 0, Wanted((0,), 8, 8, 1))
+        open_bench(folder, 0, BenchRequest((0,), 8, 8, 1))
     with pytest.raises(ConfigError, match="4 tokens"):
-        open_bench(folder, 0, Wanted((1,), 8, 3, 1))
+        open_bench(folder, 0, BenchRequest((1,), 8, 3, 1))

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from localrl.config import RunConfig
 from localrl.errors import ConfigError, DataError
 from localrl.export.card import Address, Sample, fence, make_card, plot
-from localrl.export.facts import SETTINGS, Side, read_facts
+from localrl.export.facts import SETTINGS, HeldOutResult, read_facts
 
 ADDRESS = Address("me/tiny", "acme/base", None)
 
@@ -160,7 +160,7 @@ def test_a_run_without_evaluation_says_so(run):
 
 def test_numbers_that_are_none_are_not_made_up(run):
     facts = read_facts(run("eval.json", {"base": {"n": "many", "ci95": None}, "adapter": {}}))
-    assert facts.base == facts.adapter == Side(None, None, None, None, 1.0)
+    assert facts.base == facts.adapter == HeldOutResult(None, None, None, None, 1.0)
     assert "| base | unknown | unknown | unknown to unknown | unknown |" in make_card(
         facts, ADDRESS
     )

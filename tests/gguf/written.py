@@ -64,7 +64,7 @@ TOKENS = (
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenGGUF:
     """A file and the model that it holds."""
 
     path: Path
@@ -81,7 +81,7 @@ def write_model(
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     template: str = TEMPLATE,
-) -> Written:
+) -> WrittenGGUF:
     """Write a model with random weights; matrices in the type `kind`, vectors in float32.
 
     kind: also by the part of the model, those not named in Q4_0.
@@ -117,7 +117,7 @@ def write_model(
         writer.add_tensor(name, values)
     finish(writer)
     model.update(tree_unflatten(read))
-    return Written(path, model)
+    return WrittenGGUF(path, model)
 
 
 def new_model(settings: Mapping[str, Any]) -> Any:

@@ -71,7 +71,7 @@ Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class KernelSizes:
     """The sizes of a model that the kernels depend on."""
 
     rows: int
@@ -143,7 +143,7 @@ def default() -> Choice:
     return Choice(int(wish), COLUMNS)
 
 
-def choose(sizes: Sizes) -> Choice:
+def choose(sizes: KernelSizes) -> Choice:
     """Use the fastest choice for a model of these sizes: set by hand, stored, or timed now."""
     if kernels is None or os.environ.get(VARIABLE):
         found = default()
@@ -153,7 +153,7 @@ def choose(sizes: Sizes) -> Choice:
     return found
 
 
-def _measure(sizes: Sizes, module: ModuleType) -> Choice:
+def _measure(sizes: KernelSizes, module: ModuleType) -> Choice:
     """Time all builds alternately with NumPy and store the result; takes tenths of a second."""
     with using(_choice):
         builds = module.builds()
@@ -195,13 +195,13 @@ def _fastest(
     return best
 
 
-def _product(sizes: Sizes, module: ModuleType, n: int) -> Work:
+def _product(sizes: KernelSizes, module: ModuleType, n: int) -> Work:
     """Work of one product of n columns."""
     weight, x, out = _ones(sizes.rows, sizes.inputs), _ones(sizes.inputs, n), _ones(sizes.rows, n)
     return lambda: module.matmul(weight, x, out, False, False)
 
 
-def _others(sizes: Sizes) -> dict[str, Work]:
+def _others(sizes: KernelSizes) -> dict[str, Work]:
     """Work of attention over a short prompt, and of a gate."""
     from localrl.engines.cpu.attention import Attention  # which imports this module
     from localrl.engines.cpu.math import swiglu
@@ -232,7 +232,7 @@ def _in_turn(ways: Sequence[Choice], work: Work) -> list[float]:
     return least
 
 
-def _key(sizes: Sizes) -> str:
+def _key(sizes: KernelSizes) -> str:
     """Cache key of a choice: the processor, NumPy and its BLAS, threads, the model's sizes."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -249,7 +249,7 @@ def store() -> Path:
     return cache_folder() / "kernels.json"
 
 
-def _recall(sizes: Sizes) -> Choice | None:
+def _recall(sizes: KernelSizes) -> Choice | None:
     try:
         found = json.loads(store().read_bytes())[_key(sizes)]
         choice = Choice(found["bytes"], tuple(found["columns"]), dict(found["gains"]))
@@ -259,7 +259,7 @@ def _recall(sizes: Sizes) -> Choice | None:
         return None
 
 
-def _remember(sizes: Sizes, choice: Choice) -> None:
+def _remember(sizes: KernelSizes, choice: Choice) -> None:
     """Store the choice; if that fails, the next run times again."""
     path = store()
     try:

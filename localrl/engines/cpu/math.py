@@ -63,7 +63,7 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class AdapterSlice:
     """One layer's adapter within a `FusedLinear`."""
 
     ranks: slice
@@ -88,7 +88,7 @@ class FusedLinear:
     """Stacked lora_a (ranks of all layers, in); None without adapters."""
     lora_b: np.ndarray | None = None
     """Block-diagonal lora_b (out of all layers, ranks of all layers), times the scale."""
-    adapters: tuple[Adapter | None, ...] = ()
+    adapters: tuple[AdapterSlice | None, ...] = ()
 
     def __call__(self, x: np.ndarray) -> list[np.ndarray]:
         """Map columns (in, B) to columns (out, B) of each layer."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx, nn
-from localrl.engines.cpu.kernel_choice import Sizes, choose
-from localrl.engines.cpu.math import Adapter, FusedLinear, Norm, RopeTables, apply_rope
+from localrl.engines.cpu.kernel_choice import KernelSizes, choose
+from localrl.engines.cpu.math import AdapterSlice, FusedLinear, Norm, RopeTables, apply_rope
 from localrl.engines.cpu.merged import Merging
 from localrl.engines.cpu.weights import Block, Weights
 from localrl.policy.lora import LoRALinear
@@ -110,7 +110,7 @@ class CPUModel:
         self.heads, self.kv_heads = first.n_heads, first.n_kv_heads
         self.head_dim = block.output.weight.shape[1] // self.heads
         self.choice = choose(
-            Sizes(
+            KernelSizes(
                 rows=len(block.gate_up.weight),
                 inputs=block.gate_up.weight.shape[1],
                 ffn=block.down.weight.shape[1],
@@ -205,17 +205,17 @@ def _linears(*layers: Any) -> FusedLinear:
     )
 
 
-def _adapters(layers: Sequence[Any]) -> tuple[tuple[Adapter | None, ...], list[np.ndarray]]:
+def _adapters(layers: Sequence[Any]) -> tuple[tuple[AdapterSlice | None, ...], list[np.ndarray]]:
     """Adapters of layers with the same input, and lora_a (rank, in) of each that has one."""
     downs: list[np.ndarray] = []
-    adapters: list[Adapter | None] = []
+    adapters: list[AdapterSlice | None] = []
     rank = 0
     for layer in layers:
         if not isinstance(layer, LoRALinear) or layer.scale == 0:
             adapters.append(None)
             continue
         downs.append(_array(layer.lora_a).T)
-        adapters.append(Adapter(slice(rank, rank + len(downs[-1])), layer.scale))
+        adapters.append(AdapterSlice(slice(rank, rank + len(downs[-1])), layer.scale))
         rank += len(downs[-1])
     return tuple(adapters), downs
 

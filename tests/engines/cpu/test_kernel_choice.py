@@ -18,7 +18,7 @@ from localrl.engines.cpu.kernel_choice import (
     NUMPY,
     VARIABLE,
     Choice,
-    Sizes,
+    KernelSizes,
     choose,
     current,
     default,
@@ -31,7 +31,7 @@ from localrl.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(kernels is None, reason="built without a C compiler")
 
-SIZES = Sizes(rows=96, inputs=32, ffn=48, heads=4, kv_heads=2, head_dim=16)
+SIZES = KernelSizes(rows=96, inputs=32, ffn=48, heads=4, kv_heads=2, head_dim=16)
 EQUAL = [1.0] * len(COLUMNS)
 
 
