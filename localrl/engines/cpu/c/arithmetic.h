@@ -4,11 +4,11 @@
 INLINE float exponential(float x)
 {
     const float most = 88.72f, least = -87.33f;
-    float within = x > most ? most : (x < least ? least : x);
+    float clipped = x > most ? most : (x < least ? least : x);
     /* x = n ln 2 + r; adding 1.5 * 2**23 rounds to an integer, which ends up in the lowest bits. */
-    float shifted = within * 1.44269504f + 12582912.0f;
+    float shifted = clipped * 1.44269504f + 12582912.0f;
     float n = shifted - 12582912.0f;
-    float r = within - n * 0.693145752f - n * 1.42860677e-6f;
+    float r = clipped - n * 0.693145752f - n * 1.42860677e-6f;
     float sum = 1.0f / 5040;
     sum = sum * r + 1.0f / 720;
     sum = sum * r + 1.0f / 120;
@@ -34,14 +34,14 @@ INLINE float sigmoid(float x)
 
 /* Adds products of weights and `vectors` vectors of columns to `rows` rows of sums. The rows of a
  * matrix are `_step` numbers apart. Both counts are constants wherever this is inlined in a kernel. */
-INLINE void accumulate(lanes sums[][2], const float *weight, Size weight_step,
+INLINE void accumulate(vec sums[][2], const float *weight, Size weight_step,
                        const float *columns, Size columns_step, int rows, int vectors, Size k)
 {
     for (Size i = 0; i < k; i++) {
-        lanes x[2];
+        vec x[2];
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
-            x[v] = *(const lanes *)(columns + i * columns_step + v * LANES);
+            x[v] = *(const vec *)(columns + i * columns_step + v * LANES);
         }
         if (i % 2 == 0) { /* the next rows; with 8 rows, a cache line holds 2 iterations' weights */
             __builtin_prefetch(weight + rows * (weight_step + i));
@@ -63,12 +63,12 @@ INLINE void tile_times(const Product *p, Size row, Size first, int rows, int vec
     const float *up = p->up + row * p->ranks, *low = p->low + first;
     const Size width = p->n - first < vectors * LANES ? p->n - first : vectors * LANES;
     float *out = p->out + row * p->row_step + first * p->column_step;
-    lanes sums[ROWS1 > ROWS2 ? ROWS1 : ROWS2][2];
+    vec sums[ROWS1 > ROWS2 ? ROWS1 : ROWS2][2];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
-            sums[r][v] = (lanes){0};
+            sums[r][v] = (vec){0};
         }
     }
     accumulate(sums, weight, p->k, columns, p->columns_step, rows, vectors, p->k);
@@ -80,7 +80,7 @@ INLINE void tile_times(const Product *p, Size row, Size first, int rows, int vec
         for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++) {
-                *(lanes *)(out + r * p->row_step + v * LANES) = sums[r][v];
+                *(vec *)(out + r * p->row_step + v * LANES) = sums[r][v];
             }
         }
         return;
@@ -90,7 +90,7 @@ INLINE void tile_times(const Product *p, Size row, Size first, int rows, int vec
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
-            *(lanes *)(found[r] + v * LANES) = sums[r][v];
+            *(vec *)(found[r] + v * LANES) = sums[r][v];
         }
     }
     for (Size j = 0; j < width; j++) {
@@ -106,12 +106,12 @@ INLINE void rows_times(const float *weight, Size weight_step, const float *colum
                        Size columns_step, float *restrict out, Size out_step, int rows,
                        int vectors, Size k)
 {
-    lanes sums[QUERIES][2];
+    vec sums[QUERIES][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
-            sums[r][v] = (lanes){0};
+            sums[r][v] = (vec){0};
         }
     }
     accumulate(sums, weight, weight_step, columns, columns_step, rows, vectors, k);
@@ -119,7 +119,7 @@ INLINE void rows_times(const float *weight, Size weight_step, const float *colum
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
-            *(lanes *)(out + r * out_step + v * LANES) = sums[r][v];
+            *(vec *)(out + r * out_step + v * LANES) = sums[r][v];
         }
     }
 }
@@ -127,9 +127,9 @@ INLINE void rows_times(const float *weight, Size weight_step, const float *colum
 typedef float four_lanes __attribute__((vector_size(16), aligned(4)));
 
 /* The sum of all lanes, four at a time, which shortens the chain of dependent additions. */
-INLINE float sum_of(lanes x)
+INLINE float sum_of(vec x)
 {
-    union { lanes all; four_lanes part[LANES / 4]; } split = {.all = x};
+    union { vec all; four_lanes part[LANES / 4]; } split = {.all = x};
     four_lanes sum = split.part[0];
 #pragma GCC unroll 4
     for (int i = 1; i < LANES / 4; i++) {

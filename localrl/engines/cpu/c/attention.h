@@ -53,47 +53,47 @@ INLINE void tile(const float *x, const float *columns, float *restrict out, Size
 }
 
 /* Sums weights (rows, room) times x (n, d) over n positions. */
-INLINE void gathered(const float *weights, const float *x, float *restrict out, Size rows, Size d,
+INLINE void weighted_sum(const float *weights, const float *x, float *restrict out, Size rows, Size d,
                      Size n, Size room)
 {
     some_rows_times(weights, room, x, d, out, d, rows, d, n);
 }
 
 /* Adds weights (rows, room) times x (rows, d), summed over rows, to out (n, d), by position. */
-INLINE void spread(const float *weights, const float *x, float *restrict out, Size rows,
+INLINE void outer(const float *weights, const float *x, float *restrict out, Size rows,
                    Size d, Size n, Size room)
 {
     for (Size i = 0; i < d; i += LANES) {
-        lanes mine[QUERIES];
+        vec mine[QUERIES];
         for (Size r = 0; r < rows; r++) {
-            mine[r] = *(const lanes *)(x + r * d + i);
+            mine[r] = *(const vec *)(x + r * d + i);
         }
         for (Size t = 0; t < n; t++) {
-            lanes sum = *(lanes *)(out + t * d + i);
+            vec sum = *(vec *)(out + t * d + i);
 #pragma GCC unroll 8
             for (Size r = 0; r < rows; r++) {
                 sum += weights[r * room + t] * mine[r];
             }
-            *(lanes *)(out + t * d + i) = sum;
+            *(vec *)(out + t * d + i) = sum;
         }
     }
 }
 
-INLINE void add_spread(const float *weights, const float *x, float *restrict out, Size rows,
+INLINE void add_outer(const float *weights, const float *x, float *restrict out, Size rows,
                        Size d, Size n, Size room)
 {
     if (rows == QUERIES) {
-        spread(weights, x, out, QUERIES, d, n, room);
+        outer(weights, x, out, QUERIES, d, n, room);
         return;
     }
     for (Size r = 0; r < rows; r++) {
-        spread(weights + r * room, x + r * d, out, 1, d, n, room);
+        outer(weights + r * room, x + r * d, out, 1, d, n, room);
     }
 }
 
 /* Weights (rows, room) of some queries of one head, from position `first` on; 0 after a query's own
  * position. */
-INLINE void weigh(const Attention *p, const float *queries, const float *keys, const float *hidden,
+INLINE void weigh(const Attention *p, const float *queries, const float *keys, const float *mask_bias,
                   Size first, Size rows, float *restrict weights)
 {
     tile(queries, keys, weights, rows, p->d, p->past + first + rows, p->room);
@@ -104,7 +104,7 @@ INLINE void weigh(const Attention *p, const float *queries, const float *keys, c
             row[t] *= p->scale;
         }
         for (Size t = 0; t < p->past; t++) {
-            row[t] += hidden[t];
+            row[t] += mask_bias[t];
         }
         softmax_row(row, seen);
         for (Size t = seen; t < p->past + first + rows; t++) {
@@ -122,17 +122,17 @@ STEP void attend(const void *what, Size from, Size to)
         atomic_store(p->failed, true);
         return;
     }
-    float *turned = scratch, *weights = scratch + p->d * p->room;
+    float *transposed = scratch, *weights = scratch + p->d * p->room;
     for (Size item = from; item < to; item++) {
         Size total = p->past + p->length, start = item * p->queried;
         const float *values = p->values + item * total * p->d;
-        const float *hidden = p->hidden + item / p->heads * p->past;
-        transpose(p->keys + item * total * p->d, turned, total, p->d, p->room);
+        const float *mask_bias = p->mask_bias + item / p->heads * p->past;
+        transpose(p->keys + item * total * p->d, transposed, total, p->d, p->room);
         for (Size q = 0, rows; q < p->queried; q += rows) {
             Size first = q % p->length;
             rows = p->length - first < QUERIES ? p->length - first : QUERIES;
-            weigh(p, p->queries + (start + q) * p->d, turned, hidden, first, rows, weights);
-            gathered(weights, values, p->out + (start + q) * p->d, rows, p->d,
+            weigh(p, p->queries + (start + q) * p->d, transposed, mask_bias, first, rows, weights);
+            weighted_sum(weights, values, p->out + (start + q) * p->d, rows, p->d,
                      p->past + first + rows, p->room);
         }
     }
@@ -147,35 +147,35 @@ STEP void attend_back(const void *what, Size from, Size to)
         atomic_store(p->failed, true);
         return;
     }
-    float *turned = scratch, *turned_values = turned + p->d * p->room;
-    float *weights = turned_values + p->d * p->room, *slopes = weights + QUERIES * p->room;
+    float *transposed = scratch, *transposed_values = transposed + p->d * p->room;
+    float *weights = transposed_values + p->d * p->room, *grads = weights + QUERIES * p->room;
     for (Size item = from; item < to; item++) {
         Size total = p->past + p->length, start = item * p->queried;
         const float *keys = p->keys + item * total * p->d;
-        const float *hidden = p->hidden + item / p->heads * p->past;
-        float *by_keys = p->by_keys + item * total * p->d;
-        float *by_values = p->by_values + item * total * p->d;
-        transpose(keys, turned, total, p->d, p->room);
-        transpose(p->values + item * total * p->d, turned_values, total, p->d, p->room);
+        const float *mask_bias = p->mask_bias + item / p->heads * p->past;
+        float *grad_keys = p->grad_keys + item * total * p->d;
+        float *grad_values = p->grad_values + item * total * p->d;
+        transpose(keys, transposed, total, p->d, p->room);
+        transpose(p->values + item * total * p->d, transposed_values, total, p->d, p->room);
         for (Size q = 0, rows; q < p->queried; q += rows) {
             Size first = q % p->length;
             rows = p->length - first < QUERIES ? p->length - first : QUERIES;
             Size seen = p->past + first + rows;
             const float *queries = p->queries + (start + q) * p->d;
-            const float *slope = p->slope + (start + q) * p->d;
-            weigh(p, queries, turned, hidden, first, rows, weights);
-            tile(slope, turned_values, slopes, rows, p->d, seen, p->room);
-            add_spread(weights, slope, by_values, rows, p->d, seen, p->room);
+            const float *grad = p->grad + (start + q) * p->d;
+            weigh(p, queries, transposed, mask_bias, first, rows, weights);
+            tile(grad, transposed_values, grads, rows, p->d, seen, p->room);
+            add_outer(weights, grad, grad_values, rows, p->d, seen, p->room);
             for (Size r = 0; r < rows; r++) {
-                float *restrict row = slopes + r * p->room;
+                float *restrict row = grads + r * p->room;
                 const float *restrict mine = weights + r * p->room;
-                float within = p->within[start + q + r];
+                float rowsum = p->rowsum[start + q + r];
                 for (Size t = 0; t < seen; t++) {
-                    row[t] = (row[t] - within) * mine[t] * p->scale;
+                    row[t] = (row[t] - rowsum) * mine[t] * p->scale;
                 }
             }
-            gathered(slopes, keys, p->out + (start + q) * p->d, rows, p->d, seen, p->room);
-            add_spread(slopes, queries, by_keys, rows, p->d, seen, p->room);
+            weighted_sum(grads, keys, p->out + (start + q) * p->d, rows, p->d, seen, p->room);
+            add_outer(grads, queries, grad_keys, rows, p->d, seen, p->room);
         }
     }
     free(scratch);
@@ -187,9 +187,9 @@ INLINE void score(const float *queries, const float *keys, float *restrict score
 {
     for (Size t = 0; t < n; t++) {
         for (Size r = 0; r < each; r++) {
-            lanes sum = {0};
+            vec sum = {0};
             for (Size i = 0; i < d; i += LANES) {
-                sum += *(const lanes *)(queries + r * d + i) * *(const lanes *)(keys + t * d + i);
+                sum += *(const vec *)(queries + r * d + i) * *(const vec *)(keys + t * d + i);
             }
             scores[r * room + t] = sum_of(sum) * scale;
         }
@@ -202,28 +202,28 @@ INLINE void add_weighted(const float *weights, const float *values, float *restr
 {
     Size i = 0;
     for (; i + 4 * LANES <= d; i += 4 * LANES) {
-        lanes sums[4];
+        vec sums[4];
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
-            sums[v] = *(lanes *)(out + i + v * LANES);
+            sums[v] = *(vec *)(out + i + v * LANES);
         }
         for (Size t = 0; t < n; t++) {
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++) {
-                sums[v] += weights[t] * *(const lanes *)(values + t * d + i + v * LANES);
+                sums[v] += weights[t] * *(const vec *)(values + t * d + i + v * LANES);
             }
         }
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
-            *(lanes *)(out + i + v * LANES) = sums[v];
+            *(vec *)(out + i + v * LANES) = sums[v];
         }
     }
     for (; i < d; i += LANES) {
-        lanes sum = *(lanes *)(out + i);
+        vec sum = *(vec *)(out + i);
         for (Size t = 0; t < n; t++) {
-            sum += weights[t] * *(const lanes *)(values + t * d + i);
+            sum += weights[t] * *(const vec *)(values + t * d + i);
         }
-        *(lanes *)(out + i) = sum;
+        *(vec *)(out + i) = sum;
     }
 }
 

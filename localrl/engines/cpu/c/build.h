@@ -24,7 +24,7 @@
 #define STEP TARGET static
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-typedef float lanes __attribute__((vector_size(BYTES), aligned(4)));
+typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
 
 /* Floats in a vector; rows of a tile with one and with two vectors of columns, limited by the number of
  * registers; queries that attention processes at once. */

@@ -30,18 +30,18 @@ STEP void product(const void *what, Size from, Size to)
 }
 
 /* Adds products of `rows` rows of a matrix and `n` columns, stored as rows. Both are constants. */
-INLINE void accumulate_along(lanes sums[][FEWEST], float rest[][FEWEST], const float *weight,
+INLINE void accumulate_along(vec sums[][FEWEST], float rest[][FEWEST], const float *weight,
                              const float *columns, int rows, int n, Size k)
 {
     Size whole = k - k % LANES;
     for (Size i = 0; i < whole; i += LANES) {
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            lanes w = *(const lanes *)(weight + r * k + i);
+            vec w = *(const vec *)(weight + r * k + i);
             __builtin_prefetch(weight + (r + rows) * k + i);
 #pragma GCC unroll 4
             for (int j = 0; j < n; j++) {
-                sums[r][j] += w * *(const lanes *)(columns + j * k + i);
+                sums[r][j] += w * *(const vec *)(columns + j * k + i);
             }
         }
     }
@@ -56,13 +56,13 @@ INLINE void accumulate_along(lanes sums[][FEWEST], float rest[][FEWEST], const f
 
 INLINE void tile_along(const Product *p, Size row, int rows, int n)
 {
-    lanes sums[4][FEWEST];
+    vec sums[4][FEWEST];
     float rest[4][FEWEST];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4
         for (int j = 0; j < n; j++) {
-            sums[r][j] = (lanes){0};
+            sums[r][j] = (vec){0};
             rest[r][j] = 0;
         }
     }
@@ -148,14 +148,14 @@ STEP void norm_back(const void *what, Size from, Size to)
         Size first = item % p->blocks * COLUMNS, at = item / p->blocks * p->d * p->n + first;
         Size width = p->n - first < COLUMNS ? p->n - first : COLUMNS;
         const float *restrict x = p->x + at;
-        float *restrict slope = p->out + at;
+        float *restrict grad = p->out + at;
         factors(p, x, width, factor);
         for (Size j = 0; j < width; j++) {
             along[j] = 0;
         }
         for (Size i = 0; i < p->d; i++) {
             for (Size j = 0; j < width; j++) {
-                along[j] += x[i * p->n + j] * slope[i * p->n + j] * p->weight[i];
+                along[j] += x[i * p->n + j] * grad[i * p->n + j] * p->weight[i];
             }
         }
         for (Size j = 0; j < width; j++) {
@@ -163,8 +163,8 @@ STEP void norm_back(const void *what, Size from, Size to)
         }
         for (Size i = 0; i < p->d; i++) {
             for (Size j = 0; j < width; j++) {
-                float mine = slope[i * p->n + j] * p->weight[i] * factor[j];
-                slope[i * p->n + j] = mine - x[i * p->n + j] * along[j];
+                float mine = grad[i * p->n + j] * p->weight[i] * factor[j];
+                grad[i * p->n + j] = mine - x[i * p->n + j] * along[j];
             }
         }
     }
@@ -184,10 +184,10 @@ STEP void swiglu_back(const void *what, Size from, Size to)
 {
     const Swiglu *p = what;
     const float *restrict gate = p->gate, *restrict x = p->x;
-    float *restrict slope = p->out, *restrict by_gate = p->by_gate;
+    float *restrict grad = p->out, *restrict grad_gate = p->grad_gate;
     for (Size i = from; i < to; i++) {
         float s = sigmoid(gate[i]), silu = s * gate[i];
-        by_gate[i] = (s * (1.0f - silu) + silu) * x[i] * slope[i];
-        slope[i] *= silu;
+        grad_gate[i] = (s * (1.0f - silu) + silu) * x[i] * grad[i];
+        grad[i] *= silu;
     }
 }

@@ -144,7 +144,7 @@ static void multiply_blocks(const Product *p)
     const Steps *mine = steps_for(p->n);
     bool along = p->n <= FEWEST;
     Py_ssize_t lanes = mine->bytes / 4, vectors = along ? 1 : p->columns_step / lanes;
-    together(along ? mine->product_along : mine->product, p, (p->m + BLOCK - 1) / BLOCK,
+    parallel_for(along ? mine->product_along : mine->product, p, (p->m + BLOCK - 1) / BLOCK,
              BLOCK * (p->k + p->ranks) * vectors / (along ? 2 : 1));
 }
 
@@ -366,7 +366,7 @@ static PyObject *normed(Work *work, PyObject *const *given, Py_ssize_t got)
     Py_ssize_t blocks = (n + COLUMNS - 1) / COLUMNS;
     const Norm p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, d, n, blocks, (float)eps};
     Py_BEGIN_ALLOW_THREADS
-    together(work, &p, total / (d * n) * blocks, d * (n < COLUMNS ? n : COLUMNS));
+    parallel_for(work, &p, total / (d * n) * blocks, d * (n < COLUMNS ? n : COLUMNS));
     Py_END_ALLOW_THREADS
     return done(&a, true);
 }
@@ -394,7 +394,7 @@ static PyObject *py_swiglu(PyObject *self, PyObject *const *given, Py_ssize_t go
     bool fits = numbers(&a, 1) == count && numbers(&a, 2) == count;
     const Swiglu p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, NULL};
     Py_BEGIN_ALLOW_THREADS
-    together(steps->swiglu, &p, fits ? count : 0, 1);
+    parallel_for(steps->swiglu, &p, fits ? count : 0, 1);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -410,7 +410,7 @@ static PyObject *py_swiglu_back(PyObject *self, PyObject *const *given, Py_ssize
     bool fits = numbers(&a, 1) == count && numbers(&a, 2) == count && numbers(&a, 3) == count;
     const Swiglu p = {a.views[0].buf, a.views[1].buf, a.views[2].buf, a.views[3].buf};
     Py_BEGIN_ALLOW_THREADS
-    together(steps->swiglu_back, &p, fits ? count : 0, 1);
+    parallel_for(steps->swiglu_back, &p, fits ? count : 0, 1);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }
@@ -418,34 +418,34 @@ static PyObject *py_swiglu_back(PyObject *self, PyObject *const *given, Py_ssize
 /* Fill in the shapes of queries, keys, values and the additive mask, the first four arrays. */
 static bool attended(const Arrays *a, PyObject *scale, atomic_bool *failed, Attention *p)
 {
-    const Py_buffer *queries = &a->views[0], *keys = &a->views[1], *hidden = &a->views[3];
+    const Py_buffer *queries = &a->views[0], *keys = &a->views[1], *mask_bias = &a->views[3];
     double factor = PyFloat_AsDouble(scale);
-    if (PyErr_Occurred() || queries->ndim != 5 || keys->ndim != 4 || hidden->ndim != 2) {
+    if (PyErr_Occurred() || queries->ndim != 5 || keys->ndim != 4 || mask_bias->ndim != 2) {
         return false;
     }
     Py_ssize_t rows = queries->shape[0], total = keys->shape[2];
     *p = (Attention){.queries = queries->buf, .keys = keys->buf, .values = a->views[2].buf,
-                     .hidden = hidden->buf, .heads = queries->shape[1],
+                     .mask_bias = mask_bias->buf, .heads = queries->shape[1],
                      .queried = queries->shape[2] * queries->shape[3],
-                     .length = queries->shape[3], .past = hidden->shape[1],
+                     .length = queries->shape[3], .past = mask_bias->shape[1],
                      .d = queries->shape[4], .scale = (float)factor, .failed = failed};
     Py_ssize_t lanes = steps->bytes / 4;
     p->room = (total + lanes - 1) / lanes * lanes;
     return keys->shape[0] == rows && keys->shape[1] == p->heads && keys->shape[3] == p->d
-           && numbers(a, 2) == numbers(a, 1) && hidden->shape[0] == rows
+           && numbers(a, 2) == numbers(a, 1) && mask_bias->shape[0] == rows
            && p->past + p->length == total && p->d % lanes == 0 && numbers(a, 0) > 0;
 }
 
 static PyObject *attending(Work *work, const Attention *p, Arrays *a)
 {
     Py_BEGIN_ALLOW_THREADS
-    together(work, p, numbers(a, 1) / (p->d * (p->past + p->length)),
+    parallel_for(work, p, numbers(a, 1) / (p->d * (p->past + p->length)),
              p->queried * p->d * (p->past + p->length / 2));
     Py_END_ALLOW_THREADS
     return atomic_load(p->failed) ? no_memory(a) : done(a, true);
 }
 
-/* attend(queries, keys, values, hidden, out, scale) */
+/* attend(queries, keys, values, mask_bias, out, scale) */
 static PyObject *py_attend(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
     Arrays a;
@@ -461,7 +461,7 @@ static PyObject *py_attend(PyObject *self, PyObject *const *given, Py_ssize_t go
     return attending(steps->attend, &p, &a);
 }
 
-/* attend_back(queries, keys, values, hidden, within, grad, grad_queries, grad_keys, grad_values, scale)
+/* attend_back(queries, keys, values, mask_bias, rowsum, grad, grad_queries, grad_keys, grad_values, scale)
  */
 static PyObject *py_attend_back(PyObject *self, PyObject *const *given, Py_ssize_t got)
 {
@@ -476,13 +476,13 @@ static PyObject *py_attend_back(PyObject *self, PyObject *const *given, Py_ssize
         || numbers(&a, 7) != numbers(&a, 1) || numbers(&a, 8) != numbers(&a, 1)) {
         return done(&a, false);
     }
-    p.within = a.views[4].buf;
-    p.slope = a.views[5].buf;
+    p.rowsum = a.views[4].buf;
+    p.grad = a.views[5].buf;
     p.out = a.views[6].buf;
-    p.by_keys = a.views[7].buf;
-    p.by_values = a.views[8].buf;
-    memset(p.by_keys, 0, (size_t)a.views[7].len);
-    memset(p.by_values, 0, (size_t)a.views[8].len);
+    p.grad_keys = a.views[7].buf;
+    p.grad_values = a.views[8].buf;
+    memset(p.grad_keys, 0, (size_t)a.views[7].len);
+    memset(p.grad_values, 0, (size_t)a.views[8].len);
     return attending(steps->attend_back, &p, &a);
 }
 
@@ -529,7 +529,7 @@ static PyObject *py_attend_token(PyObject *self, PyObject *const *given, Py_ssiz
     }
     p.longest = whole_vectors(p.longest, steps);
     Py_BEGIN_ALLOW_THREADS
-    together(steps->attend_token, &p, rows * heads, 2 * p.each * (d / lanes) * (seen / rows));
+    parallel_for(steps->attend_token, &p, rows * heads, 2 * p.each * (d / lanes) * (seen / rows));
     Py_END_ALLOW_THREADS
     return atomic_load(&failed) ? no_memory(&a) : done(&a, true);
 }
@@ -554,7 +554,7 @@ static PyObject *py_draw(PyObject *self, PyObject *const *given, Py_ssize_t got)
     const Draw p = {a.views[0].buf, greedy ? NULL : a.views[4].buf, a.views[1].buf,
                     a.views[2].buf, a.views[3].buf, vocabulary, (float)temperature};
     Py_BEGIN_ALLOW_THREADS
-    together(steps->draw, &p, fits ? rows : 0, vocabulary);
+    parallel_for(steps->draw, &p, fits ? rows : 0, vocabulary);
     Py_END_ALLOW_THREADS
     return done(&a, fits);
 }

@@ -70,7 +70,7 @@ static void team_gemm(int order, int trans_a, int trans_b, int64_t m, int64_t n,
     int64_t rows = parts_in(steps / (p.columns * k) + 1, 48) * 48;
     p.rows = m > rows * 3 / 2 ? rows : m;
     p.across = parts_in(n, p.columns);
-    together(multiply_part, &p, parts_in(m, p.rows) * p.across, PART);
+    parallel_for(multiply_part, &p, parts_in(m, p.rows) * p.across, PART);
 }
 
 typedef struct {
@@ -107,5 +107,5 @@ static void team_gemv(int order, int trans, int64_t m, int64_t n, float alpha, c
     int64_t all = trans == NO_TRANS ? m : n, other = trans == NO_TRANS ? n : m;
     Line p = {trans, m, n, alpha, beta, a, x, y, lda, step_x, step_y, 0};
     p.each = parts_in(PART_LINE / other + 1, 16) * 16;
-    together(line_part, &p, parts_in(all, p.each), PART);
+    parallel_for(line_part, &p, parts_in(all, p.each), PART);
 }

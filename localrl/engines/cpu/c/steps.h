@@ -45,17 +45,17 @@ typedef struct {
 
 typedef struct {
     const float *gate, *x;
-    float *out, *by_gate; /* out: in the backward pass grad w.r.t. output, then w.r.t. x */
+    float *out, *grad_gate; /* out: in the backward pass grad w.r.t. output, then w.r.t. x */
 } Swiglu;
 
 /* Attention over many positions. */
 typedef struct {
     const float *queries;       /* (R, h, r, L, d) */
     const float *keys, *values; /* (R, h, P + L, d) */
-    const float *hidden;        /* (R, P): additive mask of ancestors */
-    const float *within, *slope; /* backward pass: (R, h, r, L), and grad w.r.t. the output */
+    const float *mask_bias;        /* (R, P): additive mask of ancestors */
+    const float *rowsum, *grad; /* backward pass: (R, h, r, L), and grad w.r.t. the output */
     float *out;                 /* output, or grad w.r.t. the queries */
-    float *by_keys, *by_values; /* gradients, set to 0 before */
+    float *grad_keys, *grad_values; /* gradients, set to 0 before */
     Size heads, queried, length, past, d, room;
     float scale;
     atomic_bool *failed;

@@ -136,7 +136,7 @@ static void await_parts(long parts)
 
 /* Do all items of the work, each about `size` arithmetic operations; without helpers if that is little,
  * or if another thread is using the team. */
-static void together(Work *work, const void *what, Size items, Size size)
+static void parallel_for(Work *work, const void *what, Size items, Size size)
 {
     Size each = size < PART ? PART / (size > 0 ? size : 1) : 1;
     /* Adjacent items are prefetched, so use no more parts than good load balancing needs. */
