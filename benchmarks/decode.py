@@ -44,7 +44,7 @@ def bare(opened: Opened, rows: int) -> np.ndarray:
     cache, tokens = state.cache, mx.random.categorical(state.next)
     mx.eval(tokens)
     marks = [time.perf_counter()]
-    for _ in range(opened.wanted.tokens - 1):
+    for _ in range(opened.request.tokens - 1):
         logits = policy.model(tokens[:, None], cache=cache)[:, -1]
         tokens = mx.random.categorical(logits)
         mx.eval(tokens)
@@ -55,11 +55,11 @@ def bare(opened: Opened, rows: int) -> np.ndarray:
 def compare(opened: Opened) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]]:
     """Rates of both at each number of rows, taking turns; and localrl's seconds of each token."""
     found, steps = [], {}
-    for rows in opened.wanted.rows:
+    for rows in opened.request.rows:
         decode_once(opened, rows)
         bare(opened, rows)
         ours, theirs = [], []
-        for _ in range(opened.wanted.repeats):
+        for _ in range(opened.request.repeats):
             ours.append(decode_once(opened, rows)[1:])
             theirs.append(bare(opened, rows))
         steps[rows] = np.median(ours, axis=0)
@@ -77,7 +77,7 @@ def compare(opened: Opened) -> tuple[list[dict[str, Any]], dict[int, np.ndarray]
 
 def alone(opened: Opened) -> dict[int, np.ndarray]:
     """localrl's seconds of each token, once for each number of rows."""
-    return {rows: decode_once(opened, rows)[1:] for rows in opened.wanted.rows}
+    return {rows: decode_once(opened, rows)[1:] for rows in opened.request.rows}
 
 
 def draw(steps: dict[int, np.ndarray], fitted: Fit, prompt: int) -> None:
@@ -113,8 +113,8 @@ def main(rows: str, tokens: int, prompt_tokens: int, repeats: int, plot: bool) -
     counts = tuple(map(int, rows.split(",")))
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(HERE / "peers" / "make_model.py"), folder], check=True)
-        wanted = BenchRequest(counts, prompt_tokens, tokens, repeats)
-        opened = open_bench(f"{folder}/model", 0, wanted)
+        request = BenchRequest(counts, prompt_tokens, tokens, repeats)
+        opened = open_bench(f"{folder}/model", 0, request)
         found, steps = ([], alone(opened)) if plot else compare(opened)
     fitted = fit(steps, prompt_tokens)
     if plot and fitted:

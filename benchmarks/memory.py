@@ -87,7 +87,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     from localrl.memory.sizes import quantised, read_sizes
     from localrl.policy.model import LoadedModel
     from localrl.training.calibrate import measure as calibrate
-    from localrl.training.memory_plan import _job
+    from localrl.training.memory_plan import _workload
 
     shape, bits = SHAPES[name]
     mx.random.seed(0)
@@ -122,7 +122,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         )
         plan = initial_plan(config, vocabulary=sizes.vocabulary, on_cpu=True, threads=None)
         plan = replace(plan, grad_checkpoint=run.get("checkpoint", False))
-        workload = _job(config, sizes, run["group"], True, True, False)
+        workload = _workload(config, sizes, run["group"], True, True, False)
         assert workload is not None
         request = PlanRequest(
             plan, sizes, {run["group"]: workload}, Limit(None, "", from_machine=False)

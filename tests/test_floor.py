@@ -31,7 +31,7 @@ from localrl.rollouts.groups import Shape, sample_groups
 
 P, G, S = 9, 4, 12
 HEADS = 3
-"""Calls of the head for a gradient: for the log-probabilities, for their slope, and to go back
+"""Calls of the head for a gradient: for the log-probabilities, for their gradient, and to go back
 through it, whose logits nobody asks for, so that they are not computed."""
 
 
@@ -173,7 +173,7 @@ def test_completions_that_teach_nothing_cost_nothing(endless, monkeypatch):
 
 
 SCORED = 1
-"""Calls of NumPy's head for a gradient: the slope needs no logits of its own."""
+"""Calls of NumPy's head for a gradient: the gradient needs no logits of its own."""
 
 
 class Columns:

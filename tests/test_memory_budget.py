@@ -179,12 +179,12 @@ def test_a_plan_counts_the_prompts_that_there_are(place, tmp_path, unlimited):
 
 def wanted_for(place, prompt_tokens):
     """The prediction for prompts of so many tokens."""
-    asked = plan_request(
+    request = plan_request(
         config(place, "", **{"rollout.max_prompt_tokens": prompt_tokens}),
         sizes_of(place / "model", 0),
         Machine("Linux", "cpu", total_bytes=10**12, available_bytes=10**12),
     )
-    return fit(asked).predicted_bytes
+    return fit(request).predicted_bytes
 
 
 def prompt_lengths_of(folder, model):
@@ -222,9 +222,11 @@ def test_a_longer_prompt_than_was_planned_for_changes_the_plan_before_its_step(
 @pytest.mark.parametrize("share", [1.3, 1.0, 0.5, 0.1])
 def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, unlimited, share):
     limit = int(share * unlimited.peak_bytes) // 10**4 * 10**4
-    loaded, load_model = [], parts().load_model
+    loaded, load_model = [], components().load_model
     monkeypatch.setattr(
-        parts(), "load_model", lambda *args, **more: loaded.append(1) or load_model(*args, **more)
+        components(),
+        "load_model",
+        lambda *args, **more: loaded.append(1) or load_model(*args, **more),
     )
     fits, told = True, ""
     count = {"run.steps": 2 if share >= 1 else 1}
@@ -246,10 +248,10 @@ def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, 
     assert result.plan.max_completion_tokens == 24 or share < 1.3
 
 
-def parts():
-    from localrl.training import components as parts
+def components():
+    from localrl.training import components
 
-    return parts
+    return components
 
 
 def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):
@@ -289,16 +291,16 @@ def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):
 )
 def test_a_smaller_group_or_length_is_said_aloud(place, tmp_path, name, settings):
     heard = Recorder()
-    asked = plan_request(
+    request = plan_request(
         config(place, "", **settings),
         sizes_of(place / "model", 0),
         Machine("Linux", "cpu", total_bytes=10**12, available_bytes=10**12),
     )
-    wish = getattr(asked.plan, name)
+    wish = getattr(request.plan, name)
     limit = next(
         size
         for size in (int(6e7 * 0.97**n) for n in range(100))
-        if getattr(under(asked, size), name) < wish
+        if getattr(under(request, size), name) < wish
     )
     result = run(
         place, tmp_path / "run", progress=heard, **settings,
@@ -317,8 +319,8 @@ def test_a_smaller_group_or_length_is_said_aloud(place, tmp_path, name, settings
         assert 1 < max(len(group["leaves"]) for group in groups) <= now
 
 
-def under(asked, size):
-    return fit(replace(asked, limit=Limit(size, "a test", from_machine=False)))
+def under(request, size):
+    return fit(replace(request, limit=Limit(size, "a test", from_machine=False)))
 
 
 EVERYTHING = {

@@ -176,13 +176,13 @@ def test_the_smallest_machine_decides(tiny_folder):
     mine = plan()
     other = replace(mine, group_size=2, max_completion_tokens=7, decode_rows=1)
     used = []
-    parts = SimpleNamespace(
+    components = SimpleNamespace(
         config=RunConfig.create({"model.path": str(tiny_folder)}),
         plan=mine,
         use=used.append,
         sampler=SimpleNamespace(start_rule=lambda: used.append("rule")),
     )
-    plans = _agree_on_plan(parts, Beside(other))
+    plans = _agree_on_plan(components, Beside(other))
     assert used == [replace(mine, group_size=2, max_completion_tokens=7), "rule"]
     assert plans == [vars(mine), vars(other)]
     assert from_bytes(to_bytes(plans, {}), {}) == plans

@@ -53,12 +53,12 @@ def chat(
       echo "What is 2+2?" | localrl chat --model DIR --temperature 0
     """
     from localrl.backend import mx
-    from localrl.training.components import ask_for, load, open_policy, resolve
+    from localrl.training.components import load, local_plan_request, open_policy, resolve
     from localrl.training.memory_plan import make_plan
 
     config = configure(run, settings, options)
     resolved = resolve(config)
-    plan = make_plan(config, ask_for(resolved, trains=False))
+    plan = make_plan(config, local_plan_request(resolved, trains=False))
     policy = open_policy(resolved, load(resolved), plan)
     if seed is not None:
         mx.random.seed(seed)

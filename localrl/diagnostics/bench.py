@@ -33,7 +33,7 @@ from localrl.rollouts.batch import TreeRequest
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.runs.folder import package_versions
-from localrl.training.components import ask_for, load, open_policy, resolve
+from localrl.training.components import load, local_plan_request, open_policy, resolve
 from localrl.training.memory_plan import make_plan
 
 PACKAGES = ("localrl", "mlx", "mlx-lm", "numpy")
@@ -64,7 +64,7 @@ class Opened:
     """The same policy without an end token."""
     plan: MemoryPlan
     updater: Updater
-    wanted: BenchRequest
+    request: BenchRequest
     """The measurements that the plan allows."""
     left_out: tuple[str, ...]
     """Descriptions of those that it does not allow."""
@@ -102,25 +102,25 @@ class UpdateRate:
     peak_bytes: int
 
 
-def open_bench(model: str | None, quantize: int, wanted: BenchRequest) -> Opened:
+def open_bench(model: str | None, quantize: int, request: BenchRequest) -> Opened:
     """Load the model within a plan for this machine's memory.
 
     Raises: ConfigError if it cannot be read or a number is too small; MemoryBudgetError if memory
     is too small.
     """
-    if min(wanted.rows) < 1 or min(wanted.prompt_tokens, wanted.tokens) < LEAST_TOKENS:
+    if min(request.rows) < 1 or min(request.prompt_tokens, request.tokens) < LEAST_TOKENS:
         raise ConfigError(
             f"Rows must be at least 1, and prompt and completion at least {LEAST_TOKENS} tokens "
-            f"long, not {wanted}."
+            f"long, not {request}."
         )
-    config = _config(model, quantize, wanted)
+    config = _config(model, quantize, request)
     resolved = resolve(config)
-    plan = make_plan(config, ask_for(resolved, trains=True))
+    plan = make_plan(config, local_plan_request(resolved, trains=True))
     policy = choose_engine(open_policy(resolved, load(resolved), plan))
     endless = replace(policy, tokenizer=replace(policy.tokenizer, end_ids=frozenset()))
     draws = np.random.default_rng(0)
     shape = read_shape(resolved.model_folder)
-    wanted, left_out = _allowed(wanted, plan)
+    request, left_out = _allowed(request, plan)
     return Opened(
         config,
         policy,
@@ -128,9 +128,9 @@ def open_bench(model: str | None, quantize: int, wanted: BenchRequest) -> Opened
         plan,
         # The learning rate is so low that repeats use the same model.
         Updater(policy, LearningConfig(lr=1e-9), temperature=1.0),
-        wanted,
+        request,
         left_out,
-        tuple(int(token) for token in draws.integers(0, shape.vocabulary, wanted.prompt_tokens)),
+        tuple(int(token) for token in draws.integers(0, shape.vocabulary, request.prompt_tokens)),
         shape.width,
     )
 
@@ -141,13 +141,13 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
     rates, steps = [], {}
     least = needed(opened.policy)
     speeds = measure_rates() if least else None
-    for rows in opened.wanted.rows:
+    for rows in opened.request.rows:
         rate, steps[rows] = measure_decode(opened, rows)
         if least and speeds:
             rate = replace(rate, floor_ms=1e3 * least.floor_s(speeds, rows))
         rates.append(rate)
         told(rate)
-    fitted = fit(steps, opened.wanted.prompt_tokens)
+    fitted = fit(steps, opened.request.prompt_tokens)
     machine = backend.describe()
     return {
         "format": 1,
@@ -161,7 +161,7 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
             "parameters": parameters(opened.policy),
             "dequantised": opened.plan.dequantise,
         },
-        "wanted": asdict(opened.wanted),
+        "wanted": asdict(opened.request),
         "left_out": opened.left_out,
         "decode": [asdict(rate) for rate in rates],
         "fit": asdict(fitted) if fitted else None,
@@ -174,7 +174,7 @@ def measure_decode(opened: Opened, rows: int) -> tuple[DecodeRate, np.ndarray]:
     repeats."""
     decode_once(opened, rows)
     mx.reset_peak_memory()
-    runs = np.array([decode_once(opened, rows) for _ in range(opened.wanted.repeats)])
+    runs = np.array([decode_once(opened, rows) for _ in range(opened.request.repeats)])
     seconds = np.median(runs, axis=0)
     step_s = median(runs[:, 1:].mean(axis=1))
     rate = DecodeRate(
@@ -189,10 +189,10 @@ def decode_once(opened: Opened, rows: int, policy: Policy | None = None) -> np.n
     decoder = Decoder(
         policy or opened.endless, 1.0, rows, beat=lambda: marks.append(time.perf_counter())
     )
-    request = TreeRequest(0, ("bench",), rows, rows, opened.wanted.tokens)
+    request = TreeRequest(0, ("bench",), rows, rows, opened.request.tokens)
     decoder.decode([opened.prompt], [request])
     spans = np.diff([*marks, time.perf_counter()])
-    later = opened.wanted.tokens - 1
+    later = opened.request.tokens - 1
     return np.array([spans[:-later].sum(), *spans[-later:]])
 
 
@@ -203,7 +203,7 @@ def measure_update(opened: Opened) -> UpdateRate:
     mx.reset_peak_memory()
     update_s = median(
         seconds(lambda: opened.updater.update(batch, opened.plan))
-        for _ in range(opened.wanted.repeats)
+        for _ in range(opened.request.repeats)
     )
     positions = sum(_positions(micro) for micro in micro_batches(opened, batch))
     return UpdateRate(
@@ -225,7 +225,7 @@ def sample(opened: Opened, policy: Policy) -> list[Group]:
         [opened.prompt],
         Shape(size, size),
         rule=None,
-        max_completion_tokens=opened.wanted.tokens,
+        max_completion_tokens=opened.request.tokens,
         seed=0,
         step=1,
         version=0,
@@ -235,7 +235,7 @@ def sample(opened: Opened, policy: Policy) -> list[Group]:
 def make_batch(opened: Opened, groups: Sequence[Group]) -> Selection:
     """Make the batch of these groups with the rewards 0 and 1 in turn: every token is trained."""
     scored, credits = score_in_turn(groups)
-    return select(scored, credits, float(opened.wanted.tokens), opened.updater.objective)
+    return select(scored, credits, float(opened.request.tokens), opened.updater.objective)
 
 
 def score_in_turn(groups: Sequence[Group]) -> tuple[list[ScoredGroup], list[Credit]]:
@@ -278,26 +278,26 @@ def _positions(micro: MicroBatch) -> int:
     return micro.tokens.positions if isinstance(micro.tokens, Layout) else micro.tokens.size
 
 
-def _config(model: str | None, quantize: int, wanted: BenchRequest) -> RunConfig:
+def _config(model: str | None, quantize: int, request: BenchRequest) -> RunConfig:
     return RunConfig.create(
         {
             "model.path": model,
             "model.quantize": quantize,
             "rollout.prompts_per_step": 1,
-            "rollout.group_size": max(wanted.rows),
-            "rollout.max_prompt_tokens": wanted.prompt_tokens,
-            "rollout.max_completion_tokens": wanted.tokens,
+            "rollout.group_size": max(request.rows),
+            "rollout.max_prompt_tokens": request.prompt_tokens,
+            "rollout.max_completion_tokens": request.tokens,
         }
     )
 
 
-def _allowed(wanted: BenchRequest, plan: MemoryPlan) -> tuple[BenchRequest, tuple[str, ...]]:
+def _allowed(request: BenchRequest, plan: MemoryPlan) -> tuple[BenchRequest, tuple[str, ...]]:
     """Return the measurements that fit in memory, and descriptions of those that do not."""
-    rows = tuple(n for n in wanted.rows if n <= plan.decode_rows)
-    tokens = min(wanted.tokens, plan.max_completion_tokens)
-    most = max(wanted.rows)
-    left_out = [f"{n} rows" for n in wanted.rows if n not in rows]
-    left_out += [f"tokens {wanted.tokens} -> {tokens}"] * (tokens < wanted.tokens)
+    rows = tuple(n for n in request.rows if n <= plan.decode_rows)
+    tokens = min(request.tokens, plan.max_completion_tokens)
+    most = max(request.rows)
+    left_out = [f"{n} rows" for n in request.rows if n not in rows]
+    left_out += [f"tokens {request.tokens} -> {tokens}"] * (tokens < request.tokens)
     left_out += [f"group {most} -> {plan.group_size}"] * (plan.group_size < most)
     # At least one row: the plan never has fewer.
-    return replace(wanted, rows=rows or (plan.decode_rows,), tokens=tokens), tuple(left_out)
+    return replace(request, rows=rows or (plan.decode_rows,), tokens=tokens), tuple(left_out)

@@ -42,9 +42,9 @@ def fit(steps: Mapping[int, np.ndarray], prompt_tokens: int) -> Fit | None:
         for span in np.array_split(np.arange(len(seconds)), SPANS if with_length else 1):
             equations.append([1.0, rows, *([rows * places[span].mean()] if with_length else [])])
             times.append(1e3 * seconds[span].mean())
-    terms, wanted = np.array(equations), np.array(times)
-    found = _no_less_than_nothing(terms / wanted[:, None])
-    wrong = terms @ found / wanted - 1
+    terms, measured = np.array(equations), np.array(times)
+    found = _no_less_than_nothing(terms / measured[:, None])
+    wrong = terms @ found / measured - 1
     a, b = map(float, found[:2])
     return Fit(a, b, float(found[2]) if with_length else None, float(np.sqrt((wrong**2).mean())))
 

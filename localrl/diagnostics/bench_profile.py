@@ -75,7 +75,7 @@ def profile(opened: Opened) -> Profile:
 
 @contextmanager
 def _scorer(opened: Opened) -> Iterator[Scorer]:
-    reward = f"length(best=1, worst={opened.wanted.tokens + 1})"
+    reward = f"length(best=1, worst={opened.request.tokens + 1})"
     with Worker(time_limit_s=WORKER_S, memory_limit_bytes=WORKER_BYTES) as worker:
         yield Scorer(parse_rewards([reward], None), worker)
 
@@ -88,11 +88,11 @@ def _step(opened: Opened, scorer: Scorer, log: JsonLines) -> None:
 
 
 def _rollout(opened: Opened, scorer: Scorer) -> list[Stage]:
-    group, tokens = opened.plan.group_size, opened.wanted.tokens
+    group, tokens = opened.plan.group_size, opened.request.tokens
     decoder = Decoder(opened.endless, 1.0, group)
     prefill_s = _median(opened, lambda: seconds(lambda: decoder.prefill([opened.prompt])))
     build_s, compute_s, whole_s = np.median(
-        [_decode(opened) for _ in range(opened.wanted.repeats)], axis=0
+        [_decode(opened) for _ in range(opened.request.repeats)], axis=0
     )
     draw_s = tokens * _draw_s(opened)
     groups = sample(opened, opened.endless)
@@ -245,4 +245,4 @@ def _write(opened: Opened, groups: list[Group], log: JsonLines) -> None:
 
 
 def _median(opened: Opened, work: Callable[[], float]) -> float:
-    return median(work() for _ in range(opened.wanted.repeats))
+    return median(work() for _ in range(opened.request.repeats))

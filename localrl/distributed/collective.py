@@ -69,9 +69,9 @@ ALONE = Ranks()
 class Connected(Ranks):
     """A rank connected to others."""
 
-    def __init__(self, place: LaunchInfo, line: LivenessChannel, heartbeat: Heartbeat) -> None:
+    def __init__(self, place: LaunchInfo, channel: LivenessChannel, heartbeat: Heartbeat) -> None:
         super().__init__(place.rank, place.size)
-        self._line, self._pulse = line, heartbeat
+        self._channel, self._heartbeat = channel, heartbeat
         self._group: Any = mx.distributed.init(strict=True, backend=place.backend)
         if (self._group.rank(), self._group.size()) != (place.rank, place.size):
             raise LocalRLError(
@@ -126,10 +126,10 @@ class Connected(Ranks):
             # The stream may keep an error and raise it in the next operation, which is saving.
             with suppress(RuntimeError):
                 leftover()
-        self._pulse.stop(
-            self._line.reason(LOST_S) or f"a lost connection between the ranks: {what}"
+        self._heartbeat.stop(
+            self._channel.reason(LOST_S) or f"a lost connection between the ranks: {what}"
         )
-        self._pulse.beat()
+        self._heartbeat.beat()
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -137,17 +137,17 @@ class Connected(Ranks):
 
         Raises: Stopped if a rank is gone. No collective may follow: it would hang.
         """
-        self._pulse.beat()
+        self._heartbeat.beat()
         started = time.perf_counter()
-        self._line.waits(True)
+        self._channel.waits(True)
         try:
             yield
         except RuntimeError as error:
             self._lost(str(error))
         finally:
-            self._line.waits(False)
+            self._channel.waits(False)
             self.waited_s += time.perf_counter() - started
-        self._pulse.beat()
+        self._heartbeat.beat()
 
 
 @contextmanager
@@ -159,19 +159,19 @@ def join(
 
     Raises: LocalRLError if they do not come.
     """
-    line = meet(place, limits)
-    heartbeat, problem = Heartbeat(line.moved), None
+    channel = meet(place, limits)
+    heartbeat, problem = Heartbeat(channel.moved), None
     try:
-        line.watch(heartbeat.stop, lambda: heartbeat.noticed)
-        ranks = Connected(place, line, heartbeat)
-        ranks.names = [name.decode() for name in ranks.gather(line.name.encode())]
+        channel.watch(heartbeat.stop, lambda: heartbeat.noticed)
+        ranks = Connected(place, channel, heartbeat)
+        ranks.names = [name.decode() for name in ranks.gather(channel.name.encode())]
         yield ranks, heartbeat
     except BaseException as error:
         lines = str(error).splitlines() or [type(error).__name__]
         problem = heartbeat.reason if heartbeat.noticed else lines[0]
         raise
     finally:
-        line.close(problem)
+        channel.close(problem)
 
 
 def _check(data: bytes) -> bytes:

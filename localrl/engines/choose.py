@@ -54,7 +54,7 @@ def choose_engine(
     on_cpu = mx.default_device().type == mx.cpu
     chosen: MLXEngine | CPUEngine = mlx
     if engine == "cpu" or (engine == "auto" and on_cpu):
-        chosen = _in_arrays(policy.model, expected, engine, warn) or mlx
+        chosen = _try_cpu(policy.model, expected, engine, warn) or mlx
     return replace(policy, engine=chosen)
 
 
@@ -96,7 +96,7 @@ def _shares_prompts(engine: MLXEngine, expected: Logits) -> bool:
     return bool(shared) and close and all(layer.attended for layer in shared)
 
 
-def _in_arrays(
+def _try_cpu(
     model: Any, expected: Logits, engine: str, warn: Callable[[str], None]
 ) -> CPUEngine | None:
     """Return the CPU engine if it gives the same logits, with copied and with shared prompts.

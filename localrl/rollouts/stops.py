@@ -76,26 +76,28 @@ class Stops:
     def begin(self, before: Sequence[Sequence[int]]) -> RecentTokens:
         """Initial state of rows whose completions begin with these tokens, which may be empty."""
         shape = (len(before), LONGEST_PERIOD)
-        tails = RecentTokens(np.full(shape, NO_TOKEN, np.int32), np.zeros(shape, np.int32))
+        recent_tokens = RecentTokens(np.full(shape, NO_TOKEN, np.int32), np.zeros(shape, np.int32))
         longest = max(len(tokens) for tokens in before)
         for t in range(longest):
             # Rows are aligned at the end, so shorter ones start later.
             starts = [t - longest + len(tokens) for tokens in before]
             pairs = zip(before, starts, strict=True)
-            tails.push(np.array([tokens[i] if i >= 0 else NO_TOKEN for tokens, i in pairs]))
-        return tails
+            recent_tokens.push(np.array([tokens[i] if i >= 0 else NO_TOKEN for tokens, i in pairs]))
+        return recent_tokens
 
     def ended(
-        self, tails: RecentTokens, tokens: np.ndarray, alive: np.ndarray
+        self, recent_tokens: RecentTokens, tokens: np.ndarray, alive: np.ndarray
     ) -> dict[Early, np.ndarray]:
         """Append the tokens just drawn; return (B,) bool per reason, in order of precedence."""
-        tails.push(tokens)
-        nowhere = np.zeros(len(tokens), bool)
-        closed = nowhere if self.text is None else self._closed(self.text, tails, tokens, alive)
-        return {"closed": closed, "loop": tails.loops() if self.loops else nowhere}
+        recent_tokens.push(tokens)
+        no_rows = np.zeros(len(tokens), bool)
+        closed = (
+            no_rows if self.text is None else self._closed(self.text, recent_tokens, tokens, alive)
+        )
+        return {"closed": closed, "loop": recent_tokens.loops() if self.loops else no_rows}
 
     def _closed(
-        self, text: str, tails: RecentTokens, tokens: np.ndarray, alive: np.ndarray
+        self, text: str, recent_tokens: RecentTokens, tokens: np.ndarray, alive: np.ndarray
     ) -> np.ndarray:
         """Live rows whose latest token completed the stop text, (B,) bool."""
         candidates = self.completing[np.minimum(tokens, len(self.completing) - 1)] & alive
@@ -103,7 +105,7 @@ class Stops:
         count = len(text.encode()) + SPARE
         closed = np.zeros(len(tokens), bool)
         for row in np.flatnonzero(candidates):
-            closed[row] = text in self.tokenizer.decode(tails.last(int(row), count))
+            closed[row] = text in self.tokenizer.decode(recent_tokens.last(int(row), count))
         return closed
 
 

@@ -71,13 +71,13 @@ def run_turns(
     nodes = [list(group.nodes) for group in groups]
     going, done = _first_turns(groups), []
     for number in range(1, turns.most + 1):
-        heard = turns.answer([_spoken(groups[talk.group], talk) for talk in going])
-        settled = [
-            _apply_reply(talk, said, last=number == turns.most, most=max_completion_tokens)
-            for talk, said in zip(going, heard, strict=True)
+        replies = turns.answer([_model_turn(groups[talk.group], talk) for talk in going])
+        answered = [
+            _apply_reply(talk, reply, last=number == turns.most, most=max_completion_tokens)
+            for talk, reply in zip(going, replies, strict=True)
         ]
-        done += [talk for talk, more in settled if not more]
-        waiting = [(talk, more) for talk, more in settled if more]
+        done += [talk for talk, more in answered if not more]
+        waiting = [(talk, more) for talk, more in answered if more]
         if not waiting:
             break
         shares = _shares(done, waiting, leaves)
@@ -116,26 +116,26 @@ def _first_turns(groups: Sequence[Group]) -> list[_Conversation]:
     return talks
 
 
-def _spoken(group: Group, talk: _Conversation) -> ModelTurn:
+def _model_turn(group: Group, talk: _Conversation) -> ModelTurn:
     leaf = talk.leaf
     return ModelTurn(group.example, leaf.conversation, talk.turn, leaf.text, leaf.finish_reason)
 
 
 def _apply_reply(
-    talk: _Conversation, heard: EnvironmentReply, *, last: bool, most: int
+    talk: _Conversation, reply: EnvironmentReply, *, last: bool, most: int
 ) -> tuple[_Conversation, tuple[int, ...]]:
     """The completion with its reply, and the tokens its next turn continues from, if any."""
     reason: FinishReason = talk.leaf.finish_reason
-    more = heard.token_ids
-    if heard.failed:
+    more = reply.token_ids
+    if reply.failed:
         reason, more = "error", ()
     elif more and last:
         reason, more = "turns", ()
     elif more and len(talk.ids) + len(more) >= most:
         reason, more = "length", ()
-    messages = (*talk.leaf.messages, *heard.messages)
+    messages = (*talk.leaf.messages, *reply.messages)
     leaf = replace(
-        talk.leaf, finish_reason=reason, messages=messages, conversation=heard.conversation
+        talk.leaf, finish_reason=reason, messages=messages, conversation=reply.conversation
     )
     return replace(talk, leaf=leaf), more
 

@@ -15,7 +15,7 @@ from localrl.memory.estimate import Coefficients, paths_at_once
 from localrl.memory.plan import PlanRequest, fit, refit
 from localrl.records import Batch, BatchNode, MemoryPlan
 
-PARTS = (4, 2)
+DIVISORS = (4, 2)
 """Divisors of the longest prompt and completion that give the lengths of the two probes."""
 LEAST_LENGTH, MOST_LENGTH = 8, 1024
 
@@ -52,16 +52,16 @@ def calibrate_plan(
 
 def measure(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
     """Return coefficients solved from gradients of the planned number of rows, at two lengths."""
-    return solve([_probe(updater, request, _shorter(plan, part)) for part in PARTS])
+    return solve([_probe(updater, request, _shorter(plan, divisor)) for divisor in DIVISORS])
 
 
-def _shorter(plan: MemoryPlan, part: int) -> MemoryPlan:
-    """Return the plan with lengths and head chunk divided by `part`: the number of chunks stays."""
+def _shorter(plan: MemoryPlan, divisor: int) -> MemoryPlan:
+    """Return the plan with its lengths and head chunk divided; the number of chunks stays."""
     lengths = {
-        name: min(MOST_LENGTH, max(LEAST_LENGTH, getattr(plan, name) // part))
+        name: min(MOST_LENGTH, max(LEAST_LENGTH, getattr(plan, name) // divisor))
         for name in ("max_prompt_tokens", "max_completion_tokens")
     }
-    return replace(plan, **lengths, head_chunk=max(1, plan.head_chunk // part))
+    return replace(plan, **lengths, head_chunk=max(1, plan.head_chunk // divisor))
 
 
 def _probe(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Probe:

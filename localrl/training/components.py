@@ -152,7 +152,7 @@ def open_components(
         _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         prompts = measure(config, task, held_out, tokenizer, trains=trains)
         turns = environments is not None
-        request = ask_for(resolved, prompts=prompts, trains=trains, turns=turns)
+        request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
         loaded = load(resolved, tokenizer)
         policy = open_policy(resolved, loaded, plan)
@@ -211,7 +211,7 @@ def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> Loaded
     )
 
 
-def ask_for(
+def local_plan_request(
     resolved: ResolvedConfig,
     *,
     prompts: PromptLength | None = None,

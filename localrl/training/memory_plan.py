@@ -74,7 +74,7 @@ def plan_request(
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
-    found = ((n, _job(config, sizes, n, on_cpu, trains, turns)) for n in groups)
+    found = ((n, _workload(config, sizes, n, on_cpu, trains, turns)) for n in groups)
     workloads = {n: workload for n, workload in found if workload}
     limit = memory_limit(config.memory.limit, machine, held)
     return PlanRequest(plan, sizes, workloads, limit, prompts=prompts)
@@ -113,7 +113,7 @@ class Outlook:
     estimate: Estimate
 
     @property
-    def gave_way(self) -> bool:
+    def is_reduced(self) -> bool:
         """True if the plan gives less than the settings ask for."""
         return bool(changes(self.request.plan, self.plan))
 
@@ -222,7 +222,7 @@ def pinned(path: Path, config: RunConfig) -> MemoryPlan:
     return plan
 
 
-def _job(
+def _workload(
     config: RunConfig, sizes: Sizes, group_size: int, on_cpu: bool, trains: bool, turns: bool
 ) -> Workload | None:
     """Return the workload of a group of this size; None if the strategy does not allow the size."""

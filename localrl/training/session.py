@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from localrl.backend import mx
-from localrl.distributed import step_stats as shares
+from localrl.distributed import step_stats
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import gather
 from localrl.evaluate import Evaluation, at_temperature, evaluate
@@ -183,23 +183,23 @@ class Session(Components):
         own = dict(metrics)
         waited_s = own.pop(WAITED)
         fresh = scored[: own["rollout/groups"]]
-        told = gather(self.ranks, self._share(fresh, own, waited_s))
+        stats = gather(self.ranks, self._rank_stats(fresh, own, waited_s))
         if not self.ranks.is_main:
             return
-        logs, tokenizer = shares.logs(told), self.policy.tokenizer
+        logs, tokenizer = step_stats.logs(stats), self.policy.tokenizer
         record = {
             **logs.means(),
-            **shares.tools(told, metrics["rollout/completions"]),
+            **step_stats.tools(stats, metrics["rollout/completions"]),
             "step": step,
             "num_tokens": self.tokens,
-            "rewards/failures": sum(share["failures"] for share in told),
+            "rewards/failures": sum(one["failures"] for one in stats),
             "rollout/informative_groups": sum(selection.informative),
             "memory/peak_bytes": mx.get_peak_memory(),
             "memory/cache_bytes": mx.get_cache_memory(),
             "memory/resident_bytes": resident_bytes(),
             **own,
-            **shares.counts(told),
-            **shares.rates(told),
+            **step_stats.counts(stats),
+            **step_stats.rates(stats),
         }
         self._write(record)
         self.run.rollouts(
@@ -274,9 +274,9 @@ class Session(Components):
         self.run.metrics(metrics)
         log(self.dashboards, metrics, self.progress.warn)
 
-    def _share(
+    def _rank_stats(
         self, fresh: Sequence[ScoredGroup], metrics: Mapping[str, Any], waited_s: float
-    ) -> shares.RankStats:
+    ) -> step_stats.RankStats:
         """Return this rank's statistics of a step."""
         environments, logs = self.sampler.environments, self.scorer.take_logs()
         has_tools = environments is not None and environments.has_tools

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from localrl.backend import kernels
 from localrl.cli.doctor import doctor
-from localrl.diagnostics import doctor as machine
+from localrl.diagnostics import doctor as checks
 from localrl.diagnostics.doctor import disk_row, look_at_model, package_row
 from localrl.diagnostics.doctor_machine import blas_speed_row, memory_rows, pair_rows, speed_row
 from localrl.memory.machine import Machine, mac
@@ -25,7 +25,7 @@ def found(name, **wishes):
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row.id: row for row in machine.look_at_machine()}
+    return {row.id: row for row in checks.look_at_machine()}
 
 
 def test_this_machine_is_fit(rows):
@@ -38,7 +38,7 @@ def test_this_machine_is_fit(rows):
 
 def test_the_token_is_not_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    row = machine._token()
+    row = checks._token()
     assert "is set" in row.text
     assert "hf_secret" not in str(row)
 

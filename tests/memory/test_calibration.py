@@ -289,11 +289,11 @@ def test_the_probes_are_short(learner):
 
 
 def test_what_no_constants_explain_is_said_and_priors_stay(learner, monkeypatch):
-    from localrl.training import calibrate as probing
+    from localrl.training import calibrate
 
     updater, sizes = learner
     made = wish(sizes, 10**9, **SHORT)
-    monkeypatch.setattr(probing, "peak_of", lambda work: 10**12)
+    monkeypatch.setattr(calibrate, "peak_of", lambda work: 10**12)
     warned = []
     assert calibrate_plan(updater, made, made.plan, warned.append, anew=False) == made.plan
     assert "the plan uses priors" in warned[0]

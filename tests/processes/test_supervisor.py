@@ -19,7 +19,7 @@ from localrl.memory.adapting import smaller
 from localrl.processes.battery import Awake, Power, parse_pmset, read_supplies
 from localrl.processes.child import Restart
 from localrl.processes.heartbeat import Heartbeat
-from localrl.processes.stall_detector import Patience, StallLimits
+from localrl.processes.stall_detector import StallDetector, StallLimits
 from localrl.processes.supervisor import describe, supervise
 from localrl.records import MemoryPlan
 from localrl.runs.logs import read_jsonl
@@ -160,30 +160,30 @@ def test_a_command_that_never_got_to_a_run_is_tried_again_as_it_was(tmp_path):
 
 
 def test_patience_by_hand():
-    patience = Patience(StallLimits(), now=0.0)
-    patience.beat(5.0)
-    patience.beat(8.0)
-    assert patience.limit_s == 900.0, "a step may hold slower work than what was seen"
-    patience.settled = True
-    assert patience.limit_s == 90.0
-    silences = [patience.silence(float(second)) for second in range(8, 108, 5)]
+    detector = StallDetector(StallLimits(), now=0.0)
+    detector.beat(5.0)
+    detector.beat(8.0)
+    assert detector.limit_s == 900.0, "a step may hold slower work than what was seen"
+    detector.settled = True
+    assert detector.limit_s == 90.0
+    silences = [detector.silence(float(second)) for second in range(8, 108, 5)]
     assert silences == [None] * 19 + [95.0], "90 s after 8 are over at 103"
-    patience.beat(108.0)
-    assert patience.limit_s == 600.0, "six times the 100 s"
+    detector.beat(108.0)
+    assert detector.limit_s == 600.0, "six times the 100 s"
     for second in range(108, 308, 5):
-        patience.silence(float(second))
-    patience.beat(308.0)
-    assert patience.limit_s == 900.0
+        detector.silence(float(second))
+    detector.beat(308.0)
+    assert detector.limit_s == 900.0
 
 
 def test_who_slept_himself_blames_nobody():
-    patience = Patience(StallLimits(), now=0.0)
-    patience.beat(1.0)
-    patience.beat(2.0)
-    patience.settled = True
-    assert patience.silence(5000.0) is None
-    patience.beat(5001.0)
-    assert patience.limit_s == 90.0
+    detector = StallDetector(StallLimits(), now=0.0)
+    detector.beat(1.0)
+    detector.beat(2.0)
+    detector.settled = True
+    assert detector.silence(5000.0) is None
+    detector.beat(5001.0)
+    assert detector.limit_s == 90.0
 
 
 PARENT = """

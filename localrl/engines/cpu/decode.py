@@ -87,7 +87,7 @@ class CPUState:
         self._model, self._weights = prefilled.model, prefilled.weights
         self._next = prefilled.last[rows]
         self.prompts: list[Prompt] = []
-        self._seats: list[tuple[int, slice | np.ndarray]] = []
+        self._rows_by_prompt: list[tuple[int, slice | np.ndarray]] = []
         self._addresses = np.zeros((0, 0, 4), np.int64)
         """Addresses (layers, B, 4) of each row's prompt, as `attend_token` in C takes them."""
         own = prefilled.lengths[rows].astype(np.int64)
@@ -104,7 +104,7 @@ class CPUState:
         self._layers = [
             (persistent_zeros(shape), persistent_zeros(shape)) for _ in prefilled.layers
         ]
-        self._seat()
+        self._group_rows()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -114,12 +114,12 @@ class CPUState:
         """Feed one more token (B,) to each row."""
         self._grow(int(self.lengths.max()) + 1)
         weights, positions = self._weights, self.starts + self.lengths
-        tables = {id(rotate): rotate.tables(positions) for rotate in self._model.ropes}
+        tables = {id(rope): rope.tables(positions) for rope in self._model.ropes}
         mask = None if self._steps is not None else self._mask()
         x = np.ascontiguousarray(weights.embedding[tokens].T)  # (d, B)
         for n, block in enumerate(weights.blocks):
-            turns = tables[id(self._model.ropes[n])]
-            found = self._attend(n, block, block.attention_norm(x), turns, mask)
+            rope_tables = tables[id(self._model.ropes[n])]
+            found = self._attend(n, block, block.attention_norm(x), rope_tables, mask)
             x += block.output(found)[0]
             gate, up = block.gate_up(block.feed_forward_norm(x))
             x += block.down(swiglu(gate, up))[0]
@@ -150,7 +150,7 @@ class CPUState:
             self._layers[n] = pick(keys, rows, used), pick(values, rows, used)
         self.sources, self.starts = self.sources[rows], self.starts[rows]
         self.lengths = self.lengths[rows]
-        self._seat()
+        self._group_rows()
 
     def extend(self, other: CPUState) -> None:
         """Add the rows of another state, and those of its prompts that are new."""
@@ -164,7 +164,7 @@ class CPUState:
         self.sources = np.concatenate([self.sources, sources])
         self.starts = np.concatenate([self.starts, other.starts])
         self.lengths = np.concatenate([self.lengths, other.lengths])
-        self._seat()
+        self._group_rows()
 
     def _adopt(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Add the prompts that are new; return the index of each."""
@@ -173,13 +173,13 @@ class CPUState:
         keys = [prompt.key for prompt in self.prompts]
         return np.array([keys.index(prompt.key) for prompt in prompts], int)
 
-    def _seat(self) -> None:
+    def _group_rows(self) -> None:
         """Group rows by the prompt they continue; prompts without rows are dropped."""
         if not self.prompts:
             return
         used, self.sources = np.unique(self.sources, return_inverse=True)
         self.prompts = [self.prompts[place] for place in used]
-        self._seats = [
+        self._rows_by_prompt = [
             (place, _rows_of(np.flatnonzero(self.sources == place))) for place in range(len(used))
         ]
         places = np.array([_addresses(prompt) for prompt in self.prompts], np.int64)
@@ -269,7 +269,7 @@ class CPUState:
         return found
 
     def _groups(self) -> Iterator[tuple[Prompt, slice | np.ndarray]]:
-        return ((self.prompts[place], rows) for place, rows in self._seats)
+        return ((self.prompts[place], rows) for place, rows in self._rows_by_prompt)
 
 
 def _addresses(prompt: Prompt) -> list[tuple[int, int, int, int]]:

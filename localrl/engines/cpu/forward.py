@@ -169,16 +169,16 @@ class ForwardPass:
     ) -> Attention:
         """Attention of a level in a block, from its queries' columns."""
         model, context = self._model, self.levels[place]
-        turned = self._positioned(n, place, block.query_norm, queries)
-        heads = as_heads(turned, context.rows, model.head_dim, model.kv_heads)
+        rotated = self._positioned(n, place, block.query_norm, queries)
+        heads = as_heads(rotated, context.rows, model.head_dim, model.kv_heads)
         return Attention(heads, *pair, context.valid, model.scale)
 
     def _positioned(self, n: int, place: int, norm: Norm | None, columns: np.ndarray) -> np.ndarray:
         """Apply norm and rope to queries or keys."""
         split = self.split(columns)
         rope = self.rope(n)
-        turned = rope.rotate(split if norm is None else norm(split), self.tables(n, place))
-        return turned.reshape(columns.shape)
+        rotated = rope.rotate(split if norm is None else norm(split), self.tables(n, place))
+        return rotated.reshape(columns.shape)
 
     def split(self, columns: np.ndarray) -> np.ndarray:
         """Reshape (heads * head_dim, B) to (heads, head_dim, B)."""
@@ -199,10 +199,12 @@ class ForwardPass:
 class BlockBackward:
     """The backward pass through one block for one level."""
 
-    def __init__(self, whole: ForwardPass, n: int, place: int, kept: Activations, pair: KV) -> None:
-        self._forward_pass, self._n, self._place = whole, n, place
+    def __init__(
+        self, forward_pass: ForwardPass, n: int, place: int, kept: Activations, pair: KV
+    ) -> None:
+        self._forward_pass, self._n, self._place = forward_pass, n, place
         self._kept, self._pair = kept, pair
-        self._block = whole.weights.blocks[n]
+        self._block = forward_pass.weights.blocks[n]
 
     def run(
         self, grad: np.ndarray, below: KV | None, need_grad_x: bool

@@ -20,7 +20,7 @@ from localrl.policy.lora import LoRALinear
 
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
 """Modules of mlx-lm whose models NumPy computes identically."""
-ROTARIES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
+ROPES = ("RoPE", "Llama3RoPE", "YarnRoPE", "SuScaledRoPE", "NoPE")
 """Rope layers whose angles depend only on the position, not on the length of the text."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -41,7 +41,7 @@ class Rope:
 
     def __init__(self, layer: Any, size: int) -> None:
         """size: head size. Raises: UnfitError for a layer that is not known to be linear."""
-        if type(layer).__name__ not in ROTARIES:
+        if type(layer).__name__ not in ROPES:
             raise UnfitError(f"unsupported rope layer {type(layer).__name__}")
         self._layer = layer
         dims = getattr(layer, "dims", getattr(layer, "dim", size))
@@ -119,7 +119,7 @@ class CPUModel:
                 head_dim=self.head_dim,
             )
         )
-        self.ropes = self._rotaries()
+        self.ropes = self._read_ropes()
         self._merging = Merging()
 
     def adapters(self) -> list[LoRALinear]:
@@ -153,7 +153,7 @@ class CPUModel:
         made_of = [array for layer in layers for array in (layer.lora_a, layer.lora_b)]
         return self._merging.of(weights, made_of)
 
-    def _rotaries(self) -> list[Rope]:
+    def _read_ropes(self) -> list[Rope]:
         """The rope of each block; blocks with the same rotation share one."""
         found: list[Rope] = []
         for block in self._model.layers:

@@ -87,14 +87,14 @@ class RowsByPrompt:
         order = np.argsort(rows, kind="stable")
         first = np.cumsum(counts) - counts
         self.each = int(counts.max())
-        seat = np.empty(len(rows), int)
-        seat[order] = np.arange(len(rows)) - np.repeat(first, counts)
-        seat += rows * self.each
+        slot = np.empty(len(rows), int)
+        slot[order] = np.arange(len(rows)) - np.repeat(first, counts)
+        slot += rows * self.each
         self._assign = self._row = None
-        if len(rows) < prompts * self.each or (seat != np.arange(len(rows))).any():
+        if len(rows) < prompts * self.each or (slot != np.arange(len(rows))).any():
             row = np.zeros(prompts * self.each, int)  # results of empty slots are never read
-            row[seat] = np.arange(len(rows))
-            self._assign, self._row = mx.array(seat), mx.array(row)
+            row[slot] = np.arange(len(rows))
+            self._assign, self._row = mx.array(slot), mx.array(row)
 
     def group(self, array: mx.array) -> mx.array:
         """Arrange rows (B, heads, n, d) in slots (P, heads, each * n, d)."""

@@ -178,7 +178,7 @@ def test_nothing_is_read_before_it_is_written(one, monkeypatch, shared):
     assert relative_difference(found, expected) == 0
 
 
-def test_the_slopes_of_attention_are_mlxs(monkeypatch):
+def test_the_gradients_of_attention_are_mlxs(monkeypatch):
     draws = np.random.default_rng(0)
     sizes = (3, 2, 2, 5, 4), (3, 2, 7, 4), (3, 2, 7, 4), (3, 2, 2, 5, 4)
     queries, keys, values, grad = (draws.normal(size=s).astype(np.float32) for s in sizes)
@@ -213,7 +213,7 @@ def test_heads_and_columns():
 
 
 @pytest.mark.parametrize("half", ["lora_a", "lora_b"])
-def test_an_entrys_slope_is_the_losss_difference(tmp_path, half):
+def test_an_entrys_gradient_is_the_losss_difference(tmp_path, half):
     policy = array_policy(tmp_path / "model", "qwen3")
     found, _ = gradient(policy, batch("trees"))
     adapter = policy.model.layers[0].mlp.up_proj

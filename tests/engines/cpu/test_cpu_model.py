@@ -46,7 +46,7 @@ def slope_of(function, x, step=1e-6):
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 4, 3)])
-def test_the_slope_through_a_norm(shape):
+def test_the_gradient_through_a_norm(shape):
     x, grad, weight = drawn(0, *shape), drawn(1, *shape), drawn(2, shape[-2], 1)
 
     def plain(moved):
@@ -83,7 +83,7 @@ def layers(adapted, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [(), (0,), (1, 2), (0, 2), (0, 1, 2)])
-def test_linear_layers_and_their_slopes_are_mlxs(adapted, bias):
+def test_linear_layers_and_their_gradients_are_mlxs(adapted, bias):
     made = layers(adapted, bias)
     x, *grads = single(drawn(0, 5, 6), *(drawn(1 + n, m, 6) for n, m in enumerate((7, 3, 4))))
     ours = cpu_model._linears(*made)
@@ -113,7 +113,7 @@ def test_linear_layers_and_their_slopes_are_mlxs(adapted, bias):
         np.testing.assert_array_equal(mine[1], other[1])
 
 
-def test_the_slopes_through_the_gate():
+def test_the_gradients_through_the_gate():
     gate, x, grad = (drawn(n, 4, 5) * 3 for n in range(3))
 
     def plain(gate, x):

@@ -131,7 +131,7 @@ def test_scores_far_apart_give_numbers(far):
     assert found.item() == pytest.approx(3.0 if far > 0 else 7.0)
 
 
-def test_seats():
+def test_rows_by_prompt():
     by_prompt = RowsByPrompt(np.array([1, 0, 1, 1]), 2)
     rows = mx.arange(4.0)[:, None, None, None]
     seated = np.array(by_prompt.group(rows))[:, 0, :, 0]

@@ -28,21 +28,21 @@ QUICK = LivenessTimeouts(
 
 
 class Rank:
-    """A line, and what it was told."""
+    """A channel, and what it was told."""
 
-    def __init__(self, line: LivenessChannel) -> None:
-        self.line = line
+    def __init__(self, channel: LivenessChannel) -> None:
+        self.channel = channel
         self.reasons: list[str] = []
 
     def watch(self) -> None:
-        self.line.watch(self.reasons.append, lambda: True)
+        self.channel.watch(self.reasons.append, lambda: True)
 
     def die(self) -> None:
         """As when the process is killed: the kernel closes its sockets."""
-        self.line._closing.set()
-        if self.line._thread.ident is not None:
-            self.line._thread.join()
-        for peer in self.line._peers.values():
+        self.channel._closing.set()
+        if self.channel._thread.ident is not None:
+            self.channel._thread.join()
+        for peer in self.channel._peers.values():
             peer.channel.close()
 
 
@@ -51,20 +51,20 @@ def three():
     ranks = connect(QUICK)
     yield ranks
     for rank in reversed(ranks):
-        if not rank.line._closing.is_set():
-            rank.line.close(None)
+        if not rank.channel._closing.is_set():
+            rank.channel.close(None)
 
 
 def connect(limits: LivenessTimeouts, size: int = 3) -> list[Rank]:
     port = free_ports(1)
     places = [LaunchInfo(rank, size, "ring", "127.0.0.1", port) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        return [Rank(line) for line in pool.map(lambda place: meet(place, limits), places)]
+        return [Rank(channel) for channel in pool.map(lambda place: meet(place, limits), places)]
 
 
 def some_beats(rank, other, count=3):
     """Until so many signs of life of the other have been heard, and all but the last judged."""
-    peer, heard = rank.line._peers[other], set()
+    peer, heard = rank.channel._peers[other], set()
 
     def enough():
         heard.add(peer.heard)
@@ -80,7 +80,7 @@ def test_nobody_is_told_anything_while_all_is_well(three):
         some_beats(three[0], other)
         some_beats(three[other], 0)
     assert [rank.reasons for rank in three] == [[], [], []]
-    assert three[1].line.reason(0.0) is None
+    assert three[1].channel.reason(0.0) is None
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
@@ -92,13 +92,13 @@ def test_a_death_is_told_to_all_others(three, dead):
         if rank is not three[dead]:
             until(lambda rank=rank: rank.reasons)
             assert f"the death of rank {dead} (" in rank.reasons[0]
-            assert rank.line.reason(0.0) == rank.reasons[0]
+            assert rank.channel.reason(0.0) == rank.reasons[0]
 
 
 def test_a_problem_is_told_in_its_own_words(three):
     for rank in three:
         rank.watch()
-    three[2].line.close("no model in /here")
+    three[2].channel.close("no model in /here")
     for rank in three[:2]:
         until(lambda rank=rank: rank.reasons)
         assert "rank 2 (" in rank.reasons[0]
@@ -108,50 +108,50 @@ def test_a_problem_is_told_in_its_own_words(three):
 def test_a_goodbye_is_no_death(three):
     for rank in three:
         rank.watch()
-    three[1].line.close(None)
-    three[2].line.close(None)
-    until(lambda: all(peer.gone for peer in three[0].line._peers.values()))
+    three[1].channel.close(None)
+    three[2].channel.close(None)
+    until(lambda: all(peer.gone for peer in three[0].channel._peers.values()))
     assert three[0].reasons == []
 
 
 def test_silence():
     ranks = connect(QUICK, 2)
-    ranks[0].line._peers[1].heard -= FOREVER_S
+    ranks[0].channel._peers[1].heard -= FOREVER_S
     ranks[0].watch()  # the other says nothing, as when its machine sleeps
     until(lambda: ranks[0].reasons)
     assert "the silence of rank 1 (" in ranks[0].reasons[0]
     ranks[1].die()
-    ranks[0].line.close(None)
+    ranks[0].channel.close(None)
 
 
 def test_a_stall_is_noticed_but_waiting_is_none():
     ranks = connect(QUICK, 2)
-    ranks[0].line.waits(True)  # for the other
-    ranks[0].line._moved -= FOREVER_S
+    ranks[0].channel.waits(True)  # for the other
+    ranks[0].channel._moved -= FOREVER_S
     for rank in ranks:
         rank.watch()
     some_beats(ranks[1], 0)
-    assert ranks[1].line._peers[0].moved_s > DEADLINE_S
+    assert ranks[1].channel._peers[0].moved_s > DEADLINE_S
     assert ranks[0].reasons == ranks[1].reasons == []
-    ranks[1].line._moved -= FOREVER_S
+    ranks[1].channel._moved -= FOREVER_S
     until(lambda: ranks[0].reasons)
     assert "a stall of rank 1 (" in ranks[0].reasons[0]
     until(lambda: ranks[1].reasons)
     for rank in reversed(ranks):
-        rank.line.close(None)
+        rank.channel.close(None)
 
 
 def test_all_waiting_for_each_other_is_a_deadlock():
     ranks = connect(QUICK, 2)
     for rank in ranks:
-        rank.line.waits(True)
-        rank.line._waiting -= FOREVER_S
+        rank.channel.waits(True)
+        rank.channel._waiting -= FOREVER_S
         rank.watch()
     until(lambda: ranks[1].reasons)
     assert "a deadlock" in ranks[1].reasons[0]
     assert "4475" in ranks[1].reasons[0]
     for rank in reversed(ranks):
-        rank.line.close(None)
+        rank.channel.close(None)
 
 
 def test_one_that_does_not_come_is_named():
