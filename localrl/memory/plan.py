@@ -156,8 +156,8 @@ def refit(
         "max_completion_tokens": plan.max_completion_tokens,
         "dequantise": plan.dequantise,
     }
-    workload = {plan.group_size: request.workloads[plan.group_size]}
-    same = replace(request, plan=replace(request.plan, **kept), workloads=workload)
+    workloads = {plan.group_size: request.workloads[plan.group_size]}
+    same = replace(request, plan=replace(request.plan, **kept), workloads=workloads)
     found = None
     with suppress(MemoryBudgetError):
         found = fit(same, coefficients)

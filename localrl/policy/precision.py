@@ -7,23 +7,11 @@ the weights stay as stored.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from localrl.backend import mx, nn, tree_flatten, tree_unflatten
 from localrl.errors import ConfigError
 from localrl.policy.lora import linear_shape
-
-
-def dense_bytes(model: nn.Module) -> int:
-    """Return the bytes that the model's quantised layers would take as float32 matrices."""
-    total = 0
-    for _, module in model.named_modules():
-        if isinstance(module, nn.QuantizedLinear):
-            total += 4 * math.prod(linear_shape(module))
-        elif isinstance(module, nn.QuantizedEmbedding):
-            total += 4 * module.num_embeddings * module.dims
-    return total
 
 
 def to_float32(model: nn.Module) -> None:

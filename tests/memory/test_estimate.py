@@ -45,7 +45,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 SIZES = read_sizes(CONFIG)
-JOB = Workload(
+WORKLOAD = Workload(
     prompts=4,
     evaluated=0,
     leaves=8,
@@ -57,7 +57,7 @@ JOB = Workload(
     float_bytes=4,
     engines=engines_for("auto"),
 )
-TREE = replace(JOB, forks=True)
+TREE = replace(WORKLOAD, forks=True)
 PLAN = MemoryPlan(
     group_size=8,
     decode_rows=32,
@@ -78,29 +78,29 @@ TOKEN = 2 * 4 * 32 * 3 * 4
 
 
 def test_caches_by_hand():
-    found = estimate(SIZES, JOB, PLAN)
+    found = estimate(SIZES, WORKLOAD, PLAN)
     assert found.prompts == 4 * 128 * TOKEN  # 100 tokens in steps of 64
     assert found.caches == 32 * 256 * TOKEN * 4 // 3  # while one block of three grows
-    fewer = estimate(SIZES, JOB, replace(PLAN, decode_rows=8, prefill_rows=1))
+    fewer = estimate(SIZES, WORKLOAD, replace(PLAN, decode_rows=8, prefill_rows=1))
     assert fewer.prompts == 128 * TOKEN
     assert fewer.caches == 8 * 256 * TOKEN * 4 // 3
-    half = estimate(SIZES, replace(JOB, float_bytes=2), PLAN)
+    half = estimate(SIZES, replace(WORKLOAD, float_bytes=2), PLAN)
     assert (half.prompts, half.caches) == (found.prompts // 2, found.caches // 2)
 
 
 def test_no_more_rows_than_there_are_completions():
-    assert estimate(SIZES, JOB, replace(PLAN, decode_rows=99)).caches == (
-        estimate(SIZES, JOB, PLAN).caches
+    assert estimate(SIZES, WORKLOAD, replace(PLAN, decode_rows=99)).caches == (
+        estimate(SIZES, WORKLOAD, PLAN).caches
     )
-    many = estimate(SIZES, replace(JOB, evaluated=50), replace(PLAN, decode_rows=99))
+    many = estimate(SIZES, replace(WORKLOAD, evaluated=50), replace(PLAN, decode_rows=99))
     assert many.caches == 50 * 256 * TOKEN * 4 // 3
-    assert paths_at_once(JOB, replace(PLAN, micro_rows=99)) == 32
+    assert paths_at_once(WORKLOAD, replace(PLAN, micro_rows=99)) == 32
 
 
 def test_weights_and_adapters_by_hand():
     matrices = 3 * (2 * 128 * 256 + 2 * 128 * 128 + 3 * 128 * 256)
     norms = 3 * (2 * 128 + 2 * 32) + 128
-    found = estimate(SIZES, JOB, PLAN)
+    found = estimate(SIZES, WORKLOAD, PLAN)
     assert found.weights == 4 * (1000 * 128 + matrices + norms)
     adapter = 4 * 8 * 3 * (2 * (128 + 256) + 2 * (128 + 128) + 3 * (128 + 256))
     assert found.adapters == 3 * adapter  # with two moments
@@ -123,12 +123,12 @@ def test_what_stays_is_what_mlx_holds_after_loading(tmp_path, bits, dense):
     updater.optimizer.init(policy.model.trainable_parameters())
     mx.eval(policy.model.parameters(), updater.optimizer.state)
     gc.collect()
-    found = estimate(sizes_of(folder, 0), JOB, replace(PLAN, dequantise=dense))
+    found = estimate(sizes_of(folder, 0), WORKLOAD, replace(PLAN, dequantise=dense))
     held = mx.get_active_memory() - before
     assert found.stays - OTHER == pytest.approx(held, rel=0.05)
 
 
-def lengths(field, workload=JOB, **changes):
+def lengths(field, workload=WORKLOAD, **changes):
     """A part's bytes at completions of 64, 128, 192, ... tokens."""
     plans = [replace(PLAN, max_completion_tokens=64 * n, **changes) for n in range(1, 7)]
     return [getattr(estimate(SIZES, workload, plan), field) for plan in plans]
@@ -139,7 +139,7 @@ def differences(values):
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-@pytest.mark.parametrize("workload", [JOB, TREE], ids=["flat", "tree"])
+@pytest.mark.parametrize("workload", [WORKLOAD, TREE], ids=["flat", "tree"])
 def test_the_update_is_a_polynomial_of_the_second_degree(workload, grad_checkpoint):
     workload = replace(workload, float_bytes=2)  # MLX computes it, on Metal
     once = {"workload": workload, "grad_checkpoint": grad_checkpoint, "head_chunk": 1}
@@ -159,13 +159,13 @@ def test_all_leaves_of_a_tree_are_learned_from_together():
     one = replace(PLAN, micro_rows=1)
     assert paths_at_once(TREE, one) == 8
     assert estimate(SIZES, TREE, one) == estimate(SIZES, TREE, replace(one, micro_rows=8))
-    assert estimate(SIZES, TREE, one).update > estimate(SIZES, JOB, one).update
-    assert estimate(SIZES, TREE, one).rollout == estimate(SIZES, JOB, one).rollout
+    assert estimate(SIZES, TREE, one).update > estimate(SIZES, WORKLOAD, one).update
+    assert estimate(SIZES, TREE, one).rollout == estimate(SIZES, WORKLOAD, one).rollout
 
 
 def test_each_turn_reads_its_path_again():
-    turns = replace(JOB, turns=True)
-    found, plain = estimate(SIZES, turns, PLAN), estimate(SIZES, JOB, PLAN)
+    turns = replace(WORKLOAD, turns=True)
+    found, plain = estimate(SIZES, turns, PLAN), estimate(SIZES, WORKLOAD, PLAN)
     assert found.prompts == 4 * 256 * TOKEN
     assert found.drawing > plain.drawing
     assert (found.caches, found.update) == (plain.caches, plain.update)
@@ -173,15 +173,15 @@ def test_each_turn_reads_its_path_again():
 
 def test_shared_prompts_count_once():
     long = replace(PLAN, max_prompt_tokens=400)
-    shared = estimate(SIZES, JOB, long)
+    shared = estimate(SIZES, WORKLOAD, long)
     hybrid = read_sizes({**tiny.CONFIG, **tiny.FAMILIES["lfm2"]})
     assert NONE in hybrid.windows
     alike = replace(hybrid, windows=(FULL,) * 3, state_numbers=0)
-    assert estimate(alike, JOB, long).linear < estimate(hybrid, JOB, long).linear
-    assert shared.linear < 4 * estimate(SIZES, JOB, replace(long, micro_rows=1)).linear
+    assert estimate(alike, WORKLOAD, long).linear < estimate(hybrid, WORKLOAD, long).linear
+    assert shared.linear < 4 * estimate(SIZES, WORKLOAD, replace(long, micro_rows=1)).linear
 
 
-@pytest.mark.parametrize("workload", [JOB, TREE], ids=["flat", "tree"])
+@pytest.mark.parametrize("workload", [WORKLOAD, TREE], ids=["flat", "tree"])
 def test_recomputing_blocks_takes_less(workload):
     for size in (2, 4):
         plans = (replace(PLAN, grad_checkpoint=on) for on in (False, True))
@@ -220,9 +220,9 @@ def test_where_attention_is_in_c_is_known(head_dim):
 def test_buffers_in_wait_are_at_most_the_work_of_a_block(monkeypatch):
     one = replace(PLAN, micro_rows=1, max_completion_tokens=64, head_chunk=1)
     many = replace(PLAN, max_completion_tokens=4096, head_chunk=1)
-    found = [estimate(SIZES, JOB, plan).linear for plan in (one, many)]
+    found = [estimate(SIZES, WORKLOAD, plan).linear for plan in (one, many)]
     monkeypatch.setattr(cpu_memory, "SPARE", 0)
-    without = [estimate(SIZES, JOB, plan).linear for plan in (one, many)]
+    without = [estimate(SIZES, WORKLOAD, plan).linear for plan in (one, many)]
     assert 0 < found[0] - without[0] < without[0]
     assert found[1] - without[1] == 16 << 20
 
@@ -238,13 +238,13 @@ def test_numpy_computes_what_it_can():
 
 
 def test_nothing_is_learned_where_nothing_trains():
-    found = estimate(SIZES, replace(JOB, trains=False), PLAN)
+    found = estimate(SIZES, replace(WORKLOAD, trains=False), PLAN)
     assert found.optimizer == found.linear == found.quadratic == found.head == 0
-    assert found.rollout == estimate(SIZES, JOB, PLAN).rollout
+    assert found.rollout == estimate(SIZES, WORKLOAD, PLAN).rollout
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-@pytest.mark.parametrize("workload", [JOB, TREE], ids=["flat", "tree"])
+@pytest.mark.parametrize("workload", [WORKLOAD, TREE], ids=["flat", "tree"])
 def test_more_never_takes_less(workload, grad_checkpoint):
     plan = replace(PLAN, grad_checkpoint=grad_checkpoint)
     was = estimate(SIZES, workload, plan).peak
@@ -274,15 +274,15 @@ def test_measured_factors_scale_their_parts_alone(part, monkeypatch):
     monkeypatch.setattr(attention, "kernels", None)  # in C there are no scores
     wide = replace(PLAN, head_chunk=10**6)
     vast = replace(SIZES, vocabulary=10**6)
-    plain = vars(estimate(vast, JOB, wide))
-    found = vars(estimate(vast, JOB, wide, Coefficients(**{part: 3.0})))
+    plain = vars(estimate(vast, WORKLOAD, wide))
+    found = vars(estimate(vast, WORKLOAD, wide, Coefficients(**{part: 3.0})))
     assert plain[part] > 0
     assert found.pop(part) == pytest.approx(3 * plain.pop(part), abs=3)
     assert found == plain
 
 
 def test_parts_that_are_told_have_names_of_their_own():
-    found = estimate(SIZES, JOB, PLAN)
+    found = estimate(SIZES, WORKLOAD, PLAN)
     parts = dict(told(found))
     assert len(parts) == len(list(told(found)))
     assert parts["weights"] == found.weights
