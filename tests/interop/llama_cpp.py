@@ -36,7 +36,7 @@ def ask(
     texts: Sequence[str] = (),
     *,
     most: int = 24,
-    timeout: float = 300,
+    timeout: float = 1800,
 ) -> Answer:
     """Skips the test where llama.cpp is not installed; a file it refuses fails the test."""
     if shutil.which("node") is None or not (HOME / "node_modules" / "node-llama-cpp").is_dir():
