@@ -118,8 +118,17 @@ def set_threads(n: int) -> int:
 
 
 def compute_on_cpu(wanted: bool) -> None:
-    """Make MLX compute on the CPU from now on, or on its initial device."""
-    mx.set_default_device(mx.Device(mx.cpu) if wanted else _first_device)
+    """Let MLX compute on the CPU, or again on the device from which this function switched it.
+
+    A device that the caller has set stays.
+    """
+    global _switched_from
+    if wanted and mx.default_device().type != mx.cpu:
+        _switched_from = mx.default_device()
+        mx.set_default_device(mx.Device(mx.cpu))
+    elif not wanted and _switched_from is not None:
+        mx.set_default_device(_switched_from)
+        _switched_from = None
 
 
 def _device() -> Device:
@@ -318,7 +327,7 @@ if _library is None or _library.name != "numpy-openblas":
 
 import mlx.core as mx  # noqa: E402  (the BLAS must be in place first)
 
-_first_device = mx.default_device()
+_switched_from: mx.Device | None = None
 if sys.platform == "linux" and mx.default_device().type == mx.cpu:
     # On the CPU, mx.compile runs g++ for each new graph, which costs up to a minute at the start
     # of a run and saves less than that.

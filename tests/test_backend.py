@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -305,3 +306,27 @@ def test_install_without_a_compiler_works_and_names_the_mend(tmp_path: Path) -> 
     found = report(HIDE_SYSTEM_BLAS, "-S", PYTHONPATH=path)
     assert found["right"]
     assert "apt install gcc" in found["note"]
+
+
+def test_the_cpu_is_used_for_a_while_and_a_callers_device_stays(monkeypatch: Any) -> None:
+    """With MLX's two devices, one of which this machine may not have."""
+    cpu, gpu = SimpleNamespace(type="cpu"), SimpleNamespace(type="gpu")
+    now = [gpu]
+    monkeypatch.setattr(
+        backend,
+        "mx",
+        SimpleNamespace(
+            cpu="cpu",
+            Device=lambda kind: cpu,
+            default_device=lambda: now[0],
+            set_default_device=lambda device: now.__setitem__(0, device),
+        ),
+    )
+    backend.compute_on_cpu(True)
+    backend.compute_on_cpu(True)
+    assert now == [cpu]
+    backend.compute_on_cpu(False)
+    assert now == [gpu]
+    now[0] = cpu  # as the caller wants it
+    backend.compute_on_cpu(False)
+    assert now == [cpu]

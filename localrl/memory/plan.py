@@ -67,7 +67,7 @@ class PlanRequest:
         return -int(-peak // self.share(plan, coefficients)) + 1
 
     def counted(self, plan: MemoryPlan) -> bool:
-        """Return True if the engine used with this plan counts its memory exactly."""
+        """Return True if the engine used with this plan counts its memory array by array."""
         engine = self.workloads[plan.group_size].engine(self.sizes, dense=plan.dequantise)
         return engine.counted
 

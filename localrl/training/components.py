@@ -165,7 +165,7 @@ def open_components(
         may_checkpoint = trains and policy.engine.can_recompute()
         request = replace(request, may_checkpoint=may_checkpoint)
         if config.memory.recalibrate and request.counted(plan):
-            warn("memory.recalibrate has no effect here: this engine's memory is computed exactly")
+            warn("memory.recalibrate has no effect: this engine's memory is counted, not measured")
         if trains and planned is None and worth_measuring(config, request, plan):
             plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
         updater.ranks = ranks  # set only now, since each machine measures its own memory

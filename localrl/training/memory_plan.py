@@ -62,7 +62,7 @@ def plan_request(
     on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
     threads = backend.describe().threads if on_cpu else None
     float_bytes = 4 if on_cpu else sizes.float_bytes
-    engines = engines_for(config.model.engine)
+    engines = engines_for(config.model.engine, on_cpu=on_cpu)
     engine = next(e for e in engines if e.computes(sizes, float_bytes, dense=True))
     plan = initial_plan(
         config,
@@ -247,5 +247,5 @@ def _workload(
         lora_keys=lora.keys,
         float_bytes=4 if on_cpu else sizes.float_bytes,
         trains=trains,
-        engines=engines_for(config.model.engine),
+        engines=engines_for(config.model.engine, on_cpu=on_cpu),
     )

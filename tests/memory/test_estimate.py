@@ -55,7 +55,7 @@ WORKLOAD = Workload(
     lora_layers=0,
     lora_keys=(),
     float_bytes=4,
-    engines=engines_for("auto"),
+    engines=engines_for("auto", on_cpu=True),
 )
 TREE = replace(WORKLOAD, forks=True)
 PLAN = MemoryPlan(

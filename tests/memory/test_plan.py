@@ -136,7 +136,7 @@ def by_hand(room: float, *, dense=False, may_checkpoint=True, tree=False, **cost
         want(), group_size=8, decode_rows=16, prefill_rows=16, micro_rows=8, head_chunk=32,
         max_completion_tokens=64, dequantise=dense,
     )  # fmt: skip
-    engines = engines_for("mlx")  # whose costs are not counted
+    engines = engines_for("mlx", on_cpu=True)  # whose costs are not counted
     workloads = {
         n: Workload(2, 0, n, tree, False, 4, 0, (), 4, engines)
         for n in ((8, 4, 2) if tree else (8,))
@@ -374,6 +374,17 @@ def test_what_is_counted_may_take_more_of_the_limit():
     found = fit(under(packed, packed.estimate(packed.plan).peak))
     assert found.dequantise
     assert found.micro_rows < 64
+
+
+def test_the_cpu_engine_is_not_counted_on_where_there_is_a_gpu():
+    """A float32 model on a Mac is MLX's too: its priors count, and its batches are as large."""
+    dense = {key: value for key, value in CONFIG.items() if key != "quantization"}
+    on_mac = request(model=dense | {"torch_dtype": "float32"}, machine=mac(16))
+    assert on_mac.sizes.float_bytes == 4
+    job = on_mac.workloads[on_mac.plan.group_size]
+    assert [engine.name for engine in job.engines] == ["mlx"]
+    assert not on_mac.counted(on_mac.plan)
+    assert on_mac.plan.micro_rows == request(model=dense, machine=mac(16), **IN_MLX).plan.micro_rows
 
 
 def refusal(work) -> MemoryBudgetError:
