@@ -4,7 +4,7 @@
 
 A Llama of 30 blocks in 4 bits and float16, as SmolLM2-135M has, but narrow: widths change no count.
 Sixteen rows of two prompts; the step with the draw of its tokens, no growth of the cache. Prints
-one JSON object. `tests/launches.py` says what is counted.
+one JSON object. `tests/gpu_kernels.py` says what is counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import launches
+import gpu_kernels
 import numpy as np
 import tiny
 
@@ -51,11 +51,11 @@ def count(state: Any, folder: Path) -> int:
     state.step(TOKENS)
     state.wait()
     model = state.model if hasattr(state, "model") else state.network.model
-    with launches.fused(model):
+    with gpu_kernels.fused(model):
         state.step(TOKENS)
         drawn = decode.draw(state.next, np.full(len(ROWS), 0.5), 1.0)
         caches = [a for layer in state.cache for a in layer.state if isinstance(a, mx.array)]
-        return sum(launches.kernels([*drawn, *caches], folder).values())
+        return sum(gpu_kernels.kernels([*drawn, *caches], folder).values())
 
 
 def main() -> None:
