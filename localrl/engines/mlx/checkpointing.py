@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from localrl.backend import mx, nn, tree_flatten, tree_map
-from localrl.engines.mlx.forest import KeysValues, LevelCache
+from localrl.engines.mlx.forest import AnyLevel, LevelCache, LevelState, Own
 from localrl.engines.mlx.network import Network
 
+LEVELS = (LevelCache, LevelState)
 PROBE = (1, 2, 3, 4)
 """Token ids of the pass that checks if a family can be checkpointed."""
 
@@ -77,11 +78,11 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     values that the block puts into the cache are returned as a result.
     """
     call = (list(args), dict(kwargs))
-    cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, LevelCache)), None)
+    cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, LEVELS)), None)
 
     def compute(
-        trainable: Any, given: list[mx.array], lineage: list[KeysValues]
-    ) -> tuple[Any, KeysValues | None]:
+        trainable: Any, given: list[mx.array], lineage: list[Own]
+    ) -> tuple[Any, Own | None]:
         renewed = None if cache is None else cache.renewed(lineage)
         arrays = iter(given)
         swapped = tree_map(lambda leaf: _swap(leaf, arrays, renewed), call)
@@ -103,9 +104,9 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
-def _swap(leaf: Any, arrays: Iterator[mx.array], cache: LevelCache | None) -> Any:
+def _swap(leaf: Any, arrays: Iterator[mx.array], cache: AnyLevel | None) -> Any:
     """Replace caches and floating arrays of an argument; others, e.g. masks, need no gradient."""
-    if isinstance(leaf, LevelCache):
+    if isinstance(leaf, LEVELS):
         return cache
     return next(arrays) if _floating(leaf) else leaf
 

@@ -1,9 +1,10 @@
 """Scoring a forest: each prompt and node is computed once, children attend to their ancestors.
 
 It goes level by level: prompts, roots, their children, and so on. A level attends to the gathered
-keys and values of its rows' parents, followed by its own. The gather is differentiable, so a node's
-gradient is the sum over all its descendants. Stock mlx-lm models do the computing: they see the
-levels as a cache. Papers: Prefix Grouper (arXiv 2506.05433), Tree Training (2511.00413).
+keys and values of its rows' parents, followed by its own; recurrent layers and convolutions go on
+from the state at the end of each row's parent. The gather is differentiable, so a node's gradient
+is the sum over all its descendants. Stock mlx-lm models do the computing: they see the levels as a
+cache. Papers: Prefix Grouper (arXiv 2506.05433), Tree Training (2511.00413).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def forest_states(network: Network, layout: Layout) -> mx.array:
     """Hidden states (positions, d) before the head, of all levels, one after another."""
     assert network.hidden is not None
     states = []
-    above: list[LevelCache] | None = None
+    above: list[AnyLevel] | None = None
     for level in layout.levels:
         last = level is layout.levels[-1]
         caches = _level_caches(network, level, above, last)
@@ -35,6 +36,8 @@ def forest_states(network: Network, layout: Layout) -> mx.array:
 
 KeysValues = tuple[mx.array, mx.array]
 """Keys and values, both (R, heads, L, head_dim)."""
+Own = tuple[mx.array, ...]
+"""Arrays that a layer leaves for the levels below, with one entry per row."""
 
 
 class LevelCache:
@@ -103,8 +106,74 @@ class LevelCache:
         return np.concatenate([self._valid, own], axis=1)[level.parents]
 
 
+class LevelState:
+    """One layer's states at the ends of a level's rows, in place of mlx-lm's `ArraysCache`.
+
+    A layer finds the states of the rows' parents in it, of fixed size per row (the last inputs of a
+    convolution, a recurrent state), and puts those at the ends of its rows there.
+    """
+
+    def __init__(self, level: Level, above: LevelState | None, size: int, last: bool) -> None:
+        self.last = last
+        """True for the last level."""
+        self.lengths = mx.array(level.lengths)  # (R,): padding behind them changes no state
+        self._above = above
+        self._parents = mx.array(level.parents)
+        self._states: list[mx.array | None] = [None] * size
+        if above is not None:
+            self._begin(above.own)
+
+    def _begin(self, parents: Own) -> None:
+        self._states = [array[self._parents] for array in parents]
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        return self._states[index]
+
+    def __setitem__(self, index: int, state: mx.array) -> None:
+        self._states[index] = state
+
+    @property
+    def own(self) -> Own:
+        """States at the ends of the rows, once the layer has run."""
+        return tuple(state for state in self._states if state is not None)
+
+    @own.setter
+    def own(self, states: Own) -> None:
+        self._states = list(states)
+
+    def advance(self, n: int) -> None:
+        """Do nothing: a level is computed in one piece."""
+
+    def make_mask(self, n: int) -> mx.array:
+        """Mask (R, n), True at tokens."""
+        return mx.arange(n) < self.lengths[:, None]
+
+    def lineage(self) -> list[Own]:
+        """The parents' states."""
+        return [] if self._above is None else [self._above.own]
+
+    def renewed(self, lineage: Sequence[Own]) -> LevelState:
+        """Copy this cache as before its layer ran, under parents with these states."""
+        fresh = copy.copy(self)
+        fresh._states = [None] * len(self._states)
+        if lineage:
+            fresh._begin(lineage[-1])
+        return fresh
+
+
+AnyLevel = LevelCache | LevelState
+
+
 def _level_caches(
-    network: Network, level: Level, above: list[LevelCache] | None, last: bool
-) -> list[LevelCache]:
-    parents = above or [None] * len(network.model.layers)
-    return [LevelCache(level, parent, last) for parent in parents]
+    network: Network, level: Level, above: list[AnyLevel] | None, last: bool
+) -> list[AnyLevel]:
+    from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+    caches: list[AnyLevel] = []
+    for n, kind in enumerate(make_prompt_cache(network.model)):
+        parent: Any = above[n] if above else None
+        if isinstance(kind, ArraysCache):
+            caches.append(LevelState(level, parent, len(kind.cache), last))
+        else:
+            caches.append(LevelCache(level, parent, last))
+    return caches
