@@ -70,9 +70,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
         "layer_types": ["conv", "full_attention", "conv"],
     },
+    # Three gated delta nets before each layer of attention.
+    "qwen3_5": {
+        "model_type": "qwen3_5",
+        "num_hidden_layers": 4,
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            **{name: value for name, value in CONFIG.items() if name not in ("model_type",)},
+            "num_hidden_layers": 4,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+        },
+    },
+    "granitemoehybrid": {
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 3,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "attention_bias": False,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_proj_bias": False,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_n_groups": 1,
+        "mamba_conv_bias": True,
+        "position_embedding_type": "rope",
+        "normalization_function": "rmsnorm",
+    },
 }
-"""What differs from CONFIG: full attention, experts, sliding windows, and a hybrid with
-convolutions."""
+"""What differs from CONFIG: full attention, experts, sliding windows, and hybrids with convolutions
+or recurrent states."""
 
 
 def make_folder(
