@@ -13,6 +13,7 @@ from localrl.backend import mx
 from localrl.engines.mlx import decode, logprobs
 from localrl.engines.mlx.adapters import Siblings, find_siblings, prepare
 from localrl.engines.mlx.checkpointing import can_checkpoint, checkpointed
+from localrl.engines.mlx.gated_delta import use_chunks
 from localrl.engines.mlx.network import Network, open_network
 from localrl.policy.packing import MicroBatch
 
@@ -80,10 +81,15 @@ class MLXEngine:
         recompute: bool = False,
     ) -> mx.array:
         """Float32 log-probabilities (N,); MLX's graph always keeps what a gradient needs."""
-        with checkpointed(self.network) if recompute else nullcontext():
-            return logprobs.token_logprobs(
-                self.network, micro, temperature=temperature, head_chunk=head_chunk
-            )
+        # Some layers of mlx-lm have kernels without a gradient, unless a model is in training.
+        self.network.model.train(gradient)
+        try:
+            with checkpointed(self.network) if recompute else nullcontext():
+                return logprobs.token_logprobs(
+                    self.network, micro, temperature=temperature, head_chunk=head_chunk
+                )
+        finally:
+            self.network.model.eval()
 
     def head_logprobs(
         self, states: np.ndarray, targets: np.ndarray, *, temperature: float, chunk: int
@@ -98,4 +104,5 @@ class MLXEngine:
 
 def open_engine(model: Any) -> MLXEngine:
     """Open the engine of a model with its adapters attached."""
+    use_chunks(model)
     return MLXEngine(open_network(model), find_siblings(model))

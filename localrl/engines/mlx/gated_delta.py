@@ -17,13 +17,69 @@ backward pass.
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from localrl.backend import mx
+from localrl.backend import mx, nn
 
 CHUNK = 32
 """Tokens per chunk, a power of two. A chunk keeps C x C numbers per head where a token would keep
 Dv x Dk."""
+
+
+def use_chunks(model: Any) -> None:
+    """Let the model's families compute the rule over chunks, if they use mlx-lm's.
+
+    The name is rebound in the modules that define them, so this affects every model of these
+    families in this process. Single tokens, gates of another shape, and on Metal passes without a
+    gradient, for which mlx-lm has a kernel, remain mlx-lm's.
+    """
+    from mlx_lm.models import gated_delta
+
+    for name in {type(module).__module__ for module in model.modules()}:
+        family = sys.modules[name]
+        if getattr(family, "gated_delta_update", None) is gated_delta.gated_delta_update:
+            family.__dict__["gated_delta_update"] = _update
+
+
+def _update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Compute mlx-lm's `gated_delta_update`; `use_kernel` is False where a gradient is wanted."""
+    from mlx_lm.models.gated_delta import gated_delta_update
+
+    on_gpu = use_kernel and mx.default_device().type == mx.gpu
+    if q.shape[1] == 1 or a.ndim != 3 or on_gpu:
+        options = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
+        return gated_delta_update(
+            q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **options
+        )
+    rate = mx.exp(A_log.astype(mx.float32))
+    if lower_bound is None:
+        log_g = -rate * nn.softplus(a + dt_bias)
+    else:
+        log_g = lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias))
+    beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
+    if mask is not None:
+        log_g, beta = (mx.where(mask[..., None], array, 0.0) for array in (log_g, beta))
+    if state is None:
+        state = mx.zeros((q.shape[0], v.shape[2], v.shape[3], q.shape[3]))
+    y, state = gated_delta(q, k, v, log_g, beta, state)
+    return y.astype(q.dtype), state
 
 
 def gated_delta(
@@ -40,32 +96,59 @@ def gated_delta(
     (B, T, Hv), log_g <= 0 being the logarithm of the decay; state (B, Hv, Dv, Dk) float32. A token
     whose log_g and beta are 0 leaves the state as it is.
     """
-    tokens, heads = q.shape[1], v.shape[2]
-    parts = [_chunks(array.astype(mx.float32), heads) for array in (q, k, v, log_g, beta)]
-    ys = []
-    for n in range(parts[0].shape[2]):
-        y, state = _chunk(*(array[:, :, n] for array in parts), state)
-        ys.append(y)
-    y = mx.concatenate(ys, axis=2)[:, :, :tokens]
-    return y.swapaxes(1, 2), state
+    size = min(CHUNK, 1 << (q.shape[1] - 1).bit_length())
+    padding = -q.shape[1] % size
+    given = [q, k, v, log_g, beta]
+    if padding:
+        given = [
+            mx.pad(array, [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)]) for array in given
+        ]
+    y, state, _ = _in_chunks(size)(*given, state)
+    return y[:, : q.shape[1]], state
 
 
-def _chunks(array: mx.array, heads: int) -> mx.array:
-    """Arrange (B, T, H, ...) as (B, heads, chunks, C, ...), padded with zeros."""
-    size = min(CHUNK, 1 << (array.shape[1] - 1).bit_length())
-    if array.shape[2] < heads:
-        array = mx.repeat(array, heads // array.shape[2], axis=2)
-    padding = -array.shape[1] % size
-    widths = [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)]
-    array = mx.pad(array, widths) if padding else array
-    array = array.reshape(array.shape[0], -1, size, *array.shape[2:])
-    return mx.moveaxis(array, 3, 1)
+@functools.cache
+def _in_chunks(size: int) -> Any:
+    """Make the function of the rule in chunks of this size, with its gradient."""
+
+    def compute(*given: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        state, ys, states = given[-1], [], []
+        for chunk in _split(given[:-1], size):
+            states.append(state)
+            y, state = _compute(*chunk, state)
+            ys.append(y)
+        return mx.concatenate(ys, axis=1), state, mx.stack(states)
+
+    def gradient(given: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
+        chunks, states = _split(given[:-1], size), outputs[2]
+        back, found = cotangents[1], []
+        for n, (dy,) in reversed(list(enumerate(_split(cotangents[:1], size)))):
+            # Nothing is computed again before the gradient from behind is there.
+            inputs = mx.depends([*chunks[n], states[n]], [back])
+            *grads, back = mx.vjp(_compute, inputs, [dy, back])[1]
+            found.append(grads)
+        return [*(mx.concatenate(parts[::-1], axis=1) for parts in zip(*found, strict=True)), back]
+
+    function: Any = mx.custom_function(compute)
+    function.vjp(gradient)
+    return function
+
+
+def _split(arrays: Sequence[mx.array], size: int) -> list[tuple[mx.array, ...]]:
+    """Split arrays (B, T, ...) into chunks of tokens."""
+    parts = (mx.split(array, array.shape[1] // size, axis=1) for array in arrays)
+    return list(zip(*parts, strict=True))
 
 
 def _compute(
     q: mx.array, k: mx.array, v: mx.array, log_g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Compute one chunk: q, k (B, H, C, Dk), v (B, H, C, Dv), log_g, beta (B, H, C)."""
+    """Compute one chunk (B, C, ...) of tokens."""
+    repeats = v.shape[2] // q.shape[2]
+    q, k = (mx.repeat(array, repeats, axis=2) if repeats > 1 else array for array in (q, k))
+    q, k, v, log_g, beta = (
+        array.astype(mx.float32).swapaxes(1, 2) for array in (q, k, v, log_g, beta)
+    )
     total = mx.cumsum(log_g, axis=-1)
     order = mx.arange(q.shape[2])
     past = order[:, None] >= order
@@ -78,10 +161,8 @@ def _compute(
     u = inverse @ (beta * (v - growth * (k @ state.swapaxes(-1, -2))))
     y = growth * (q @ state.swapaxes(-1, -2)) + (decay * (q @ keys)) @ u
     last = mx.exp(total[..., -1:] - total)[..., None]
-    return y, growth[..., -1:, :] * state + (last * u).swapaxes(-1, -2) @ k
-
-
-_chunk: Any = mx.checkpoint(_compute)
+    state = growth[..., -1:, :] * state + (last * u).swapaxes(-1, -2) @ k
+    return y.swapaxes(1, 2), state
 
 
 @mx.custom_function
