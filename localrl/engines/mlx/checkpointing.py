@@ -99,7 +99,7 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     given = [leaf for _, leaf in leaves if _floating(leaf)]
     lineage = [] if cache is None else cache.lineage()
     result, own = mx.checkpoint(compute)(block.trainable_parameters(), given, lineage)
-    if cache is not None:
+    if cache is not None and own is not None:
         cache.own = own
     return result
 

@@ -9,6 +9,7 @@ from forests import flat_group, forest, scored
 
 from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
+from localrl.engines.mlx.forest import LevelState
 from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import make_objective
 from localrl.learning.selection import select
@@ -69,12 +70,17 @@ def gradients(policy):
     return found
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text"])
+ROUNDING = {"qwen3_5": 3e-5}
+"""Tolerances above 1e-5. With mlx-lm's own code alone, gradients of one row at a time and of four
+differ by 1.4e-5 in this tiny model."""
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3_text", "lfm2", "qwen3_5"])
 def test_loss_and_gradient_equal_plain_rows(tmp_path, name):
     policy = tiny.make_tiny_policy(tmp_path / name, **tiny.FAMILIES[name])
     assert forest_agrees(policy, batch(), temperature=0.8, head_chunk=16)
     (shared, total), (rows, plain) = gradients(policy)
-    assert relative_difference(shared, rows) < 1e-5
+    assert relative_difference(shared, rows) < ROUNDING.get(name, 1e-5)
     assert total.loss == pytest.approx(plain.loss, rel=1e-5)
     assert total.tokens == plain.tokens
     assert total.saved_positions > 0 == plain.saved_positions
@@ -92,8 +98,9 @@ def test_through_quantised_weights(tmp_path):
     assert relative_difference(shared, rows) < 1e-4
 
 
-def test_a_hybrid_falls_back_to_rows_and_says_so(tmp_path):
+def test_a_family_that_keeps_more_falls_back_to_rows_and_says_so(tmp_path, monkeypatch):
     policy = tiny.make_tiny_policy(tmp_path / "lfm2", **tiny.FAMILIES["lfm2"])
+    monkeypatch.setattr(LevelState, "_begin", lambda self, parents: None)  # the states are lost
     warnings: list[str] = []
     updater = Updater(policy, WIDE, 0.8, warnings.append)
     first, _ = updater.gradient(batch(), plan())
