@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from localrl.backend import mx
-from localrl.engines.mlx import decode, logprobs
-from localrl.engines.mlx.checkpointing import can_checkpoint, checkpointed
+from localrl.engines.mlx import checkpointing, decode, logprobs
+from localrl.engines.mlx.checkpointing import checkpointed
 from localrl.engines.mlx.network import Network
 from localrl.policy.packing import MicroBatch
+from localrl.policy.selfcheck import Check
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class MLXEngine:
     def use_kernels(self, kernels: Any) -> None:
         """Do nothing: there are no kernels to choose."""
 
-    def can_recompute(self) -> bool:
-        """Return True if the family's blocks can be checkpointed."""
-        return can_checkpoint(self.network)
+    def check_recompute(self) -> Check:
+        """Check that the family's blocks can be recomputed."""
+        return checkpointing.check_recompute(self.network)
 
     def decode_numbers(self) -> int | None:
         """None: not counted."""
