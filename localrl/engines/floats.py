@@ -115,15 +115,15 @@ def _watched(model: Any) -> Iterator[list[mx.array]]:
         yield seen
         return
     blocks = body.layers
-    body.layers = [_Watched(block, seen) for block in blocks]
+    body.layers = [_MeasuredBlock(block, seen) for block in blocks]
     try:
         yield seen
     finally:
         body.layers = blocks
 
 
-class _Watched:
-    """A stand-in for a block that looks at its output; other attributes are the block's own."""
+class _MeasuredBlock:
+    """A stand-in for a block that measures its output; other attributes are the block's own."""
 
     def __init__(self, block: nn.Module, seen: list[mx.array]) -> None:
         self._block, self._seen = block, seen

@@ -69,7 +69,7 @@ class _Float32Embedding(nn.Module):
 
     def __init__(self, embedding: Any) -> None:
         super().__init__()
-        self.embedding = embedding
+        self["embedding"] = embedding  # setattr would look the name up first
 
     def __getattr__(self, name: str) -> Any:
         return self[name] if name in self else getattr(self["embedding"], name)

@@ -22,7 +22,7 @@ class Check:
 
     @property
     def verdict(self) -> Literal["ok", "warn", "refuse"]:
-        """What follows from the value."""
+        """Verdict on the value."""
         if not self.value <= self.refuse_above:
             return "refuse"
         return "ok" if self.value <= self.warn_above else "warn"

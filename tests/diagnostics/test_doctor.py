@@ -136,11 +136,16 @@ def test_disk():
     assert disk_row(1_000_000).status == "fail"
 
 
+CHECKS = ("body_and_head", "padded_prompts", "forked_rows", "shared_prompts", "forest_mean",
+          "forest_p99", "recomputed_gradient")  # fmt: skip
+
+
 def test_a_model_and_its_paths(tiny_folder):
     rows = found(tiny_folder)
     assert [*rows] == [
-        "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "batches",
-        "head", "shared_prefix", "template", "prompt",
+        "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "dtype",
+        "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "template",
+        "prompt",
     ]  # fmt: skip
     assert {row.status for row in rows.values()} == {"ok"}
     assert rows["family"].text == "qwen3"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+
+import numpy as np
 
 from localrl.backend import mx, nn, tree_flatten, tree_map
 from localrl.engines.mlx.forest import KeysValues, LevelCache
@@ -49,13 +51,9 @@ def check_recompute(network: Network) -> Check:
     """
     error = math.inf
     if body_of(network) is not None:
-        with float32_activations(network.model), suppress(_Failed):
+        with float32_activations(network.model):
             error = _recompute_error(network)
     return Check("recomputed_gradient", error, RECOMPUTED_LIMIT, RECOMPUTED_LIMIT)
-
-
-class _Failed(Exception):
-    """Raised if a family's own code cannot be recomputed; plain passes still work."""
 
 
 def _recompute_error(network: Network) -> float:
@@ -63,11 +61,13 @@ def _recompute_error(network: Network) -> float:
     plain = _probe(network, nullcontext())
     try:
         again = _probe(network, checkpointed(network))
-    except Exception as error:  # a family's own code may raise anything
-        raise _Failed from error
+    except Exception:  # a family's own code may raise anything; plain passes still work
+        return math.inf
     wrong = mx.stack([mx.square(again[name] - plain[name]).sum() for name in plain]).sum()
     size = mx.stack([mx.square(array).sum() for array in plain.values()]).sum()
-    return math.sqrt(float(wrong.item()) / float(size.item())) if wrong.item() else 0.0
+    if not wrong.item():
+        return 0.0
+    return float(np.sqrt(np.array(wrong / size)))
 
 
 class _Recomputed:
@@ -144,7 +144,7 @@ def _probe(network: Network, context: AbstractContextManager[None]) -> dict[str,
 
     def loss() -> mx.array:
         with context:
-            logits = network.model(mx.array([network.probe]))
+            logits = network.model(mx.array([network.probe[:4]]))
         return mx.square(logits.astype(mx.float32)).mean()
 
     gradient: Any = nn.value_and_grad(network.model, loss)()[1]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx, nn
-from localrl.policy.precision import float32_activations, float_kinds
+from localrl.policy.precision import float_kinds
 from localrl.policy.selfcheck import Check, difference
 
 SMALL_IDS = tuple(range(1, 17))
@@ -42,15 +42,16 @@ def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
     neither: their logits are computed by the whole model. Logits that are not numbers agree if
     they are the same ones in both.
     """
-    tokens = mx.array([probe])
-    with float32_activations(model):
-        try:
-            whole_text = model.language_model if "language_model" in model else model
-            body, head = whole_text.model, _head(whole_text)
-            parts = np.array(head(body(tokens)).astype(mx.float32))
-        except (AttributeError, TypeError, ValueError):
-            return Network(model, probe=probe)
-        whole = np.array(model(tokens).astype(mx.float32))
+    tokens = mx.array([probe[:4]])
+    try:
+        text = model.language_model if "language_model" in model else model
+        body = text.model
+        layer = text.lm_head if "lm_head" in text else body.embed_tokens
+        head = layer if "lm_head" in text else layer.as_linear
+        parts = np.array(head(body(tokens)).astype(mx.float32))
+    except (AttributeError, TypeError, ValueError):
+        return Network(model, probe=probe)
+    whole = np.array(model(tokens).astype(mx.float32))
     if parts.shape != whole.shape:
         return Network(model, probe=probe)
     same = np.array_equal(whole, parts, equal_nan=True)
@@ -58,18 +59,10 @@ def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
     split = Check("body_and_head", error, SPLIT_LIMIT, SPLIT_LIMIT)
     if not split.accepted:
         return Network(model, probe=probe, split=split)
-    return Network(model, body, head, probe, split)
-
-
-def _head(text: Any) -> Callable[[mx.array], mx.array]:
-    """The function from hidden states to logits of a model whose logits are neither scaled nor
-    capped."""
-    layer: Any = text.lm_head if "lm_head" in text else text.model.embed_tokens
-    layer = layer.get("embedding", layer)  # within `float32_activations`
     packed = isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     if packed and not float_kinds(layer) <= {mx.float32}:
-        return Float32Head(layer)
-    return layer if "lm_head" in text else layer.as_linear
+        head = Float32Head(layer)
+    return Network(model, body, head, probe, split)
 
 
 class Float32Head:
@@ -100,7 +93,7 @@ class Float32Head:
 
 
 def _float32(array: mx.array | None) -> Any:
-    """The array in float32 if it holds floats; scales of some modes are integers."""
+    """Return the array in float32 if it holds floats; scales of some modes are integers."""
     if array is None or not mx.issubdtype(array.dtype, mx.floating):
         return array
     return array.astype(mx.float32)
