@@ -16,13 +16,13 @@ import numpy as np
 from localrl.backend import mx
 from localrl.engines.cpu.engine import CPUEngine
 from localrl.engines.cpu.model import CPUModel, UnfitError
-from localrl.engines.mlx.engine import MLXEngine
-from localrl.engines.mlx.network import open_network
-from localrl.engines.mlx.prefix_cache import PrefixCache, use_shared_prompts
+from localrl.engines.mlx.adapters import Siblings
+from localrl.engines.mlx.engine import MLXEngine, open_engine
+from localrl.engines.mlx.prefix_cache import PrefixCache, copied_positions, use_shared_prompts
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.model import Policy
-from localrl.policy.precision import float32_activations
+from localrl.policy.precision import float32_activations, float_kinds
 from localrl.policy.selfcheck import Check, difference, judge
 
 LOGGER = logging.getLogger(__name__)
@@ -77,35 +77,44 @@ def choose_engine(
     Raises: ConfigError if the family cannot be decoded in batches or (unless `selfcheck` is "warn")
     gives different logits there, or if `engine` is "cpu" and that engine cannot compute this model.
     """
-    made, strict = policy.engine, selfcheck == "strict"
-    if isinstance(made, MLXEngine):
-        network = made.network
-    else:
-        network = open_network(policy.model, policy.tokenizer.plain_tokens())
-    mlx, texts = MLXEngine(network), _Texts.of(network.probe)
+    strict = selfcheck == "strict"
     for check in policy.checks:
         if check.name == "float16_range":
             judge(check, OVERFLOW, strict=strict, warn=warn)
-    checks = [] if network.split is None else [network.split]
-    if network.split and np.isnan(network.split.value):
-        warn("Body and head give logits that are not numbers where the whole model gives others, "
-             "so the whole model computes them, which takes more memory.")  # fmt: skip
+    made = policy.engine
+    if not isinstance(made, MLXEngine):
+        made = open_engine(policy.model, policy.tokenizer.plain_tokens())
+    # Layers are prepared only if this engine is chosen: that takes time, and memory for a moment.
+    mlx, texts = replace(made, siblings=()), _Texts.of(made.network.probe)
+    checks = _check_split(mlx, warn)
     with float32_activations(policy.model):
         expected = _plain(policy.model, texts)
         for check, meaning in _check_batching(mlx, texts, expected):
             checks.append(check)
             judge(check, meaning, strict=strict, warn=warn)
-        shared = _check_sharing(mlx, texts, expected)
-    mlx = replace(mlx, shares_prompts=shared is not None and shared.accepted)
-    checks += [shared] if shared else []
+        mlx, shared = _share_prompts(mlx, texts, expected)
+    tried: list[Check] = []
     on_cpu = mx.default_device().type == mx.cpu
-    chosen: MLXEngine | CPUEngine = mlx
+    chosen: MLXEngine | CPUEngine | None = None
     if engine == "cpu" or (engine == "auto" and on_cpu):
-        cpu, found = _try_cpu(
+        chosen, tried = _try_cpu(
             policy.model, texts, expected, engine=engine, strict=strict, warn=warn
         )
-        chosen, checks = cpu or mlx, checks + found
-    return replace(policy, engine=chosen, checks=[*policy.checks, *checks])
+    if chosen is None:
+        chosen, prepared = _prepare(mlx, made.siblings, texts, expected, warn)
+        tried += prepared
+    return replace(policy, engine=chosen, checks=[*policy.checks, *checks, *shared, *tried])
+
+
+def _check_split(engine: MLXEngine, warn: Callable[[str], None]) -> list[Check]:
+    """Return the check of body and head, if there was one; tell a value that is not a number."""
+    split = engine.network.split
+    if split is not None and np.isnan(split.value):
+        warn(
+            "body and head give logits that are not numbers where the whole model gives others, so "
+            "the whole model computes them, which takes more memory"
+        )
+    return [] if split is None else [split]
 
 
 def _check_batching(
@@ -133,22 +142,60 @@ def _check_batching(
         yield Check(name.replace(" ", "_"), error, *LIMITS), meaning
 
 
-def _check_sharing(engine: MLXEngine, texts: _Texts, expected: Logits) -> Check | None:
-    """Check that rows that read one copy of their prompt give the same logits.
+def _share_prompts(
+    engine: MLXEngine, texts: _Texts, expected: Logits
+) -> tuple[MLXEngine, list[Check]]:
+    """Let rows read one copy of their prompt, if that gives the same logits.
 
-    Returns None for a family that does not support this.
+    With the engine comes the check, if the family supports this.
     """
+    model = engine.network.model
     try:
-        use_shared_prompts(engine.network.model)
+        use_shared_prompts(model)
         state = _prefill(engine, texts).fork(np.array(FORK), range(len(texts.prompts)))
         shared = [layer for layer in state.cache if isinstance(layer, PrefixCache)]
         state.step(np.array(texts.next))
         error = difference(state.logits(), expected[1])
     except Exception:  # a family's own code may raise anything; its rows then get whole caches
-        return None
+        return engine, []
     if not shared or not all(layer.attended for layer in shared):
-        return None
-    return Check("shared_prompts", error, *LIMITS)
+        return engine, []
+    check = Check("shared_prompts", error, *LIMITS)
+    if not check.accepted:
+        return engine, [check]
+    on_cpu = mx.default_device().type == mx.cpu
+    # Here caches hold float32; the run's may hold 16 bits, and twice as many positions.
+    in_16_bits = not float_kinds(model) <= {mx.float32}
+    copied = 0 if on_cpu else copied_positions(state.cache) * (2 if in_16_bits else 1)
+    return replace(engine, shares_prompts=True, copied_positions=copied), [check]
+
+
+def _prepare(
+    engine: MLXEngine,
+    siblings: tuple[Siblings, ...],
+    texts: _Texts,
+    expected: Logits,
+    warn: Callable[[str], None],
+) -> tuple[MLXEngine, list[Check]]:
+    """Let layers with one input be computed together, if that gives the same logits."""
+    layers = [layer for group in siblings for layer in group.layers]
+    if not layers:
+        return engine, []
+    checked = tuple(replace(group, dtype=mx.float32) for group in siblings)
+    with float32_activations(engine.network.model):
+        pairs = zip(_batched(replace(engine, siblings=checked), texts, None), expected, strict=True)
+        error = float(np.max([difference(a, b) for a, b in pairs]))
+    check = Check("layers_together", error, *LIMITS)
+    if not check.accepted or [g.dtype for g in checked] != [g.dtype for g in siblings]:
+        for layer in layers:
+            layer.prepared = None
+    if check.accepted:
+        return replace(engine, siblings=siblings), [check]
+    warn(
+        "layers computed together give different logits than one by one (relative error "
+        f"{check}), so they are computed one by one, which is slower. Please report this."
+    )
+    return engine, [check]
 
 
 def _try_cpu(

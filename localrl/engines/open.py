@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping
 from localrl.backend import mx
 from localrl.engines.floats import Prompts, settle_floats
 from localrl.engines.mlx.activations import use_fast_swiglu
-from localrl.engines.mlx.engine import MLXEngine
-from localrl.engines.mlx.network import open_network
+from localrl.engines.mlx.engine import open_engine
 from localrl.policy.lora import attach, fill
 from localrl.policy.model import LoadedModel, Policy
 from localrl.policy.precision import dequantise
@@ -44,9 +43,8 @@ def make_policy(
     floats, checks = settle_floats(loaded, dtype, prompts or (probe,), for_cpu=for_cpu, dense=dense)
     if for_cpu:
         use_fast_swiglu(model)
-    network = open_network(model, probe)
     adapted = attach(model, rank=rank, scale=scale, seed=seed, layers=layers, keys=keys)
     if weights is not None:
         fill(model, weights, source)
     mx.eval(model.parameters())
-    return Policy(model, loaded.tokenizer, adapted, MLXEngine(network), floats, checks)
+    return Policy(model, loaded.tokenizer, adapted, open_engine(model, probe), floats, checks)

@@ -136,7 +136,7 @@ def test_disk():
     assert disk_row(1_000_000).status == "fail"
 
 
-CHECKS = ("body_and_head", "padded_prompts", "forked_rows", "shared_prompts", "forest_mean",
+CHECKS = ("body_and_head", "padded_prompts", "forked_rows", "shared_prompts", "layers_together", "forest_mean",
           "forest_p99", "recomputed_gradient")  # fmt: skip
 
 
