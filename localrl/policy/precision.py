@@ -31,7 +31,7 @@ def cast_floats(model: nn.Module, dtype: mx.Dtype, *, only: mx.Dtype | None = No
     waiting.sort(key=lambda named: named[1].nbytes)
     while waiting:
         name, array = waiting.pop()
-        if mx.issubdtype(array.dtype, mx.floating) and only in (None, array.dtype):
+        if mx.issubdtype(array.dtype, mx.floating) and (only is None or array.dtype == only):
             array = array.astype(dtype)
             model.update(tree_unflatten([(name, array)]))
         mx.eval(array)
