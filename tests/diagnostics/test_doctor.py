@@ -136,8 +136,16 @@ def test_disk():
     assert disk_row(1_000_000).status == "fail"
 
 
-CHECKS = ("body_and_head", "padded_prompts", "forked_rows", "shared_prompts", "layers_together", "forest_mean",
-          "forest_p99", "recomputed_gradient")  # fmt: skip
+CHECKS = (
+    "body_and_head",
+    "padded_prompts",
+    "forked_rows",
+    "shared_prompts",
+    "layers_together",
+    "forest_mean",
+    "forest_p99",
+    "recomputed_gradient",
+)
 
 
 def test_a_model_and_its_paths(tiny_folder):

@@ -1,4 +1,4 @@
-"""Body and head of a model: a float32 head beside 16-bit states, and logits that are not numbers."""
+"""Body and head: a float32 head beside 16-bit states, and logits that are not numbers."""
 
 from __future__ import annotations
 
