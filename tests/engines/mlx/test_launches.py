@@ -6,7 +6,7 @@ appends to the cache, the cache's offset, the activation and two additions.
 
 from __future__ import annotations
 
-import launches
+import gpu_kernels
 import numpy as np
 import pytest
 import tiny
@@ -37,11 +37,11 @@ def step(folder, layers, *, adapted, prepared=True, shared=False):
     state = prefilled.fork(np.array([0, 0, 1, 1]), [0, 1] if shared else None)
     state.step(TOKENS)
     state.wait()
-    with launches.fused(model):
+    with gpu_kernels.fused(model):
         state.step(TOKENS)
         drawn = decode.draw(state.next, np.full(4, 0.5), 1.0)
         caches = [a for layer in state.cache for a in layer.state if isinstance(a, mx.array)]
-        return sum(launches.kernels([*drawn, *caches], folder).values())
+        return sum(gpu_kernels.kernels([*drawn, *caches], folder).values())
 
 
 @pytest.mark.parametrize(
