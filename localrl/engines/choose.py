@@ -40,9 +40,10 @@ CPU_LIMITS = 3e-4, 1e-3
 """The same for the CPU engine, which always computes in float32, and without which MLX does."""
 
 OVERFLOW = (
-    "model.dtype is fp16, but this model's hidden states are too large for it. Set it to auto or "
-    "bf16."
+    "model.dtype is fp16, which ends at 65504, and this model's hidden states come near it.",
+    "Set model.dtype to auto or bf16.",
 )
+"""Fact and advice about float16: see `judge`."""
 
 Logits = tuple[np.ndarray, np.ndarray]
 
@@ -80,7 +81,7 @@ def choose_engine(
     strict = selfcheck == "strict"
     for check in policy.checks:
         if check.name == "float16_range":
-            judge(check, OVERFLOW, strict=strict, warn=warn)
+            judge(check, *OVERFLOW, strict=strict, warn=warn)
     made = policy.engine
     if not isinstance(made, MLXEngine):
         made = open_engine(policy.model, policy.tokenizer.plain_tokens())
@@ -89,9 +90,10 @@ def choose_engine(
     checks = _check_split(mlx, warn)
     with float32_activations(policy.model):
         expected = _plain(policy.model, texts)
-        for check, meaning in _check_batching(mlx, texts, expected):
+        for check, fact in _check_batching(mlx, texts, expected):
             checks.append(check)
-            judge(check, meaning, strict=strict, warn=warn)
+            advice = "localrl would train on wrong probabilities. Use another model."
+            judge(check, fact, advice, strict=strict, warn=warn)
         mlx, shared = _share_prompts(mlx, texts, expected)
     tried: list[Check] = []
     on_cpu = mx.default_device().type == mx.cpu
@@ -122,6 +124,8 @@ def _check_batching(
 ) -> Iterator[tuple[Check, str]]:
     """Yield checks that the family gives the same logits in batches as for single rows.
 
+    With each comes what a bad value shows.
+
     Raises: ConfigError if it cannot decode batches.
     """
     family = type(engine.network.model).__module__.rpartition(".")[2]
@@ -133,13 +137,11 @@ def _check_batching(
             f"({type(error).__name__}: {error}), so localrl cannot train them. Use another model."
         ) from error
     for name, a, b in zip(("padded prompts", "forked rows"), found, expected, strict=True):
-        error = difference(a, b)
-        meaning = (
+        fact = (
             f"With this version of mlx-lm, models of the family {family} give different logits "
-            f"for {name} than for single rows (relative error {error:.2g}), so localrl would "
-            "train on wrong probabilities. Use another model."
+            f"for {name} than for single rows."
         )
-        yield Check(name.replace(" ", "_"), error, *LIMITS), meaning
+        yield Check(name.replace(" ", "_"), difference(a, b), *LIMITS), fact
 
 
 def _share_prompts(

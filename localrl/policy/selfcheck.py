@@ -41,18 +41,21 @@ class Check:
         return {**vars(self), "verdict": self.verdict}
 
 
-def judge(check: Check, meaning: str, *, strict: bool, warn: Callable[[str], None]) -> None:
-    """Act on a check that must hold. meaning: what a wrong value means and what to do, in words.
+def judge(
+    check: Check, fact: str, advice: str, *, strict: bool, warn: Callable[[str], None]
+) -> None:
+    """Act on a check that should hold. fact, advice: what a bad value shows, and what to do then.
 
     Raises: ConfigError if the value is beyond the upper limit and `strict`; otherwise a value
     beyond a limit is told.
     """
-    if check.verdict == "ok":
-        return
-    text = f"{meaning} The self-check {check.name} found {check}."
+    found = f"The self-check {check.name} found {check}."
     if check.verdict == "refuse" and strict:
-        raise ConfigError(f"{text} model.selfcheck=warn goes on nevertheless.")
-    warn(text)
+        raise ConfigError(f"{fact} {found} {advice} Or set model.selfcheck=warn to go on.")
+    if check.verdict == "refuse":
+        warn(f"{fact} {found} {advice}")
+    elif check.verdict == "warn":
+        warn(f"{fact} {found} Rounding explains less, but it may do no harm.")
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:

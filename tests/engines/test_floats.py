@@ -115,7 +115,7 @@ def test_float16_that_overflows_is_refused_where_it_is_set(tmp_path):
         choose_engine(policy, "mlx")
     told: list[str] = []
     choose_engine(policy, "mlx", told.append, selfcheck="warn")
-    assert "Set it to auto or bf16" in told[0]
+    assert "Set model.dtype to auto or bf16" in told[0]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -152,5 +152,5 @@ def test_a_fork_of_the_wrong_row_is_found(policy, monkeypatch):
 def test_logits_that_are_no_numbers_are_found(policy, monkeypatch):
     nothing = np.full((2, 64), np.nan), np.full((3, 64), np.nan)
     monkeypatch.setattr(choose, "_batched", lambda engine, texts, prompts: nothing)
-    with pytest.raises(ConfigError, match="relative error nan"):
+    with pytest.raises(ConfigError, match="padded_prompts found nan"):
         choose_engine(policy)

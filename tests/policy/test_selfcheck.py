@@ -31,17 +31,18 @@ def test_a_value_beside_its_limits(value, verdict):
 def test_what_follows_from_a_value():
     told: list[str] = []
     good, odd, bad = (Check("rows", value, 1e-2, 5e-2) for value in (1e-6, 0.03, 0.39))
-    judge(good, "Rows differ.", strict=True, warn=told.append)
+    judge(good, "Rows differ.", "Use others.", strict=True, warn=told.append)
     assert told == []
-    judge(odd, "Rows differ.", strict=True, warn=told.append)
-    judge(bad, "Rows differ.", strict=False, warn=told.append)
+    judge(odd, "Rows differ.", "Use others.", strict=True, warn=told.append)
+    judge(bad, "Rows differ.", "Use others.", strict=False, warn=told.append)
     limits = "(warns above 0.01, refuses above 0.05)"
     assert told == [
-        f"Rows differ. The self-check rows found 0.03 {limits}.",
-        f"Rows differ. The self-check rows found 0.39 {limits}.",
+        f"Rows differ. The self-check rows found 0.03 {limits}. Rounding explains less, but it may "
+        "do no harm.",
+        f"Rows differ. The self-check rows found 0.39 {limits}. Use others.",
     ]
-    with pytest.raises(ConfigError, match=r"found 0\.39.*model\.selfcheck=warn"):
-        judge(bad, "Rows differ.", strict=True, warn=told.append)
+    with pytest.raises(ConfigError, match=r"found 0\.39.*Use others.*model\.selfcheck=warn"):
+        judge(bad, "Rows differ.", "Use others.", strict=True, warn=told.append)
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
