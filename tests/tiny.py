@@ -85,6 +85,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "linear_conv_kernel_dim": 4,
         },
     },
+    # Capped logits, embeddings per layer, and keys and values shared by the last layers.
+    "gemma4_text": {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 64,
+        "global_head_dim": 32,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
+        "pad_token_id": 0,
+        "rope_parameters": None,
+    },
     "granitemoehybrid": {
         "model_type": "granitemoehybrid",
         "num_hidden_layers": 3,

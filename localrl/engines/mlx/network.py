@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,32 +48,75 @@ class Network:
 def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
     """Open a model, checking its body and head against the whole. probe: see `Network`.
 
-    Families whose body is `model.model` and whose head is `lm_head` or the tied embedding agree,
-    also as the text part of a vision model; others (with scaled or capped logits) do not, and get
-    neither: their logits are computed by the whole model. Logits that are not numbers agree if
-    they are the same ones in both.
+    The body is `model.model`, also in the text part of a vision model. In most families the head is
+    `lm_head` or the tied embedding; where that gives other logits (scaled or capped ones), it is
+    all that the model does after its body. Families where neither agrees get none: their logits
+    are computed by the whole model. Logits that are not numbers agree if they are the same ones.
     """
     tokens = mx.array([probe[:4]])
+    whole = np.array(model(tokens).astype(mx.float32))
     try:
         text = model.language_model if "language_model" in model else model
         body = text.model
         layer = text.lm_head if "lm_head" in text else body.embed_tokens
-        head = layer if "lm_head" in text else layer.as_linear
-        parts = np.array(head(body(tokens)).astype(mx.float32))
+        states = body(tokens)[0]
     except (AttributeError, TypeError, ValueError):
         return Network(model, probe=probe)
-    whole = np.array(model(tokens).astype(mx.float32))
-    if parts.shape != whole.shape:
-        return Network(model, probe=probe)
-    same = np.array_equal(whole, parts, equal_nan=True)
-    error = 0.0 if same else difference(parts, whole)
-    split = Check("body_and_head", error, SPLIT_LIMIT, SPLIT_LIMIT)
-    if not split.accepted:
-        return Network(model, probe=probe, split=split)
-    packed = isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
-    if packed and not float_kinds(layer) <= {mx.float32}:
-        head = Float32Head(layer)
-    return Network(model, body, head, probe, split)
+    plain = layer if "lm_head" in text else getattr(layer, "as_linear", None)
+    split = _compare(plain, states, whole)
+    if split.accepted:
+        packed = isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+        sixteen = packed and not float_kinds(layer) <= {mx.float32}
+        return Network(model, body, Float32Head(layer) if sixteen else plain, probe, split)
+    rest = AfterBody(text)
+    split = _compare(rest, states, whole)
+    return (
+        Network(model, body, rest, probe, split)
+        if split.accepted
+        else Network(model, probe=probe, split=split)
+    )
+
+
+def _compare(head: Any, states: mx.array, whole: np.ndarray) -> Check:
+    """Compare the logits of a head with those of the whole model (1, L, V)."""
+    error = math.inf
+    try:
+        parts = np.array(head(states).astype(mx.float32))[None]
+    except (AttributeError, TypeError, ValueError):  # a family's own code
+        parts = np.zeros(0)
+    if parts.shape == whole.shape:
+        same = np.array_equal(whole, parts, equal_nan=True)
+        error = 0.0 if same else difference(parts, whole)
+    return Check("body_and_head", error, SPLIT_LIMIT, SPLIT_LIMIT)
+
+
+class AfterBody:
+    """A head that is all that a text model does with its body's states: caps, factors and so on."""
+
+    def __init__(self, text: Any) -> None:
+        self._text = text
+
+    def __call__(self, states: mx.array) -> mx.array:
+        """Map hidden states (N, d) to logits (N, V)."""
+        body = self._text.model
+        self._text["model"] = _Given(body, states[None])
+        try:
+            return self._text(mx.zeros((1, len(states)), mx.int32))[0]
+        finally:
+            self._text["model"] = body
+
+
+class _Given:
+    """A stand-in for a body that has these states already; other attributes are the body's own."""
+
+    def __init__(self, body: Any, states: mx.array) -> None:
+        self._body, self._states = body, states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+    def __call__(self, *args: Any, **options: Any) -> mx.array:
+        return self._states
 
 
 class Float32Head:
