@@ -26,8 +26,8 @@ SPARE = 0.04
 OURS = 0.5
 """Fraction of the limit above which the machine's shortage counts as caused by this process."""
 YIELDS = 2
-"""How many times batches shrink for a shortage that others cause and that gets no worse."""
-SWAPPED = 0.01
+"""Number of times batches shrink for a shortage that others cause and that gets no worse."""
+SWAPPED = 0.03
 """Fraction of the machine's memory by which swap must have grown for the shortage to be worse."""
 LEVELS: tuple[Pressure, ...] = ("normal", "warn", "critical")
 
@@ -52,8 +52,9 @@ class MemoryMonitor:
     yielded: int = 0
     """Number of times the plan shrank for others and has not grown again since."""
     yielded_to: Pressure = "normal"
-    """Worst pressure it shrank for, and the swap in use then."""
+    """Worst pressure that it shrank for."""
     yielded_swap: int | None = None
+    """Bytes of swap in use when it last shrank for the machine."""
 
     def see(
         self, plan: MemoryPlan, reading: MemoryReading, *, least_rows: int, may_checkpoint: bool
@@ -83,7 +84,7 @@ class MemoryMonitor:
         """Decide if the plan shrinks for the machine's shortage, and remember that it does.
 
         It always does if this process holds much; else `YIELDS` times, and once more whenever the
-        pressure or swap gets worse. Shrinking on would end at one row and help nobody.
+        pressure or swap gets worse: shrinking at every step would end at one row and help nobody.
         """
         limit, machine = plan.limit_bytes, reading.machine
         ours = limit is None or reading.peak_bytes > OURS * limit
