@@ -166,7 +166,7 @@ def test_plan_against_peak(unlimited):
     assert peak >= max(line["memory/peak_bytes"] for line in steps(unlimited.folder))
     assert abs(plan["predicted_bytes"] - peak) < max(0.3 * peak, 16 * 2**20)
     line = memory(unlimited)
-    assert re.fullmatch(r"memory: predicted at most \d+ MB, measured \d+ MB, limit .*", line)
+    assert re.fullmatch(r"memory of MLX: predicted at most \d+ MB, measured \d+ MB, limit .*", line)
     assert f"measured {peak / 1e6:.0f} MB" in line
     unknown = replace(unlimited.plan, predicted_bytes=None, limit_bytes=None)
     assert "predicted at most unknown" in memory(replace(unlimited, plan=unknown))
