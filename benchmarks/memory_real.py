@@ -4,8 +4,9 @@
 
 Two steps of SmolLM2-135M (8 prompts x 4 completions of 24 tokens) and four of the embedded model,
 without a limit, and then under limits that are shares of what the process held at its peak without
-one. A limit that nothing fits under is refused before weights are loaded, and the limit that the
-refusal names is tried. The process's peak is `ru_maxrss`; on a Mac that is not the footprint.
+one. A limit that nothing fits under is refused before weights are loaded; the least that a refusal
+names is tried too. Goes on where the file ends. The process's peak is `ru_maxrss`, which on a Mac is
+not the footprint that the limit is compared with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SHARES = (1.3, 1.0, 0.5)
+SHARES = ("none", "1.3", "1.0", "0.5", "least")
 LIMIT_S = 1800
 CODE = """
 import json, resource, sys
@@ -72,31 +73,33 @@ def run(settings: dict[str, Any], limit: int | None) -> dict[str, Any]:
     return {"limit_bytes": limit, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def under_limits(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs of one model: without a limit, under shares of its peak, under the least limit."""
-    runs = [run(settings, None)]
-    whole = runs[0]["process_bytes"]
-    for share in SHARES:
-        runs.append({"share": share, **run(settings, int(share * whole))})
-        print(runs[-1], flush=True)
-    named = run(settings, 10**6)["refused"]
-    found = re.search(r"--memory-limit (\d+)MB", named)
-    assert found, named
-    runs.append({"named": True, **run(settings, int(found[1]) * 10**6)})
-    return runs
-
-
 def main() -> None:
-    """Measure, write and print."""
+    """Measure what the file does not hold yet, and print it all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=SMOLLM2["model.path"], help="SmolLM2-135M-Instruct")
     smollm2 = {**SMOLLM2, "model.path": parser.parse_args().model}
-    found = {"embedded model": under_limits(EMBEDDED), "SmolLM2-135M": under_limits(smollm2)}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    for name, runs in found.items():
-        for one in runs:
-            print(name, {key: value for key, value in one.items() if key != "plan"})
+    file = Path(__file__).with_suffix(".json")
+    found: dict[str, dict[str, Any]] = json.loads(file.read_bytes()) if file.exists() else {}
+    for model, settings in {"embedded": EMBEDDED, "SmolLM2-135M": smollm2}.items():
+        runs = found.setdefault(model, {})
+        for share in SHARES:
+            if share not in runs:
+                runs[share] = run(settings, _limit(share, runs, settings))
+                file.write_text(json.dumps(found, indent=1) + "\n")
+    for model, runs in found.items():
+        for share, one in runs.items():
+            print(model, share, {key: value for key, value in one.items() if key != "plan"})
             print({key: value for key, value in one.get("plan", {}).items() if key != "reason"})
+
+
+def _limit(share: str, runs: dict[str, dict[str, Any]], settings: dict[str, Any]) -> int | None:
+    if share == "none":
+        return None
+    if share != "least":
+        return int(float(share) * runs["none"]["process_bytes"])
+    named = re.search(r"--memory-limit (\d+)MB", run(settings, 10**6)["refused"])
+    assert named
+    return int(named[1]) * 10**6
 
 
 if __name__ == "__main__":
