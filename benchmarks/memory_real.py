@@ -5,7 +5,7 @@
 Two steps of SmolLM2-135M (8 prompts x 4 completions of 24 tokens) and four of the embedded model,
 without a limit, and then under limits that are shares of what the process held at its peak without
 one. A limit that nothing fits under is refused before weights are loaded; the least that a refusal
-names is tried too. Goes on where the file ends. The process's peak is `ru_maxrss`, which on a Mac is
+names is tried too. Goes on where the file ends. The process's peak is `ru_maxrss`, on a Mac
 not the footprint that the limit is compared with.
 """
 
