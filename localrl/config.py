@@ -51,6 +51,7 @@ PROMPT_ORDERS = ("shuffled", "thompson")
 FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
 ENGINES = ("auto", "mlx", "cpu")
+DEVICES = ("auto", "cpu")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """KL estimators defined in `localrl.learning.objective`."""
 
@@ -92,7 +93,15 @@ class ModelConfig:
         "compute with MLX, or with NumPy and C (cpu); auto: cpu where possible",
         choices=ENGINES,
     )
+    device: str = setting(
+        "auto", "MLX's own choice (Metal on a Mac), or the CPU of any machine", choices=DEVICES
+    )
     base_id: str | None = setting(None, "Hub id of the unquantised model; unset: from its card")
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if no GPU may be used, whether there is one or not."""
+        return self.device == "cpu" or self.engine == "cpu"
 
 
 @dataclass(frozen=True)

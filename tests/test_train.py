@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from localrl import RunConfig, train
+from localrl import RunConfig, backend, train
 from localrl.errors import ConfigError, DataError
 from localrl.runs.logs import read_jsonl
 from localrl.runs.metrics import METRICS
@@ -42,6 +42,7 @@ def test_the_engine_is_in_the_record(result, engine):
     [event] = [e for e in read_jsonl(result.folder / "events.jsonl") if e["kind"] == "engine"]
     assert event["name"] == engine
     assert (event["kernels"] is None) == (engine == "mlx")
+    assert event["device"] == backend.describe().device
     assert RunConfig.create(file=result.folder / "config.toml").model.engine == engine
 
 

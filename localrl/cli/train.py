@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 
 import click
 
+from localrl.cli.options import device
 from localrl.errors import ConfigError
 
 FLAGS = {
     "model": "model.path",
     "quantize": "model.quantize",
+    "device": "model.device",
     "adapter": "lora.adapter",
     "task": "task.name",
     "rewards": "task.rewards",
@@ -66,6 +68,7 @@ class Train(click.Command):
 @click.option("--seed", type=int, help="Seed of all random draws.")
 @click.option("--eval-every", type=int, help="Also evaluate every N steps.")
 @click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
+@device
 @click.option("--memory-limit", metavar="SIZE", help="Maximum memory for MLX: 6GB or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")

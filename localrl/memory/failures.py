@@ -41,7 +41,7 @@ def failure_of(error: BaseException) -> Failure | None:
         return None
     text = str(error)
     found = {kind for part, kind, _ in FAILURES if part in text}
-    return max(found, key=KINDS.index) if found else None
+    return next((kind for kind in reversed(KINDS) if kind in found), None)
 
 
 def doubtful(error: BaseException) -> bool:

@@ -59,7 +59,7 @@ def plan_request(
 
     Raises: ConfigError if `memory.limit` is impossible.
     """
-    on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
+    on_cpu = machine.device == "cpu" or config.model.on_cpu
     threads = backend.describe().threads if on_cpu else None
     float_bytes = 4 if on_cpu else sizes.float_bytes
     engines = engines_for(config.model.engine, on_cpu=on_cpu)
