@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mac_samples
 import pytest
 from waiting import DEADLINE_S, until
 
@@ -503,25 +504,15 @@ def test_a_run_that_may_use_the_battery_does(tmp_path):
     assert (status, len(lives)) == (0, 1)
 
 
-@pytest.mark.parametrize(
-    ("text", "reading"),
-    [
-        ("Now drawing from 'AC Power'\n", Power(False, None)),
-        (
-            "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=4325475)\t28%; discharging; "
-            "2:10 remaining present: true\n",
-            Power(True, 28),
-        ),
-        (
-            "Now drawing from 'AC Power'\n -InternalBattery-0 (id=4325475)\t100%; charged; 0:00 "
-            "remaining present: true\n",
-            Power(False, 100),
-        ),
-        ("pmset: what is this?", None),
-    ],
-)
-def test_what_pmset_says(text, reading):
-    assert parse_pmset(text) == reading
+@pytest.mark.parametrize("of", mac_samples.BATTERY)
+def test_what_pmset_says(of):
+    text, on_battery, percent = mac_samples.BATTERY[of]
+    assert parse_pmset(text) == Power(on_battery, percent)
+
+
+def test_what_pmset_does_not_say():
+    assert parse_pmset("pmset: what is this?") is None
+    assert parse_pmset("") is None
 
 
 def test_what_linux_says(tmp_path):
