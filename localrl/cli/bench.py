@@ -14,7 +14,7 @@ from localrl.errors import ConfigError
 if TYPE_CHECKING:
     from localrl.diagnostics.bench import DecodeRate, Opened
     from localrl.diagnostics.bench_profile import Profile
-    from localrl.diagnostics.bench_shapes import Shape, StepRate
+    from localrl.diagnostics.bench_shapes import PublishedShape, StepRate
 
 SIZES = ("rows", "tokens", "prompt_tokens", "quantize")
 """Parameters that a shape sets."""
@@ -140,7 +140,7 @@ def _bench_shape(
         _show_profile(profiled)
 
 
-def _show_shape(shape: Shape, opened: Opened, rate: StepRate) -> None:
+def _show_shape(shape: PublishedShape, opened: Opened, rate: StepRate) -> None:
     from localrl import backend
 
     path, here = opened.config.model.path, backend.describe().device

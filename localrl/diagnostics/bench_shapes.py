@@ -31,7 +31,7 @@ class StepRate:
 
 
 @dataclass(frozen=True)
-class Figure:
+class PublishedRate:
     """A published rate."""
 
     tool: str
@@ -39,7 +39,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Shape:
+class PublishedShape:
     """The sizes of a step that others have published figures of."""
 
     model: str
@@ -49,11 +49,11 @@ class Shape:
     prompt_tokens: int
     source: str
     """Who measured the figures, where, and on what."""
-    figures: tuple[Figure, ...]
+    figures: tuple[PublishedRate, ...]
 
 
-SHAPES: Mapping[str, Shape] = {
-    "qwen3-0.6b": Shape(
+SHAPES: Mapping[str, PublishedShape] = {
+    "qwen3-0.6b": PublishedShape(
         "mlx-community/Qwen3-0.6B-4bit",
         completions=4,
         tokens=256,
@@ -61,24 +61,24 @@ SHAPES: Mapping[str, Shape] = {
         source="README of inductiveML/mlxrl, measured by its author on an Apple M4 Max with MLX "
         "0.31.2: means of two times 95 steps",
         figures=(
-            Figure("mlx-lm-lora", StepRate(557.9, 0.592, 0.412, 5.32e9)),
-            Figure("mlxrl", StepRate(454.1, 1.282, 0.283, 6.25e9)),
-            Figure("mlx-tune", StepRate(142.2, 0.502, 0.130, 6.16e9)),
+            PublishedRate("mlx-lm-lora", StepRate(557.9, 0.592, 0.412, 5.32e9)),
+            PublishedRate("mlxrl", StepRate(454.1, 1.282, 0.283, 6.25e9)),
+            PublishedRate("mlx-tune", StepRate(142.2, 0.502, 0.130, 6.16e9)),
         ),
     ),
-    "qwen3.5-0.8b": Shape(
+    "qwen3.5-0.8b": PublishedShape(
         "mlx-community/Qwen3.5-0.8B-4bit",
         completions=4,
         tokens=128,
         prompt_tokens=64,
         source="documentation of mlx-tune, measured by its author on an Apple M4 Pro with 48 GB: "
         "4.8 s a step; the length of the prompt is not published, 64 is ours",
-        figures=(Figure("mlx-tune", StepRate(None, None, 1 / 4.8, 15.9e9)),),
+        figures=(PublishedRate("mlx-tune", StepRate(None, None, 1 / 4.8, 15.9e9)),),
     ),
 }
 
 
-def open_shape(shape: Shape, model: str | None, repeats: int, device: str) -> Opened:
+def open_shape(shape: PublishedShape, model: str | None, repeats: int, device: str) -> Opened:
     """Load the shape's model, or another, for its sizes.
 
     Raises: MemoryBudgetError if memory allows smaller sizes alone; the errors of `open_bench`.

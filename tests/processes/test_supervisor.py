@@ -332,6 +332,7 @@ def localrl(*arguments):
     )
 
 
+@pytest.mark.exact
 def test_a_killed_run_ends_as_if_nothing_had_been(tiny_folder, tmp_path):
     """The run is killed, then its supervisor; what is left saves itself and goes on by hand."""
     whole, out, file = (tmp_path / name for name in ("whole", "killed", "rewards.py"))
