@@ -10,7 +10,7 @@ from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.memory.failures import failure_of
-from localrl.processes.child import DISPLAY, OUT_OF_MEMORY, RELAX, WATCHDOG, Supervisor
+from localrl.processes.child import OUT_OF_MEMORY, WATCHDOG, Supervisor
 from localrl.processes.heartbeat import Heartbeat
 from localrl.train import train
 from localrl.training.session import Session
@@ -56,13 +56,11 @@ def run_here(
             )
     except (MemoryError, RuntimeError) as error:
         failure = failure_of(error)
-        if failure == "watchdog":
-            console.warn(f"the GPU's watchdog ended work while a display is on: {error}")
-            if supervisor is None:
-                console.warn(f"{DISPLAY}, or start it with {RELAX}=1")
-        elif failure is not None:
-            console.warn(f"out of memory, or GPU failure: {error}")
         if supervisor is None or failure is None:
             raise
-        sys.exit(WATCHDOG if failure == "watchdog" else OUT_OF_MEMORY)
+        if failure == "watchdog":
+            console.warn(f"the GPU's watchdog ended work while a display is on: {error}")
+            sys.exit(WATCHDOG)
+        console.warn(f"out of memory, or GPU failure: {error}")
+        sys.exit(OUT_OF_MEMORY)
     console.finish(result)

@@ -437,6 +437,18 @@ def test_a_run_that_the_gpu_fails_goes_on(tiny_folder, tmp_path, capfd, error, p
     assert ("the GPU's watchdog ended work while a display is on" in told) is watchdog
 
 
+def test_without_a_supervisor_the_watchdog_is_one_line(tiny_folder, tmp_path):
+    error = "[METAL] Command buffer execution failed: Impacting Interactivity."
+    given = ["--no-supervise", "--out", str(tmp_path / "run"), "--model", str(tiny_folder)]
+    settings = [part for key, value in REAL.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-c", FAILING, error, *given, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"Error: {error} Let the display sleep (pmset displaysleepnow), or")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_parent_loads_nothing_heavy(tmp_path):
     """The whole way through the command, up to the child's end."""
     code = (
