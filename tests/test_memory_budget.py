@@ -358,9 +358,9 @@ def failing(monkeypatch, kind, name, at, text, *, times=1):
     """Let a method raise after its work, from the `at`-th call on, so many times."""
     work, calls = getattr(kind, name), []
 
-    def wrapped(self, *arguments):
+    def wrapped(self, *arguments, **named):
         calls.append(1)
-        done = work(self, *arguments)
+        done = work(self, *arguments, **named)
         if at <= len(calls) < at + times:
             raise RuntimeError(text)
         return done
