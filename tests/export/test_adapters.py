@@ -27,8 +27,8 @@ FILES = {
 }
 
 ROUNDING = 0.0 if backend.describe().blas == "numpy-openblas" else 1e-5
-"""Difference allowed to mlx-lm's layer, which scales and adds in steps of its own: another BLAS, or a
-GPU, may round between them."""
+"""Difference allowed to mlx-lm's layer, which scales and adds in steps of its own: another BLAS, or
+a GPU, may round between them."""
 
 
 def logits(model):
