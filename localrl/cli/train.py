@@ -46,6 +46,7 @@ class Train(click.Command):
     "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
+@device
 @click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
 @click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
 @click.option(
@@ -68,7 +69,6 @@ class Train(click.Command):
 @click.option("--seed", type=int, help="Seed of all random draws.")
 @click.option("--eval-every", type=int, help="Also evaluate every N steps.")
 @click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
-@device
 @click.option("--memory-limit", metavar="SIZE", help="Maximum memory for MLX: 6GB or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
