@@ -50,6 +50,7 @@ STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
 PROMPT_ORDERS = ("shuffled", "thompson")
 FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
+DEVICES = ("auto", "cpu")
 ENGINES = ("auto", "mlx", "cpu")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """KL estimators defined in `localrl.learning.objective`."""
@@ -87,12 +88,20 @@ class ModelConfig:
     path: str | None = setting(None, "model folder, GGUF file, or user/name; unset: embedded")
     quantize: int = setting(0, "quantise to 4 or 8 bits when loading; 0: as stored")
     thinking: str = setting("auto", "thinking mode of models that have one", choices=THINKING)
+    device: str = setting(
+        "auto", "MLX's own choice (Metal on a Mac), or the CPU of any machine", choices=DEVICES
+    )
     engine: str = setting(
         "auto",
         "compute with MLX, or with NumPy and C (cpu); auto: cpu where possible",
         choices=ENGINES,
     )
     base_id: str | None = setting(None, "Hub id of the unquantised model; unset: from its card")
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if no GPU may be used, whether there is one or not."""
+        return self.device == "cpu" or self.engine == "cpu"
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,7 @@ def prompt_lengths_of(folder, model):
     return found
 
 
+@pytest.mark.exact
 def test_a_longer_prompt_than_was_planned_for_changes_the_plan_before_its_step(
     place, tiny_folder, tmp_path, monkeypatch
 ):
@@ -400,6 +401,7 @@ def failing(monkeypatch, kind, name, at, text, *, times=1):
     return calls
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("kind", "name", "at"),
     [

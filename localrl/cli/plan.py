@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from localrl.training.memory_plan import Outlook
 
 SHARED = (
-    "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts",
+    "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts", "device",
     "memory_limit", "settings",
 )  # fmt: skip
 """Parameters shared with `localrl train`."""
@@ -42,6 +42,7 @@ def plan(
       localrl plan my.toml --memory-limit 6GB
       localrl plan --model mlx-community/Qwen3-0.6B-4bit --mac 8
     """
+    from localrl import backend
     from localrl.config import RunConfig, parse_setting
     from localrl.memory import machine
     from localrl.training.memory_plan import outlook
@@ -50,6 +51,7 @@ def plan(
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
     wish = RunConfig.create(given, file=config)
+    backend.compute_on_cpu(wish.model.on_cpu)
     prompts = find(wish)  # before the machine is read, as in a run: what it loads stays
     here = machine.read_machine() if mac is None else machine.mac(mac)
     found = outlook(wish, here, prompts)

@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 
 import click
 
+from localrl.cli.options import device
 from localrl.errors import ConfigError
 
 FLAGS = {
     "model": "model.path",
     "quantize": "model.quantize",
+    "device": "model.device",
     "adapter": "lora.adapter",
     "task": "task.name",
     "rewards": "task.rewards",
@@ -44,6 +46,7 @@ class Train(click.Command):
     "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
+@device
 @click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
 @click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
 @click.option(

@@ -75,7 +75,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
     Raises: ConfigError for settings that cannot work; CheckpointError for a damaged adapter.
     """
-    backend.compute_on_cpu(config.model.engine == "cpu")
+    backend.compute_on_cpu(config.model.on_cpu)
     rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)

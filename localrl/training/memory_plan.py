@@ -59,7 +59,7 @@ def plan_request(
 
     Raises: ConfigError if `memory.limit` is impossible.
     """
-    on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
+    on_cpu = machine.device == "cpu" or config.model.on_cpu
     device = "cpu" if on_cpu else machine.device
     threads = backend.describe().threads if on_cpu else None
     float_bytes = 4 if on_cpu else sizes.float_bytes

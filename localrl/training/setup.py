@@ -74,7 +74,7 @@ def open_session(
             run.event("code_rewards", sandbox=sandbox)
         engine = components.policy.engine
         kernels = None if engine.kernels is None else str(engine.kernels)
-        run.event("engine", name=engine.name, kernels=kernels)
+        run.event("engine", name=engine.name, kernels=kernels, device=backend.describe().device)
         run.event("objective", **describe(config.learning, config.rollout.completions))
         session = Session(
             **vars(components),

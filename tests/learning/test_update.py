@@ -152,6 +152,7 @@ def test_an_update_raises_the_objective_and_touches_adapters_only(own_policy):
     assert all(name.endswith(("lora_a", "lora_b")) for name in changed)
 
 
+@pytest.mark.exact
 def test_several_updates_on_one_batch_are_as_many_single_ones(tmp_path):
     batch = make_batch(groups())
     results = []
@@ -253,6 +254,7 @@ def reused():
     return scored(forest([-1, 0, -1, -1], leaves=[1, 2, 3], planned_roots=3), [1, 0, 0.25])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_replayed_group_of_the_same_policy_teaches_what_a_fresh_one_does(policy, shared):
     fresh = aged(policy, reused(), {})

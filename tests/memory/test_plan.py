@@ -406,6 +406,15 @@ def test_freed_buffers_have_a_share_of_the_limit():
     assert cache_bytes(10**8, on_cpu=True) == 5 * 10**6
 
 
+def test_a_mac_told_to_use_its_cpu_is_planned_as_a_cpu():
+    wish = request(model=CONFIG, machine=mac(16), **{"model.device": "cpu"})
+    assert wish == request(model=CONFIG, machine=mac(16), **{"model.engine": "cpu"})
+    metal = request(model=CONFIG, machine=mac(16))
+    assert (wish.plan.dequantise, metal.plan.dequantise) == (True, False)
+    floats = {w.float_bytes for w in wish.workloads.values()}
+    assert floats == {4} != {w.float_bytes for w in metal.workloads.values()}
+
+
 def on_mac(gigabytes: int, name: str, **settings) -> PlanRequest:
     return request(model=find_known(f"mlx-community/{name}"), machine=mac(gigabytes), **settings)
 
