@@ -75,13 +75,14 @@ class _Float32Embedding(nn.Module):
         return self[name] if name in self else getattr(self["embedding"], name)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        layer: Any = self["embedding"]
+        layer = self["embedding"]
         if not isinstance(layer, nn.QuantizedEmbedding) or layer.mode != "affine":
             return layer(tokens).astype(mx.float32)
+        packed, scales, biases = (layer[name][tokens] for name in ("weight", "scales", "biases"))
         return mx.dequantize(
-            layer.weight[tokens],
-            layer.scales[tokens].astype(mx.float32),
-            layer.biases[tokens].astype(mx.float32),
+            packed,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
             group_size=layer.group_size,
             bits=layer.bits,
         )
