@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from localrl.backend import mx, tree_flatten
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
@@ -28,6 +29,13 @@ class Policy:
     lora_keys: list[str]
     """Paths of the adapted layers inside a block."""
     engine: Engine
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """True if any float of the model has 16 bits: then passes over the same tokens differ by
+        rounding, depending on the batch shape, by hundredths of a nat in bfloat16."""
+        parameters: Any = tree_flatten(self.model.parameters())
+        return any(array.dtype in (mx.bfloat16, mx.float16) for _, array in parameters)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 From a prompt's second visit on, one forward pass over an earlier completion y gives the current
 policy's probabilities of its tokens. Token t is accepted while
 
-    U_t <= min(1, p_now(y_t) / p_sampled(y_t)),      U_t keyed and uniform
+    U_t <= min(1, p_now(y_t) / p_written(y_t)),      U_t keyed and uniform
 
 and the tail after the accepted prefix is sampled again. The rule is that of SPEC-RL (arXiv
 2509.23232) without its lenience. It is not an exact draw from the current policy, because the first
 rejected token is not redrawn from the residual distribution. Accepted tokens therefore keep the
 log-probabilities they were sampled with and are corrected like all tokens of an earlier policy: the
-rule only decides how stale a prefix may be.
+rule only decides how stale a prefix may be. In 16 bits p_written is not the sampler's record but
+from a forward pass like that of p_now, see `Node.written_logprobs`: rounding alone would otherwise
+reject a third of the tokens of an unchanged policy.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Prefix:
     """Log-probabilities under the current policy."""
     finish_reason: FinishReason | None
     """Finish reason of the earlier completion if all of it was accepted; else None."""
+    scored_logprobs: np.ndarray | None = None
+    """As in `Node`."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -109,9 +113,9 @@ class CompletionCache:
         self._tokens -= _tokens(group) if group is not None else 0
 
 
-def accepted(now: np.ndarray, sampled: np.ndarray, uniforms: np.ndarray) -> int:
+def accepted(now: np.ndarray, written: np.ndarray, uniforms: np.ndarray) -> int:
     """Number of leading tokens accepted, given (T,) log-probabilities and uniforms."""
-    likelier = np.subtract(now, sampled, dtype=np.float64)
+    likelier = np.subtract(now, written, dtype=np.float64)
     refused = ~(uniforms <= np.exp(np.minimum(likelier, 0.0)))  # NaN is rejected
     return int(refused.argmax()) if refused.any() else len(refused)
 
@@ -126,7 +130,7 @@ def verified_prefix(
     """
     length = len(draft.token_ids)
     ends = length == max_tokens if reason == "length" else length <= max_tokens
-    n = accepted(now, draft.sampled_logprobs, uniforms)
+    n = accepted(now, draft.written_logprobs, uniforms)
     whole = ends and n == length
     n = n if whole else min(n, max_tokens - 1)
     return Prefix(
@@ -136,6 +140,7 @@ def verified_prefix(
         version=draft.version,
         old_logprobs=np.asarray(now[:n], np.float32),
         finish_reason=reason if whole else None,
+        scored_logprobs=None if draft.scored_logprobs is None else draft.scored_logprobs[:n],
     )
 
 
@@ -246,6 +251,7 @@ def _prefix_node(prefix: Prefix) -> Node:
         entropies=prefix.entropies,
         version=prefix.version,
         old_logprobs=prefix.old_logprobs,
+        scored_logprobs=prefix.scored_logprobs,
     )
 
 
@@ -274,14 +280,16 @@ def _reusable(group: Group, leaf: int) -> bool:
 def _path_node(group: Group, leaf: int) -> Node:
     """Join the whole path to a leaf into one root node."""
     completion = group.completion(leaf)
-    path = group.path(group.leaves[leaf].node)
+    path = [group.nodes[n] for n in group.path(group.leaves[leaf].node)]
+    scored = any(node.scored_logprobs is not None for node in path)
     return Node(
         parent=-1,
         token_ids=completion.token_ids,
         sampled=completion.sampled,
         sampled_logprobs=completion.sampled_logprobs,
         entropies=completion.entropies,
-        version=min(group.nodes[n].version for n in path),
+        version=min(node.version for node in path),
+        scored_logprobs=np.concatenate([n.written_logprobs for n in path]) if scored else None,
     )
 
 
