@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from localrl.backend import mx
 from localrl.learning.objective import ObjectiveSums
+from localrl.learning.pass_logprobs import PassLogprobs
 from localrl.policy.packing import MicroBatch
 from localrl.records import StepStats
 
@@ -28,13 +29,20 @@ class Totals:
     kl_weight: float = 0.0
     tokens: int = 0
     saved_positions: int = 0
+    logprobs: PassLogprobs = field(default_factory=PassLogprobs)
+    """The log-probabilities that the pass computed; of several ranks each keeps its own."""
 
     @classmethod
-    def of(cls, parts: Sequence[dict[str, Any]]) -> Totals:
-        """Combine the totals of all ranks, each given as its fields."""
-        total = cls(**{name: sum(part[name] for part in parts) for name in parts[0]})
+    def of(cls, parts: Sequence[dict[str, Any]], logprobs: PassLogprobs) -> Totals:
+        """Combine the sums of all ranks with this rank's log-probabilities."""
+        summed = {name: sum(part[name] for part in parts) for name in parts[0]}
+        total = cls(**summed, logprobs=logprobs)
         total.gap_max = max(part["gap_max"] for part in parts)
         return total
+
+    def sums(self) -> dict[str, float]:
+        """Return everything but the log-probabilities."""
+        return {name: value for name, value in vars(self).items() if name != "logprobs"}
 
     def add(self, sums: ObjectiveSums, micro: MicroBatch) -> None:
         """Add the sums of a micro-batch."""

@@ -147,15 +147,8 @@ class Updater:
         first: the log-probabilities to clip around, of the step's first pass; None: this pass is
         the first. With several ranks each computes its share of the batch, and all get the sum.
         """
-        gradient, total, _ = self._pass(batch, plan, first)
-        return gradient, total
-
-    def _pass(
-        self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None
-    ) -> tuple[Any, Totals, PassLogprobs]:
-        """The same, and this pass's own log-probabilities."""
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
-        total, gradient, own = Totals(), None, PassLogprobs()
+        total, gradient = Totals(), None
         self._choose_packing(batch, plan)
         for micro in self._micro_batches(batch, plan):
             self._beat()
@@ -166,10 +159,10 @@ class Updater:
             # Frees this micro-batch's graph before the next one is built.
             mx.eval(gradient, logprobs, *vars(sums).values())
             total.add(sums, micro)
-            own.add(micro, np.array(logprobs))
+            total.logprobs.add(micro, np.array(logprobs))
         if self.ranks.size > 1:
             gradient, total = self._of_all(gradient, total)
-        return tree_map(lambda g: g / batch.z, gradient), total, own
+        return tree_map(lambda g: g / batch.z, gradient), total
 
     def _of_all(self, gradient: Any, total: Totals) -> tuple[Any, Totals]:
         """Sum gradients and totals over ranks; gradient: None if this rank computed nothing."""
@@ -182,8 +175,8 @@ class Updater:
             (name, mx.array(part.reshape(array.shape)))
             for (name, array), part in zip(flat, np.split(whole, ends), strict=True)
         ]
-        totals = [json.loads(one) for one in self.ranks.gather(json.dumps(vars(total)).encode())]
-        return tree_unflatten(summed), Totals.of(totals)
+        told = self.ranks.gather(json.dumps(total.sums()).encode())
+        return tree_unflatten(summed), Totals.of([json.loads(one) for one in told], total.logprobs)
 
     def _choose_packing(self, batch: Batch, plan: MemoryPlan) -> None:
         """Check once, on the first batch, if the family can be scored as forests."""
@@ -249,13 +242,13 @@ class Updater:
         self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None
     ) -> tuple[StepStats, PassLogprobs]:
         """Make one update; return its statistics and its pass's log-probabilities."""
-        gradient, total, own = self._pass(batch, plan, first)
+        gradient, total = self.gradient(batch, plan, first)
         norm = global_norm(gradient)
         if np.isfinite([norm, total.loss]).all():
             problem = self._optimise(gradient, norm)
         else:
             problem = f"loss {total.loss}, gradient norm {norm}"
-        return total.stats(batch.z, norm, problem=problem), own
+        return total.stats(batch.z, norm, problem=problem), total.logprobs
 
     def _optimise(self, gradient: Any, norm: float) -> str | None:
         """Make a step of the optimizer; return what was wrong with it if it was undone."""

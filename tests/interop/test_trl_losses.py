@@ -47,7 +47,7 @@ def draw(later: bool, rounded: bool) -> list[np.ndarray]:
     first = new - draws.normal(0, 0.3, len(ROWS)) * later
     if later:  # two completions within gspo's narrow range, and two outside
         for row in (0, 1):
-            first[ROWS == row] += (new - first)[ROWS == row].mean() + 1e-4
+            first[row == ROWS] += (new - first)[row == ROWS].mean() + 1e-4
     sampler = first - draws.normal(0, 0.5, len(ROWS)) * rounded
     return [values.astype(np.float32) for values in (new, first, sampler)]
 
@@ -106,7 +106,7 @@ def square(values: Sequence[float]) -> torch.Tensor:
     """The completions' tokens as rows (4, T), padded with 0."""
     found = torch.zeros(len(LENGTHS), max(LENGTHS))
     for row in range(len(LENGTHS)):
-        found[row, : LENGTHS[row]] = torch.tensor(np.asarray(values)[ROWS == row])
+        found[row, : LENGTHS[row]] = torch.tensor(np.asarray(values)[row == ROWS])
     return found
 
 

@@ -43,7 +43,7 @@ ROUNDED = (
 
 
 def step(policy, ratios=RATIOS, rounding=EXACT):
-    """The two prompts' groups, sampled so that the policy's ratios are these; `new`, and `first`."""
+    """The two prompts' groups, sampled so that the policy's ratios are these; `new`; `first`."""
     pairs = zip(LENGTHS, REWARDS, strict=True)
     groups = [scored(ragged_group(lengths), rewards) for lengths, rewards in pairs]
     flat = np.array(plain_logprobs(policy.model, groups)).astype(np.float64)
