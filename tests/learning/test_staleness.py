@@ -11,10 +11,12 @@ from forests import flat_group, forest
 
 from localrl.learning.staleness import (
     TRUNCATION,
+    anchor_logprobs,
     drift,
     importance,
     too_far,
     with_old_logprobs,
+    with_scored_logprobs,
 )
 from localrl.records import Group
 
@@ -118,6 +120,45 @@ def test_too_far():
     assert too_far(stale(flat_group(1), {0: [np.nan, 0, 0]}), 0.02)
     # One completion is enough.
     assert too_far(stale(flat_group(3), {2: [0.03, 0.03, 0.03]}), 0.02)
+
+
+def rounded(group: Group, n: int, difference: float) -> Group:
+    """The group whose sampler overstated one node's log-probabilities by this."""
+    nodes = list(group.nodes)
+    nodes[n] = replace(nodes[n], scored_logprobs=nodes[n].sampled_logprobs - np.float32(difference))
+    return replace(group, nodes=tuple(nodes))
+
+
+def test_the_sampler_s_rounding_is_no_staleness():
+    # The policy of now finds 0.1 more than the sampler wrote, of which 0.3 - 0.2 are rounding.
+    group = rounded(stale(flat_group(2), {0: [-0.3, -0.3, -0.2]}), 0, 0.3)
+    np.testing.assert_allclose(importance(group)[0], np.exp([0.0, 0.0, 0.1]), rtol=1e-6)
+    assert drift(group).mean_log == pytest.approx(0.1 / 3, abs=1e-6)
+    assert not too_far(group, 0.04)
+    # What the weight leaves out is left to the correction of the update's first pass: with old as
+    # that pass, the two make old - sampled.
+    node = group.nodes[0]
+    assert node.old_logprobs is not None
+    correction = node.old_logprobs - anchor_logprobs(node)
+    np.testing.assert_allclose(correction, [-0.3] * 3, rtol=1e-5)
+    both = np.log(importance(group)[0][0]) + correction[0]
+    assert both == pytest.approx(node.old_logprobs[0] - node.sampled_logprobs[0], abs=1e-6)
+
+
+def test_anchors():
+    fresh = rounded(flat_group(1), 0, 0.3).nodes[0]
+    assert anchor_logprobs(fresh) is fresh.sampled_logprobs
+    old = stale(flat_group(1), {0: [0.1, 0.2, 0.3]}).nodes[0]
+    assert anchor_logprobs(old) is old.old_logprobs
+
+
+def test_only_what_was_just_sampled_is_scored():
+    group = stale(forest([-1, 0], [1], 1), {0: [0.1, 0.1, 0.1]})
+    scores = [np.full(3, -0.5, np.float32)] * 2
+    prefix, tail = with_scored_logprobs(group, scores).nodes
+    assert prefix.scored_logprobs is None
+    assert prefix.written_logprobs is prefix.sampled_logprobs
+    assert tail.scored_logprobs is tail.written_logprobs is scores[1]
 
 
 def test_old_logprobs_are_set_on_every_node():

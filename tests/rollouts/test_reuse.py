@@ -248,6 +248,29 @@ def test_verified_prefixes(reason, refused_at, limit, length, finish):
     assert len(prefix.sampled_logprobs) == len(prefix.entropies) == length
 
 
+def test_tokens_are_compared_with_a_pass_like_that_of_now():
+    """A reused prefix that was scored, and a tail that was not, as of an older checkpoint."""
+    chain = forest([-1, 0], [1], 1)
+    scored = np.array([-1.5, -1.25, -1.0], np.float32)
+    chain = replace(chain, nodes=(replace(chain.nodes[0], scored_logprobs=scored), chain.nodes[1]))
+    earlier = CompletionCache()
+    earlier.add([chain])
+    drafts = earlier.drafts(chain.example.id, chain.prompt_ids, 1, address=())
+    assert drafts is not None
+    draft = drafts.nodes[0]
+    assert draft.scored_logprobs is not None
+    assert draft.scored_logprobs.tolist() == [*scored, -1, -1, -1]
+    # The sampler's record, -1, would reject the first token.
+    prefix = verified_prefix(draft, "stop", draft.scored_logprobs, np.full(6, 0.9), 8)
+    assert prefix.complete
+    cut = verified_prefix(draft, "stop", draft.scored_logprobs, np.full(6, 0.9), 3)
+    assert cut.scored_logprobs is not None
+    assert cut.scored_logprobs.tolist() == [-1.5, -1.25]
+    plain = verified_prefix(chain.nodes[1], "stop", scored, np.full(3, 0.9), 8)
+    assert plain.scored_logprobs is None
+    assert len(plain) == 0
+
+
 def test_reused_completions_take_the_places_of_the_last_roots(policies):
     old, new = policies
     prefixes, _, _ = second_visit(new, first_visit(old))
