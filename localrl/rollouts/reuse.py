@@ -27,8 +27,8 @@ from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.utils.rng import keyed_uniforms
 
 MOST_TOKENS = 4_000_000
-"""Maximum number of stored tokens, about 70 MB (85 with scored ones). The least recently seen groups
-are dropped."""
+"""Maximum number of stored tokens, about 70 MB, 85 if scored. The least recently seen groups are
+dropped."""
 NOT_REUSED = ("turns", "error")
 """Finish reasons of completions that contain text the policy did not write."""
 
