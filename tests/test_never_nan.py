@@ -47,9 +47,10 @@ def adapter(folder):
 
 
 def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
-    tiny_folder, tmp_path, monkeypatch
+    tiny_folder, tmp_path, monkeypatch, engine
 ):
-    plain = adapter(train(config(tiny_folder, tmp_path / "plain")).folder)
+    on = {"model.engine": engine}
+    plain = adapter(train(config(tiny_folder, tmp_path / "plain", **on)).folder)
     real, calls = Updater.gradient, []
 
     def poisoned(self, batch, plan, first):
@@ -64,7 +65,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
         return real(self, batch, plan, first)
 
     monkeypatch.setattr(Updater, "gradient", poisoned)
-    folder = train(config(tiny_folder, tmp_path / "poisoned")).folder
+    folder = train(config(tiny_folder, tmp_path / "poisoned", **on)).folder
     monkeypatch.undo()
     update, steps = Updater.update, []
 
@@ -73,7 +74,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
         return NO_UPDATE if len(steps) == BAD_STEP else update(self, batch, plan)
 
     monkeypatch.setattr(Updater, "update", skipping)
-    skipped = train(config(tiny_folder, tmp_path / "skipped")).folder
+    skipped = train(config(tiny_folder, tmp_path / "skipped", **on)).folder
     assert adapter(folder) == adapter(skipped) != plain
     lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "reward" in line]
     assert [line["update/applied"] for line in lines] == [True, True, False, True, True]
@@ -83,10 +84,12 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
 
 
 @pytest.mark.parametrize("lr", [1e20, 1e39])
-def test_a_diverging_run_ends_and_its_last_good_state_can_be_read(tiny_folder, tmp_path, lr):
+def test_a_diverging_run_ends_and_its_last_good_state_can_be_read(
+    tiny_folder, tmp_path, lr, engine
+):
     out = tmp_path / "run"
     with pytest.raises(LocalRLError, match=r"3 times in a row .* learning\.lr below 1e\+"):
-        train(config(tiny_folder, out, **{"learning.lr": lr}))
+        train(config(tiny_folder, out, **{"learning.lr": lr, "model.engine": engine}))
     newest = Checkpoints(out / "checkpoints", pytest.fail).newest()
     state = read(newest)
     assert state.step == 2

@@ -129,6 +129,9 @@ class _Times:
 class _Watched:
     """An engine, its prefilled prompts, or rows whose steps are timed and forced to finish."""
 
+    looks_ahead = False
+    """Steps are timed one by one."""
+
     def __init__(self, inner: Any, times: _Times) -> None:
         self._inner, self._times = inner, times
 

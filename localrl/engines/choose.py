@@ -16,9 +16,9 @@ import numpy as np
 from localrl.backend import mx, tree_flatten
 from localrl.engines.cpu.engine import CPUEngine
 from localrl.engines.cpu.model import CPUModel, UnfitError
-from localrl.engines.mlx.engine import MLXEngine
-from localrl.engines.mlx.network import open_network
-from localrl.engines.mlx.prefix_cache import PrefixCache, use_shared_prompts
+from localrl.engines.mlx.adapters import Siblings
+from localrl.engines.mlx.engine import MLXEngine, open_engine
+from localrl.engines.mlx.prefix_cache import PrefixCache, copied_positions, use_shared_prompts
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.model import Policy
@@ -47,15 +47,18 @@ def choose_engine(
     or if `engine` is "cpu" and that engine cannot compute this model.
     """
     made = policy.engine
-    mlx = MLXEngine(made.network if isinstance(made, MLXEngine) else open_network(policy.model))
+    mlx = made if isinstance(made, MLXEngine) else open_engine(policy.model)
     expected = _plain(policy.model)
+    # Layers are prepared only if this engine is chosen: that takes time, and memory for a moment.
+    siblings, mlx = mlx.siblings, replace(mlx, siblings=())
     _check_batching(mlx, expected)
-    mlx = replace(mlx, shares_prompts=_shares_prompts(mlx, expected))
+    mlx = _share_prompts(mlx, expected)
     on_cpu = mx.default_device().type == mx.cpu
-    chosen: MLXEngine | CPUEngine = mlx
     if engine == "cpu" or (engine == "auto" and on_cpu):
-        chosen = _try_cpu(policy.model, expected, engine, warn) or mlx
-    return replace(policy, engine=chosen)
+        tried = _try_cpu(policy.model, expected, engine, warn)
+        if tried is not None:
+            return replace(policy, engine=tried)
+    return replace(policy, engine=_prepare(mlx, siblings, expected, warn))
 
 
 def _check_batching(engine: MLXEngine, expected: Logits) -> None:
@@ -82,8 +85,8 @@ def _check_batching(engine: MLXEngine, expected: Logits) -> None:
             )
 
 
-def _shares_prompts(engine: MLXEngine, expected: Logits) -> bool:
-    """Return True if rows that read one copy of their prompt give the same logits."""
+def _share_prompts(engine: MLXEngine, expected: Logits) -> MLXEngine:
+    """Let rows read one copy of their prompt, if that gives the same logits."""
     model = engine.network.model
     try:
         use_shared_prompts(model)
@@ -92,8 +95,33 @@ def _shares_prompts(engine: MLXEngine, expected: Logits) -> bool:
         state.step(np.array(NEXT))
         close = difference(state.logits(), expected[1]) < tolerance(model)
     except Exception:  # a family's own code may raise anything; its rows then get whole caches
-        return False
-    return bool(shared) and close and all(layer.attended for layer in shared)
+        return engine
+    if not shared or not close or not all(layer.attended for layer in shared):
+        return engine
+    on_cpu = mx.default_device().type == mx.cpu
+    copied = 0 if on_cpu else copied_positions(state.cache)
+    return replace(engine, shares_prompts=True, copied_positions=copied)
+
+
+def _prepare(
+    engine: MLXEngine,
+    siblings: tuple[Siblings, ...],
+    expected: Logits,
+    warn: Callable[[str], None],
+) -> MLXEngine:
+    """Let layers with one input be computed together, if that gives the same logits."""
+    prepared = replace(engine, siblings=siblings)
+    pairs = zip(_batched(prepared, None), expected, strict=True)
+    error = max(difference(a, b) for a, b in pairs)
+    if error < tolerance(engine.network.model):
+        return prepared
+    warn(
+        "layers computed together give different logits than one by one (relative error "
+        f"{error:.2g}), so they are computed one by one, which is slower. Please report this."
+    )
+    for layer in (layer for group in siblings for layer in group.layers):
+        layer.prepared = None
+    return engine
 
 
 def _try_cpu(

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 
 from localrl.backend import mx
 from localrl.engines.mlx.activations import use_fast_swiglu
-from localrl.engines.mlx.engine import MLXEngine
-from localrl.engines.mlx.network import open_network
+from localrl.engines.mlx.engine import open_engine
 from localrl.policy.lora import attach, fill
 from localrl.policy.model import LoadedModel, Policy
 from localrl.policy.precision import dequantise, to_float32
@@ -39,9 +38,8 @@ def make_policy(
     if for_cpu:
         to_float32(model)
         use_fast_swiglu(model)
-    network = open_network(model)
     adapted = attach(model, rank=rank, scale=scale, seed=seed, layers=layers, keys=keys)
     if weights is not None:
         fill(model, weights, source)
     mx.eval(model.parameters())
-    return Policy(model, loaded.tokenizer, adapted, MLXEngine(network))
+    return Policy(model, loaded.tokenizer, adapted, open_engine(model))

@@ -39,11 +39,14 @@ class DecodeState(Protocol):
         """Add the rows of another state of the same engine."""
         ...
 
-    def sample(self, uniforms: np.ndarray | None, temperature: float) -> Sampled:
+    def sample(
+        self, uniforms: np.ndarray | None, temperature: float, *, ahead: bool = False
+    ) -> Sampled:
         """Sample one token per row by inverting the cumulative distribution in float32.
 
         uniforms: (B,) in (0, 1). At temperature 0 they are None, the likeliest token is taken, and
-        log-probabilities and entropies are those of temperature 1.
+        log-probabilities and entropies are those of temperature 1. ahead: also feed the tokens, as
+        `step` would, before they are read; for engines that look ahead.
         """
         ...
 
@@ -91,6 +94,18 @@ class Engine(Protocol):
     @property
     def shares_prompts(self) -> bool:
         """True if rows may share the KV cache of a prompt."""
+        ...
+
+    @property
+    def copied_positions(self) -> int:
+        """Positions of prompts that are read faster as copies in every row than shared; 0 if there
+        is nothing to say beyond what holds on every CPU."""
+        ...
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True if sampling is faster with the next step already queued, even though rows that have
+        just ended then compute one more token."""
         ...
 
     @property

@@ -223,13 +223,16 @@ class DecodeLog:
 
         `ended` holds (B,) bool for each reason; the first that applies counts, length is last.
         """
-        limits = np.array([self.request(s).max_tokens for s in rows.segments])
-        done = rows.alive & (np.any([*ended.values()], axis=0) | (rows.lengths >= limits))
+        done = rows.alive & (np.any([*ended.values()], axis=0) | (self.tokens_left(rows) <= 0))
         for row in np.flatnonzero(done):
             segment = self.open[rows.segments[row]]
             segment.end = next((reason for reason, hit in ended.items() if hit[row]), "length")
             self.finished[segment.tree] += 1
         rows.alive &= ~done
+
+    def tokens_left(self, rows: Rows) -> np.ndarray:
+        """Tokens that may still be added to each path, (B,)."""
+        return np.array([self.request(s).max_tokens for s in rows.segments]) - rows.lengths
 
     def close(self) -> list[Segment]:
         """Return all segments with their tokens."""

@@ -108,12 +108,13 @@ class Decoder:
             live = self._refill(live, waiting)
             if rule is not None:
                 self._fork(live, log, rule)
-            tokens = self._draw(live, log)
+            ahead = rule is None and self._looks_ahead(live, log)
+            tokens = self._draw(live, log, ahead)
             ended: dict[EndReason, np.ndarray] = {"stop": np.isin(tokens, ends)}
             if self.stops is not None and live.recent_tokens is not None:
                 ended |= self.stops.ended(live.recent_tokens, tokens, live.alive)
             log.finish(live, ended)
-            live = self._forward(live, tokens)
+            live = self._forward(live, tokens, fed=ahead)
         return log.close()
 
     def _check(self, requests: Sequence[TreeRequest]) -> None:
@@ -153,18 +154,30 @@ class Decoder:
         live.take(index)
         live.segments = np.array(segments)
 
-    def _draw(self, live: Rows, log: DecodeLog) -> np.ndarray:
+    def _looks_ahead(self, live: Rows, log: DecodeLog) -> bool:
+        """Return True if the next step is worth queueing before this one's tokens are known.
+
+        It is not for the engine, or when all rows are about to reach their limits.
+        """
+        return self.policy.engine.looks_ahead and bool(
+            (log.tokens_left(live) > 1)[live.alive].any()
+        )
+
+    def _draw(self, live: Rows, log: DecodeLog, ahead: bool) -> np.ndarray:
         """Draw the next token of every row, and record those of live rows."""
         uniforms = log.uniforms(live) if self.temperature else None
-        drawn = live.state.sample(uniforms, self.temperature)
+        drawn = live.state.sample(uniforms, self.temperature, ahead=ahead)
+        if ahead:
+            self._count_step(live)
         log.write(live, *drawn)
         return drawn.tokens
 
-    def _forward(self, live: Rows, tokens: np.ndarray) -> Rows | None:
+    def _forward(self, live: Rows, tokens: np.ndarray, *, fed: bool) -> Rows | None:
         """Feed the tokens just drawn, giving the next logits; None if no row is left.
 
-        Finished rows are removed once they are an eighth of the batch. Gathering the cache costs as
-        much as decoding several rows for a step, so a few finished rows stay in a large batch.
+        fed: they have been fed already. Finished rows are removed once they are an eighth of the
+        batch. Gathering the cache costs as much as decoding several rows for a step, so a few
+        finished rows stay in a large batch.
         """
         finished = len(live) - int(live.alive.sum())
         if finished == len(live):
@@ -173,10 +186,14 @@ class Decoder:
             keep = np.flatnonzero(live.alive)
             live.take(keep)
             tokens = tokens[keep]
-        live.state.step(tokens)
+        if not fed:
+            live.state.step(tokens)
+            self._count_step(live)
+        return live
+
+    def _count_step(self, live: Rows) -> None:
         self.counts.forward_calls += 1
         self.counts.decode_positions += len(live)
-        return live
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
         """Run one forward pass over all prompts."""
@@ -198,9 +215,11 @@ class _Waiting:
         self._decoder = decoder
         self._prompts = prompts
         self._log = log
-        self._shares = decoder.policy.engine.shares_prompts and sharing_pays_off(
+        engine = decoder.policy.engine
+        self._shares = engine.shares_prompts and sharing_pays_off(
             [len(prompts[r.prompt]) * (r.leaves - 1) for r in log.requests],
             decoder.rows / max(sum(r.leaves for r in log.requests), 1),
+            max(SHARED_POSITIONS, engine.copied_positions),
         )
         self._queue = deque(
             (tree, n) for tree, request in enumerate(log.requests) for n in range(request.roots)
@@ -261,13 +280,13 @@ class _Waiting:
         return self._decoder.prefill([self._prompts[p] for p in wanted])
 
 
-def sharing_pays_off(copies: Sequence[int], share: float) -> bool:
+def sharing_pays_off(copies: Sequence[int], share: float, least: int) -> bool:
     """Return True if storing each prompt once saves more time than it costs.
 
     copies: positions taken by the extra copies of each request's prompt; share: fraction of all
-    rows that is decoded at once, above 1 if there is more room.
+    rows that is decoded at once, above 1 if there is more room; least: positions that pay off.
     """
-    return sum(copies) * min(share, 1) >= SHARED_POSITIONS
+    return sum(copies) * min(share, 1) >= least
 
 
 def _view(live: Rows, log: DecodeLog, entropies: np.ndarray) -> LiveView:

@@ -98,6 +98,15 @@ def test_draws_are_of_the_next_logits(policy):
     np.testing.assert_allclose(greedy.entropies, state.entropies(1.0), atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_tokens_fed_ahead_are_those_that_were_drawn(policy, shared):
+    state = prefilled(policy, *PROMPTS[:2]).fork(np.array([0, 1, 1]), [0, 1] if shared else None)
+    found = state.sample(np.array([0.1, 0.5, 0.9]), TEMPERATURE, ahead=True)
+    state.select(np.array([2, 0]))
+    rows = [(*PROMPTS[1], int(found.tokens[2])), (*PROMPTS[0], int(found.tokens[0]))]
+    close(state, plain(policy, *rows))
+
+
 def test_what_is_sampled_in_trees_is_what_is_scored(policy):
     assert_exact(policy, sample(policy, roots=2, leaves=8, at=(0, 3, 7), rows=9), TEMPERATURE)
 

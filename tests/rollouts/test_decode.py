@@ -126,11 +126,31 @@ def test_prompts_wait_for_a_prefill_of_few_and_for_room(policy, examples):
     assert counts.prefill_positions == sum(len(group.prompt_ids) for group in whole)
 
 
-def test_finished_rows_make_room(policy, examples):
-    groups, counts = sample(policy, examples, rows=4)
+def patient(policy, monkeypatch):
+    """The policy, sampling each token before the next step is queued."""
+    monkeypatch.setattr(MLXEngine, "looks_ahead", False)
+    return policy
+
+
+def test_finished_rows_make_room(policy, examples, monkeypatch):
+    groups, counts = sample(patient(policy, monkeypatch), examples, rows=4)
     tokens = sum(len(completion) - 1 for completion in completions(groups))
     # With few rows they leave at once: no position is decoded for a finished completion.
     assert counts.decode_positions == tokens
+
+
+@pytest.mark.parametrize("rows", [4, 30])
+def test_looking_ahead_costs_one_position_a_completion_and_changes_nothing(
+    policy, examples, rows, monkeypatch
+):
+    ahead, counts = sample(policy, examples, rows=rows)
+    waited, fewer = sample(patient(policy, monkeypatch), examples, rows=rows)
+    assert same(completions(ahead), completions(waited))
+    for a, b in zip(completions(ahead), completions(waited), strict=True):
+        np.testing.assert_allclose(a.sampled_logprobs, b.sampled_logprobs, atol=1e-4)
+    early = sum(leaf.finish_reason == "stop" for group in ahead for leaf in group.leaves)
+    assert early > 0
+    assert 0 < counts.decode_positions - fewer.decode_positions <= len(completions(ahead))
 
 
 def test_draws_depend_on_seed_step_example_and_place_alone(policy, examples):

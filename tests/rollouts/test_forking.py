@@ -106,18 +106,14 @@ def test_a_tree_never_has_more_leaves_than_allowed(policy, leaves):
 def test_rows_are_never_exceeded_and_change_nothing(policy, rows):
     seen = []
 
-    class Watched:
-        def __getattr__(self, name):
-            return getattr(policy.model, name)
-
-        def __call__(self, tokens, cache=None):
-            seen.append(tokens.shape[0])
-            return policy.model(tokens, cache=cache)
+    def watched(tokens, cache=None):
+        seen.append(tokens.shape[0])
+        return policy.engine.network.hidden(tokens, cache=cache)
 
     from dataclasses import replace
 
     whole = sample(policy, Always((3, 6, 9)))
-    engine = replace(policy.engine, network=replace(policy.engine.network, model=Watched()))
+    engine = replace(policy.engine, network=replace(policy.engine.network, hidden=watched))
     parts = sample(replace(policy, engine=engine), Always((3, 6, 9)), rows=rows)
     assert 0 < max(seen) <= rows
     for one, other in zip(whole, parts, strict=True):

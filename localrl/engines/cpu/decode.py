@@ -133,9 +133,14 @@ class CPUState:
         """Float32 logits (B, V)."""
         return self._next
 
-    def sample(self, uniforms: np.ndarray | None, temperature: float) -> Sampled:
+    def sample(
+        self, uniforms: np.ndarray | None, temperature: float, *, ahead: bool = False
+    ) -> Sampled:
         """Sample one token per row."""
-        return Sampled(*draw(self._next, uniforms, temperature))
+        drawn = Sampled(*draw(self._next, uniforms, temperature))
+        if ahead:
+            self.step(drawn.tokens)
+        return drawn
 
     def entropies(self, temperature: float) -> np.ndarray:
         """Entropy (B,) in nats of each row's next-token distribution."""

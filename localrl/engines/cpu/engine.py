@@ -32,6 +32,16 @@ class CPUEngine:
         return True
 
     @property
+    def copied_positions(self) -> int:
+        """Return 0."""
+        return 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """False: a step is computed when it is called."""
+        return False
+
+    @property
     def splits_head(self) -> bool:
         """True: body and head are separate."""
         return True

@@ -19,23 +19,16 @@ CACHE_STEP = 64
 
 
 def prefill(network: Network, tokens: np.ndarray, lengths: Sequence[int]) -> MLXPrefilled:
-    """Run right-padded prompts (P, L).
-
-    The head runs only on the last position of each prompt, if the family allows it.
-    """
+    """Run right-padded prompts (P, L)."""
     cache = _empty_cache(network.model, len(lengths))
     padding = [tokens.shape[1] - length for length in lengths]
     for layer in cache:
         layer.prepare(lengths=list(lengths), right_padding=padding)
-    ids, rows, last = mx.array(tokens), mx.arange(len(lengths)), mx.array(list(lengths)) - 1
-    if network.hidden is None or network.head is None:
-        logits = network.model(ids, cache=cache)[rows, last]
-    else:
-        logits = network.head(network.hidden(ids, cache=cache)[rows, last])
+    logits = network.last_logits(mx.array(tokens), cache, mx.array(list(lengths)) - 1)
     for layer in cache:
         layer.finalize()
     mx.eval(logits, [layer.state for layer in cache])
-    return MLXPrefilled(network.model, cache, logits)
+    return MLXPrefilled(network, cache, logits)
 
 
 def _empty_cache(model: Any, rows: int) -> list[Any]:
@@ -54,14 +47,14 @@ def _empty_cache(model: Any, rows: int) -> list[Any]:
 class MLXPrefilled:
     """Caches of prompts, one per layer, and the logits (P, V) after each prompt."""
 
-    model: Any
+    network: Network
     cache: list[Any]
     last: mx.array
 
     def fork(self, rows: np.ndarray, prompts: Sequence[int] | None) -> MLXState:
         """Create a state of rows that continue the prompts: see `Prefilled.fork`."""
         cache = fork_prompts(self.cache, rows, prompts)
-        return MLXState(self.model, cache, self.last[mx.array(rows)])
+        return MLXState(self.network, cache, self.last[mx.array(rows)])
 
     def logits(self) -> np.ndarray:
         """Float32 logits (P, V)."""
@@ -72,7 +65,7 @@ class MLXPrefilled:
 class MLXState:
     """Caches of rows, one per layer, and their next logits (B, V): see `DecodeState`."""
 
-    model: Any
+    network: Network
     cache: list[Any]
     next: mx.array
 
@@ -92,10 +85,16 @@ class MLXState:
             layer.extend(more)
         self.next = mx.concatenate([self.next, other.next])
 
-    def sample(self, uniforms: np.ndarray | None, temperature: float) -> Sampled:
+    def sample(
+        self, uniforms: np.ndarray | None, temperature: float, *, ahead: bool = False
+    ) -> Sampled:
         """Sample one token per row: see `draw`."""
         drawn = draw(self.next, uniforms, temperature)
-        mx.eval(drawn)  # together with the pending step
+        mx.async_eval(drawn)  # together with the pending step
+        if ahead:
+            # Queued before the tokens are read, so the device computes while Python works.
+            self._feed(drawn[0])
+            mx.async_eval(self.next)
         return Sampled(*map(np.array, drawn))
 
     def entropies(self, temperature: float) -> np.ndarray:
@@ -104,7 +103,10 @@ class MLXState:
 
     def step(self, tokens: np.ndarray) -> None:
         """Feed one token (B,) to each row; computed when the logits are first used."""
-        self.next = self.model(mx.array(tokens[:, None]), cache=self.cache)[:, -1]
+        self._feed(mx.array(tokens))
+
+    def _feed(self, tokens: mx.array) -> None:
+        self.next = self.network.last_logits(tokens[:, None], self.cache)
 
     def wait(self) -> None:
         """Compute the pending step."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.engines.mlx import decode, logprobs
+from localrl.engines.mlx.adapters import Siblings, find_siblings, prepare
 from localrl.engines.mlx.checkpointing import can_checkpoint, checkpointed
-from localrl.engines.mlx.network import Network
+from localrl.engines.mlx.network import Network, open_network
 from localrl.policy.packing import MicroBatch
 
 
@@ -21,8 +22,12 @@ class MLXEngine:
     """Any family that mlx-lm decodes in batches: see `Engine`."""
 
     network: Network
+    siblings: tuple[Siblings, ...] = ()
+    """Adapted layers to prepare when decoding begins; none: each computes on its own."""
     shares_prompts: bool = False
     """True if rows may share the keys and values of one prompt: see `prefix_cache`."""
+    copied_positions: int = 0
+    """Positions of prompts that are read faster as copies in every row than shared."""
 
     @property
     def name(self) -> Literal["mlx"]:
@@ -33,6 +38,11 @@ class MLXEngine:
     def splits_head(self) -> bool:
         """True if the family's body and head could be separated."""
         return self.network.hidden is not None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True: the device computes a step while Python handles the one before."""
+        return True
 
     @property
     def packs_forests(self) -> bool | None:
@@ -57,6 +67,7 @@ class MLXEngine:
 
     def prefill(self, tokens: np.ndarray, lengths: Sequence[int]) -> decode.MLXPrefilled:
         """Run right-padded prompts (P, L)."""
+        prepare(self.siblings)
         return decode.prefill(self.network, tokens, lengths)
 
     def token_logprobs(
@@ -83,3 +94,8 @@ class MLXEngine:
             self.network.head, mx.array(states), mx.array(targets), temperature, chunk
         )
         return np.array(found)
+
+
+def open_engine(model: Any) -> MLXEngine:
+    """Open the engine of a model with its adapters attached."""
+    return MLXEngine(open_network(model), find_siblings(model))

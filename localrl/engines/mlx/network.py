@@ -20,6 +20,16 @@ class Network:
     head: Callable[[mx.array], mx.array] | None = None
     """Maps hidden states (N, d) to logits (N, V)."""
 
+    def last_logits(self, tokens: mx.array, cache: list[Any], at: Any = -1) -> mx.array:
+        """Run tokens (B, L) with a cache; return logits (B, V) at position `at` of each row.
+
+        The head runs only there, if the family allows it. at: -1, or lengths (B,) minus 1.
+        """
+        rows = slice(None) if isinstance(at, int) else mx.arange(len(tokens))
+        if self.hidden is None or self.head is None:
+            return self.model(tokens, cache=cache)[rows, at]
+        return self.head(self.hidden(tokens, cache=cache)[rows, at])
+
 
 def open_network(model: Any) -> Network:
     """Open a model, checking its body and head against the whole.

@@ -2,8 +2,8 @@
 
 mlx-lm's cache of a batch has the whole prompt in every row. Here a full-attention layer stores the
 prompts separately, and for each row only its own tail. A decode step multiplies all rows of a
-prompt by its keys at once, so these are read once per step, and combines attention to the prompt
-and to the tail under one softmax. Layers with other caches (windows, convolutions, recurrent state)
+prompt by its keys at once, so these are read once per step, and puts the scores of prompt and tail
+side by side under one softmax. Layers with other caches (windows, convolutions, recurrent state)
 keep mlx-lm's. Papers: Hydragen (arXiv 2402.05099), ChunkAttention (2402.15220).
 """
 
@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx
-from localrl.engines.mlx.activations import exp
 
-MANY = 8192
-"""Array size above which the CPU's own exponential is slower than two dozen plain operations."""
-LOW = -1e30
-"""Score of a padding position: below all others, and its exponential is 0."""
+COPIED_BYTES = 256 * 2**20
+"""Keys and values of copied prompts that a GPU reads in the time that sharing them takes. An
+estimate, not measured: a dozen more kernels in each of 30 blocks are 1 to 2 ms, in which Macs read
+100 to 800 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +38,13 @@ class SharedPrompts:
 
     @cached_property
     def mask(self) -> mx.array | None:
-        """Mask (P, 1, 1, L), True at tokens; None if all prompts have the same length."""
+        """Mask (P, 1, 1, L) to add to scores; None if all prompts have the same length."""
         length = self.keys.shape[2]
         if (self.lengths == length).all():
             return None
         padding = mx.array(length - self.lengths)
-        return (mx.arange(length) >= padding[:, None])[:, None, None]
+        tokens = mx.arange(length) >= padding[:, None]
+        return _added(tokens[:, None, None], self.keys.dtype)
 
     def take(self, rows: np.ndarray) -> SharedPrompts:
         """Select these prompts, without a copy if they are all."""
@@ -157,13 +157,13 @@ class PrefixCache:
         return self.tail.update_and_fetch(keys, values)
 
     def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array | None:
-        """Mask (B, 1, 1, T) of the tails; None if all have the same length.
+        """Mask (B, 1, 1, T) to add to the tails' scores; None if all have the same length.
 
         Raises: ValueError for windows.
         """
         if window_size is not None:
             raise ValueError("shared prompts support attention without windows only")
-        return self.tail.make_mask(n) if self._ragged else None
+        return _added(self.tail.make_mask(n), self.prompts.keys.dtype) if self._ragged else None
 
     def filter(self, indices: mx.array) -> None:
         """Keep these rows; an index that repeats forks its row."""
@@ -208,6 +208,14 @@ def fork_prompts(
     return forked
 
 
+def copied_positions(cache: Sequence[Any]) -> int:
+    """Return how many positions of prompts a GPU should rather copy than share, from a cache."""
+    layers = [layer.prompts for layer in cache if isinstance(layer, PrefixCache)]
+    arrays = [array for prompts in layers for array in (prompts.keys, prompts.values)]
+    size = sum(array.nbytes // (array.shape[0] * array.shape[2]) for array in arrays)
+    return COPIED_BYTES // max(size, 1)
+
+
 def use_shared_prompts(model: Any) -> None:
     """Let the model's families attend to a `PrefixCache`, if they use mlx-lm's attention.
 
@@ -243,36 +251,25 @@ def _attend(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention of one token of each row (B, H, 1, D) to its prompt and tail."""
-    if sinks is not None or queries.shape[2] != 1 or (mask is not None and mask.dtype != mx.bool_):
+    if sinks is not None or queries.shape[2] != 1 or (mask is not None and mask.dtype == mx.bool_):
         raise ValueError("shared prompts support plain attention of one token at a time only")
     cache.attended = True
     prompts, by_prompt = cache.prompts, cache.by_prompt
     rows, heads, _, size = queries.shape
     queries = (queries * scale).reshape(rows, keys.shape[1], -1, size)
-    tail = _weigh(queries, keys, values, mask)
-    prefix = _weigh(by_prompt.group(queries), prompts.keys, prompts.values, prompts.mask)
-    found, total, highest = mx.split(
-        by_prompt.ungroup(mx.concatenate(prefix, axis=-1)), [-2, -1], axis=-1
-    )
-    # Beyond e ** 60, well within float32's range, the tail is negligible next to the prompt.
-    weight = mx.exp(mx.minimum(highest - tail[2], 60.0))
-    found = (found * weight + tail[0]) / (total * weight + tail[1])
-    return found.reshape(rows, heads, 1, -1).astype(values.dtype)
+    before = _scores(by_prompt.group(queries), prompts.keys, prompts.mask)
+    scores = mx.concatenate([by_prompt.ungroup(before), _scores(queries, keys, mask)], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    to_prompt, to_tail = mx.split(weights, [prompts.keys.shape[2]], axis=-1)
+    found = by_prompt.ungroup(by_prompt.group(to_prompt) @ prompts.values)
+    return mx.addmm(found, to_tail, values).reshape(rows, heads, 1, -1)
 
 
-def _weigh(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
-) -> list[mx.array]:
-    """Values weighted by exponentials of scores minus their maximum, their sum, the maximum."""
-    scores = (queries @ keys.swapaxes(-1, -2)).astype(mx.float32)
-    if mask is not None:
-        scores = mx.where(mask, scores, LOW)
-    highest = scores.max(axis=-1, keepdims=True)
-    scores = scores - highest
-    weights = _exponential(scores)
-    found = (weights.astype(values.dtype) @ values).astype(mx.float32)
-    return [found, weights.sum(axis=-1, keepdims=True), highest]
+def _scores(queries: mx.array, keys: mx.array, mask: mx.array | None) -> mx.array:
+    keys = keys.swapaxes(-1, -2)
+    return queries @ keys if mask is None else mx.addmm(mask, queries, keys)
 
 
-def _exponential(x: mx.array) -> mx.array:
-    return exp(x) if x.size >= MANY and mx.default_device().type == mx.cpu else mx.exp(x)
+def _added(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Turn a mask that is True at tokens into one to add: 0 there, the lowest number elsewhere."""
+    return mx.where(mask, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
