@@ -93,6 +93,14 @@ class Node:
         forward pass of a later one."""
         return self.sampled_logprobs if self.scored_logprobs is None else self.scored_logprobs
 
+    @property
+    def rounding(self) -> np.ndarray | None:
+        """(n,) differences between that pass and the sampler, 0 where not sampled; None without
+        the pass."""
+        if self.scored_logprobs is None:
+            return None
+        return np.where(self.sampled, self.scored_logprobs - self.sampled_logprobs, 0.0)
+
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         lengths = (len(self.sampled), len(self.sampled_logprobs), len(self.entropies))

@@ -3,7 +3,8 @@
 `old` is the policy at the start of the step, `written` the one that wrote the token. For freshly
 sampled tokens the two are the same, and every weight here is exactly neutral. In 16 bits rounding
 makes the sampler's record differ from a forward pass of the same policy; `written` then comes from
-such a pass (`Node.written_logprobs`), so that an unchanged policy is not taken for another one.
+such a pass (`Node.written_logprobs`), so that an unchanged policy is not taken for another one, and
+log-ratios are shrunk by the share of their mean square that rounding explains.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from localrl.records import Group, Node
+from localrl.utils.rounding import beyond_rounding
 
 TRUNCATION = 2.0
 """C: maximum weight of a token of an earlier policy."""
@@ -107,7 +109,11 @@ def anchor_logprobs(node: Node) -> np.ndarray:
 
 
 def _log_ratios(group: Group) -> list[np.ndarray]:
-    """Log-ratios old - written, (n,) float64 per node; 0 for fresh and for unsampled tokens."""
+    """Log-ratios old - written, (n,) float64 per node; 0 for fresh and for unsampled tokens.
+
+    Where the rounding of the nodes' tokens is known they are shrunk, all by the same factor: the
+    least-squares estimate of their movement alone.
+    """
     found = []
     for node in group.nodes:
         if node.old_logprobs is None:
@@ -115,4 +121,16 @@ def _log_ratios(group: Group) -> list[np.ndarray]:
             continue
         difference = np.subtract(node.old_logprobs, node.written_logprobs, dtype=np.float64)
         found.append(np.where(node.sampled, difference, 0.0))
-    return found
+    return _without_rounding(group, found)
+
+
+def _without_rounding(group: Group, log_ratios: list[np.ndarray]) -> list[np.ndarray]:
+    """Shrink the log-ratios of stale nodes whose tokens' rounding is known."""
+    known = [None if node.old_logprobs is None else node.rounding for node in group.nodes]
+    pairs = [(d, r) for d, r in zip(log_ratios, known, strict=True) if r is not None]
+    if not pairs:
+        return log_ratios
+    share = beyond_rounding(
+        sum(float(d @ d) for d, _ in pairs), sum(float(r @ r) for _, r in pairs)
+    )
+    return [d if r is None else share * d for d, r in zip(log_ratios, known, strict=True)]

@@ -26,6 +26,7 @@ from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
 from localrl.records import Batch, MemoryPlan, StepStats
+from localrl.utils.rounding import beyond_rounding
 
 LOGGER = logging.getLogger(__name__)
 
@@ -123,14 +124,18 @@ class Updater:
     def _drift(self, sample: Batch, before: PassLogprobs, plan: MemoryPlan) -> float:
         """Mean |log-probability now - at the start of the step| over the sample's trained tokens.
 
-        One forward pass, over enough trees for `DRIFT_TOKENS` tokens.
+        One forward pass, over enough trees for `DRIFT_TOKENS` tokens. In 16 bits what rounding
+        explains, by the gap between sampler and update on the same tokens, is taken off.
         """
-        moved = np.zeros(2)  # their sum and their number
+        sums = np.zeros(4)  # of changes, their squares, the gap's squares, and tokens
+        sixteen_bit = self.policy.sixteen_bit
         for micro in self._micro_batches(sample, plan):
-            change = np.array(self._logprobs(micro, plan.head_chunk)) - before.of(micro)
-            moved += np.abs(change).sum(), len(change)
-        total, count = self.ranks.sum(moved)
-        return float(total / count)
+            known = before.of(micro)
+            change = np.array(self._logprobs(micro, plan.head_chunk)) - known
+            gap = (known - micro.anchor_logprobs) * sixteen_bit
+            sums += np.array([np.abs(change).sum(), change @ change, gap @ gap, len(change)])
+        total, moved, rounding, count = (float(number) for number in self.ranks.sum(sums))
+        return total / count * math.sqrt(beyond_rounding(moved, rounding))
 
     def _score(self, batch: Batch, plan: MemoryPlan) -> PassLogprobs:
         """Log-probabilities of the trained tokens as the adapters are, without a gradient."""

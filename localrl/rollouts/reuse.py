@@ -10,8 +10,9 @@ and the tail after the accepted prefix is sampled again. The rule is that of SPE
 rejected token is not redrawn from the residual distribution. Accepted tokens therefore keep the
 log-probabilities they were sampled with and are corrected like all tokens of an earlier policy: the
 rule only decides how stale a prefix may be. In 16 bits p_written is not the sampler's record but
-from a forward pass like that of p_now, see `Node.written_logprobs`: rounding alone would otherwise
-reject a third of the tokens of an unchanged policy.
+from a forward pass like that of p_now, see `Node.written_logprobs`, and log p_now - log p_written
+is shrunk by what rounding explains of it: rounding alone would otherwise reject a third of the
+tokens of an unchanged policy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example, FinishReason, Group, Leaf, Node
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.utils.rng import keyed_uniforms
+from localrl.utils.rounding import beyond_rounding
 
 MOST_TOKENS = 4_000_000
 """Maximum number of stored tokens, about 70 MB, 85 if scored. The least recently seen groups are
@@ -114,9 +116,16 @@ class CompletionCache:
         self._tokens -= _tokens(group) if group is not None else 0
 
 
-def accepted(now: np.ndarray, written: np.ndarray, uniforms: np.ndarray) -> int:
-    """Number of leading tokens accepted, given (T,) log-probabilities and uniforms."""
+def accepted(
+    now: np.ndarray, written: np.ndarray, uniforms: np.ndarray, rounding: np.ndarray | None = None
+) -> int:
+    """Number of leading tokens accepted, given (T,) log-probabilities and uniforms.
+
+    rounding: differences (T,) by rounding alone; the log-ratios are shrunk accordingly.
+    """
     likelier = np.subtract(now, written, dtype=np.float64)
+    if rounding is not None:
+        likelier *= beyond_rounding(float(likelier @ likelier), float(rounding @ rounding))
     refused = ~(uniforms <= np.exp(np.minimum(likelier, 0.0)))  # NaN is rejected
     return int(refused.argmax()) if refused.any() else len(refused)
 
@@ -131,7 +140,7 @@ def verified_prefix(
     """
     length = len(draft.token_ids)
     ends = length == max_tokens if reason == "length" else length <= max_tokens
-    n = accepted(now, draft.written_logprobs, uniforms)
+    n = accepted(now, draft.written_logprobs, uniforms, draft.rounding)
     whole = ends and n == length
     n = n if whole else min(n, max_tokens - 1)
     return Prefix(

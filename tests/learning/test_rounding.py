@@ -15,6 +15,7 @@ from localrl.config import LearningConfig
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.objectives import OBJECTIVES, make_objective
 from localrl.learning.update import Updater
+from localrl.policy.model import Policy
 
 BF16 = 0.05
 """Standard deviation in nats of what bfloat16 puts between sampler and update: 0.04 in the mean."""
@@ -113,6 +114,28 @@ def test_drift_starts_at_exactly_0_in_16_bits(sixteen, monkeypatch):
     calls = counted(monkeypatch)
     assert updater.update(batch, plan(micro_rows=100)).drift == 0.0
     assert calls == [False, True, False]
+
+
+def test_drift_of_a_moved_policy_in_16_bits_is_without_rounding(policy, monkeypatch):
+    """Once an adapter has changed, two passes round independently: the pass after does so here."""
+    batch = batch_of(sampled_groups(policy, BF16, count=8), "clipped")
+    found = {}
+    for sixteen_bit in (False, True):
+        draws, calls = np.random.default_rng(1), []
+        with monkeypatch.context() as patch:
+            patch.setattr(Policy, "sixteen_bit", property(lambda self, known=sixteen_bit: known))
+            updater = Updater(policy, LearningConfig(lr=0.0), TEMPERATURE)
+            logprobs = updater._logprobs
+
+            def rounding(micro, head_chunk, calls=calls, draws=draws, logprobs=logprobs):
+                calls.append(1)
+                exact = np.array(logprobs(micro, head_chunk))
+                return mx.array(exact + draws.normal(0, BF16, len(exact)).astype(np.float32))
+
+            updater._logprobs = rounding
+            found[sixteen_bit] = updater.update(batch, plan(micro_rows=100)).drift
+    assert found[False] == pytest.approx(0.04, rel=0.15)
+    assert found[True] < 0.015
 
 
 def test_drift_in_float32_needs_no_further_pass(policy, monkeypatch):

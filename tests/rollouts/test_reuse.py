@@ -213,6 +213,12 @@ def test_acceptance_by_hand():
     assert accepted(np.array([-1e6, 0.0]), np.zeros(2), np.full(2, 2**-24)) == 0
     assert accepted(np.array([1e6, 0.0]), np.zeros(2), np.full(2, 0.99)) == 2
     assert accepted(NONE, NONE, NONE) == 0
+    # Two thirds of the squares are rounding: ratio 0.5 ** (1 / 3) = 0.79, not 0.5.
+    rounding = np.sqrt(2 / 3) * log([0.5, 1.0, 1.0])
+    halved = log([0.5, 1.0, 1.0])
+    assert accepted(halved, np.zeros(3), np.full(3, 0.78), rounding) == 3
+    assert accepted(halved, np.zeros(3), np.full(3, 0.81), rounding) == 0
+    assert accepted(halved, np.zeros(3), np.full(3, 0.78)) == 0
 
 
 @pytest.mark.parametrize(

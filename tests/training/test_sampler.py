@@ -7,8 +7,10 @@ import pytest
 
 from localrl import RunConfig, train
 from localrl.policy.model import Policy
+from localrl.policy.scoring import group_logprobs
 from localrl.rollouts.batch import DecodeLog
 from localrl.runs.logs import read_jsonl
+from localrl.training import components
 from localrl.training.sampler import Sampler
 
 BF16 = 0.05
@@ -40,8 +42,13 @@ def run(tiny_folder, tmp_path, monkeypatch):
         rounded = (logprobs + draws.normal(0, BF16, len(logprobs))).astype(np.float32)
         write(self, rows, tokens, rounded, entropies)
 
-    def start(settings, *, known=True):
-        """known: the policy says that its floats have 16 bits."""
+    def rounding(*arguments, **settings):
+        """As once adapters have changed, however little: every pass rounds in its own way."""
+        found = group_logprobs(*arguments, **settings)
+        return [[(v + draws.normal(0, BF16, len(v))).astype(np.float32) for v in g] for g in found]
+
+    def start(settings, *, known=True, moved=False):
+        """known: the policy says that its floats have 16 bits. moved: passes round differently."""
         (tmp_path / "even.py").write_text(
             "def even(completion_ids):\n    return [sum(ids) % 2 == 0 for ids in completion_ids]\n"
         )
@@ -50,6 +57,8 @@ def run(tiny_folder, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(DecodeLog, "write", noisy)
             patch.setattr(Policy, "sixteen_bit", property(lambda self: known))
+            if moved:
+                patch.setattr(components, "group_logprobs", rounding)
             folder = train(RunConfig.create(settings | given | rewards)).folder
         return [list(read_jsonl(folder / f"{name}.jsonl")) for name in ("metrics", "rollouts")]
 
@@ -71,6 +80,12 @@ def test_an_unchanged_policy_accepts_what_it_wrote(run):
         assert line["update/drift"] == 0
     # It would not, compared with the sampler's record.
     assert cut(run(REUSE, known=False)[1]) > 0
+
+
+def test_where_every_pass_rounds_in_its_own_way_little_is_rejected(run):
+    """A policy that has moved by less than can be seen through rounding."""
+    rejected = [cut(run(REUSE, known=known, moved=True)[1]) for known in (True, False)]
+    assert rejected[0] < rejected[1] / 2
 
 
 def test_an_unchanged_policy_is_not_too_far_from_itself(run):
