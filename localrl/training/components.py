@@ -310,9 +310,9 @@ def _check_rounding(updater: Updater, warn: Callable[[str], None]) -> None:
     if updater.policy.sixteen_bit:
         warn(
             f"learning.objective={learning.objective} clips completions at {highest:g} from 1, and "
-            "in 16 bits any change of the adapters moves them by up to 0.01 through rounding, so a "
+            "in 16 bits any change of the adapters moves them by up to 0.01 through rounding: a "
             "step's updates after the first leave out completions by chance. Set "
-            f"learning.updates_per_step (now {learning.updates_per_step}) to 1, or model.dtype=fp32."
+            f"learning.updates_per_step (now {learning.updates_per_step}) to 1 or model.dtype=fp32."
         )
 
 
