@@ -75,8 +75,8 @@ def open_session(
         engine = components.policy.engine
         kernels = None if engine.kernels is None else str(engine.kernels)
         run.event("engine", name=engine.name, kernels=kernels, device=backend.describe().device)
-        floats = components.policy.floats
-        run.event("dtype", **vars(floats) if floats else {})
+        if floats := components.policy.floats:
+            run.event("dtype", **vars(floats))
         run.event("objective", **describe(config.learning, config.rollout.completions))
         session = Session(
             **vars(components),
