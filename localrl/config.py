@@ -240,7 +240,7 @@ class MemoryConfig:
     dequantise: str = setting("auto", "base as float32 on CPU", choices=("auto", "on", "off"))
     threads: int = setting(0, "CPU threads for matrix products; 0: chosen", low=0)
     limit: str | None = setting(
-        None, "MLX memory limit: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
+        None, "limit of the process: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
     )
     pin: str | None = setting(None, "plan.json to use unchanged")
     recalibrate: bool = setting(False, "measure memory again, then choose sizes")

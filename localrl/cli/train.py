@@ -69,7 +69,7 @@ class Train(click.Command):
 @click.option("--seed", type=int, help="Seed of all random draws.")
 @click.option("--eval-every", type=int, help="Also evaluate every N steps.")
 @click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
-@click.option("--memory-limit", metavar="SIZE", help="Maximum memory for MLX: 6GB or 70%.")
+@click.option("--memory-limit", metavar="SIZE", help="Maximum memory of the process: 6GB or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
 @click.option("--overwrite", is_flag=True, help="Move an existing run folder out of the way.")

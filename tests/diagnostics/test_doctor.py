@@ -74,10 +74,10 @@ def test_memory_of_a_healthy_mac():
     rows = memory(replace(mac(16), swap_used_bytes=10**9))
     assert [row.status for row in rows.values()] == ["ok", "ok"]
     assert rows["memory"].text == (
-        "17.2 GB in all, 12.9 GB available, swap used 1.0 GB, pressure normal"
+        "17.2 GB in all, 6.4 GB available, swap used 1.0 GB, pressure normal"
     )
     limit = rows["memory.limit"].text
-    assert limit.startswith("MLX may hold 9.2 GB: 80 % of the 11.5 GB that Metal recommends;")
+    assert limit.startswith("MLX may hold 6.4 GB: the available memory, out of 17.2 GB;")
     assert limit.endswith("this process holds 537 MB now")
 
 

@@ -136,7 +136,7 @@ def by_hand(room: float, *, dense=False, may_checkpoint=True, tree=False, **cost
         want(), group_size=8, decode_rows=16, prefill_rows=16, micro_rows=8, head_chunk=32,
         max_completion_tokens=64, dequantise=dense,
     )  # fmt: skip
-    engines = engines_for("mlx", on_cpu=True)  # whose costs are not counted
+    engines = engines_for("mlx", device="cpu")  # whose costs are not counted
     workloads = {
         n: Workload(2, 0, n, tree, False, 4, 0, (), 4, engines)
         for n in ((8, 4, 2) if tree else (8,))
@@ -383,6 +383,7 @@ def test_the_cpu_engine_is_not_counted_on_where_there_is_a_gpu():
     assert on_mac.sizes.float_bytes == 4
     job = on_mac.workloads[on_mac.plan.group_size]
     assert [engine.name for engine in job.engines] == ["mlx"]
+    assert job.engines == engines_for("auto", device="metal")
     assert not on_mac.counted(on_mac.plan)
     assert on_mac.plan.micro_rows == request(model=dense, machine=mac(16), **IN_MLX).plan.micro_rows
 
