@@ -68,6 +68,9 @@ class Endless:
 
     end_ids: frozenset[int] = frozenset()
 
+    def plain_tokens(self) -> tuple[int, ...]:
+        return tuple(range(1, 17))
+
     def decode(self, ids: Any) -> str:
         return ""
 

@@ -52,6 +52,8 @@ FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
 DEVICES = ("auto", "cpu")
 ENGINES = ("auto", "mlx", "cpu")
+DTYPES = ("auto", "fp16", "bf16", "fp32")
+SELFCHECKS = ("strict", "warn")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """KL estimators defined in `localrl.learning.objective`."""
 
@@ -95,6 +97,14 @@ class ModelConfig:
         "auto",
         "compute with MLX, or with NumPy and C (cpu); auto: cpu where possible",
         choices=ENGINES,
+    )
+    dtype: str = setting(
+        "auto",
+        "floats; auto: fp32 on a CPU; on a GPU as stored, bf16 as fp16 if it is in range",
+        choices=DTYPES,
+    )
+    selfcheck: str = setting(
+        "strict", "a failed self-check ends the run, or is a warning (warn)", choices=SELFCHECKS
     )
     base_id: str | None = setting(None, "Hub id of the unquantised model; unset: from its card")
 

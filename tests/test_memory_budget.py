@@ -292,8 +292,8 @@ def components():
 def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):
     found, gradient = [], Updater.gradient
 
-    def watched(self, batch, plan):
-        found.append(gradient(self, batch, plan))
+    def watched(self, batch, plan, first):
+        found.append(gradient(self, batch, plan, first))
         return found[-1]
 
     monkeypatch.setattr(Updater, "gradient", watched)

@@ -54,7 +54,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
     plain = adapter(train(config(tiny_folder, tmp_path / "plain", **on)).folder)
     real, calls = Updater.gradient, []
 
-    def poisoned(self, batch, plan):
+    def poisoned(self, batch, plan, first):
         """The real gradient, with a NaN in one coefficient of the third step's batch."""
         calls.append(batch)
         if len(calls) == BAD_STEP:
@@ -63,7 +63,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
             coefficients[node.trained.argmax()] = np.nan
             nodes = [replace(n, coefficients=coefficients) if n is node else n for n in batch.nodes]
             batch = replace(batch, nodes=tuple(nodes))
-        return real(self, batch, plan)
+        return real(self, batch, plan, first)
 
     monkeypatch.setattr(Updater, "gradient", poisoned)
     folder = train(config(tiny_folder, tmp_path / "poisoned", **on)).folder

@@ -14,6 +14,7 @@ from localrl.backend import mx
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.engines.choose import choose_engine
+from localrl.engines.floats import TRIED, Prompts
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.export.adapters import Adapter
@@ -54,6 +55,9 @@ from localrl.training.validate import check
 
 SOME = 8
 """Number of examples checked before a run."""
+ROUNDING = 0.01
+"""Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in
+bfloat16, over 25 tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,11 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
     Raises: ConfigError for settings that cannot work; CheckpointError for a damaged adapter.
     """
+    if config.model.engine == "cpu" and config.model.dtype in ("fp16", "bf16"):
+        raise ConfigError(
+            f"model.engine is cpu, which computes float32 only, but model.dtype is "
+            f"{config.model.dtype}. Set model.dtype to auto, or model.engine to mlx."
+        )
     backend.compute_on_cpu(config.model.on_cpu)
     rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
     shape = make_shape(config.rollout)
@@ -84,7 +93,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     config = config.replace("task.eval_temperature", config.eval_temperature)
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
-    sizes = sizes_of(model_folder, config.model.quantize)
+    sizes = sizes_of(model_folder, config.model.quantize, config.model.dtype)
     return ResolvedConfig(config, rewards, shape, model_folder, sizes, adapter)
 
 
@@ -155,14 +164,16 @@ def open_components(
         request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
         loaded = load(resolved, tokenizer)
-        policy = open_policy(resolved, loaded, plan)
-        policy = choose_engine(policy, config.model.engine, warn)
+        policy = open_policy(resolved, loaded, plan, _trial_prompts(config, task, tokenizer))
+        policy = choose_engine(policy, config.model.engine, warn, selfcheck=config.model.selfcheck)
         fixed = planned is not None or bool(config.memory.pin)
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
         updater = Updater(policy, config.learning, config.rollout.temperature, warn, heartbeat.beat)
-        may_checkpoint = trains and policy.engine.can_recompute()
+        if trains:
+            _check_rounding(updater, warn)
+        may_checkpoint = trains and _may_recompute(policy, warn)
         request = replace(request, may_checkpoint=may_checkpoint)
         if config.memory.recalibrate and request.counted(plan):
             warn("memory.recalibrate has no effect: this engine's memory is counted, not measured")
@@ -237,8 +248,13 @@ def local_plan_request(
     )
 
 
-def open_policy(resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
-    """Return the model with its adapters, with the plan's limits applied."""
+def open_policy(
+    resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan, prompts: Prompts = ()
+) -> Policy:
+    """Return the model with its adapters, with the plan's limits applied.
+
+    prompts: tokens of a few prompts, for choosing the model's floats.
+    """
     if plan.threads:
         backend.set_threads(plan.threads)
     if plan.limit_bytes is not None:
@@ -246,7 +262,25 @@ def open_policy(resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan)
         mx.set_cache_limit(cache_bytes(plan.limit_bytes, on_cpu=on_cpu))
         # Above it MLX waits for running work before it allocates more, and frees its buffers.
         mx.set_memory_limit(plan.limit_bytes)
-    return _policy(resolved.config, loaded, plan, resolved.adapter)
+    return _policy(resolved.config, loaded, plan, resolved.adapter, prompts)
+
+
+def _trial_prompts(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Prompts:
+    """Encode the task's first prompts if float16 may be tried."""
+    dtype = config.model.dtype
+    if dtype in ("bf16", "fp32") or (dtype == "auto" and backend.describe().device == "cpu"):
+        return ()
+    size = min(TRIED, task.train_size or TRIED)
+    return tokenizer.encode_all([task.train(i).messages for i in range(size)])
+
+
+def _may_recompute(policy: Policy, warn: Callable[[str], None]) -> bool:
+    """Check whether gradients can be recomputed block by block, and record the check."""
+    check = policy.engine.check_recompute()
+    policy.checks.append(check)
+    if np.isnan(check.value):
+        warn("The gradient of a plain sentence is not a number, so blocks are never recomputed.")
+    return check.accepted
 
 
 def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
@@ -296,6 +330,21 @@ def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Hea
     )
 
 
+def _check_rounding(updater: Updater, warn: Callable[[str], None]) -> None:
+    """Warn of a clip range that 16-bit rounding alone leaves once the adapters have changed."""
+    objective, learning = updater.objective, updater.config
+    highest = max(objective.clip_low, objective.clip_high)
+    if objective.ratio != "sequence" or learning.updates_per_step == 1 or highest >= ROUNDING:
+        return
+    if updater.policy.sixteen_bit:
+        warn(
+            f"learning.objective={learning.objective} clips completions at {highest:g} from 1, and "
+            "in 16 bits any change of the adapters moves them by up to 0.01 through rounding: a "
+            "step's updates after the first leave out completions by chance. Set "
+            f"learning.updates_per_step (now {learning.updates_per_step}) to 1 or model.dtype=fp32."
+        )
+
+
 def _rescore(updater: Updater) -> Rescore:
     def rescore(groups: Sequence[Group], plan: MemoryPlan) -> list[list[np.ndarray]]:
         return group_logprobs(
@@ -311,7 +360,11 @@ def _rescore(updater: Updater) -> Rescore:
 
 
 def _policy(
-    config: RunConfig, loaded: LoadedModel, plan: MemoryPlan, start: Adapter | None
+    config: RunConfig,
+    loaded: LoadedModel,
+    plan: MemoryPlan,
+    start: Adapter | None,
+    prompts: Prompts,
 ) -> Policy:
     return make_policy(
         loaded,
@@ -324,4 +377,6 @@ def _policy(
         keys=config.lora.keys,
         weights=start.weights if start else None,
         source=config.lora.adapter,
+        dtype=config.model.dtype,
+        prompts=prompts,
     )

@@ -32,14 +32,29 @@ NEAR = 0.5
 """Share of the limit above which a prediction is measured: priors are off by less than half."""
 
 
-def sizes_of(folder: Path, quantize: int) -> Sizes:
+def sizes_of(folder: Path, quantize: int, dtype: str = "auto") -> Sizes:
     """Return the sizes of the model in a folder, as they will be after `--quantize`.
+
+    dtype: `model.dtype`.
 
     Raises: ConfigError if its config.json is missing or does not describe a text model.
     """
     config = check_folder(folder)
     stored = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
-    return quantised(read_sizes(config, weight_bytes=stored), quantize)
+    return _as_loaded(read_sizes(config, weight_bytes=stored), quantize, dtype)
+
+
+def _as_loaded(sizes: Sizes, quantize: int, dtype: str) -> Sizes:
+    """Return the sizes after `--quantize` and `model.dtype`."""
+    sizes = quantised(sizes, quantize)
+    return replace(sizes, float_bytes=2) if dtype in ("fp16", "bf16") else sizes
+
+
+def float_bytes(dtype: str, sizes: Sizes, *, on_cpu: bool) -> int:
+    """Return the bytes of one number of an activation. dtype: `model.dtype`."""
+    if dtype == "fp32" or (dtype == "auto" and on_cpu):
+        return 4
+    return sizes.float_bytes
 
 
 def plan_request(
@@ -62,9 +77,9 @@ def plan_request(
     on_cpu = machine.device == "cpu" or config.model.on_cpu
     device = "cpu" if on_cpu else machine.device
     threads = backend.describe().threads if on_cpu else None
-    float_bytes = 4 if on_cpu else sizes.float_bytes
     engines = engines_for(config.model.engine, device=device)
-    engine = next(e for e in engines if e.computes(sizes, float_bytes, dense=True))
+    size = float_bytes(config.model.dtype, sizes, on_cpu=on_cpu)
+    engine = next(e for e in engines if e.computes(sizes, size, dense=True))
     plan = initial_plan(
         config,
         vocabulary=sizes.vocabulary,
@@ -131,7 +146,7 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
 
     Raises: ConfigError if the model is not known; MemoryBudgetError if nothing fits.
     """
-    sizes, name = _find_sizes(config.model.path, config.model.quantize)
+    sizes, name = _find_sizes(config)
     request = plan_request(config, sizes, machine, prompts=prompts)
     plan = make_plan(config, request)
     known = _known_for(config, request, plan) if plan.measured else None
@@ -139,21 +154,21 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
     return Outlook(name, parameters(sizes).total, machine, request, plan, found)
 
 
-def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
+def _find_sizes(config: RunConfig) -> tuple[Sizes, str]:
     """Return the sizes of a local model, of a config.json file, or of a well-known model."""
+    name, quantize, dtype = config.model.path, config.model.quantize, config.model.dtype
     file = Path(name) if name else None
     if file is not None and file.is_file() and not is_gguf(file):
-        config = read_object(file)
+        found = read_object(file)
     else:
         try:
             folder = find_model(name)
-            return sizes_of(folder, quantize), name or EMBEDDED_MODEL
+            return sizes_of(folder, quantize, dtype), name or EMBEDDED_MODEL
         except ConfigError:
             found = find_known(name or "")
             if found is None:
                 raise
-            config = dict(found)
-    return quantised(read_sizes(config), quantize), str(name)
+    return _as_loaded(read_sizes(found), quantize, dtype), str(name)
 
 
 def worth_measuring(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> bool:
@@ -246,7 +261,7 @@ def _workload(
         rank=lora.rank,
         lora_layers=lora.layers,
         lora_keys=lora.keys,
-        float_bytes=4 if device == "cpu" else sizes.float_bytes,
+        float_bytes=float_bytes(config.model.dtype, sizes, on_cpu=device == "cpu"),
         trains=trains,
         engines=engines_for(config.model.engine, device=device),
     )

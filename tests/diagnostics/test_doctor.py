@@ -140,11 +140,24 @@ def test_disk():
     assert disk_row(1_000_000).status == "fail"
 
 
+CHECKS = (
+    "body_and_head",
+    "padded_prompts",
+    "forked_rows",
+    "shared_prompts",
+    "layers_together",
+    "forest_mean",
+    "forest_p99",
+    "recomputed_gradient",
+)
+
+
 def test_a_model_and_its_paths(tiny_folder):
     rows = found(tiny_folder)
     assert [*rows] == [
-        "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "batches",
-        "head", "shared_prefix", "template", "prompt",
+        "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "dtype",
+        "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "template",
+        "prompt",
     ]  # fmt: skip
     assert {row.status for row in rows.values()} == {"ok"}
     assert rows["family"].text == "qwen3"
@@ -154,7 +167,9 @@ def test_a_model_and_its_paths(tiny_folder):
 
 def test_a_family_with_another_path(tmp_path):
     rows = found(tiny.make_folder(tmp_path / "lfm2", bits=None, **tiny.FAMILIES["lfm2"]))
-    assert rows["shared_prefix"].status == "warn"
+    assert rows["shared_prefix"].status == rows["check.forest_mean"].status == "warn"
+    assert rows["check.forest_mean"].text == "inf (warns above 0.01, refuses above 0.06)"
+    assert re.fullmatch(r"\d\.\d+e-0\d \(.*", rows["check.padded_prompts"].text)
     assert rows["batches"].status == "ok"
     assert rows["quantisation"].text == "not quantised"
 
