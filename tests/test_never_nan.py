@@ -46,6 +46,7 @@ def adapter(folder):
     return (folder / "adapter" / "adapters.safetensors").read_bytes()
 
 
+@pytest.mark.exact
 def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
     tiny_folder, tmp_path, monkeypatch, engine
 ):
@@ -104,6 +105,7 @@ def everything(updater):
     return {name: np.array(array) for name, array in tree_flatten(parts)}
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("lr", "problem"),
     [(1e39, "updated adapters were not finite"), (1e20, "log-probabilities after the update")],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from localrl import RunConfig, train
+from localrl import RunConfig, backend, train
 from localrl.errors import ConfigError, DataError
 from localrl.runs.logs import read_jsonl
 from localrl.runs.metrics import METRICS
@@ -42,6 +42,7 @@ def test_the_engine_is_in_the_record(result, engine):
     [event] = [e for e in read_jsonl(result.folder / "events.jsonl") if e["kind"] == "engine"]
     assert event["name"] == engine
     assert (event["kernels"] is None) == (engine == "mlx")
+    assert event["device"] == backend.describe().device
     assert RunConfig.create(file=result.folder / "config.toml").model.engine == engine
 
 
@@ -122,6 +123,7 @@ SHORT = {"task.rewards": f"{Path(__file__).parent / 'worker_functions.py'}:short
 """Reward short completions: something a random model can learn within a few steps."""
 
 
+@pytest.mark.exact
 def test_the_same_seed_gives_the_same_adapter(tiny_folder, tmp_path):
     files = [
         run(tiny_folder, tmp_path / name, **SHORT, **{"run.seed": seed}).folder / "adapter"
@@ -293,6 +295,7 @@ def test_everything_at_once_is_accounted_for(tiny_folder, tmp_path, variant):
     assert lines[-1]["num_tokens"] == sum(line["rollout/tokens"] for line in lines)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("variant", ["adaptive", "adaptive-tree"])
 def test_everything_at_once_is_the_same_again_and_in_small_batches(tiny_folder, tmp_path, variant):
     settings = ALL | VARIANTS[variant]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,9 +98,12 @@ def look_at_model(
     except LocalRLError as error:
         yield CheckResult("model", "fail", str(error), "see docs/models.md")
         return
-    yield _checked("batches", lambda: choose_engine(policy), "padded and forked rows are correct")
+    yield from _floats(policy)
+    policy, row = _engine(policy)
+    yield row
     yield _head(policy)
     yield _shared(policy)
+    yield from _selfchecks(policy)
     yield from _template(loaded)
 
 
@@ -163,12 +166,30 @@ def _token() -> CheckResult:
     )
 
 
-def _checked(id: str, check: Callable[[], object], text: str) -> CheckResult:
+def _floats(policy: Policy) -> Iterator[CheckResult]:
+    if policy.floats:
+        yield CheckResult("dtype", "ok", f"{policy.floats.dtype}: {policy.floats.reason}")
+
+
+def _engine(policy: Policy) -> tuple[Policy, CheckResult]:
+    """Choose the engine; a self-check beyond its limits fails, but the others are shown too."""
+    told: list[str] = []
     try:
-        check()
+        chosen = choose_engine(policy, warn=told.append, selfcheck="warn")
     except LocalRLError as error:
-        return CheckResult(id, "fail", str(error), "use a model of another family")
-    return CheckResult(id, "ok", text)
+        return policy, CheckResult("batches", "fail", str(error), "use a model of another family")
+    batches = [c for c in chosen.checks if c.name in ("padded_prompts", "forked_rows")]
+    if all(check.accepted for check in batches):
+        return chosen, CheckResult("batches", "ok", "padded and forked rows are correct")
+    return chosen, CheckResult("batches", "fail", " ".join(told), "use a model of another family")
+
+
+def _selfchecks(policy: Policy) -> Iterator[CheckResult]:
+    """Show every value beside its limits."""
+    for check in [*policy.checks, policy.engine.check_recompute()]:
+        id, good = f"check.{check.name}", check.verdict == "ok"
+        mend = None if good else "docs/models.md says what follows from it"
+        yield CheckResult(id, "ok" if good else "warn", str(check), mend)
 
 
 def _folder(folder: Path) -> Iterator[CheckResult]:
@@ -210,7 +231,7 @@ def _weights(loaded: LoadedModel) -> Iterator[CheckResult]:
 
 def _policy(loaded: LoadedModel) -> Policy:
     on_cpu = backend.describe().device == "cpu"
-    return make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=on_cpu, dense=False)
+    return make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=on_cpu, dense=False, dtype="auto")
 
 
 def _head(policy: Policy) -> CheckResult:

@@ -14,6 +14,7 @@ import numpy as np
 
 from localrl.backend import mx
 from localrl.policy.packing import MicroBatch
+from localrl.policy.selfcheck import Check
 
 
 class Sampled(NamedTuple):
@@ -131,8 +132,8 @@ class Engine(Protocol):
         """
         ...
 
-    def can_recompute(self) -> bool:
-        """Return True if block activations can be recomputed in the backward pass."""
+    def check_recompute(self) -> Check:
+        """Check that block activations can be recomputed in the backward pass."""
         ...
 
     def decode_numbers(self) -> int | None:

@@ -5,17 +5,18 @@ Loading goes through mlx-lm and never touches the network: a model is a folder o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localrl.backend import mx, tree_flatten
+from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
-from localrl.policy.precision import quantise
+from localrl.policy.precision import float_kinds, quantise
 from localrl.policy.rope import rope_settings
+from localrl.policy.selfcheck import Check
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -29,13 +30,25 @@ class Policy:
     lora_keys: list[str]
     """Paths of the adapted layers inside a block."""
     engine: Engine
+    floats: FloatChoice | None = None
+    """The format of the base's floats; None if nothing was chosen."""
+    checks: list[Check] = field(default_factory=list)
+    """The self-checks made so far: one may be made as late as in the first update."""
 
     @property
     def sixteen_bit(self) -> bool:
         """True if any float of the model has 16 bits: then passes over the same tokens differ by
         rounding, depending on the batch shape, by hundredths of a nat in bfloat16."""
-        parameters: Any = tree_flatten(self.model.parameters())
-        return any(array.dtype in (mx.bfloat16, mx.float16) for _, array in parameters)
+        return not float_kinds(self.model) <= {mx.float32}
+
+
+@dataclass(frozen=True)
+class FloatChoice:
+    """The format of a model's floats: activations, and weights that are not packed."""
+
+    dtype: str
+    """`fp16`, `bf16` or `fp32`."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: Tokenizer
+    reload: Callable[[], Any] | None = None
+    """Returns the model as its folder has it, unread; None if there is no folder."""
 
 
 def load_model(
@@ -90,12 +105,20 @@ def load_model(
 
     Raises: ConfigError if the folder is refused or cannot be read as a model.
     """
-    from mlx_lm.utils import load_model as load
-
     if quantize not in (0, 4, 8):
         raise ConfigError(f"model.quantize is {quantize}; it must be 0, 4 or 8.")
     config = check_folder(folder)
     _shape(folder, config)
+
+    def read() -> Any:
+        return _read(folder, config, quantize)
+
+    return LoadedModel(read(), tokenizer or load_tokenizer(folder, thinking=thinking), read)
+
+
+def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:
+    from mlx_lm.utils import load_model as load
+
     try:
         changes = rope_settings(config)
         model = load(folder, lazy=True, trust_remote_code=False, model_config=changes)[0]
@@ -105,7 +128,7 @@ def load_model(
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
     if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
-    return LoadedModel(model, tokenizer or load_tokenizer(folder, thinking=thinking))
+    return model
 
 
 def _stored_bits(config: Mapping[str, Any]) -> int:

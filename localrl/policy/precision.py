@@ -1,12 +1,14 @@
-"""The number format of the frozen base, chosen for speed on the CPU backend.
+"""The number format of the frozen base.
 
 On MLX's CPU backend a 4-bit product handles one row at a time, and bfloat16 or float16 activations
-are ten to fifty times slower than float32 ones; a dense float32 product goes to the BLAS. On Metal
-the weights stay as stored.
+are ten to fifty times slower than float32 ones; a dense float32 product goes to the BLAS. On a GPU
+quantised weights stay packed, and floats have 16 bits: `engines.floats` chooses which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from localrl.backend import mx, nn, tree_flatten, tree_unflatten
@@ -15,19 +17,75 @@ from localrl.policy.lora import linear_shape
 
 
 def to_float32(model: nn.Module) -> None:
-    """Cast every floating-point parameter, including quantisation scales, to float32 in place.
+    """Cast every floating-point parameter, including quantisation scales, to float32 in place."""
+    cast_floats(model, mx.float32)
 
-    Arrays are cast one at a time, so only one exists in both forms; the largest first, while the
-    others are still small.
+
+def cast_floats(model: nn.Module, dtype: mx.Dtype, *, only: mx.Dtype | None = None) -> None:
+    """Cast every floating-point parameter, including quantisation scales, in place.
+
+    only: leave other dtypes as they are. Arrays are cast one at a time, so only one exists in both
+    forms; the largest first, while the others are still small.
     """
     waiting: Any = tree_flatten(model.parameters())
     waiting.sort(key=lambda named: named[1].nbytes)
     while waiting:
         name, array = waiting.pop()
-        if mx.issubdtype(array.dtype, mx.floating):
-            array = array.astype(mx.float32)
+        if mx.issubdtype(array.dtype, mx.floating) and (only is None or array.dtype == only):
+            array = array.astype(dtype)
             model.update(tree_unflatten([(name, array)]))
         mx.eval(array)
+
+
+def float_kinds(model: nn.Module) -> set[mx.Dtype]:
+    """Return the dtypes of the floating-point parameters, including quantisation scales."""
+    parameters: Any = tree_flatten(model.parameters())
+    return {a.dtype for _, a in parameters if mx.issubdtype(a.dtype, mx.floating)}
+
+
+@contextmanager
+def float32_activations(model: nn.Module) -> Iterator[None]:
+    """Within this context a model with 16-bit floats computes in float32; weights stay as they are.
+
+    Embeddings return float32, and MLX casts the other operand of every later product, one layer
+    at a time. Self-checks run like this: in 16 bits, rounding hides all but gross errors.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+    ]
+    if float_kinds(model) <= {mx.float32}:
+        found = []
+    model.update_modules(tree_unflatten([(path, _Float32Embedding(m)) for path, m in found]))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(found))
+
+
+class _Float32Embedding(nn.Module):
+    """A stand-in for an embedding that returns float32; all else is the embedding's own."""
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self["embedding"] = embedding  # setattr would look the name up first
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name] if name in self else getattr(self["embedding"], name)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        layer = self["embedding"]
+        if not isinstance(layer, nn.QuantizedEmbedding) or layer.mode != "affine":
+            return layer(tokens).astype(mx.float32)
+        packed, scales, biases = (layer[name][tokens] for name in ("weight", "scales", "biases"))
+        return mx.dequantize(
+            packed,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            group_size=layer.group_size,
+            bits=layer.bits,
+        )
 
 
 def dequantise(model: nn.Module, *, as_float32: bool) -> None:

@@ -13,6 +13,10 @@ from localrl.policy.folder import check_texts
 
 UNFINISHED = "\ufffd"
 """Replacement character that tokenizers emit for bytes that do not form a character."""
+PLAIN_TEXT = "the sum of 12 and 30 is 42, that of 7 and 8 is 15, and a week has 7 days of 24 hours"
+"""Text of the tokens that self-checks use."""
+PLAIN_TOKENS = 16
+"""Minimum number of them."""
 MOST_OPEN = 8
 """Maximum number of tokens buffered to complete a character, which has at most four bytes."""
 
@@ -75,6 +79,19 @@ class Tokenizer:
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Encode a rendered text without adding special tokens."""
         return tuple(self.inner.encode(text, add_special_tokens=False))
+
+    def plain_tokens(self) -> tuple[int, ...]:
+        """Encode a plain sentence as the model begins a text: ordinary tokens for self-checks.
+
+        Tokenizers that know too little of it are given small token ids after the rest: every
+        vocabulary has them.
+        """
+        special = set(self.inner.all_special_ids)
+        begin, *rest = self.inner.encode(PLAIN_TEXT) or [-1]
+        known = [begin] * (begin == self.inner.bos_token_id or begin not in special | {-1})
+        known += [token for token in rest if token not in special]
+        missing = max(0, PLAIN_TOKENS - len(known))
+        return (*known, *range(1, missing + 1))
 
     def unknown(self, messages: Messages) -> str:
         """Return the characters of the messages that the model has no token for."""

@@ -14,6 +14,7 @@ from localrl.backend import mx
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.engines.choose import choose_engine
+from localrl.engines.floats import TRIED, Prompts
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.export.adapters import Adapter
@@ -78,7 +79,12 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
     Raises: ConfigError for settings that cannot work; CheckpointError for a damaged adapter.
     """
-    backend.compute_on_cpu(config.model.engine == "cpu")
+    if config.model.engine == "cpu" and config.model.dtype in ("fp16", "bf16"):
+        raise ConfigError(
+            f"model.engine is cpu, which computes float32 only, but model.dtype is "
+            f"{config.model.dtype}. Set model.dtype to auto, or model.engine to mlx."
+        )
+    backend.compute_on_cpu(config.model.on_cpu)
     rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
@@ -87,7 +93,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     config = config.replace("task.eval_temperature", config.eval_temperature)
     find_base_id(config.model.base_id, model_folder, config.model.path)
     allow_unsafe_code(config.task.unsafe_code)
-    sizes = sizes_of(model_folder, config.model.quantize)
+    sizes = sizes_of(model_folder, config.model.quantize, config.model.dtype)
     return ResolvedConfig(config, rewards, shape, model_folder, sizes, adapter)
 
 
@@ -158,8 +164,8 @@ def open_components(
         request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
         loaded = load(resolved, tokenizer)
-        policy = open_policy(resolved, loaded, plan)
-        policy = choose_engine(policy, config.model.engine, warn)
+        policy = open_policy(resolved, loaded, plan, _trial_prompts(config, task, tokenizer))
+        policy = choose_engine(policy, config.model.engine, warn, selfcheck=config.model.selfcheck)
         fixed = planned is not None or bool(config.memory.pin)
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
@@ -167,7 +173,7 @@ def open_components(
         updater = Updater(policy, config.learning, config.rollout.temperature, warn, heartbeat.beat)
         if trains:
             _check_rounding(updater, warn)
-        may_checkpoint = trains and policy.engine.can_recompute()
+        may_checkpoint = trains and _may_recompute(policy, warn)
         request = replace(request, may_checkpoint=may_checkpoint)
         if config.memory.recalibrate and request.counted(plan):
             warn("memory.recalibrate has no effect: this engine's memory is counted, not measured")
@@ -242,8 +248,13 @@ def local_plan_request(
     )
 
 
-def open_policy(resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan) -> Policy:
-    """Return the model with its adapters, with the plan's limits applied."""
+def open_policy(
+    resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan, prompts: Prompts = ()
+) -> Policy:
+    """Return the model with its adapters, with the plan's limits applied.
+
+    prompts: tokens of a few prompts, for choosing the model's floats.
+    """
     if plan.threads:
         backend.set_threads(plan.threads)
     if plan.limit_bytes is not None:
@@ -251,7 +262,25 @@ def open_policy(resolved: ResolvedConfig, loaded: LoadedModel, plan: MemoryPlan)
         mx.set_cache_limit(cache_bytes(plan.limit_bytes, on_cpu=on_cpu))
         # Above it MLX waits for running work before it allocates more, and frees its buffers.
         mx.set_memory_limit(plan.limit_bytes)
-    return _policy(resolved.config, loaded, plan, resolved.adapter)
+    return _policy(resolved.config, loaded, plan, resolved.adapter, prompts)
+
+
+def _trial_prompts(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Prompts:
+    """Encode the task's first prompts if float16 may be tried."""
+    dtype = config.model.dtype
+    if dtype in ("bf16", "fp32") or (dtype == "auto" and backend.describe().device == "cpu"):
+        return ()
+    size = min(TRIED, task.train_size or TRIED)
+    return tokenizer.encode_all([task.train(i).messages for i in range(size)])
+
+
+def _may_recompute(policy: Policy, warn: Callable[[str], None]) -> bool:
+    """Check whether gradients can be recomputed block by block, and record the check."""
+    check = policy.engine.check_recompute()
+    policy.checks.append(check)
+    if np.isnan(check.value):
+        warn("The gradient of a plain sentence is not a number, so blocks are never recomputed.")
+    return check.accepted
 
 
 def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) -> str | None:
@@ -331,7 +360,11 @@ def _rescore(updater: Updater) -> Rescore:
 
 
 def _policy(
-    config: RunConfig, loaded: LoadedModel, plan: MemoryPlan, start: Adapter | None
+    config: RunConfig,
+    loaded: LoadedModel,
+    plan: MemoryPlan,
+    start: Adapter | None,
+    prompts: Prompts,
 ) -> Policy:
     return make_policy(
         loaded,
@@ -344,4 +377,6 @@ def _policy(
         keys=config.lora.keys,
         weights=start.weights if start else None,
         source=config.lora.adapter,
+        dtype=config.model.dtype,
+        prompts=prompts,
     )

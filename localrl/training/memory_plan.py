@@ -12,12 +12,12 @@ from pathlib import Path
 from localrl import backend
 from localrl.config import RunConfig
 from localrl.embedded import EMBEDDED_MODEL
-from localrl.engines.memory import BY_NAME, engines_for
+from localrl.engines.memory import engines_for
 from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf
 from localrl.memory.adapting import for_longer
 from localrl.memory.calibration import key_of, recall
-from localrl.memory.estimate import PRIORS, Coefficients, EngineMemory, Estimate, Workload
+from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Workload
 from localrl.memory.known_models import find_known
 from localrl.memory.limit import memory_limit
 from localrl.memory.machine import Machine
@@ -32,14 +32,29 @@ NEAR = 0.5
 """Share of the limit above which a prediction is measured: priors are off by less than half."""
 
 
-def sizes_of(folder: Path, quantize: int) -> Sizes:
+def sizes_of(folder: Path, quantize: int, dtype: str = "auto") -> Sizes:
     """Return the sizes of the model in a folder, as they will be after `--quantize`.
+
+    dtype: `model.dtype`.
 
     Raises: ConfigError if its config.json is missing or does not describe a text model.
     """
     config = check_folder(folder)
     stored = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
-    return quantised(read_sizes(config, weight_bytes=stored), quantize)
+    return _as_loaded(read_sizes(config, weight_bytes=stored), quantize, dtype)
+
+
+def _as_loaded(sizes: Sizes, quantize: int, dtype: str) -> Sizes:
+    """Return the sizes after `--quantize` and `model.dtype`."""
+    sizes = quantised(sizes, quantize)
+    return replace(sizes, float_bytes=2) if dtype in ("fp16", "bf16") else sizes
+
+
+def float_bytes(dtype: str, sizes: Sizes, *, on_cpu: bool) -> int:
+    """Return the bytes of one number of an activation. dtype: `model.dtype`."""
+    if dtype == "fp32" or (dtype == "auto" and on_cpu):
+        return 4
+    return sizes.float_bytes
 
 
 def plan_request(
@@ -59,11 +74,12 @@ def plan_request(
 
     Raises: ConfigError if `memory.limit` is impossible.
     """
-    on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
+    on_cpu = machine.device == "cpu" or config.model.on_cpu
+    device = "cpu" if on_cpu else machine.device
     threads = backend.describe().threads if on_cpu else None
-    float_bytes = 4 if on_cpu else sizes.float_bytes
-    engines = engines_for(config.model.engine, on_cpu=on_cpu)
-    engine = next(e for e in engines if e.computes(sizes, float_bytes, dense=True))
+    engines = engines_for(config.model.engine, device=device)
+    size = float_bytes(config.model.dtype, sizes, on_cpu=on_cpu)
+    engine = next(e for e in engines if e.computes(sizes, size, dense=True))
     plan = initial_plan(
         config,
         vocabulary=sizes.vocabulary,
@@ -74,7 +90,7 @@ def plan_request(
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
-    found = ((n, _workload(config, sizes, n, on_cpu, trains, turns)) for n in groups)
+    found = ((n, _workload(config, sizes, n, device, trains, turns)) for n in groups)
     workloads = {n: workload for n, workload in found if workload}
     limit = memory_limit(config.memory.limit, machine, held)
     return PlanRequest(plan, sizes, workloads, limit, prompts=prompts)
@@ -119,8 +135,8 @@ class Outlook:
 
     @property
     def enough(self) -> int:
-        """The smallest limit, in bytes, under which nothing is given up."""
-        return self.request.needed(self.request.plan)
+        """The smallest `--memory-limit`, in bytes, under which nothing is given up."""
+        return self.request.limit.setting(self.request.needed(self.request.plan))
 
 
 def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
@@ -130,7 +146,7 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
 
     Raises: ConfigError if the model is not known; MemoryBudgetError if nothing fits.
     """
-    sizes, name = _find_sizes(config.model.path, config.model.quantize)
+    sizes, name = _find_sizes(config)
     request = plan_request(config, sizes, machine, prompts=prompts)
     plan = make_plan(config, request)
     known = _known_for(config, request, plan) if plan.measured else None
@@ -138,21 +154,21 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
     return Outlook(name, parameters(sizes).total, machine, request, plan, found)
 
 
-def _find_sizes(name: str | None, quantize: int) -> tuple[Sizes, str]:
+def _find_sizes(config: RunConfig) -> tuple[Sizes, str]:
     """Return the sizes of a local model, of a config.json file, or of a well-known model."""
+    name, quantize, dtype = config.model.path, config.model.quantize, config.model.dtype
     file = Path(name) if name else None
     if file is not None and file.is_file() and not is_gguf(file):
-        config = read_object(file)
+        found = read_object(file)
     else:
         try:
             folder = find_model(name)
-            return sizes_of(folder, quantize), name or EMBEDDED_MODEL
+            return sizes_of(folder, quantize, dtype), name or EMBEDDED_MODEL
         except ConfigError:
             found = find_known(name or "")
             if found is None:
                 raise
-            config = dict(found)
-    return quantised(read_sizes(config), quantize), str(name)
+    return _as_loaded(read_sizes(found), quantize, dtype), str(name)
 
 
 def worth_measuring(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> bool:
@@ -172,9 +188,9 @@ def with_engine(
 
     Raises: MemoryBudgetError if the engine must be MLX, and not even the fewest rows fit.
     """
-    known: tuple[EngineMemory, ...] = (BY_NAME[engine],)
     workloads = {
-        size: replace(workload, engines=known) for size, workload in request.workloads.items()
+        size: replace(workload, engines=tuple(e for e in workload.engines if e.name == engine))
+        for size, workload in request.workloads.items()
     }
     found = replace(request, workloads=workloads)
     if fixed or request.limit.bytes is None:
@@ -223,7 +239,7 @@ def pinned(path: Path, config: RunConfig) -> MemoryPlan:
 
 
 def _workload(
-    config: RunConfig, sizes: Sizes, group_size: int, on_cpu: bool, trains: bool, turns: bool
+    config: RunConfig, sizes: Sizes, group_size: int, device: str, trains: bool, turns: bool
 ) -> Workload | None:
     """Return the workload of a group of this size; None if the strategy does not allow the size."""
     rollout, task, lora = config.rollout, config.task, config.lora
@@ -245,7 +261,7 @@ def _workload(
         rank=lora.rank,
         lora_layers=lora.layers,
         lora_keys=lora.keys,
-        float_bytes=4 if on_cpu else sizes.float_bytes,
+        float_bytes=float_bytes(config.model.dtype, sizes, on_cpu=device == "cpu"),
         trains=trains,
-        engines=engines_for(config.model.engine, on_cpu=on_cpu),
+        engines=engines_for(config.model.engine, device=device),
     )

@@ -81,6 +81,8 @@ class Session(Components):
     """Total seconds of all steps so far."""
     peak_bytes: int = 0
     """Peak bytes that MLX held in a step so far."""
+    told_checks: int = 0
+    """Number of the policy's self-checks that are in the run's events."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     """Evaluations, keyed by the step after which they were made."""
 
@@ -135,6 +137,19 @@ class Session(Components):
             self.tracker.drifted(stats.drift)
         self.sampler.learn(fresh, version)
 
+    def tell_checks(self) -> None:
+        """Log the self-checks made since the last call; one beyond its lower limit is told.
+
+        The update makes its own check on its first batch. What was refused was told there.
+        """
+        checks = self.policy.checks[self.told_checks :]
+        self.told_checks += len(checks)
+        if checks:
+            self.run.event("selfcheck", checks=[check.record() for check in checks])
+        for check in checks:
+            if check.verdict == "warn" and check.name.startswith("forest"):
+                self.progress.warn(f"the self-check {check.name} found {check}")
+
     def evaluate(self, step: int) -> Evaluation | None:
         """Evaluate pass@1 after a step and log it; None if not configured, or not on rank 0.
 
@@ -184,6 +199,7 @@ class Session(Components):
         waited_s = own.pop(WAITED)
         fresh = scored[: own["rollout/groups"]]
         stats = gather(self.ranks, self._rank_stats(fresh, own, waited_s))
+        self.tell_checks()
         if not self.ranks.is_main:
             return
         logs, tokenizer = step_stats.logs(stats), self.policy.tokenizer

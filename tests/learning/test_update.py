@@ -171,6 +171,7 @@ def test_an_update_raises_the_objective_and_touches_adapters_only(own_policy):
     assert all(name.endswith(("lora_a", "lora_b")) for name in changed)
 
 
+@pytest.mark.exact
 def test_further_updates_of_a_step_clip_around_its_first_pass(tmp_path):
     batch = make_batch(groups())
     held = {"lr": 1e-3, "clip_low": 1e-6, "clip_high": 1e-6}
@@ -282,6 +283,7 @@ def reused():
     return scored(forest([-1, 0, -1, -1], leaves=[1, 2, 3], planned_roots=3), [1, 0, 0.25])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_replayed_group_of_the_same_policy_teaches_what_a_fresh_one_does(policy, shared):
     fresh = aged(policy, reused(), {})

@@ -142,9 +142,8 @@ def test_a_cache_that_forgets_its_padding_is_found(policy, monkeypatch):
 
 
 def test_a_fork_of_the_wrong_row_is_found(policy, monkeypatch):
-    monkeypatch.setattr(choose, "FORK", (0, 1, 1))
-    expected = choose._plain(policy.model)
-    monkeypatch.setattr(choose, "_plain", lambda model: expected)
+    expected = choose._plain(policy.model, choose._Texts.of(policy.tokenizer.plain_tokens()))
+    monkeypatch.setattr(choose, "_plain", lambda model, texts: expected)
     monkeypatch.setattr(choose, "FORK", (0, 1, 0))
     with pytest.raises(ConfigError, match="forked rows"):
         choose_engine(policy)
@@ -152,6 +151,6 @@ def test_a_fork_of_the_wrong_row_is_found(policy, monkeypatch):
 
 def test_logits_that_are_no_numbers_are_found(policy, monkeypatch):
     nothing = np.full((2, 64), np.nan), np.full((3, 64), np.nan)
-    monkeypatch.setattr(choose, "_batched", lambda engine, prompts: nothing)
-    with pytest.raises(ConfigError, match="relative error nan"):
+    monkeypatch.setattr(choose, "_batched", lambda engine, texts, prompts: nothing)
+    with pytest.raises(ConfigError, match="padded_prompts found nan"):
         choose_engine(policy)

@@ -13,6 +13,7 @@ from localrl.engines.cpu import decode, kernel_choice, logprobs
 from localrl.engines.cpu.kernel_choice import Choice
 from localrl.engines.cpu.model import CPUModel
 from localrl.policy.packing import MicroBatch
+from localrl.policy.selfcheck import Check
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class CPUEngine:
         if (kernels.bytes, kernels.columns) != (self.kernels.bytes, self.kernels.columns):
             kernel_choice.use(kernels)
 
-    def can_recompute(self) -> bool:
-        """Return True: blocks can be recomputed."""
-        return True
+    def check_recompute(self) -> Check:
+        """Return an error of 0: rows and recomputed blocks use the same code."""
+        return Check("recomputed_gradient", 0.0, 0.0, 0.0)
 
     def decode_numbers(self) -> int:
         """Number of weights in the head and the matrices of all blocks."""

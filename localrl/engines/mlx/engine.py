@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from localrl.backend import mx
-from localrl.engines.mlx import decode, logprobs
+from localrl.engines.mlx import checkpointing, decode, logprobs
 from localrl.engines.mlx.adapters import Siblings, find_siblings, prepare
-from localrl.engines.mlx.checkpointing import can_checkpoint, checkpointed
-from localrl.engines.mlx.network import Network, open_network
+from localrl.engines.mlx.checkpointing import checkpointed
+from localrl.engines.mlx.network import SMALL_IDS, Network, open_network
 from localrl.policy.packing import MicroBatch
+from localrl.policy.selfcheck import Check
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class MLXEngine:
     def use_kernels(self, kernels: Any) -> None:
         """Do nothing: there are no kernels to choose."""
 
-    def can_recompute(self) -> bool:
-        """Return True if the family's blocks can be checkpointed."""
-        return can_checkpoint(self.network)
+    def check_recompute(self) -> Check:
+        """Check that the family's blocks can be recomputed."""
+        return checkpointing.check_recompute(self.network)
 
     def decode_numbers(self) -> int | None:
         """None: not counted."""
@@ -96,6 +97,6 @@ class MLXEngine:
         return np.array(found)
 
 
-def open_engine(model: Any) -> MLXEngine:
-    """Open the engine of a model with its adapters attached."""
-    return MLXEngine(open_network(model), find_siblings(model))
+def open_engine(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> MLXEngine:
+    """Open the engine of a model with its adapters attached. probe: see `Network`."""
+    return MLXEngine(open_network(model, probe), find_siblings(model))

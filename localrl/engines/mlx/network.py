@@ -6,12 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from localrl.backend import mx
+import numpy as np
+
+from localrl.backend import mx, nn
+from localrl.policy.precision import float_kinds
+from localrl.policy.selfcheck import Check, difference
+
+SMALL_IDS = tuple(range(1, 17))
+"""Token ids for probes without a tokenizer; every vocabulary has them."""
+SPLIT_LIMIT = 1e-4
+"""Limit of the difference between whole and parts, which compute the same graph."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model whose parameters are read at each call."""
+    """A model whose parameters are read at each call, except those of a `Float32Head`."""
 
     model: Any
     """Maps tokens (B, L) to logits (B, L, V)."""
@@ -19,6 +28,10 @@ class Network:
     """Maps tokens (B, L) to hidden states (B, L, d) before the head; None if inaccessible."""
     head: Callable[[mx.array], mx.array] | None = None
     """Maps hidden states (N, d) to logits (N, V)."""
+    probe: tuple[int, ...] = SMALL_IDS
+    """At least 16 tokens that self-checks use."""
+    split: Check | None = None
+    """Difference between the whole and its parts; None if there are no parts to compare."""
 
     def last_logits(self, tokens: mx.array, cache: list[Any], at: Any = -1) -> mx.array:
         """Run tokens (B, L) with a cache; return logits (B, V) at position `at` of each row.
@@ -31,22 +44,66 @@ class Network:
         return self.head(self.hidden(tokens, cache=cache)[rows, at])
 
 
-def open_network(model: Any) -> Network:
-    """Open a model, checking its body and head against the whole.
+def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
+    """Open a model, checking its body and head against the whole. probe: see `Network`.
 
     Families whose body is `model.model` and whose head is `lm_head` or the tied embedding agree,
     also as the text part of a vision model; others (with scaled or capped logits) do not, and get
-    neither: their logits are computed by the whole model.
+    neither: their logits are computed by the whole model. Logits that are not numbers agree if
+    they are the same ones in both.
     """
-    probe = mx.array([[1, 2, 3, 4]])
+    tokens = mx.array([probe[:4]])
     try:
-        whole_text = model.language_model if "language_model" in model else model
-        body = whole_text.model
-        head = whole_text.lm_head if "lm_head" in whole_text else body.embed_tokens.as_linear
-        parts = head(body(probe))
+        text = model.language_model if "language_model" in model else model
+        body = text.model
+        layer = text.lm_head if "lm_head" in text else body.embed_tokens
+        head = layer if "lm_head" in text else layer.as_linear
+        parts = np.array(head(body(tokens)).astype(mx.float32))
     except (AttributeError, TypeError, ValueError):
-        return Network(model)
-    whole = model(probe)
-    if parts.shape != whole.shape or not mx.allclose(parts, whole, rtol=1e-3, atol=1e-3).item():
-        return Network(model)
-    return Network(model, body, head)
+        return Network(model, probe=probe)
+    whole = np.array(model(tokens).astype(mx.float32))
+    if parts.shape != whole.shape:
+        return Network(model, probe=probe)
+    same = np.array_equal(whole, parts, equal_nan=True)
+    error = 0.0 if same else difference(parts, whole)
+    split = Check("body_and_head", error, SPLIT_LIMIT, SPLIT_LIMIT)
+    if not split.accepted:
+        return Network(model, probe=probe, split=split)
+    packed = isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
+    if packed and not float_kinds(layer) <= {mx.float32}:
+        head = Float32Head(layer)
+    return Network(model, body, head, probe, split)
+
+
+class Float32Head:
+    """A quantised head with 16-bit scales that computes logits in float32.
+
+    16-bit logits are rounded to 1/8 between 16 and 32 in bfloat16. It shares the layer's packed
+    weights and holds its own copy of the scales in float32, cast once.
+    """
+
+    def __init__(self, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> None:
+        self._layer = layer
+        self._scales, self._biases, self._bias = (
+            _float32(layer.get(name)) for name in ("scales", "biases", "bias")
+        )
+
+    def __call__(self, states: mx.array) -> mx.array:
+        logits = mx.quantized_matmul(
+            states.astype(mx.float32),
+            self._layer.weight,
+            scales=self._scales,
+            biases=self._biases,
+            transpose=True,
+            group_size=self._layer.group_size,
+            bits=self._layer.bits,
+            mode=self._layer.mode,
+        )
+        return logits if self._bias is None else logits + self._bias
+
+
+def _float32(array: mx.array | None) -> Any:
+    """Return the array in float32 if it holds floats; scales of some modes are integers."""
+    if array is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array.astype(mx.float32)
