@@ -162,7 +162,7 @@ class Updater:
             (_, sums, logprobs), grad = value_and_grad(micro, reference, known, plan)
             gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
             # Frees this micro-batch's graph before the next one is built.
-            mx.eval(gradient, logprobs, *vars(sums).values())
+            mx.eval(*vars(sums).values(), logprobs, gradient)
             total.add(sums, micro)
             total.logprobs.add(micro, np.array(logprobs))
         if self.ranks.size > 1:
