@@ -159,7 +159,8 @@ def test_the_embedded_model_shares_prefixes_under_tf32():
         assert forest_agrees(policy, batch(), temperature=1.0, head_chunk=16)
     values = {check.name: check.value for check in policy.checks}
     assert {check.verdict for check in policy.checks} == {"ok"}
-    assert 1e-5 < values["padded_prompts"] < 2e-3
+    # Two passes may round alike, but not all of them.
+    assert 1e-5 < max(values["padded_prompts"], values["forked_rows"]) < 5e-3
     assert 1e-4 < values["forest_mean"] < 1e-2
 
 
