@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from localrl.engines.mlx.decode import CACHE_STEP
 from localrl.memory.estimate import Workload, paths_at_once
-from localrl.memory.sizes import FULL, NONE, Sizes
+from localrl.memory.sizes import FULL, NONE, Sizes, lora_parameters
 from localrl.records import MemoryPlan
 
 # Numbers kept for the backward pass per position and block: coefficients of the block's width, its
@@ -82,6 +82,14 @@ class MLXMemory:
     def decode_weights(self, sizes: Sizes) -> int:
         """Return 0: no copy is made."""
         return 0
+
+    def copies(self, sizes: Sizes, workload: Workload) -> int:
+        """Bytes of adapters in the activations' format, and of a 16-bit head's float32 scales."""
+        numbers = lora_parameters(sizes, workload.rank, workload.lora_layers, workload.lora_keys)
+        scales = 0.0
+        if sizes.bits and workload.float_bytes == 2:
+            scales = 2 * 4 * sizes.vocabulary * sizes.width / sizes.quant_group_size
+        return round(workload.float_bytes * numbers + scales)
 
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes of scores and hidden states of the current block."""
