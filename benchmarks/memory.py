@@ -125,7 +125,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         )
         plan = initial_plan(config, vocabulary=sizes.vocabulary, on_cpu=True, threads=None)
         plan = replace(plan, grad_checkpoint=run.get("checkpoint", False))
-        workload = _workload(config, sizes, run["group"], True, True, False)
+        workload = _workload(config, sizes, run["group"], "cpu", True, False)
         assert workload is not None
         request = PlanRequest(
             plan, sizes, {run["group"]: workload}, Limit(None, "", from_machine=False)

@@ -47,7 +47,7 @@ def _cell(model: str, size: int) -> str:
     told = [f"{plan.decode_rows} / {plan.micro_rows}", show(found.estimate.peak)]
     if plan.grad_checkpoint:
         told.insert(1, "recomputed")
-    if plan.max_completion_tokens < found.asked.plan.max_completion_tokens:
+    if plan.max_completion_tokens < found.request.plan.max_completion_tokens:
         told.insert(1, f"{plan.max_completion_tokens} tokens")
     return ", ".join(told)
 

@@ -22,8 +22,8 @@ from localrl.embedded import embedded_model_path
 STEPS, PROMPTS, GROUP, MAX_TOKENS = 15, 4, 8, 48
 """Steps; prompts of a step; completions of a prompt; tokens of a completion, at most."""
 TEMPERATURE = 1.0
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28
-"""The ratio of new to old probability counts from 1 - 0.2 to 1 + 0.28 (DAPO, arXiv 2503.14476)."""
+MOST_WEIGHT = 2.0
+"""A token counts at most twice, however much likelier it is here than when it was sampled."""
 LEARNING_RATE = 2e-3
 
 
@@ -119,13 +119,15 @@ def loss(
     temperature: float = TEMPERATURE,
     max_tokens: int = MAX_TOKENS,
 ) -> mx.array:
-    """The clipped surrogate (PPO, arXiv 1707.06347), averaged over completions.
+    """The surrogate of the policy gradient, averaged over completions.
 
-        L = - sum over tokens of min(r A, clip(r, 1 - low, 1 + high) A) / Z
-        r = exp(logprob - sampled_logprob),   Z = completions * max_tokens
+        L = - sum over tokens of w r A / Z,   Z = completions * max_tokens
+        w = min(exp(logprob - sampled_logprob), 2), r = exp(logprob - itself), where w and "itself"
+            are constants: r is 1 and has the gradient of the logprob.
 
-    Z is a constant, so that a long completion is not worth less for each token (Dr. GRPO, arXiv
-    2503.20783).
+    w is 1 but for what sampling and training round differently. PPO (arXiv 1707.06347) also clips
+    r, which matters when completions serve a second update; here each serves one. Z is a constant,
+    so that a long completion is not worth less for each token (Dr. GRPO, arXiv 2503.20783).
     """
     total = mx.array(0.0)
     for group in groups:
@@ -134,11 +136,10 @@ def loss(
         ):
             if advantage == 0:  # all alike: nothing to learn, and no forward pass
                 continue
-            ratio = mx.exp(
-                token_logprobs(model, group.prompt, tokens, temperature) - mx.array(sampled)
-            )
-            clipped = mx.clip(ratio, 1 - CLIP_LOW, 1 + CLIP_HIGH)
-            total += mx.minimum(ratio * advantage.item(), clipped * advantage.item()).sum()
+            logprobs = token_logprobs(model, group.prompt, tokens, temperature)
+            constant = mx.stop_gradient(logprobs)
+            weight = mx.minimum(mx.exp(constant - mx.array(sampled)), MOST_WEIGHT)
+            total += (weight * mx.exp(logprobs - constant)).sum() * advantage.item()
     return -total / (sum(len(group.completions) for group in groups) * max_tokens)
 
 

@@ -8,6 +8,10 @@ that MLX imports (`cblas_sgemm` and its kin) before MLX is loaded. The choice, b
 1. NumPy's OpenBLAS, through the compiled module `localrl._blas`;
 2. an OpenBLAS or MKL installed on the system, which exports the plain names itself;
 3. the reference BLAS, with a note that says how to fix it.
+
+Two variables of the environment count: `LOCALRL_DEVICE=cpu` makes the whole process, and those that
+it starts, compute on MLX's CPU device, for tests on a machine whose GPU must not be used. And
+`MLX_ENABLE_TF32` is set to 0 unless the user has set it, see below.
 """
 
 import ctypes
@@ -120,14 +124,17 @@ def set_threads(n: int) -> int:
 def compute_on_cpu(wanted: bool) -> None:
     """Let MLX compute on the CPU, or again on the device from which this function switched it.
 
-    A device that the caller has set stays.
+    A device that the caller has set stays. Arrays and streams that were made before stay where
+    they are, so call it before anything is computed.
     """
     global _switched_from
     if wanted and mx.default_device().type != mx.cpu:
         _switched_from = mx.default_device()
         mx.set_default_device(mx.Device(mx.cpu))
+        mx.disable_compile()
     elif not wanted and _switched_from is not None:
         mx.set_default_device(_switched_from)
+        mx.enable_compile()
         _switched_from = None
 
 
@@ -309,6 +316,14 @@ def _cpu_quota(cgroup: Path) -> float | None:
     return None
 
 
+def _device_wanted() -> str:
+    """Read `LOCALRL_DEVICE`: "auto" or "cpu"."""
+    wanted = os.environ.get("LOCALRL_DEVICE") or "auto"
+    if wanted not in ("auto", "cpu"):
+        raise ValueError(f"LOCALRL_DEVICE is {wanted!r}; it must be auto or cpu")
+    return wanted
+
+
 def _find_kernels() -> ModuleType | None:
     """Import `localrl._kernels`; None if it was not built, off Linux, or after MLX was loaded."""
     if sys.platform != "linux" or "mlx.core" in sys.modules:
@@ -325,12 +340,19 @@ _library, _note = _prepare()
 if _library is None or _library.name != "numpy-openblas":
     kernels = None
 
-import mlx.core as mx  # noqa: E402  (the BLAS must be in place first)
+# By default MLX multiplies float32 matrices in TF32 where the GPU can (M5 under macOS 26.2, CUDA),
+# with 10 bits of mantissa: relative errors near 1e-3 per product, far above what float32 promises
+# to the checks at the start of a run. Models with 16-bit weights are not affected.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import mlx.core as mx  # noqa: E402  (the BLAS and the variable must be in place first)
 
 _switched_from: mx.Device | None = None
-if sys.platform == "linux" and mx.default_device().type == mx.cpu:
-    # On the CPU, mx.compile runs g++ for each new graph, which costs up to a minute at the start
-    # of a run and saves less than that.
+if _device_wanted() == "cpu":
+    mx.set_default_device(mx.Device(mx.cpu))
+if mx.default_device().type == mx.cpu:
+    # On the CPU, mx.compile runs a C++ compiler for each new graph, which costs up to a minute at
+    # the start of a run and saves less than that; a Mac may have none.
     mx.disable_compile()
 
 import mlx.nn as nn  # noqa: E402

@@ -50,6 +50,7 @@ STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
 PROMPT_ORDERS = ("shuffled", "thompson")
 FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
+DEVICES = ("auto", "cpu")
 ENGINES = ("auto", "mlx", "cpu")
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 SELFCHECKS = ("strict", "warn")
@@ -89,6 +90,9 @@ class ModelConfig:
     path: str | None = setting(None, "model folder, GGUF file, or user/name; unset: embedded")
     quantize: int = setting(0, "quantise to 4 or 8 bits when loading; 0: as stored")
     thinking: str = setting("auto", "thinking mode of models that have one", choices=THINKING)
+    device: str = setting(
+        "auto", "MLX's own choice (Metal on a Mac), or the CPU of any machine", choices=DEVICES
+    )
     engine: str = setting(
         "auto",
         "compute with MLX, or with NumPy and C (cpu); auto: cpu where possible",
@@ -103,6 +107,11 @@ class ModelConfig:
         "strict", "a failed self-check ends the run, or is a warning (warn)", choices=SELFCHECKS
     )
     base_id: str | None = setting(None, "Hub id of the unquantised model; unset: from its card")
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if no GPU may be used, whether there is one or not."""
+        return self.device == "cpu" or self.engine == "cpu"
 
 
 @dataclass(frozen=True)
@@ -231,7 +240,7 @@ class MemoryConfig:
     dequantise: str = setting("auto", "base as float32 on CPU", choices=("auto", "on", "off"))
     threads: int = setting(0, "CPU threads for matrix products; 0: chosen", low=0)
     limit: str | None = setting(
-        None, "MLX memory limit: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
+        None, "limit of the process: 6GB, or 70% of the machine's; unset: chosen", form=LIMIT_FORM
     )
     pin: str | None = setting(None, "plan.json to use unchanged")
     recalibrate: bool = setting(False, "measure memory again, then choose sizes")

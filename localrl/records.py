@@ -81,7 +81,25 @@ class Node:
     """Round in which a root was requested. Later rounds depend on its outcome."""
     old_logprobs: np.ndarray | None = None
     """(n,) float32, under the policy at the start of this step, for tokens that an earlier policy
-    sampled; None for fresh ones, where it would be `sampled_logprobs`."""
+    sampled; None for fresh ones."""
+    scored_logprobs: np.ndarray | None = None
+    """(n,) float32, under the policy that sampled the tokens, in a forward pass as the update makes
+    it; only where that differs from `sampled_logprobs` by 16-bit rounding and the group may be kept
+    for later steps, else None."""
+
+    @property
+    def written_logprobs(self) -> np.ndarray:
+        """(n,) log-probabilities under the policy that sampled the tokens, for comparison with a
+        forward pass of a later one."""
+        return self.sampled_logprobs if self.scored_logprobs is None else self.scored_logprobs
+
+    @property
+    def rounding(self) -> np.ndarray | None:
+        """(n,) differences between that pass and the sampler, 0 where not sampled; None without
+        the pass."""
+        if self.scored_logprobs is None:
+            return None
+        return np.where(self.sampled, self.scored_logprobs - self.sampled_logprobs, 0.0)
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -215,8 +233,9 @@ class BatchNode:
     coefficients: np.ndarray
     """(n,) float32, share times advantage; 0 where the model did not write the token."""
     anchor_logprobs: np.ndarray
-    """(n,) float32, anchor of the ratio: the sampler's log-probabilities for fresh tokens, those of
-    the policy at the start of the step for tokens sampled by an earlier policy."""
+    """(n,) float32, what the update's first pass is corrected for: the sampler's log-probabilities
+    of fresh tokens; those of the policy at the start of the step for tokens sampled by an earlier
+    one. See `staleness.anchor_logprobs`."""
     finish: bool
     """True if a completion ends here."""
     kl_weights: np.ndarray
@@ -274,11 +293,14 @@ class StepStats:
     loss: float | None
     grad_norm: float | None
     clipped_low: float | None
-    """Share of trained tokens whose ratio was clipped at 1 - clip_low."""
+    """Share of trained tokens whose ratio was clipped at 1 - clip_low in the step's last update; 0
+    if that is also the first."""
     clipped_high: float | None
     logprob_gap_mean: float | None
     """Mean |new - sampled| log-probability before the first update of the step."""
     logprob_gap_max: float | None
+    truncated: float | None
+    """Share of trained tokens whose correction for the sampler was truncated."""
     kl: float | None
     """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
     drift: float | None

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,10 +36,33 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module", params=["cpu", "mlx"])
+METAL = os.environ.get("LOCALRL_TEST_METAL")
+"""A format and a limit, such as bf16-10: all tests then compute as Metal does, see `emulation`."""
+
+
+@pytest.fixture(scope="module", params=["mlx"] if METAL else ["cpu", "mlx"])
 def engine(request: pytest.FixtureRequest) -> str:
     """Each `model.engine` in turn: whole loops run on both."""
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=METAL is not None)
+def emulated_metal() -> Iterator[None]:
+    """Round as Metal does, with the models' floats in 16 bits unless a test says otherwise."""
+    from emulation import metal
+
+    from localrl.config import RunConfig
+
+    assert METAL is not None
+    dtype, limit = METAL.split("-")
+    create = RunConfig.create
+
+    def created(settings: Any = None, file: Any = None) -> RunConfig:
+        return create({"model.dtype": dtype, "memory.dequantise": "off", **(settings or {})}, file)
+
+    with pytest.MonkeyPatch.context() as patch, metal(limit=int(limit)):
+        patch.setattr(RunConfig, "create", created)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
 from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import Objective, denominator, make_objective, weigh_prompt
+from localrl.learning.pass_logprobs import PassLogprobs
 from localrl.learning.selection import Selection, select
 from localrl.learning.update import Updater, global_norm
-from localrl.records import Group, Leaf, MemoryPlan, Node, ScoredGroup
+from localrl.records import Batch, Group, Leaf, MemoryPlan, Node, ScoredGroup
 
 TEMPERATURE = 0.8
 LMAX = 40
@@ -59,13 +60,23 @@ def selection(objective: Objective, groups: Sequence[ScoredGroup]) -> Selection:
     return select(groups, credits, denominator(objective, groups, credits, LMAX), objective)
 
 
-def gradient(policy, groups, micro_rows=3, **learning):
-    """(gradient, loss) of one step, through the real update."""
+def gradient(policy, groups, micro_rows=3, first=None, **learning):
+    """(gradient, loss) of one step, through the real update.
+
+    first: the first pass's log-probabilities of every node of all groups, if this is a later pass.
+    """
     config = LearningConfig(**learning)
     batch = selection(make_objective(config), groups).batch
     updater = Updater(policy, config, TEMPERATURE)
-    found, total = updater.gradient(batch, plan(micro_rows))
+    known = None if first is None else first_pass(batch, first)
+    found, total = updater.gradient(batch, plan(micro_rows), known)
     return found, total.loss / batch.z
+
+
+def first_pass(batch: Batch, logprobs: Sequence[np.ndarray]) -> PassLogprobs:
+    """The record of a pass that found these log-probabilities of the nodes' tokens."""
+    pairs = zip(batch.nodes, logprobs, strict=True)
+    return PassLogprobs({n: values[node.trained] for n, (node, values) in enumerate(pairs)})
 
 
 def plain_logprobs(model, groups: Sequence[ScoredGroup]) -> mx.array:

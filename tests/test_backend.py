@@ -311,7 +311,7 @@ def test_install_without_a_compiler_works_and_names_the_mend(tmp_path: Path) -> 
 def test_the_cpu_is_used_for_a_while_and_a_callers_device_stays(monkeypatch: Any) -> None:
     """With MLX's two devices, one of which this machine may not have."""
     cpu, gpu = SimpleNamespace(type="cpu"), SimpleNamespace(type="gpu")
-    now = [gpu]
+    now, compiles = [gpu], []
     monkeypatch.setattr(
         backend,
         "mx",
@@ -320,13 +320,51 @@ def test_the_cpu_is_used_for_a_while_and_a_callers_device_stays(monkeypatch: Any
             Device=lambda kind: cpu,
             default_device=lambda: now[0],
             set_default_device=lambda device: now.__setitem__(0, device),
+            disable_compile=lambda: compiles.append(False),
+            enable_compile=lambda: compiles.append(True),
         ),
     )
     backend.compute_on_cpu(True)
     backend.compute_on_cpu(True)
-    assert now == [cpu]
+    assert (now, compiles) == ([cpu], [False]), "a Mac may have no compiler for its CPU"
     backend.compute_on_cpu(False)
-    assert now == [gpu]
+    assert (now, compiles) == ([gpu], [False, True])
     now[0] = cpu  # as the caller wants it
     backend.compute_on_cpu(False)
     assert now == [cpu]
+
+
+VARIABLES = """
+import json, os
+from localrl.backend import mx
+print(json.dumps([os.environ["MLX_ENABLE_TF32"], str(mx.default_device())]))
+"""
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "0"), ({"MLX_ENABLE_TF32": "1"}, "1")])
+def test_float32_is_float32_unless_the_user_says_otherwise(
+    given: dict[str, str], found: str, monkeypatch: Any
+) -> None:
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)  # this process has set it
+    assert json.loads(run_child(VARIABLES, **given))[0] == found
+
+
+def test_the_variable_is_set_before_mlx_is_loaded() -> None:
+    """MLX reads it once."""
+    code = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlx.core":
+            print(os.environ.get("MLX_ENABLE_TF32"))
+sys.meta_path.insert(0, Watch())
+os.environ.pop("MLX_ENABLE_TF32", None)
+import localrl.backend
+"""
+    assert run_child(code).split() == ["0"]
+
+
+def test_the_environment_may_ask_for_the_cpu() -> None:
+    assert json.loads(run_child(VARIABLES, LOCALRL_DEVICE="cpu"))[1] == str(mx.Device(mx.cpu))
+    with pytest.raises(AssertionError, match="LOCALRL_DEVICE is 'gpu'; it must be auto or cpu"):
+        run_child(VARIABLES, LOCALRL_DEVICE="gpu")

@@ -61,6 +61,7 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_conversations_train_and_can_be_repeated(folder, tmp_path, strategy, engine):
     settings = STRATEGIES[strategy] | {"model.engine": engine}

@@ -97,12 +97,14 @@ def contents(folder):
     return steady, (folder / "rollouts.jsonl").read_bytes(), adapter
 
 
+@pytest.mark.exact
 def test_everything_at_once_can_be_repeated(start, everything):
     assert contents(everything) == contents(start("again", EVERYTHING))
     other = contents(start("other", EVERYTHING, **{"run.seed": 1, "run.steps": 1}))
     assert contents(everything)[1][:2000] != other[1][:2000]
 
 
+@pytest.mark.exact
 def test_trees_in_rounds_can_be_repeated(start, trees):
     assert contents(trees) == contents(start("trees again", TREES))
 

@@ -25,6 +25,7 @@ def killer(tiny_folder, engine):
     killer.close()
 
 
+@pytest.mark.exact
 def test_killed_many_times_it_ends_the_same(killer, tmp_path, engine):
     killer.run(tmp_path / "whole", kills=0)
     expected = outcome(tmp_path / "whole")

@@ -19,6 +19,17 @@ def test_every_promise_names_one():
     assert all("::" in row for row in promises)
 
 
+def test_what_is_promised_bit_for_bit_is_marked_as_such():
+    """On a GPU it is not promised, and `-m "not exact"` leaves it out."""
+    rows = (ROOT / "docs/promises.md").read_text().splitlines()
+    (row,) = (row for row in rows if "bit for bit" in row)
+    assert "on the CPU" in row
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row):
+        functions = ast.walk(ast.parse((ROOT / file).read_text()))
+        (test,) = (f for f in functions if isinstance(f, ast.FunctionDef) and f.name == name)
+        assert "pytest.mark.exact" in map(ast.unparse, test.decorator_list)
+
+
 @pytest.mark.parametrize(("file", "name"), NAMED)
 def test_it_is_there(file, name):
     functions = ast.walk(ast.parse((ROOT / file).read_text()))

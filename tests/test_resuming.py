@@ -88,6 +88,7 @@ def whole(request, tiny_folder, tmp_path_factory, engine):
     return settings, outcome(out), -counter.left
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_folder, tmp_path, whole, share):
     settings, expected, beats = whole
@@ -100,6 +101,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_folder, tmp_path, whol
     assert [e["kind"] for e in read_jsonl(out / "events.jsonl")].count("resumed") == 1
 
 
+@pytest.mark.exact
 def test_stopping_again_and_again(tiny_folder, tmp_path, whole):
     settings, expected, beats = whole
     out, resume = tmp_path / "run", False

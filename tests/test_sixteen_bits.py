@@ -20,6 +20,7 @@ from localrl.engines.mlx.forest import LevelCache
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError
 from localrl.learning.objectives import OBJECTIVES
+from localrl.policy import scoring
 from localrl.policy.model import load_model
 from localrl.policy.precision import cast_floats
 from localrl.policy.scoring import forest_agrees, group_logprobs
@@ -28,6 +29,7 @@ from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
+from localrl.training import components
 from localrl.training.session import NullProgress
 
 VARIED = f"{Path(__file__).parent / 'worker_functions.py'}:short"
@@ -157,7 +159,8 @@ def test_the_embedded_model_shares_prefixes_under_tf32():
         assert forest_agrees(policy, batch(), temperature=1.0, head_chunk=16)
     values = {check.name: check.value for check in policy.checks}
     assert {check.verdict for check in policy.checks} == {"ok"}
-    assert 1e-5 < values["padded_prompts"] < 2e-3
+    # Two passes may round alike, but not all of them.
+    assert 1e-5 < max(values["padded_prompts"], values["forked_rows"]) < 5e-3
     assert 1e-4 < values["forest_mean"] < 1e-2
 
 
@@ -179,3 +182,24 @@ def test_a_small_error_is_told_and_a_large_one_refused(tiny_folder, monkeypatch)
         checks = {check.name: check.verdict for check in found.checks}
         assert checks["padded_prompts"] == checks["forked_rows"] == verdict
         assert "padded prompts" in told[0]
+
+
+def test_a_forest_in_the_band_is_used_and_told(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "MEAN_LIMITS", (-1.0, 0.06))
+    listener = Listener()
+    with metal():
+        result = train(config(tiny_folder, tmp_path / "run", "bf16"), progress=listener)
+    [line] = listener.told
+    assert line.startswith("the self-check forest_mean found ")
+    steps = [s for s in read_jsonl(result.folder / "metrics.jsonl") if "update/applied" in s]
+    assert steps[0]["update/saved_positions"] > 0
+
+
+def test_a_gradient_that_is_no_number_is_told(tiny_folder):
+    policy = in_16_bits(tiny_folder, mx.bfloat16)
+    norm = policy.model.layers[1].input_layernorm
+    norm.weight = norm.weight * mx.nan
+    told: list[str] = []
+    assert not components._may_recompute(policy, told.append)
+    assert "not a number" in told[0]
+    assert policy.checks[-1].verdict == "refuse"

@@ -109,6 +109,7 @@ def test_flat_groups_save_prompts_alone(run):
     assert line["update/saved_positions"] > 0
 
 
+@pytest.mark.exact
 def test_the_same_seed_grows_the_same_trees(run):
     one, other = run("a"), run("b")
     assert (one / "rollouts.jsonl").read_bytes() == (other / "rollouts.jsonl").read_bytes()
@@ -116,6 +117,7 @@ def test_the_same_seed_grows_the_same_trees(run):
     assert (one / adapter).read_bytes() == (other / adapter).read_bytes()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("strategy", ["flat", "tree"])
 def test_decode_batch_sizes_change_neither_ids_nor_the_update(run, strategy):
     folders = [
@@ -170,6 +172,7 @@ def test_a_tree_of_one_root_needs_no_tracker(run):
     assert line["update/trained_tokens"] > 0
 
 
+@pytest.mark.exact
 def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
     """From equal weights, the gradient itself, not only its norm."""
     import tiny

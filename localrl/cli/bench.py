@@ -6,10 +6,18 @@ import json
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
+
+from localrl.cli.options import device
+from localrl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from localrl.diagnostics.bench import DecodeRate
+    from localrl.diagnostics.bench import DecodeRate, Opened
     from localrl.diagnostics.bench_profile import Profile
+    from localrl.diagnostics.bench_shapes import PublishedShape, StepRate
+
+SIZES = ("rows", "tokens", "prompt_tokens", "quantize")
+"""Parameters that a shape sets."""
 
 
 def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
@@ -43,6 +51,12 @@ def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]
     show_default=True,
     help="Number of measurements after a warm-up; medians are shown.",
 )
+@device
+@click.option(
+    "--shape",
+    type=click.Choice(["qwen3-0.6b", "qwen3.5-0.8b"]),
+    help="Measure whole steps in the sizes of published figures, and show these too.",
+)
 @click.option("--profile", "with_profile", is_flag=True, help="Show where a step spends its time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
@@ -52,6 +66,8 @@ def bench(
     tokens: int,
     prompt_tokens: int,
     repeats: int,
+    device: str | None,
+    shape: str | None,
     with_profile: bool,
     as_json: bool,
 ) -> None:
@@ -63,10 +79,15 @@ def bench(
     \b
       localrl bench
       localrl bench --model path/to/model --rows 1,8 --tokens 128 --profile
+      localrl bench --shape qwen3-0.6b           one step of 4 completions of 256 tokens
     """
+    if shape is not None:
+        _bench_shape(shape, model, repeats, device or "auto", with_profile, as_json)
+        return
     from localrl.diagnostics.bench import BenchRequest, measure, open_bench
 
-    opened = open_bench(model, quantize, BenchRequest(rows, prompt_tokens, tokens, repeats))
+    request = BenchRequest(rows, prompt_tokens, tokens, repeats)
+    opened = open_bench(model, quantize, request, device or "auto")
     if not as_json:
         for text in opened.left_out:
             click.echo(f"skipped, not enough memory: {text}")
@@ -84,6 +105,66 @@ def bench(
     _show(report)
     if profiled:
         _show_profile(profiled)
+
+
+def _bench_shape(
+    name: str, model: str | None, repeats: int, device: str, with_profile: bool, as_json: bool
+) -> None:
+    """Measure whole steps of a shape, and print them beside the published figures."""
+    from dataclasses import asdict
+
+    from localrl.diagnostics.bench_shapes import SHAPES, measure_steps, open_shape
+
+    context = click.get_current_context()
+    given = [n for n in SIZES if context.get_parameter_source(n) != ParameterSource.DEFAULT]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise ConfigError(f"--shape sets its own sizes. Remove {flag}.")
+    shape = SHAPES[name]
+    opened = open_shape(shape, model, repeats, device)
+    rate = measure_steps(opened)
+    profiled = None
+    if with_profile:
+        from localrl.diagnostics.bench_profile import profile
+
+        profiled = profile(opened)
+    if as_json:
+        from localrl.diagnostics.bench import facts
+
+        report = {**facts(opened), "shape": name, "step": asdict(rate), "published": asdict(shape)}
+        report |= {"profile": _as_json(profiled)} if profiled else {}
+        click.echo(json.dumps(report, indent=2))
+        return
+    _show_shape(shape, opened, rate)
+    if profiled:
+        _show_profile(profiled)
+
+
+def _show_shape(shape: PublishedShape, opened: Opened, rate: StepRate) -> None:
+    from localrl import backend
+
+    path, here = opened.config.model.path, backend.describe().device
+    click.echo(
+        f"a step: {shape.completions} completions of {shape.tokens} tokens after a prompt of "
+        f"{shape.prompt_tokens}, all trained\n\n"
+        f"{'':24}{'sampling, tokens/s':>20}{'update, s':>12}{'steps/s':>10}{'peak, GB':>10}"
+    )
+    _show_steps(f"localrl here ({here})", rate)
+    click.echo("published")
+    for figure in shape.figures:
+        _show_steps(f"  {figure.tool}", figure.rate)
+    click.echo(f"\nNot measured by localrl: {shape.source}. Settings and losses differ.")
+    if path != shape.model:
+        click.echo(f"The published figures are of {shape.model}, yours of {path}.")
+
+
+def _show_steps(name: str, rate: StepRate) -> None:
+    tokens, update, peak = rate.rollout_tokens_per_s, rate.update_s, rate.peak_bytes
+    click.echo(
+        f"{name:24}{'-' if tokens is None else f'{tokens:.0f}':>20}"
+        f"{'-' if update is None else f'{update:.3f}':>12}{rate.steps_per_s:>10.3f}"
+        f"{'-' if peak is None else f'{peak / 1e9:.2f}':>10}"
+    )
 
 
 def _show_rate(rate: DecodeRate) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localrl.cli.eval import configure
+from localrl.cli.options import device
 from localrl.errors import ConfigError, DataError, LocalRLError
 from localrl.utils.text import printable, sampled_at
 
@@ -37,6 +38,7 @@ HELP = "/base and /adapter switch models, /reset clears the conversation, /quit 
     "--max-tokens", type=click.IntRange(1), help="Longest answer; default: as in training."
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed, for reproducible answers.")
+@device
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `train`.")
 def chat(
     run: Path | None,
@@ -52,11 +54,15 @@ def chat(
       localrl chat runs/steps-1
       echo "What is 2+2?" | localrl chat --model DIR --temperature 0
     """
+    from localrl import backend
     from localrl.backend import mx
+
+    config = configure(run, settings, options)
+    # Before mlx-lm is imported: it makes a stream on the device of that moment.
+    backend.compute_on_cpu(config.model.on_cpu)
     from localrl.training.components import load, local_plan_request, open_policy, resolve
     from localrl.training.memory_plan import make_plan
 
-    config = configure(run, settings, options)
     resolved = resolve(config)
     plan = make_plan(config, local_plan_request(resolved, trains=False))
     policy = open_policy(resolved, load(resolved), plan)

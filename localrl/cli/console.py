@@ -144,8 +144,8 @@ def memory(result: RunResult) -> str:
     """Format predicted and measured peak memory beside the limit."""
     predicted, limit = result.plan.predicted_bytes, result.plan.limit_bytes
     return (
-        f"memory: predicted at most {_bytes(predicted)}, measured {_bytes(result.peak_bytes)}, "
-        f"limit {_bytes(limit)}"
+        f"memory of MLX: predicted at most {_bytes(predicted)}, "
+        f"measured {_bytes(result.peak_bytes)}, limit {_bytes(limit)}"
     )
 
 

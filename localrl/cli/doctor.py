@@ -7,6 +7,8 @@ import json
 
 import click
 
+from localrl.cli.options import device
+
 FAILED = 1
 MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -14,8 +16,9 @@ MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 @click.command()
 @click.option("--model", metavar="MODEL", help="Also load this model: a folder or user/name.")
 @click.option("--quantize", type=int, default=0, metavar="BITS", help="As for `train`.")
+@device
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(model: str | None, quantize: int, as_json: bool) -> None:
+def doctor(model: str | None, quantize: int, device: str | None, as_json: bool) -> None:
     """Check this machine and, with --model, a model: what works, and on which path.
 
     Exits with 1 if a check fails. Never uses the network.
@@ -26,6 +29,9 @@ def doctor(model: str | None, quantize: int, as_json: bool) -> None:
     """
     from itertools import chain
 
+    from localrl import backend
+
+    backend.compute_on_cpu(device == "cpu")
     from localrl.cli.console import printable
     from localrl.diagnostics.doctor import look_at_machine, look_at_model
 

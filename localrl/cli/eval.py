@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from localrl.cli.options import device
 from localrl.errors import ConfigError
 from localrl.utils.text import sampled_at
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SETTINGS = {
     "model": "model.path",
     "quantize": "model.quantize",
+    "device": "model.device",
     "adapter": "lora.adapter",
     "task": "task.name",
     "rewards": "task.rewards",
@@ -43,6 +45,7 @@ SETTINGS = {
 @click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
 @click.option("--unsafe-code", is_flag=True, default=None, help="As for `train`.")
+@device
 @click.option("-k", "--samples", type=click.IntRange(1), default=1, help="Completions per prompt.")
 @click.option("--prompts", type=click.IntRange(1), help="Maximum number of held-out prompts.")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from localrl.cli.options import device
 from localrl.errors import ConfigError, LocalRLError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class _Source:
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--base-id", metavar="ID", help="The unquantised base model on the Hub, user/name.")
 @click.option("--model", metavar="MODEL", help="The model, if RUN is an adapter folder.")
+@device
 def export(
     run: Path,
     fused: bool,
@@ -80,6 +82,7 @@ def export(
     out: Path | None,
     base_id: str | None,
     model: str | None,
+    device: str | None,
 ) -> None:
     """Export a run's adapter, or a model that contains it, for other programs.
 
@@ -100,6 +103,7 @@ def export(
             f"{flag} cannot be combined with --gguf, which writes one file: --gguf FILE."
         )
     source = _open(run, model)
+    _choose_device(source, device)
     adapter = _read(source, base_id)
     if gguf is not None:
         _gguf(run, source, adapter, gguf, int(bits or 8))
@@ -129,6 +133,13 @@ def _open(run: Path, model: str | None) -> _Source:
         f"There is nothing to export in {run}: it contains neither a run's config.toml nor an "
         "adapter_config.json."
     )
+
+
+def _choose_device(source: _Source, device: str | None) -> None:
+    """Compute on the device that was asked for, or else on the run's."""
+    from localrl import backend
+
+    backend.compute_on_cpu((device or (source.config and source.config.model.device)) == "cpu")
 
 
 def _read(source: _Source, base_id: str | None) -> Adapter:

@@ -22,8 +22,10 @@ from localrl.cli.show import show
 from localrl.cli.tasks import tasks
 from localrl.cli.train import train
 from localrl.errors import LocalRLError
+from localrl.memory.failures import failure_of
+from localrl.processes.child import DISPLAY, RELAX
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 
 
 class Failure(click.ClickException):
@@ -35,15 +37,21 @@ class Failure(click.ClickException):
 
 
 class CommandGroup(click.Group):
-    """A command group that turns localrl's own errors into one line and an exit code."""
+    """A command group that turns errors it can explain into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except LocalRLError as error:
+        except (LocalRLError, RuntimeError) as error:
+            if isinstance(error, LocalRLError):
+                told = Failure(str(error), error.exit_code)
+            elif failure_of(error) == "watchdog":
+                told = Failure(f"{error} {DISPLAY}, or try again with {RELAX}=1.", FAILED)
+            else:
+                raise
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            raise Failure(str(error), error.exit_code) from error
+            raise told from error
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from localrl.training.memory_plan import Outlook
 
 SHARED = (
-    "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts",
+    "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts", "device",
     "memory_limit", "settings",
 )  # fmt: skip
 """Parameters shared with `localrl train`."""
@@ -42,6 +42,7 @@ def plan(
       localrl plan my.toml --memory-limit 6GB
       localrl plan --model mlx-community/Qwen3-0.6B-4bit --mac 8
     """
+    from localrl import backend
     from localrl.config import RunConfig, parse_setting
     from localrl.memory import machine
     from localrl.training.memory_plan import outlook
@@ -49,9 +50,11 @@ def plan(
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
-    here = machine.read_machine() if mac is None else machine.mac(mac)
     wish = RunConfig.create(given, file=config)
-    found = outlook(wish, here, find(wish))
+    backend.compute_on_cpu(wish.model.on_cpu)
+    prompts = find(wish)  # before the machine is read, as in a run: what it loads stays
+    here = machine.read_machine() if mac is None else machine.mac(mac)
+    found = outlook(wish, here, prompts)
     click.echo(json.dumps(_fields(found), indent=2) if as_json else _page(found, mac))
 
 
@@ -69,20 +72,20 @@ def _fields(found: Outlook) -> dict[str, Any]:
 
 def _page(found: Outlook, mac: int | None) -> str:
     from localrl.memory.estimate import told
-    from localrl.memory.limit import show
+    from localrl.memory.limit import LATER, show
 
     plan, limit = found.plan, found.request.limit
     lines = [
         f"model    {found.model}: {found.weights / 1e6:,.0f} million weights",
-        f"limit    {show(limit.bytes)}: {limit.reason}" if limit.bytes else limit.reason,
+        f"limit    {show(limit.bytes)} for MLX: {limit.reason}" if limit.bytes else limit.reason,
     ]
     if found.request.prompts:
         lines.append(f"task     {found.request.prompts}")
     if mac is not None:
         lines.append(f"         predicted for a Mac with {mac} GB, never run on one")
     if found.machine.resident_bytes:
-        held = show(found.machine.resident_bytes)
-        lines.append(f"process  holds {held} besides MLX's memory")
+        held, later = show(found.machine.resident_bytes), show(LATER)
+        lines.append(f"process  holds {held} besides MLX's memory, later about {later} more")
     lines += ["", f"{'':34}{'bytes at most':>14}"]
     lines += [f"{name:34}{show(size):>14}" for name, size in told(found.estimate) if size]
     basis = "measured on this machine" if plan.measured else "priors, not measured here"
@@ -113,5 +116,5 @@ def _verdict(found: Outlook) -> str:
         return "This machine's memory could not be read; no limit is applied."
     if not found.is_reduced:
         return "It fits, and nothing is reduced."
-    more = f"With a limit of {write_limit(found.enough)} ({show(found.enough)})"
+    more = f"With --memory-limit {write_limit(found.enough)} ({show(found.enough)})"
     return f"It fits with reduced sizes. {more} nothing would be reduced."

@@ -10,7 +10,7 @@ from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.memory.failures import failure_of
-from localrl.processes.child import OUT_OF_MEMORY, Supervisor
+from localrl.processes.child import OUT_OF_MEMORY, WATCHDOG, Supervisor
 from localrl.processes.heartbeat import Heartbeat
 from localrl.train import train
 from localrl.training.session import Session
@@ -37,7 +37,8 @@ class SupervisedConsole(Console):
 def run_here(
     config: RunConfig, supervisor: Supervisor | None, *, overwrite: bool, resume: bool
 ) -> None:
-    """Train and show progress; exit with `OUT_OF_MEMORY` if a supervisor can recover from it."""
+    """Train and show progress; exit with `OUT_OF_MEMORY` or `WATCHDOG` if a supervisor can recover
+    from it."""
     console, heartbeat = Console(), Heartbeat()
     if supervisor is not None:
         console, heartbeat = SupervisedConsole(supervisor), Heartbeat(supervisor.beat)
@@ -54,8 +55,12 @@ def run_here(
                 restart=restart,
             )
     except (MemoryError, RuntimeError) as error:
-        if supervisor is None or failure_of(error) is None:
+        failure = failure_of(error)
+        if supervisor is None or failure is None:
             raise
+        if failure == "watchdog":
+            console.warn(f"the GPU's watchdog ended work while a display is on: {error}")
+            sys.exit(WATCHDOG)
         console.warn(f"out of memory, or GPU failure: {error}")
         sys.exit(OUT_OF_MEMORY)
     console.finish(result)

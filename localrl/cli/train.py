@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 
 import click
 
+from localrl.cli.options import device
 from localrl.errors import ConfigError
 
 FLAGS = {
     "model": "model.path",
     "quantize": "model.quantize",
+    "device": "model.device",
     "adapter": "lora.adapter",
     "task": "task.name",
     "rewards": "task.rewards",
@@ -44,6 +46,7 @@ class Train(click.Command):
     "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
+@device
 @click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
 @click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
 @click.option(
@@ -66,7 +69,7 @@ class Train(click.Command):
 @click.option("--seed", type=int, help="Seed of all random draws.")
 @click.option("--eval-every", type=int, help="Also evaluate every N steps.")
 @click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
-@click.option("--memory-limit", metavar="SIZE", help="Maximum memory for MLX: 6GB or 70%.")
+@click.option("--memory-limit", metavar="SIZE", help="Maximum memory of the process: 6GB or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
 @click.option("--overwrite", is_flag=True, help="Move an existing run folder out of the way.")

@@ -102,7 +102,9 @@ class UpdateRate:
     peak_bytes: int
 
 
-def open_bench(model: str | None, quantize: int, request: BenchRequest) -> Opened:
+def open_bench(
+    model: str | None, quantize: int, request: BenchRequest, device: str = "auto"
+) -> Opened:
     """Load the model within a plan for this machine's memory.
 
     Raises: ConfigError if it cannot be read or a number is too small; MemoryBudgetError if memory
@@ -113,7 +115,7 @@ def open_bench(model: str | None, quantize: int, request: BenchRequest) -> Opene
             f"Rows must be at least 1, and prompt and completion at least {LEAST_TOKENS} tokens "
             f"long, not {request}."
         )
-    config = _config(model, quantize, request)
+    config = _config(model, quantize, request, device)
     resolved = resolve(config)
     plan = make_plan(config, local_plan_request(resolved, trains=True))
     policy = choose_engine(open_policy(resolved, load(resolved), plan))
@@ -148,11 +150,29 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
         rates.append(rate)
         told(rate)
     fitted = fit(steps, opened.request.prompt_tokens)
-    machine = backend.describe()
+    return {
+        **facts(opened, load_average),
+        "rates": asdict(speeds) if speeds else None,
+        "wanted": asdict(opened.request),
+        "left_out": opened.left_out,
+        "decode": [asdict(rate) for rate in rates],
+        "fit": asdict(fitted) if fitted else None,
+        "update": asdict(measure_update(opened)),
+    }
+
+
+def facts(opened: Opened, load: tuple[float, float, float] | None = None) -> dict:
+    """Return the part of a report that says what was measured, and on what.
+
+    load: load averages before the measurement; None: now.
+    """
     return {
         "format": 1,
-        "machine": {**asdict(machine), "cores": os.cpu_count(), "load": load_average},
-        "rates": asdict(speeds) if speeds else None,
+        "machine": {
+            **asdict(backend.describe()),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg() if load is None else load,
+        },
         "kernels": str(kernels) if (kernels := opened.policy.engine.kernels) else None,
         "versions": package_versions(PACKAGES),
         "model": {
@@ -161,11 +181,6 @@ def measure(opened: Opened, told: Callable[[DecodeRate], None] = lambda rate: No
             "parameters": parameters(opened.policy),
             "dequantised": opened.plan.dequantise,
         },
-        "wanted": asdict(opened.request),
-        "left_out": opened.left_out,
-        "decode": [asdict(rate) for rate in rates],
-        "fit": asdict(fitted) if fitted else None,
-        "update": asdict(measure_update(opened)),
     }
 
 
@@ -278,11 +293,12 @@ def _positions(micro: MicroBatch) -> int:
     return micro.tokens.positions if isinstance(micro.tokens, Layout) else micro.tokens.size
 
 
-def _config(model: str | None, quantize: int, request: BenchRequest) -> RunConfig:
+def _config(model: str | None, quantize: int, request: BenchRequest, device: str) -> RunConfig:
     return RunConfig.create(
         {
             "model.path": model,
             "model.quantize": quantize,
+            "model.device": device,
             "rollout.prompts_per_step": 1,
             "rollout.group_size": max(request.rows),
             "rollout.max_prompt_tokens": request.prompt_tokens,

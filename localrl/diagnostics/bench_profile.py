@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -61,27 +61,33 @@ class Profile:
 
 def profile(opened: Opened) -> Profile:
     """Profile one step: rollout, rewards, credit, update, logs. Medians of repeats."""
-    with _scorer(opened) as scorer, tempfile.TemporaryDirectory() as folder:
-        log = JsonLines(Path(folder) / "rollouts.jsonl")
-        try:
-            _step(opened, scorer, log)  # warms up
-            step_s = _median(opened, lambda: seconds(lambda: _step(opened, scorer, log)))
-            stages = [*_rollout(opened, scorer), *_update(opened), _logging(opened, log)]
-        finally:
-            log.close()
+    with stepping(opened) as (scorer, log):
+
+        def step() -> None:
+            finish(opened, sample(opened, opened.endless), scorer, log)
+
+        step()  # warms up
+        step_s = _median(opened, lambda: seconds(step))
+        stages = [*_rollout(opened, scorer), *_update(opened), _logging(opened, log)]
     rest = step_s - sum(stage.seconds for stage in stages)
     return Profile(step_s, (*stages, Stage("other", rest, 1)))
 
 
 @contextmanager
-def _scorer(opened: Opened) -> Iterator[Scorer]:
+def stepping(opened: Opened) -> Iterator[tuple[Scorer, JsonLines]]:
+    """Open what a step needs besides the model: a reward, and a log that is deleted afterwards."""
     reward = f"length(best=1, worst={opened.request.tokens + 1})"
-    with Worker(time_limit_s=WORKER_S, memory_limit_bytes=WORKER_BYTES) as worker:
-        yield Scorer(parse_rewards([reward], None), worker)
+    with ExitStack() as stack:
+        worker = Worker(time_limit_s=WORKER_S, memory_limit_bytes=WORKER_BYTES)
+        scorer = Scorer(parse_rewards([reward], None), stack.enter_context(worker))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        log = JsonLines(Path(folder) / "rollouts.jsonl")
+        stack.callback(log.close)
+        yield scorer, log
 
 
-def _step(opened: Opened, scorer: Scorer, log: JsonLines) -> None:
-    groups = sample(opened, opened.endless)
+def finish(opened: Opened, groups: list[Group], scorer: Scorer, log: JsonLines) -> None:
+    """Do what a step does after sampling: rewards, credit, update, logs."""
     scorer.score(groups)
     opened.updater.update(make_batch(opened, groups).batch, opened.plan)
     _write(opened, groups, log)

@@ -12,17 +12,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from localrl.backend import mx, nn, tree_flatten
 from localrl.engines.mlx.checkpointing import body_of
 from localrl.engines.mlx.logprobs import gather_logprobs
 from localrl.engines.mlx.network import Network
 from localrl.policy.model import FloatChoice, LoadedModel
-from localrl.policy.precision import cast_floats, dequantise, float_kinds
-from localrl.policy.selfcheck import Check
+from localrl.policy.precision import cast_floats, dequantise, float32_activations, float_kinds
+from localrl.policy.selfcheck import Check, difference
 
 KINDS = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
 FLOAT16_LIMITS = 3e4, 65504.0
 """Largest hidden state in float16 from which to warn, and the largest number of the format."""
+WEIGHTS_LIMITS = 1e-2, 1e-2
+"""Relative error of logits, in float32, that casting the weights may cause; computing in bfloat16
+causes more. It has fewer bits of mantissa, so only numbers below 1e-5, and above 65504, change."""
 TRIED, TRIED_TOKENS = 3, 64
 """Number of prompts of a trial, and the maximum number of their tokens."""
 
@@ -53,24 +58,41 @@ def settle_floats(
 def _try_float16(
     loaded: LoadedModel, prompts: Prompts, dense: bool
 ) -> tuple[FloatChoice, list[Check]]:
-    """Cast bfloat16 to float16 if the prompts stay in its range."""
+    """Cast bfloat16 to float16 if that keeps the weights and the prompts stay in its range."""
     model = loaded.model
     stored = " and ".join(name for name, kind in KINDS.items() if kind in float_kinds(model))
     if mx.bfloat16 not in float_kinds(model) or loaded.reload is None:
         return FloatChoice(stored, "as stored"), []
+    expected = _exact_logits(model, prompts[0])
     cast_floats(model, mx.float16, only=mx.bfloat16)
-    check = float16_range(model, prompts)
-    if check.verdict == "ok":
-        largest = f"the largest hidden state of {len(prompts[:TRIED])} prompts is {check.value:.3g}"
-        return FloatChoice("fp16", f"stored as {stored}; {largest}"), [check]
+    lost = difference(_exact_logits(model, prompts[0]), expected)
+    checks = [
+        Check("float16_weights", lost, *WEIGHTS_LIMITS),
+        float16_range(model, prompts),
+    ]
+    if all(check.verdict == "ok" for check in checks):
+        largest = f"{checks[1].value:.3g} is the largest hidden state of a trial"
+        return FloatChoice("fp16", f"stored as {stored}; {largest}"), checks
     fresh = loaded.reload()  # float16 has lost what is too large or too small for it
     if dense:
         dequantise(fresh, as_float32=False)
     model.update(fresh.parameters())
-    reason = f"hidden states of {check.value:.3g} are too large for fp16"
-    if not math.isfinite(check.value):
-        reason = "in fp16, logits or gradients are not finite"
-    return FloatChoice(stored, f"as stored; {reason}"), []
+    return FloatChoice(stored, f"as stored; {_obstacle(*checks)}"), []
+
+
+def _obstacle(weights: Check, hidden: Check) -> str:
+    """Say why the model is not computed in float16."""
+    if weights.verdict != "ok":
+        return f"weights are too small or too large for fp16 (relative error {weights.value:.2g})"
+    if not math.isfinite(hidden.value):
+        return "in fp16, logits or gradients are not finite"
+    return f"hidden states of {hidden.value:.3g} are too large for fp16"
+
+
+def _exact_logits(model: Any, prompt: Sequence[int]) -> np.ndarray:
+    """Float32 logits (L, V) of the weights as they are."""
+    with float32_activations(model):
+        return np.array(model(mx.array([list(prompt[:TRIED_TOKENS])]))[0].astype(mx.float32))
 
 
 def float16_range(model: Any, prompts: Prompts) -> Check:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from localrl.engines.cpu.memory import CPUMemory
-from localrl.engines.mlx.memory import MLXMemory
+from localrl.engines.mlx.memory import MLXMemory, recomputes_scores
 from localrl.memory.estimate import EngineMemory
 
-BY_NAME: dict[str, EngineMemory] = {"cpu": CPUMemory(), "mlx": MLXMemory()}
 
-
-def engines_for(setting: str, *, on_cpu: bool) -> tuple[EngineMemory, ...]:
+def engines_for(setting: str, *, device: str) -> tuple[EngineMemory, ...]:
     """Return the engines allowed by `model.engine`, preferred one first; MLX computes any model.
 
-    on_cpu: False on a GPU, where the CPU engine is never chosen, whatever the weights.
+    device: "cpu", "metal" or "cuda"; on a GPU the CPU engine is never chosen, whatever the weights.
     """
-    return tuple(BY_NAME.values()) if on_cpu and setting != "mlx" else (BY_NAME["mlx"],)
+    if device == "cpu" and setting != "mlx":
+        return CPUMemory(), MLXMemory()
+    return (MLXMemory(recomputes_scores(device)),)

@@ -5,10 +5,11 @@ The loss of a step is a sum over tokens, divided once:
     L = 1/Z sum_t [ -s_t(r_t, c_t) + w_t KL_t ],   c_t = share_t * A_t,   w_t = kl_coef * share_t
 
 share_t is the weight of the token: omega, its share of its prompt, possibly over a length. All but
-the surrogate s and the KL is known before the update, and is folded into c, w and Z. On fresh
-rollouts every ratio r is 1: objectives that differ only in the ratio (grpo and gspo, dapo and
-cispo, clipped and rloo) then have the same gradient, in their papers and here, and differ from the
-step's second update on.
+the surrogate s and the KL is known before the update, and is folded into c, w and Z. In a step's
+first update every ratio r is exactly 1, in any precision, since it is taken to that update's own
+log-probabilities: objectives that differ only in the ratio (grpo and gspo, dapo and cispo, clipped
+and rloo) then have the same gradient, in their papers and here, and differ from the step's second
+update on. What the sampler computed differently is a weight of c, see `objective.policy_sums`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 
 from localrl.learning.credit import Credit, token_coefficients
 from localrl.learning.objectives import Objective, token_shares
-from localrl.learning.staleness import importance
+from localrl.learning.staleness import anchor_logprobs, importance
 from localrl.records import Batch, BatchNode, DropReason, Group, ScoredGroup
 from localrl.utils.repetition import repeated_from
 
@@ -148,9 +148,7 @@ def _batch_nodes(
             parent=node.parent + offset if node.parent >= 0 else -1,
             token_ids=node.token_ids,
             coefficients=_above_nothing(coefficients[n] * factors[n]),
-            anchor_logprobs=node.sampled_logprobs
-            if node.old_logprobs is None
-            else node.old_logprobs,
+            anchor_logprobs=anchor_logprobs(node),
             finish=n in ends,
             kl_weights=(node.sampled * factors[n] * (objective.kl_coef * shares[n])).astype(
                 np.float32

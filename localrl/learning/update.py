@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,17 @@ from localrl.config import LearningConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.shard import shard_batch
 from localrl.errors import LocalRLError
-from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums
+from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums, sampler_correction
 from localrl.learning.objectives import make_objective
+from localrl.learning.pass_logprobs import PassLogprobs
+from localrl.learning.totals import Totals
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
 from localrl.records import Batch, MemoryPlan, StepStats
+from localrl.utils.rounding import beyond_rounding
 
 LOGGER = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ _State = tuple[Any, int]
 DRIFT_TOKENS = 128
 """Number of trained tokens on which the policy's drift is measured."""
 
-NO_UPDATE = StepStats(*(None,) * 8, trained_tokens=0, saved_positions=0, updated=False)
+NO_UPDATE = StepStats(*(None,) * 9, trained_tokens=0, saved_positions=0, updated=False)
 
 
 class Updater:
@@ -86,58 +89,87 @@ class Updater:
         if not any(node.trained.any() for node in batch.nodes):
             return NO_UPDATE
         batch, before = shard_batch(batch, self.ranks.rank, self.ranks.size), self._state()
-        first = stats = self._apply(batch, plan)
+        self._choose_packing(batch, plan)
+        sample = _some(batch, DRIFT_TOKENS // self.ranks.size)
+        # In float32 the first gradient pass serves; in 16 bits it rounds by its own batch shapes.
+        unmoved = self._score(sample, plan) if self.policy.sixteen_bit else None
+        stats, first = self._apply(batch, plan)
+        last = stats
         for _ in range(self.config.updates_per_step - 1):
             # Repeating a failed update would fail the same way.
-            stats = stats if stats.problem else self._apply(batch, plan)
-        problem, drift = stats.problem, None
-        if first.updated:
-            drift = self._drift(batch, plan)
+            last = last if last.problem else self._apply(batch, plan, first)[0]
+        problem, drift = last.problem, None
+        if stats.updated:
+            drift = self._drift(sample, first if unmoved is None else unmoved, plan)
             if not np.isfinite(drift):
                 self._put_back(before)
                 problem, drift = "log-probabilities after the update were not finite", None
         self._count(problem)
         updated = drift is not None
-        size = self._relative_size() if updated else None
-        return replace(first, drift=drift, updated=updated, problem=problem, relative_size=size)
+        return replace(
+            stats,
+            clipped_low=last.clipped_low,
+            clipped_high=last.clipped_high,
+            drift=drift,
+            updated=updated,
+            problem=problem,
+            relative_size=self._relative_size() if updated else None,
+        )
 
     def _relative_size(self) -> float:
         if self._norms is None:
             self._norms = weight_norms(self.policy.model)
         return relative_size(self.policy.model, self._norms)
 
-    def _drift(self, batch: Batch, plan: MemoryPlan) -> float:
-        """Mean |log-probability now - at the start of the step| over the tokens of a few prompts.
+    def _drift(self, sample: Batch, before: PassLogprobs, plan: MemoryPlan) -> float:
+        """Mean |log-probability now - at the start of the step| over the sample's trained tokens.
 
-        One forward pass over a sample: enough trees for `DRIFT_TOKENS` trained tokens.
+        One forward pass, over enough trees for `DRIFT_TOKENS` tokens. In 16 bits what rounding
+        explains, by the gap between sampler and update on the same tokens, is taken off.
         """
-        moved = np.zeros(2)  # their sum and their number
-        for micro in self._micro_batches(_some(batch, DRIFT_TOKENS // self.ranks.size), plan):
-            change = np.array(self._logprobs(micro, plan.head_chunk)) - micro.anchor_logprobs
-            moved += np.abs(change).sum(), len(change)
-        total, count = self.ranks.sum(moved)
-        return float(total / count)
+        sums = np.zeros(4)  # of changes, their squares, the gap's squares, and tokens
+        sixteen_bit = self.policy.sixteen_bit
+        for micro in self._micro_batches(sample, plan):
+            known = before.of(micro)
+            change = np.array(self._logprobs(micro, plan.head_chunk)) - known
+            gap = (known - micro.anchor_logprobs) * sixteen_bit
+            sums += np.array([np.abs(change).sum(), change @ change, gap @ gap, len(change)])
+        total, moved, rounding, count = (float(number) for number in self.ranks.sum(sums))
+        return total / count * math.sqrt(beyond_rounding(moved, rounding))
 
-    def gradient(self, batch: Batch, plan: MemoryPlan) -> tuple[Any, _Totals]:
+    def _score(self, batch: Batch, plan: MemoryPlan) -> PassLogprobs:
+        """Log-probabilities of the trained tokens as the adapters are, without a gradient."""
+        found = PassLogprobs()
+        for micro in self._micro_batches(batch, plan):
+            found.add(micro, np.array(self._logprobs(micro, plan.head_chunk)))
+        return found
+
+    def gradient(
+        self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None
+    ) -> tuple[Any, Totals]:
         """Gradient of the objective over the batch, divided once by Z, and the sums it comes from.
 
-        With several ranks each computes its share of the batch, and all get the sum.
+        first: the log-probabilities to clip around, of the step's first pass; None: this pass is
+        the first. With several ranks each computes its share of the batch, and all get the sum.
         """
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
-        total, gradient = _Totals(), None
+        total, gradient = Totals(), None
+        self._choose_packing(batch, plan)
         for micro in self._micro_batches(batch, plan):
             self._beat()
             reference = self._reference(micro, plan.head_chunk)
-            (_, sums), grad = value_and_grad(micro, reference, plan)
+            known = None if first is None else mx.array(first.of(micro))
+            (_, sums, logprobs), grad = value_and_grad(micro, reference, known, plan)
             gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
             # Frees this micro-batch's graph before the next one is built.
-            mx.eval(gradient, *vars(sums).values())
+            mx.eval(*vars(sums).values(), logprobs, gradient)
             total.add(sums, micro)
+            total.logprobs.add(micro, np.array(logprobs))
         if self.ranks.size > 1:
             gradient, total = self._of_all(gradient, total)
         return tree_map(lambda g: g / batch.z, gradient), total
 
-    def _of_all(self, gradient: Any, total: _Totals) -> tuple[Any, _Totals]:
+    def _of_all(self, gradient: Any, total: Totals) -> tuple[Any, Totals]:
         """Sum gradients and totals over ranks; gradient: None if this rank computed nothing."""
         if gradient is None:
             gradient = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
@@ -148,28 +180,35 @@ class Updater:
             (name, mx.array(part.reshape(array.shape)))
             for (name, array), part in zip(flat, np.split(whole, ends), strict=True)
         ]
-        totals = [json.loads(one) for one in self.ranks.gather(json.dumps(vars(total)).encode())]
-        return tree_unflatten(summed), _Totals.of(totals)
+        told = self.ranks.gather(json.dumps(total.sums()).encode())
+        return tree_unflatten(summed), Totals.of([json.loads(one) for one in told], total.logprobs)
+
+    def _choose_packing(self, batch: Batch, plan: MemoryPlan) -> None:
+        """Check once, on the first batch, if the family can be scored as forests."""
+        if self.shared is not None or not batch.nodes:  # another rank has it all
+            return
+        self.shared = forest_agrees(
+            self.policy, batch, temperature=self.temperature, head_chunk=plan.head_chunk
+        )
+        if not self.shared:
+            self._warn(
+                "this model's family scores shared prefixes differently from whole sequences, "
+                "so the update computes every completion separately, which is slower"
+            )
 
     def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
         """Pack the batch as forests, or as plain rows for families that cannot score forests."""
-        if not batch.nodes:  # another rank has it all
-            return iter(())
-        if self.shared is None:
-            self.shared = forest_agrees(
-                self.policy, batch, temperature=self.temperature, head_chunk=plan.head_chunk
-            )
-            if not self.shared:
-                self._warn(
-                    "this model's family scores shared prefixes differently from whole sequences, "
-                    "so the update computes every completion separately, which is slower"
-                )
         pack = forest_batches if self.shared else row_batches
         return pack(batch, plan.micro_rows)
 
     def _loss(
-        self, micro: MicroBatch, reference: mx.array | None, plan: MemoryPlan
-    ) -> tuple[mx.array, ObjectiveSums]:
+        self,
+        micro: MicroBatch,
+        reference: mx.array | None,
+        first: mx.array | None,
+        plan: MemoryPlan,
+    ) -> tuple[mx.array, ObjectiveSums, mx.array]:
+        """Loss of a micro-batch, its sums, and its log-probabilities (N,) without a gradient."""
         logprobs = self.policy.engine.token_logprobs(
             micro,
             temperature=self.temperature,
@@ -177,14 +216,17 @@ class Updater:
             gradient=True,
             recompute=plan.grad_checkpoint,
         )
+        own = mx.stop_gradient(logprobs)
+        first = own if first is None else first
         anchors, coefficients = mx.array(micro.anchor_logprobs), mx.array(micro.coefficients)
-        sums = policy_sums(self.objective, logprobs, anchors, coefficients, micro.rows)
+        sums = policy_sums(self.objective, logprobs, first, anchors, coefficients, micro.rows)
         if reference is not None:
             weights = mx.array(micro.kl_weights)
-            loss, value = kl_terms(self.objective.kl_estimator, logprobs, reference, anchors)
+            ratio = sampler_correction(first, anchors) * mx.exp(logprobs - first)
+            loss, value = kl_terms(self.objective.kl_estimator, logprobs, reference, ratio)
             loss = sums.loss + (weights * loss).sum()
             sums = replace(sums, loss=loss, kl=(weights * value).sum())
-        return sums.loss, sums
+        return sums.loss, sums, own
 
     def _reference(self, micro: MicroBatch, head_chunk: int) -> mx.array | None:
         """Log-probabilities (N,) without the adapters; None if all KL weights are 0."""
@@ -201,21 +243,30 @@ class Updater:
             micro, temperature=self.temperature, head_chunk=head_chunk
         )
 
-    def _apply(self, batch: Batch, plan: MemoryPlan) -> StepStats:
-        gradient, total = self.gradient(batch, plan)
+    def _apply(
+        self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None
+    ) -> tuple[StepStats, PassLogprobs]:
+        """Make one update; return its statistics and its pass's log-probabilities."""
+        gradient, total = self.gradient(batch, plan, first)
         norm = global_norm(gradient)
-        if not np.isfinite([norm, total.loss]).all():
-            return total.stats(batch.z, norm, problem=f"loss {total.loss}, gradient norm {norm}")
+        if np.isfinite([norm, total.loss]).all():
+            problem = self._optimise(gradient, norm)
+        else:
+            problem = f"loss {total.loss}, gradient norm {norm}"
+        return total.stats(batch.z, norm, problem=problem), total.logprobs
+
+    def _optimise(self, gradient: Any, norm: float) -> str | None:
+        """Make a step of the optimizer; return what was wrong with it if it was undone."""
         before = self._state()
         factor = min(1.0, self.config.max_grad_norm / (norm + 1e-12))
         self.optimizer.learning_rate = self.learning_rate
         self.optimizer.update(self.policy.model, tree_map(lambda g: g * factor, gradient))
         mx.eval(self.policy.model.trainable_parameters(), self.optimizer.state)
         self.updates += 1
-        if not _finite(self._state()[0]):
-            self._put_back(before)
-            return total.stats(batch.z, norm, problem="the updated adapters were not finite")
-        return total.stats(batch.z, norm)
+        if _finite(self._state()[0]):
+            return None
+        self._put_back(before)
+        return "the updated adapters were not finite"
 
     def _state(self) -> _State:
         """The state an update changes. Arrays are never modified in place, so nothing is copied."""
@@ -239,55 +290,6 @@ class Updater:
                 f"{problem}). The adapter has diverged; the last checkpoint holds its state from "
                 f"before. Start again with learning.lr below {self.config.lr:g}."
             )
-
-
-@dataclass
-class _Totals:
-    """The sums of all micro-batches as plain numbers."""
-
-    loss: float = 0.0
-    clipped_low: float = 0.0
-    clipped_high: float = 0.0
-    gap: float = 0.0
-    gap_max: float = 0.0
-    kl: float = 0.0
-    kl_weight: float = 0.0
-    tokens: int = 0
-    saved_positions: int = 0
-
-    @classmethod
-    def of(cls, parts: Sequence[dict[str, Any]]) -> _Totals:
-        """Combine the totals of all ranks, each given as its fields."""
-        total = cls(**{name: sum(part[name] for part in parts) for name in parts[0]})
-        total.gap_max = max(part["gap_max"] for part in parts)
-        return total
-
-    def add(self, sums: ObjectiveSums, micro: MicroBatch) -> None:
-        self.loss += _number(sums.loss)
-        self.clipped_low += _number(sums.clipped_low)
-        self.clipped_high += _number(sums.clipped_high)
-        self.gap += _number(sums.gap)
-        self.gap_max = max(self.gap_max, _number(sums.gap_max))
-        self.kl += _number(sums.kl)
-        self.kl_weight += float(micro.kl_weights.sum())
-        self.tokens += len(micro.targets)
-        self.saved_positions += micro.saved_positions
-
-    def stats(self, z: float, norm: float, *, problem: str | None = None) -> StepStats:
-        return StepStats(
-            loss=self.loss / z,
-            grad_norm=norm,
-            clipped_low=self.clipped_low / self.tokens,
-            clipped_high=self.clipped_high / self.tokens,
-            logprob_gap_mean=self.gap / self.tokens,
-            logprob_gap_max=self.gap_max,
-            kl=self.kl / self.kl_weight if self.kl_weight > 0 else None,
-            drift=None,
-            trained_tokens=self.tokens,
-            saved_positions=self.saved_positions,
-            updated=problem is None,
-            problem=problem,
-        )
 
 
 def _some(batch: Batch, tokens: int) -> Batch:
@@ -316,7 +318,3 @@ def _views(tree: Any) -> Iterator[np.ndarray]:
     mx.eval(tree)
     flat: Any = tree_flatten(tree)
     return (np.array(array, copy=False) for _, array in flat)
-
-
-def _number(scalar: mx.array) -> float:
-    return float(np.array(scalar))

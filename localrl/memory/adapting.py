@@ -1,6 +1,7 @@
 """Memory checks between steps: a smaller plan if memory is short, a larger one if there is room.
 
-As long as it helps, only batching changes, so the expected gradient stays the same.
+As long as it helps, only batching changes, so the expected gradient stays the same. If it is other
+programs that make memory short, smaller batches help little: the plan yields a little and stays.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from localrl.memory.estimate import Coefficients
 from localrl.memory.limit import show
-from localrl.memory.machine import Machine
+from localrl.memory.machine import Machine, Pressure
 from localrl.memory.plan import LEAST_CHUNK, LEAST_LENGTH, PlanRequest, PromptLength, refit
 from localrl.records import MemoryPlan
 
@@ -22,6 +23,13 @@ SMALLER = 0.8
 LARGER = 1.25
 SPARE = 0.04
 """Fraction of the machine's memory that must stay available, else the next plan is smaller."""
+OURS = 0.5
+"""Fraction of the limit above which the machine's shortage counts as caused by this process."""
+YIELDS = 2
+"""Number of times batches shrink for a shortage that others cause and that gets no worse."""
+SWAPPED = 0.03
+"""Fraction of the machine's memory by which swap must have grown for the shortage to be worse."""
+LEVELS: tuple[Pressure, ...] = ("normal", "warn", "critical")
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,12 @@ class MemoryMonitor:
     """The initial plan: nothing grows beyond it."""
     calm: int = 0
     """Number of consecutive steps with room to spare."""
+    yielded: int = 0
+    """Number of times the plan shrank for others and has not grown again since."""
+    yielded_to: Pressure = "normal"
+    """Worst pressure that it shrank for."""
+    yielded_swap: int | None = None
+    """Bytes of swap in use when it last shrank for the machine."""
 
     def see(
         self, plan: MemoryPlan, reading: MemoryReading, *, least_rows: int, may_checkpoint: bool
@@ -49,17 +63,46 @@ class MemoryMonitor:
 
         least_rows: minimum number of rows decoded at once, those of one tree.
         """
-        tight = _tight(plan, reading)
-        if tight:
-            self.calm = 0
-            over = plan.limit_bytes is not None and reading.peak_bytes > plan.limit_bytes
-            return _less(plan, tight, least_rows, may_checkpoint, over=over)
         limit = plan.limit_bytes
+        tight, scarce = _near_limit(plan, reading), _scarce(reading.machine)
+        if tight or scarce:
+            self.calm = 0
+            if not tight and not self._yields(plan, reading):
+                return None
+            over = limit is not None and reading.peak_bytes > limit
+            return _less(plan, tight or scarce or "", least_rows, may_checkpoint, over=over)
         self.calm = self.calm + 1 if limit is None or reading.peak_bytes < ROOM * limit else 0
         if self.calm < CALM_STEPS or _rows(plan) == _rows(self.most):
             return None
         self.calm = 0
+        self.yielded = max(0, self.yielded - 1)
+        if not self.yielded:
+            self.yielded_to = "normal"
         return self._more(plan), f"{CALM_STEPS} steps with room to spare"
+
+    def _yields(self, plan: MemoryPlan, reading: MemoryReading) -> bool:
+        """Decide if the plan shrinks for the machine's shortage, and remember that it does.
+
+        It always does if this process holds much; else `YIELDS` times, and once more whenever the
+        pressure or swap gets worse: shrinking at every step would end at one row and help nobody.
+        """
+        limit, machine = plan.limit_bytes, reading.machine
+        ours = limit is None or reading.peak_bytes > OURS * limit
+        pressure = machine.pressure or "normal"
+        worse = LEVELS.index(pressure) > LEVELS.index(self.yielded_to)
+        if not (ours or worse or self.yielded < YIELDS or self._swapped(machine)):
+            return False
+        self.yielded += not ours
+        self.yielded_to = pressure if worse else self.yielded_to
+        self.yielded_swap = machine.swap_used_bytes
+        return True
+
+    def _swapped(self, machine: Machine) -> bool:
+        """Return True if swap has grown noticeably since the plan last shrank for others."""
+        before, now, total = self.yielded_swap, machine.swap_used_bytes, machine.total_bytes
+        if before is None or now is None or total is None:
+            return False
+        return now - before > SWAPPED * total
 
     def _more(self, plan: MemoryPlan) -> MemoryPlan:
         grown = {
@@ -134,12 +177,17 @@ def _less(
     return replace(plan, max_completion_tokens=length), note
 
 
-def _tight(plan: MemoryPlan, reading: MemoryReading) -> str | None:
-    """Describe the shortage of memory, or return None if there is none."""
-    limit, machine = plan.limit_bytes, reading.machine
-    if limit is not None and reading.peak_bytes + reading.cached_bytes > NEAR * limit:
-        held = f"a peak of {show(reading.peak_bytes)} and {show(reading.cached_bytes)} of freed"
-        return f"{held} buffers, close to the limit of {show(limit)}"
+def _near_limit(plan: MemoryPlan, reading: MemoryReading) -> str | None:
+    """Describe how close the step came to the plan's limit, or return None if it did not."""
+    limit = plan.limit_bytes
+    if limit is None or reading.peak_bytes + reading.cached_bytes <= NEAR * limit:
+        return None
+    held = f"a peak of {show(reading.peak_bytes)} and {show(reading.cached_bytes)} of freed"
+    return f"{held} buffers, close to the limit of {show(limit)}"
+
+
+def _scarce(machine: Machine) -> str | None:
+    """Describe the machine's shortage of memory, or return None if there is none."""
     if machine.pressure in ("warn", "critical"):
         return f"the system's memory pressure is {machine.pressure}"
     free, total = machine.available_bytes, machine.total_bytes

@@ -60,6 +60,10 @@ class EngineMemory(Protocol):
         """Bytes of a copy of the weights made for decoding."""
         ...
 
+    def copies(self, sizes: Sizes, workload: Workload) -> int:
+        """Bytes of what it keeps in a format of its own besides the model and its adapters."""
+        ...
+
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes besides the keys and values while `prompts` prompts are prefilled."""
         ...
@@ -176,7 +180,7 @@ def estimate(
     linear, quadratic, head = (round(f * part) for f, part in zip(factors, parts, strict=True))
     return Estimate(
         weights=weights,
-        adapters=3 * adapter,
+        adapters=3 * adapter + engine.copies(sizes, workload),
         loading=2 * sizes.vocabulary * sizes.width if on_cpu else 0,
         merged=engine.decode_weights(sizes),
         prompts=prompts,

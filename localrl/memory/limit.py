@@ -1,15 +1,16 @@
-"""The memory limit for MLX: the user's setting, or the memory this machine can spare.
+"""The memory limit for MLX: a part of the user's setting, or the memory this machine can spare.
 
-The limit bounds MLX's active and cached memory. The process's other memory (Python, libraries,
-tokenizers) is already counted as used in the machine's available memory and in the memory left to a
-container, so it is subtracted only if the limit is derived from the total. A setting is taken as it
-is, and the process's resident memory is shown next to it.
+A setting bounds the whole process: what it holds besides MLX's arrays (Python, libraries, the
+tokenizer), and what is known to come, is subtracted, and MLX's active and cached memory gets the
+rest. The processes that the run starts (rewards, code in answers) have limits of their own.
+Without a setting nothing is subtracted from the machine's available memory or the memory left to a
+container, which already count the process as used, but from a limit derived from the total.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from localrl.config import LIMIT_FORM
@@ -28,6 +29,14 @@ SMALL_BYTES, SMALL_RESERVE, LARGE_RESERVE = 16 * 2**30, 4 * 2**30, 6 * 2**30
 LARGE_RESERVE: macOS with a browser takes about 4 GiB, and larger Macs run more besides."""
 
 
+LATER = 64 * 10**6
+"""Bytes that the process comes to hold besides MLX's arrays after its plan is made: NumPy's small
+arrays, the allocator's gaps. `benchmarks/memory.md` has measurements; the part of the limit that
+no plan promises covers what is more."""
+SPREAD = 8 * 10**6
+"""Bytes by which two starts of the same run differ in what the process holds."""
+
+
 @dataclass(frozen=True)
 class Limit:
     """The limit for MLX's active and cached memory together."""
@@ -37,6 +46,12 @@ class Limit:
     reason: str
     from_machine: bool
     """True if derived from readings of the machine, False if set by the user."""
+    beside_bytes: int = 0
+    """Bytes of the process besides: a setting must be larger than `bytes` by so much."""
+
+    def setting(self, size: int) -> int:
+        """Smallest setting `memory.limit`, in bytes, that leaves MLX so many."""
+        return size + self.beside_bytes
 
 
 def parse_limit(text: str) -> int | float:
@@ -70,8 +85,8 @@ def write_limit(size: int) -> str:
 def memory_limit(wish: str | None, machine: Machine, held: int = 0) -> Limit:
     """Determine the limit for MLX's active and cached memory on this machine.
 
-    wish: the setting `memory.limit`. A size is used as it is; a share is of the machine's memory,
-    or of its container's if that is less.
+    wish: the setting `memory.limit` for the whole process: a size, or a share of the machine's
+    memory, or of its container's if that is less.
     held: bytes of MLX's active and cached memory when the machine was read. The run may keep them,
     so the limit can be computed again during a run.
 
@@ -79,10 +94,19 @@ def memory_limit(wish: str | None, machine: Machine, held: int = 0) -> Limit:
     of a memory that is unknown.
     """
     if wish is not None:
-        return _wished(wish, machine)
-    if machine.device == "metal":
-        return _on_metal(machine, held)
-    return _on_host(machine, held)
+        return _wished(wish, machine, held)
+    found = _on_metal(machine, held) if machine.device == "metal" else _on_host(machine, held)
+    return replace(found, beside_bytes=beside_mlx(machine, held) + SPREAD)
+
+
+def beside_mlx(machine: Machine, held: int) -> int:
+    """Bytes that this process holds besides MLX's arrays, and those that it will hold later.
+
+    On a GPU with memory of its own nothing of it counts there.
+    """
+    if machine.device == "cuda":
+        return 0
+    return max(0, (machine.resident_bytes or 0) - held) + LATER
 
 
 def show(size: int) -> str:
@@ -90,7 +114,17 @@ def show(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
 
 
-def _wished(wish: str, machine: Machine) -> Limit:
+def _wished(wish: str, machine: Machine, held: int) -> Limit:
+    size, reason = _whole(wish, machine)
+    beside = beside_mlx(machine, held)
+    if beside:
+        reason = f"{reason}, minus {show(beside)} for the process besides MLX's arrays"
+    # SPREAD: the setting that a refusal names has to do at the next start too.
+    return Limit(max(0, size - beside), reason, False, beside + SPREAD)
+
+
+def _whole(wish: str, machine: Machine) -> tuple[int, str]:
+    """The limit for the whole process in bytes, and its source in words."""
     size = parse_limit(wish)
     ceilings = [(machine.total_bytes, "machine"), (_container_limit(machine), "container")]
     known = [(ceiling, name) for ceiling, name in ceilings if ceiling is not None]
@@ -101,14 +135,13 @@ def _wished(wish: str, machine: Machine) -> Limit:
                 f"memory.limit is {wish!r}, a share, but this machine's memory cannot be read. "
                 "Give a size instead, for example --memory-limit 6GB."
             )
-        reason = f"memory.limit: {wish} of this {place}'s {show(total)}"
-        return Limit(int(size * total), reason, from_machine=False)
+        return int(size * total), f"memory.limit: {wish} of this {place}'s {show(total)}"
     if total is not None and size > total:
         raise ConfigError(
             f"memory.limit is {wish!r}, but this {place} has {show(total)} ({total} bytes) in "
             "total. Lower it or leave it out."
         )
-    return Limit(size, f"memory.limit: {wish}", from_machine=False)
+    return size, f"memory.limit: {wish}"
 
 
 def _on_metal(machine: Machine, held: int) -> Limit:

@@ -62,7 +62,7 @@ class PlanRequest:
         return estimate(self.sizes, self.workloads[plan.group_size], plan, coefficients)
 
     def needed(self, plan: MemoryPlan, coefficients: Coefficients = PRIORS) -> int:
-        """Smallest limit that admits this plan."""
+        """Smallest limit for MLX's memory that admits this plan."""
         peak = self.estimate(plan, coefficients).peak
         return -int(-peak // self.share(plan, coefficients)) + 1
 
@@ -344,8 +344,8 @@ def _refusal(
     request: PlanRequest, least: MemoryPlan, coefficients: Coefficients
 ) -> MemoryBudgetError:
     found = request.estimate(least, coefficients)
-    enough = write_limit(request.needed(least, coefficients))
     limit = request.limit
+    enough = write_limit(limit.setting(request.needed(least, coefficients)))
     return MemoryBudgetError(
         f"This run does not fit in memory: even the smallest batches need {show(found.peak)}, "
         f"including {show(found.weights)} for the weights, and only part of the limit of "

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
-from localrl.policy.precision import quantise
+from localrl.policy.precision import float_kinds, quantise
 from localrl.policy.rope import rope_settings
 from localrl.policy.selfcheck import Check
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +34,12 @@ class Policy:
     """The format of the base's floats; None if nothing was chosen."""
     checks: list[Check] = field(default_factory=list)
     """The self-checks made so far: one may be made as late as in the first update."""
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """True if any float of the model has 16 bits: then passes over the same tokens differ by
+        rounding, depending on the batch shape, by hundredths of a nat in bfloat16."""
+        return not float_kinds(self.model) <= {mx.float32}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,17 @@ class _Float32Embedding(nn.Module):
         return self[name] if name in self else getattr(self["embedding"], name)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        return self["embedding"](tokens).astype(mx.float32)
+        layer = self["embedding"]
+        if not isinstance(layer, nn.QuantizedEmbedding) or layer.mode != "affine":
+            return layer(tokens).astype(mx.float32)
+        packed, scales, biases = (layer[name][tokens] for name in ("weight", "scales", "biases"))
+        return mx.dequantize(
+            packed,
+            scales.astype(mx.float32),
+            biases.astype(mx.float32),
+            group_size=layer.group_size,
+            bits=layer.bits,
+        )
 
 
 def dequantise(model: nn.Module, *, as_float32: bool) -> None:

@@ -21,6 +21,7 @@ class Power:
     """One reading of the power source."""
 
     on_battery: bool
+    """True also if a UPS provides the power, as during an outage."""
     percent: int | None
     """Charge of the battery; None if there is no battery, or it reports no charge."""
 
@@ -36,7 +37,12 @@ def read_power() -> Power | None:
         return read_supplies(Path("/sys/class/power_supply"))
     try:
         told = subprocess.run(
-            ["pmset", "-g", "batt"], capture_output=True, text=True, timeout=10, check=True
+            ["pmset", "-g", "batt"],
+            capture_output=True,
+            text=True,
+            errors="replace",  # a UPS may have any name
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -44,12 +50,15 @@ def read_power() -> Power | None:
 
 
 def parse_pmset(text: str) -> Power | None:
-    """Parse the output of macOS's `pmset -g batt`."""
+    """Parse the output of macOS's `pmset -g batt`: the source, then a line for each battery or UPS.
+
+    The internal battery's charge counts, or else a UPS's.
+    """
     source = re.search(r"drawing from '([^']+)'", text)
     if source is None:
         return None
-    percent = re.search(r"InternalBattery.*?(\d+)%", text)
-    return Power(source[1] == "Battery Power", int(percent[1]) if percent else None)
+    percent = re.search(r"InternalBattery.*?(\d+)%", text) or re.search(r"\t(\d+)%", text)
+    return Power(source[1] != "AC Power", int(percent[1]) if percent else None)
 
 
 def read_supplies(folder: Path) -> Power | None:

@@ -19,6 +19,14 @@ from typing import Any
 VARIABLE = "LOCALRL_SUPERVISOR"
 OUT_OF_MEMORY = 71
 """Exit status of a process that ran out of memory and could still report it."""
+WATCHDOG = 72
+"""Exit status of a process whose work the GPU's watchdog ended, which is no lack of memory."""
+RELAX = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+"""Variable that makes macOS's GPU driver wait longer, if it is 1 when a process starts. MLX's
+maintainers name it; it is not documented, and on some chips not enough while a display is on."""
+
+DISPLAY = "Let the display sleep (pmset displaysleepnow)"
+"""The cure that has always helped against the watchdog."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Restart:
     """Number of processes that have died."""
     smaller: bool
     """True if the plan must become smaller than the last one's."""
+    relaxed: bool = False
+    """True if the supervisor has set `RELAX` for this process."""
 
 
 class Supervisor:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from localrl.processes.battery import Awake, Power, read_power
-from localrl.processes.child import OUT_OF_MEMORY, VARIABLE, Restart
+from localrl.processes.child import DISPLAY, OUT_OF_MEMORY, RELAX, VARIABLE, WATCHDOG, Restart
 from localrl.processes.signals import StopRequest
 from localrl.processes.stall_detector import StallDetector, StallLimits
 
@@ -37,6 +37,8 @@ HINTS = {
     "SIGSEGV": "a fault in compiled code",
     "SIGBUS": "a fault in compiled code",
 }
+
+CLOSE = "Close other programs"
 
 Command = Sequence[str]
 
@@ -90,11 +92,13 @@ class _Supervision:
         self._reasons: list[str] = []
         self._deaths, self._newest = 0, -1
         self._paused: str | None = None
+        self._relaxed = False
+        """True once processes are started with `RELAX`."""
 
     def run(self, command: Command) -> int:
         restart: Restart | None = None
         while self._enough_power():
-            life = _Life(command, restart)
+            life = _Life(command, restart, relaxed=self._relaxed)
             self._stop_request.adopt(life.process)
             try:
                 end = self._watch(life)
@@ -138,19 +142,36 @@ class _Supervision:
             return self._ended(end.code)
         if end.stalled_s is not None:
             # A process that could still save when asked was not short of memory.
-            return self._died(f"no sign of life for {end.stalled_s:.0f} s", end.code != SAVED)
+            silent = f"no sign of life for {end.stalled_s:.0f} s"
+            return self._died(silent, unclean=end.code != SAVED)
         if self._paused and end.code == SAVED:
             return None
         if end.code in EXPLAINED or -end.code in self._stop_request.NUMBERS:
             return self._ended(end.code)
-        return self._died(describe(end.code), True)
+        if end.code == WATCHDOG:
+            return self._ended_by_watchdog()
+        return self._died(describe(end.code), unclean=True)
 
     def _ended(self, code: int) -> int:
         if code not in EXPLAINED:
             _say(f"the run was ended by {describe(code)}; saved checkpoints are intact")
         return code if code >= 0 else 128 - code
 
-    def _died(self, reason: str, unclean: bool) -> int | Restart:
+    def _ended_by_watchdog(self) -> int | Restart:
+        """Continue with the same plan: memory was not short, and smaller batches are no cure."""
+        reason, how = describe(WATCHDOG), f", with the same plan and {RELAX}=1"
+        if self._relaxed or os.environ.get(RELAX) == "1":
+            reason += f", although {RELAX} is 1"
+        self._relaxed = True
+        return self._died(reason, unclean=False, how=how, advice=DISPLAY)
+
+    def _died(
+        self, reason: str, *, unclean: bool, how: str = "", advice: str = CLOSE
+    ) -> int | Restart:
+        """Return the exit code if it died too often, or the report to the next process.
+
+        how: what is new for that process, as words. advice: what the user can do about the reason.
+        """
         newest = newest_step(self._run)
         if newest > self._newest:
             self._newest, self._reasons = newest, []
@@ -158,11 +179,12 @@ class _Supervision:
         self._deaths += 1
         where = f"step {newest}" if newest >= 0 else "the beginning"
         if len(self._reasons) >= self._limits.deaths:
-            _say(_given_up(self._reasons, where, self._run))
+            _say(_given_up(self._reasons, where, self._run, advice))
             return 1
         count = f"death {len(self._reasons)} of {self._limits.deaths} without progress"
-        _say(f"warning: the run died: {reason}. It restarts from {where} ({count})")
-        return Restart(reason, self._deaths, unclean)
+        more = "" if advice == CLOSE else f". {advice}"
+        _say(f"warning: the run died: {reason}. It restarts from {where}{how} ({count}){more}")
+        return Restart(reason, self._deaths, unclean, self._relaxed)
 
     def _mind_power(self, life: _Life) -> None:
         power = self._power()
@@ -189,15 +211,16 @@ class _Supervision:
 class _Life:
     """One process, and the supervisor's end of the socket."""
 
-    def __init__(self, command: Command, restart: Restart | None) -> None:
+    def __init__(self, command: Command, restart: Restart | None, *, relaxed: bool) -> None:
         self._ours, theirs = socket.socketpair()
         with theirs:
             fd = theirs.fileno()
             told = {"channel": fd, "restart": asdict(restart) if restart else None}
+            variables = {VARIABLE: json.dumps(told), **({RELAX: "1"} if relaxed else {})}
             # In its own session, so that Ctrl-C reaches it only through the supervisor, and once.
             self.process = subprocess.Popen(
                 command,
-                env={**os.environ, VARIABLE: json.dumps(told)},
+                env={**os.environ, **variables},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd],
                 start_new_session=True,
@@ -245,6 +268,8 @@ def describe(code: int) -> str:
     """Describe in words how a process ended."""
     if code == OUT_OF_MEMORY:
         return "it ran out of memory"
+    if code == WATCHDOG:
+        return "the GPU's watchdog ended its work, as macOS does for the sake of a shown display"
     number = -code if code < 0 else code - 128
     try:
         name = signal.Signals(number).name
@@ -273,12 +298,12 @@ def this_python() -> list[str]:
     return [sys.executable] if sys.path[0] == os.getcwd() else [sys.executable, "-P"]
 
 
-def _given_up(reasons: Sequence[str], where: str, run: str | None) -> str:
+def _given_up(reasons: Sequence[str], where: str, run: str | None, advice: str) -> str:
     told = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, start=1))
     again = f"localrl train --resume --out {shlex.quote(run)}" if run else "the same command"
     return (
         f"error: the run died {len(reasons)} times without getting past {where}:{told}\n"
-        f"Saved checkpoints are intact. Close other programs, then continue with: {again}"
+        f"Saved checkpoints are intact. {advice}, then continue with: {again}"
     )
 
 

@@ -99,7 +99,8 @@ def sample_groups(
     """Sample a group for every example, or one round of it, all decoded as one batch.
 
     `prompts` holds the examples' token ids. A draw depends on (seed, step, example, place in the
-    tree) and the policy, not on the rest of the batch; roots are numbered across rounds.
+    tree) and the policy, not on the rest of the batch; on a GPU the policy's own rounding may, as
+    kernels differ by the number of rows. Roots are numbered across rounds.
     `expected_tokens` is the expected completion length for each example. Each prefix in `begun`
     replaces one root of its example, at most all of them. With `turns`, completions continue after
     their environment has replied, see `run_turns`.

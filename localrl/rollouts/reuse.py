@@ -3,13 +3,16 @@
 From a prompt's second visit on, one forward pass over an earlier completion y gives the current
 policy's probabilities of its tokens. Token t is accepted while
 
-    U_t <= min(1, p_now(y_t) / p_sampled(y_t)),      U_t keyed and uniform
+    U_t <= min(1, p_now(y_t) / p_written(y_t)),      U_t keyed and uniform
 
 and the tail after the accepted prefix is sampled again. The rule is that of SPEC-RL (arXiv
 2509.23232) without its lenience. It is not an exact draw from the current policy, because the first
 rejected token is not redrawn from the residual distribution. Accepted tokens therefore keep the
 log-probabilities they were sampled with and are corrected like all tokens of an earlier policy: the
-rule only decides how stale a prefix may be.
+rule only decides how stale a prefix may be. In 16 bits p_written is not the sampler's record but
+from a forward pass like that of p_now, see `Node.written_logprobs`, and log p_now - log p_written
+is shrunk by what rounding explains of it: rounding alone would otherwise reject a third of the
+tokens of an unchanged policy.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example, FinishReason, Group, Leaf, Node
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.utils.rng import keyed_uniforms
+from localrl.utils.rounding import beyond_rounding
 
 MOST_TOKENS = 4_000_000
-"""Maximum number of stored tokens, about 70 MB. The least recently seen groups are dropped."""
+"""Maximum number of stored tokens, about 70 MB, 85 if scored. The least recently seen groups are
+dropped."""
 NOT_REUSED = ("turns", "error")
 """Finish reasons of completions that contain text the policy did not write."""
 
@@ -44,6 +49,8 @@ class Prefix:
     """Log-probabilities under the current policy."""
     finish_reason: FinishReason | None
     """Finish reason of the earlier completion if all of it was accepted; else None."""
+    scored_logprobs: np.ndarray | None = None
+    """As in `Node`."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -109,9 +116,16 @@ class CompletionCache:
         self._tokens -= _tokens(group) if group is not None else 0
 
 
-def accepted(now: np.ndarray, sampled: np.ndarray, uniforms: np.ndarray) -> int:
-    """Number of leading tokens accepted, given (T,) log-probabilities and uniforms."""
-    likelier = np.subtract(now, sampled, dtype=np.float64)
+def accepted(
+    now: np.ndarray, written: np.ndarray, uniforms: np.ndarray, rounding: np.ndarray | None = None
+) -> int:
+    """Number of leading tokens accepted, given (T,) log-probabilities and uniforms.
+
+    rounding: differences (T,) by rounding alone; the log-ratios are shrunk accordingly.
+    """
+    likelier = np.subtract(now, written, dtype=np.float64)
+    if rounding is not None:
+        likelier *= beyond_rounding(float(likelier @ likelier), float(rounding @ rounding))
     refused = ~(uniforms <= np.exp(np.minimum(likelier, 0.0)))  # NaN is rejected
     return int(refused.argmax()) if refused.any() else len(refused)
 
@@ -126,7 +140,7 @@ def verified_prefix(
     """
     length = len(draft.token_ids)
     ends = length == max_tokens if reason == "length" else length <= max_tokens
-    n = accepted(now, draft.sampled_logprobs, uniforms)
+    n = accepted(now, draft.written_logprobs, uniforms, draft.rounding)
     whole = ends and n == length
     n = n if whole else min(n, max_tokens - 1)
     return Prefix(
@@ -136,6 +150,7 @@ def verified_prefix(
         version=draft.version,
         old_logprobs=np.asarray(now[:n], np.float32),
         finish_reason=reason if whole else None,
+        scored_logprobs=None if draft.scored_logprobs is None else draft.scored_logprobs[:n],
     )
 
 
@@ -246,6 +261,7 @@ def _prefix_node(prefix: Prefix) -> Node:
         entropies=prefix.entropies,
         version=prefix.version,
         old_logprobs=prefix.old_logprobs,
+        scored_logprobs=prefix.scored_logprobs,
     )
 
 
@@ -274,14 +290,16 @@ def _reusable(group: Group, leaf: int) -> bool:
 def _path_node(group: Group, leaf: int) -> Node:
     """Join the whole path to a leaf into one root node."""
     completion = group.completion(leaf)
-    path = group.path(group.leaves[leaf].node)
+    path = [group.nodes[n] for n in group.path(group.leaves[leaf].node)]
+    scored = any(node.scored_logprobs is not None for node in path)
     return Node(
         parent=-1,
         token_ids=completion.token_ids,
         sampled=completion.sampled,
         sampled_logprobs=completion.sampled_logprobs,
         entropies=completion.entropies,
-        version=min(group.nodes[n].version for n in path),
+        version=min(node.version for node in path),
+        scored_logprobs=np.concatenate([n.written_logprobs for n in path]) if scored else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Self
 
 from localrl.backend import mx
 from localrl.errors import CheckpointError
-from localrl.memory.failures import failure_of
+from localrl.memory.failures import doubtful, failure_of
 from localrl.training.session import Session
 from localrl.training.state import State, capture, restore, write
 
@@ -44,8 +44,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        doubtful = error is not None and failure_of(error) == "poisoned"
-        if not self._saved and not doubtful and not isinstance(error, CheckpointError):
+        trusted = error is None or not (doubtful(error) or isinstance(error, CheckpointError))
+        if trusted and not self._saved:
             self._save()
 
     def run_with_retry(self, work: Callable[[Session, int], object], step: int) -> None:

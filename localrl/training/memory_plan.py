@@ -12,12 +12,12 @@ from pathlib import Path
 from localrl import backend
 from localrl.config import RunConfig
 from localrl.embedded import EMBEDDED_MODEL
-from localrl.engines.memory import BY_NAME, engines_for
+from localrl.engines.memory import engines_for
 from localrl.errors import ConfigError
 from localrl.gguf.reader import is_gguf
 from localrl.memory.adapting import for_longer
 from localrl.memory.calibration import key_of, recall
-from localrl.memory.estimate import PRIORS, Coefficients, EngineMemory, Estimate, Workload
+from localrl.memory.estimate import PRIORS, Coefficients, Estimate, Workload
 from localrl.memory.known_models import find_known
 from localrl.memory.limit import memory_limit
 from localrl.memory.machine import Machine
@@ -74,9 +74,10 @@ def plan_request(
 
     Raises: ConfigError if `memory.limit` is impossible.
     """
-    on_cpu = machine.device == "cpu" or config.model.engine == "cpu"
+    on_cpu = machine.device == "cpu" or config.model.on_cpu
+    device = "cpu" if on_cpu else machine.device
     threads = backend.describe().threads if on_cpu else None
-    engines = engines_for(config.model.engine, on_cpu=on_cpu)
+    engines = engines_for(config.model.engine, device=device)
     size = float_bytes(config.model.dtype, sizes, on_cpu=on_cpu)
     engine = next(e for e in engines if e.computes(sizes, size, dense=True))
     plan = initial_plan(
@@ -89,7 +90,7 @@ def plan_request(
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
     turns = turns or bool(config.task.environment or config.task.tools)
-    found = ((n, _workload(config, sizes, n, on_cpu, trains, turns)) for n in groups)
+    found = ((n, _workload(config, sizes, n, device, trains, turns)) for n in groups)
     workloads = {n: workload for n, workload in found if workload}
     limit = memory_limit(config.memory.limit, machine, held)
     return PlanRequest(plan, sizes, workloads, limit, prompts=prompts)
@@ -134,8 +135,8 @@ class Outlook:
 
     @property
     def enough(self) -> int:
-        """The smallest limit, in bytes, under which nothing is given up."""
-        return self.request.needed(self.request.plan)
+        """The smallest `--memory-limit`, in bytes, under which nothing is given up."""
+        return self.request.limit.setting(self.request.needed(self.request.plan))
 
 
 def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
@@ -187,9 +188,9 @@ def with_engine(
 
     Raises: MemoryBudgetError if the engine must be MLX, and not even the fewest rows fit.
     """
-    known: tuple[EngineMemory, ...] = (BY_NAME[engine],)
     workloads = {
-        size: replace(workload, engines=known) for size, workload in request.workloads.items()
+        size: replace(workload, engines=tuple(e for e in workload.engines if e.name == engine))
+        for size, workload in request.workloads.items()
     }
     found = replace(request, workloads=workloads)
     if fixed or request.limit.bytes is None:
@@ -238,7 +239,7 @@ def pinned(path: Path, config: RunConfig) -> MemoryPlan:
 
 
 def _workload(
-    config: RunConfig, sizes: Sizes, group_size: int, on_cpu: bool, trains: bool, turns: bool
+    config: RunConfig, sizes: Sizes, group_size: int, device: str, trains: bool, turns: bool
 ) -> Workload | None:
     """Return the workload of a group of this size; None if the strategy does not allow the size."""
     rollout, task, lora = config.rollout, config.task, config.lora
@@ -260,7 +261,7 @@ def _workload(
         rank=lora.rank,
         lora_layers=lora.layers,
         lora_keys=lora.keys,
-        float_bytes=float_bytes(config.model.dtype, sizes, on_cpu=on_cpu),
+        float_bytes=float_bytes(config.model.dtype, sizes, on_cpu=device == "cpu"),
         trains=trains,
-        engines=engines_for(config.model.engine, on_cpu=on_cpu),
+        engines=engines_for(config.model.engine, device=device),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import map_sharded, map_sharded_groups
-from localrl.learning.staleness import too_far, with_old_logprobs
+from localrl.learning.staleness import too_far, with_old_logprobs, with_scored_logprobs
 from localrl.learning.tracker import Tracker
 from localrl.records import Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.adaptive import Score, collect
@@ -113,7 +113,7 @@ class Sampler:
                 turns=self.turns,
             )
 
-        return collect(
+        found = collect(
             len(examples),
             self.shape,
             sample,
@@ -122,6 +122,20 @@ class Sampler:
             place=self.tracker.place,
             give_up=self.config.rollout.give_up,
         )
+        return self._scored_for_later(found)
+
+    def _scored_for_later(self, fresh: list[ScoredGroup]) -> list[ScoredGroup]:
+        """Score fresh tokens in a forward pass, if later ones would differ from the sampler's
+        record by 16-bit rounding and the groups may come back."""
+        rollout = self.config.rollout
+        comes_back = rollout.reuse or rollout.replay_groups
+        if not comes_back or not self.decoder.policy.sixteen_bit:
+            return fresh
+        groups = [scored.group for scored in fresh]
+        return [
+            replace(scored, group=with_scored_logprobs(scored.group, logprobs))
+            for scored, logprobs in zip(fresh, self.rescore(groups, self.plan), strict=True)
+        ]
 
     def replay(self, step: int, fresh: Sequence[ScoredGroup], version: int) -> list[ScoredGroup]:
         """Return groups of earlier steps to learn from again, with current log-probabilities."""

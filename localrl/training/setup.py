@@ -74,9 +74,9 @@ def open_session(
             run.event("code_rewards", sandbox=sandbox)
         engine = components.policy.engine
         kernels = None if engine.kernels is None else str(engine.kernels)
-        run.event("engine", name=engine.name, kernels=kernels)
-        floats = components.policy.floats
-        run.event("dtype", **vars(floats) if floats else {})
+        run.event("engine", name=engine.name, kernels=kernels, device=backend.describe().device)
+        if floats := components.policy.floats:
+            run.event("dtype", **vars(floats))
         run.event("objective", **describe(config.learning, config.rollout.completions))
         session = Session(
             **vars(components),

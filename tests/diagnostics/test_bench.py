@@ -17,6 +17,7 @@ from localrl.diagnostics.bench import (
 )
 from localrl.diagnostics.bench_fit import fit
 from localrl.diagnostics.bench_profile import profile
+from localrl.diagnostics.bench_shapes import SHAPES
 from localrl.errors import ConfigError
 
 
@@ -146,3 +147,55 @@ def test_too_little_to_measure_is_refused(tmp_path):
         open_bench(folder, 0, BenchRequest((0,), 8, 8, 1))
     with pytest.raises(ConfigError, match="4 tokens"):
         open_bench(folder, 0, BenchRequest((1,), 8, 3, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_published_shape_is_measured_whole(tmp_path, shape):
+    """With a tiny model in place of the real one: the same rows and lengths."""
+    folder, sizes = str(tiny.make_folder(tmp_path / "model")), SHAPES[shape]
+    given = ["bench", "--shape", shape, "--model", folder, "--repeats", "1"]
+    told = json.loads(CliRunner().invoke(cli, [*given, "--json"]).output)
+    step = told["step"]
+    sampled = sizes.completions * sizes.tokens
+    whole = step["update_s"] + sampled / step["rollout_tokens_per_s"]
+    assert step["steps_per_s"] == pytest.approx(1 / whole)
+    assert step["peak_bytes"] > 0
+    assert told["model"]["path"] == folder
+    assert told["published"]["model"] == sizes.model
+    shown = CliRunner().invoke(cli, given).output
+    assert f"{sizes.completions} completions of {sizes.tokens} tokens" in shown
+    assert "mlx-tune" in shown
+    assert f"The published figures are of {sizes.model}, yours of {folder}." in shown
+
+
+def test_published_rates_agree_with_each_other():
+    """Sampling and update make up a step, as far as their digits go."""
+    sizes = SHAPES["qwen3-0.6b"]
+    for figure in sizes.figures:
+        rate = figure.rate
+        sampling_s = sizes.completions * sizes.tokens / rate.rollout_tokens_per_s
+        assert 1 / rate.steps_per_s == pytest.approx(sampling_s + rate.update_s, rel=0.01)
+
+
+def test_a_shape_says_how_to_get_its_model_and_what_it_sets():
+    told = CliRunner().invoke(cli, ["bench", "--shape", "qwen3.5-0.8b"])
+    assert told.exit_code != 0
+    assert "localrl pull mlx-community/Qwen3.5-0.8B-4bit" in told.output
+    told = CliRunner().invoke(cli, ["bench", "--shape", "qwen3-0.6b", "--rows", "8"])
+    assert "--shape sets its own sizes. Remove --rows." in told.output
+    (shape,) = (p for p in cli.commands["bench"].params if p.name == "shape")
+    assert list(shape.type.choices) == list(SHAPES)
+
+
+def test_a_shape_that_memory_does_not_allow_is_no_shape(tmp_path, monkeypatch):
+    from localrl.diagnostics import bench
+    from localrl.diagnostics.bench_shapes import open_shape
+    from localrl.errors import MemoryBudgetError
+
+    allowed = bench._allowed
+    monkeypatch.setattr(
+        bench, "_allowed", lambda wish, plan: (allowed(wish, plan)[0], ("tokens 256 -> 100",))
+    )
+    folder = str(tiny.make_folder(tmp_path / "model"))
+    with pytest.raises(MemoryBudgetError, match=r"tokens 256 -> 100"):
+        open_shape(SHAPES["qwen3-0.6b"], folder, 1, "auto")

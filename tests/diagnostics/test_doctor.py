@@ -11,12 +11,15 @@ import pytest
 import tiny
 from click.testing import CliRunner
 
-from localrl.backend import kernels
+from localrl import backend
 from localrl.cli.doctor import doctor
 from localrl.diagnostics import doctor as checks
 from localrl.diagnostics.doctor import disk_row, look_at_model, package_row
 from localrl.diagnostics.doctor_machine import blas_speed_row, memory_rows, pair_rows, speed_row
 from localrl.memory.machine import Machine, mac
+
+kernels = backend.describe().device == "cpu"
+"""True if there is a row for them: on any CPU, also where none in C was built."""
 
 
 def found(name, **wishes):
@@ -71,10 +74,11 @@ def test_memory_of_a_healthy_mac():
     rows = memory(replace(mac(16), swap_used_bytes=10**9))
     assert [row.status for row in rows.values()] == ["ok", "ok"]
     assert rows["memory"].text == (
-        "17.2 GB in all, 12.9 GB available, swap used 1.0 GB, pressure normal"
+        "17.2 GB in all, 6.4 GB available, swap used 1.0 GB, pressure normal"
     )
     limit = rows["memory.limit"].text
-    assert limit.startswith("MLX may hold 9.2 GB: 80 % of the 11.5 GB that Metal recommends;")
+    # What other tests left with MLX may be held on: it is added to what is available.
+    assert re.match(r"MLX may hold 6\.\d GB: the available memory, out of 17\.2 GB;", limit)
     assert limit.endswith("this process holds 537 MB now")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from adapter_folders import a_policy, change_config, equal, write, write_foreign
 
+from localrl import backend
 from localrl.backend import mx
 from localrl.errors import CheckpointError
 from localrl.export import peft
@@ -24,6 +25,10 @@ FILES = {
     "adapter_model.safetensors",
     "localrl.json",
 }
+
+ROUNDING = 0.0 if backend.describe().blas == "numpy-openblas" else 1e-5
+"""Difference allowed to mlx-lm's layer, which scales and adds in steps of its own: another BLAS, or
+a GPU, may round between them."""
 
 
 def logits(model):
@@ -58,7 +63,7 @@ def test_mlx_lm_computes_exactly_the_same(tmp_path, tiny_folder, options):
     write_adapter(adapter_of(policy.model), tmp_path / "a")
     loaded = in_mlx_lm(tiny_folder, tmp_path / "a")
     assert np.abs(logits(policy.model) - bare).max() > 0.005
-    assert np.abs(logits(loaded) - logits(policy.model)).max() == 0
+    assert np.abs(logits(loaded) - logits(policy.model)).max() <= ROUNDING
 
 
 def test_the_embedded_model_in_mlx_lm(tmp_path):
@@ -67,7 +72,7 @@ def test_the_embedded_model_in_mlx_lm(tmp_path):
     policy = a_policy(embedded_model_path(), rank=16)
     write_adapter(adapter_of(policy.model), tmp_path / "a")
     loaded = in_mlx_lm(embedded_model_path(), tmp_path / "a")
-    assert np.abs(logits(loaded) - logits(policy.model)).max() == 0
+    assert np.abs(logits(loaded) - logits(policy.model)).max() <= ROUNDING
 
 
 def test_a_quantised_base_in_float32_is_what_mlx_lm_has(tiny_folder):

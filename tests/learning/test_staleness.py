@@ -11,10 +11,12 @@ from forests import flat_group, forest
 
 from localrl.learning.staleness import (
     TRUNCATION,
+    anchor_logprobs,
     drift,
     importance,
     too_far,
     with_old_logprobs,
+    with_scored_logprobs,
 )
 from localrl.records import Group
 
@@ -118,6 +120,58 @@ def test_too_far():
     assert too_far(stale(flat_group(1), {0: [np.nan, 0, 0]}), 0.02)
     # One completion is enough.
     assert too_far(stale(flat_group(3), {2: [0.03, 0.03, 0.03]}), 0.02)
+
+
+def rounded(group: Group, n: int, difference: float) -> Group:
+    """The group whose sampler overstated one node's log-probabilities by this."""
+    nodes = list(group.nodes)
+    nodes[n] = replace(nodes[n], scored_logprobs=nodes[n].sampled_logprobs - np.float32(difference))
+    return replace(group, nodes=tuple(nodes))
+
+
+def test_the_sampler_s_rounding_is_no_staleness():
+    # A pass of the sampler's policy finds 0.3 less than it wrote; that of now nearly the same.
+    group = rounded(stale(flat_group(2), {0: [-0.3, -0.3, -0.2]}), 0, 0.3)
+    assert importance(group)[0].tolist() == [1, 1, 1]
+    assert drift(group).mean_log == 0
+    assert not too_far(group, 0.0)
+    # It is left to the correction of the update's first pass, here `old`, as a fresh token's is.
+    node = group.nodes[0]
+    assert node.old_logprobs is not None
+    correction = node.old_logprobs - anchor_logprobs(node)
+    np.testing.assert_allclose(correction, [-0.3] * 3, rtol=1e-5)
+
+
+def test_movement_is_shrunk_by_what_rounding_explains():
+    # Mean squares: 0.12 of the differences between two passes, 0.03 of rounding.
+    moved = np.array([0.6, 0.0, 0.0])
+    rounding = np.array([0.3, 0.0, 0.0], np.float32)
+    group = stale(flat_group(2), {0: moved})
+    scored = group.nodes[0].sampled_logprobs + rounding
+    old = scored + np.float32(moved)
+    first = replace(group.nodes[0], scored_logprobs=scored, old_logprobs=old)
+    group = replace(group, nodes=(first, group.nodes[1]))
+    np.testing.assert_allclose(np.log(importance(group)[0]), [0.45] * 3, rtol=1e-5)
+    # Tokens without a score are as they were.
+    both = stale(group, {1: [0.1, 0.0, 0.0]})
+    np.testing.assert_allclose(np.log(importance(both)[0]), [0.45] * 3, rtol=1e-5)
+    np.testing.assert_allclose(np.log(importance(both)[1]), [0.1] * 3, rtol=1e-5)
+
+
+def test_anchors():
+    fresh = rounded(flat_group(1), 0, 0.3).nodes[0]
+    assert anchor_logprobs(fresh) is fresh.sampled_logprobs
+    old = stale(flat_group(1), {0: [0.1, 0.2, 0.3]}).nodes[0]
+    assert anchor_logprobs(old) is old.old_logprobs
+
+
+def test_only_what_was_just_sampled_is_scored():
+    group = stale(forest([-1, 0], [1], 1), {0: [0.1, 0.1, 0.1]})
+    scores = [np.full(3, -0.5, np.float32)] * 2
+    prefix, tail = with_scored_logprobs(group, scores).nodes
+    assert prefix.scored_logprobs is None
+    assert prefix.written_logprobs is prefix.sampled_logprobs
+    assert tail.scored_logprobs is tail.written_logprobs is scores[1]
 
 
 def test_old_logprobs_are_set_on_every_node():

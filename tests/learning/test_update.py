@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import tiny
 from forests import flat_group, forest, scored
-from steps import LMAX, TEMPERATURE, plain_logprobs, plan, relative_difference, selection
+from steps import (
+    LMAX,
+    TEMPERATURE,
+    first_pass,
+    plain_logprobs,
+    plan,
+    relative_difference,
+    selection,
+)
 
 from localrl.backend import mx, nn, tree_flatten
 from localrl.config import LearningConfig
@@ -36,8 +44,11 @@ def make_batch(scored_groups) -> Batch:
     return selection(OBJECTIVES["clipped"], scored_groups).batch
 
 
-def plain_gradient(policy, scored_groups, config):
-    """The design's formula, row by row: every completion alone, full logits, autodiff."""
+def plain_gradient(policy, scored_groups, config, first=None):
+    """The design's formula, row by row: every completion alone, full logits, autodiff.
+
+    first: log-probability of every token in the step's first pass; None: this pass is the first.
+    """
     objective = make_objective(config)
 
     def loss(model):
@@ -57,9 +68,11 @@ def plain_gradient(policy, scored_groups, config):
                     for t in range(len(node.token_ids)):
                         if n not in counted:
                             new = logprobs[place - 1, int(node.token_ids[t])]
-                            ratio = mx.exp(new - float(node.sampled_logprobs[t]))
+                            then = mx.stop_gradient(new) if first is None else mx.array(first)
+                            correction = mx.exp(then - float(node.sampled_logprobs[t]))
+                            ratio = mx.exp(new - then)
                             held = mx.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
-                            c = float(coefficients[n][t])
+                            c = mx.minimum(correction, 2) * float(coefficients[n][t])
                             total = total - mx.minimum(ratio * c, held * c)
                         place += 1
                     counted.add(n)
@@ -68,17 +81,23 @@ def plain_gradient(policy, scored_groups, config):
     return nn.value_and_grad(policy.model, lambda: loss(policy.model))()
 
 
-# A wide hold lets every token through; the narrow one cuts most of them off.
+# In a first pass every ratio is 1. In a later one a wide hold lets every token through; the narrow
+# one cuts most of them off.
+@pytest.mark.parametrize("first", [None, -2.0])
 @pytest.mark.parametrize(
     "config", [LearningConfig(clip_low=1.0, clip_high=100.0), LearningConfig()]
 )
 @pytest.mark.parametrize("shared", [True, False])
-def test_the_gradient_equals_the_plain_one(policy, config, shared):
-    value, expected = plain_gradient(policy, groups(), config)
+def test_the_gradient_equals_the_plain_one(policy, config, shared, first):
+    value, expected = plain_gradient(policy, groups(), config, first)
     batch = make_batch(groups())
+    known = None
+    if first is not None:
+        sizes = [len(node.token_ids) for node in batch.nodes]
+        known = first_pass(batch, [np.full(n, first, np.float32) for n in sizes])
     updater = Updater(policy, config, TEMPERATURE)
     updater.shared = shared
-    gradient, total = updater.gradient(batch, plan())
+    gradient, total = updater.gradient(batch, plan(), known)
     assert relative_difference(gradient, expected) < 1e-5
     assert total.loss / batch.z == pytest.approx(value.item(), rel=1e-5)
 
@@ -152,18 +171,29 @@ def test_an_update_raises_the_objective_and_touches_adapters_only(own_policy):
     assert all(name.endswith(("lora_a", "lora_b")) for name in changed)
 
 
-def test_several_updates_on_one_batch_are_as_many_single_ones(tmp_path):
+@pytest.mark.exact
+def test_further_updates_of_a_step_clip_around_its_first_pass(tmp_path):
     batch = make_batch(groups())
-    results = []
-    for name, per_step, times in (("a", 3, 1), ("b", 1, 3)):
-        policy = tiny.make_tiny_policy(tmp_path / name, trained=False)
-        updater = Updater(policy, LearningConfig(lr=1e-3, updates_per_step=per_step), TEMPERATURE)
-        for _ in range(times):
-            updater.update(batch, plan())
-        assert updater.updates == 3
-        results.append(weights(policy))
-    for name in results[0]:
-        np.testing.assert_array_equal(results[0][name], results[1][name])
+    held = {"lr": 1e-3, "clip_low": 1e-6, "clip_high": 1e-6}
+    policies = [tiny.make_tiny_policy(tmp_path / name, trained=False) for name in "abc"]
+    config = LearningConfig(**held, updates_per_step=3)
+    whole, parts, single = (Updater(policy, config, TEMPERATURE) for policy in policies)
+    stats = whole.update(batch, plan())
+    _, first = parts._apply(batch, plan())
+    for _ in range(2):
+        parts._apply(batch, plan(), first)
+    single.config = LearningConfig(**held)
+    # A single update clips nothing: its pass is the first, so every ratio is 1.
+    assert all(clipped(single.update(batch, plan())) == 0 for _ in range(3))
+    assert clipped(stats) > 0.1
+    assert whole.updates == parts.updates == single.updates == 3
+    one, same, other = (weights(policy) for policy in policies)
+    assert all(np.array_equal(one[name], same[name]) for name in one)
+    assert any(not np.allclose(one[name], other[name], rtol=1e-3) for name in one)
+
+
+def clipped(stats):
+    return stats.clipped_low + stats.clipped_high
 
 
 def test_an_empty_batch_changes_nothing(own_policy):
@@ -179,7 +209,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(own_policy):
     before = weights(own_policy)
     batch = make_batch(groups())
     for node in batch.nodes:
-        node.anchor_logprobs[:] = -1e6  # a ratio of infinity
+        node.anchor_logprobs[:] = np.nan
     updater = Updater(own_policy, LearningConfig(), TEMPERATURE)
     for _ in range(2):
         assert not updater.update(batch, plan()).updated
@@ -253,6 +283,7 @@ def reused():
     return scored(forest([-1, 0, -1, -1], leaves=[1, 2, 3], planned_roots=3), [1, 0, 0.25])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_replayed_group_of_the_same_policy_teaches_what_a_fresh_one_does(policy, shared):
     fresh = aged(policy, reused(), {})

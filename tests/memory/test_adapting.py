@@ -12,8 +12,11 @@ from localrl.memory.adapting import (
     CALM_STEPS,
     LARGER,
     NEAR,
+    OURS,
     ROOM,
     SPARE,
+    SWAPPED,
+    YIELDS,
     MemoryMonitor,
     MemoryReading,
     for_longer,
@@ -183,6 +186,81 @@ def test_smaller_batches_are_a_fifth_smaller():
     assert [getattr(once, row) for row in ROWS] == [16, 8, 4, 80]
     assert smaller(PLAN, least_rows=19).decode_rows == 19
     assert smaller(PLAN, least_rows=30).decode_rows == 20
+
+
+MANY = replace(PLAN, decode_rows=128, prefill_rows=16, micro_rows=8, limit_bytes=int(9.2 * GB))
+"""Of a run on a Mac whose step takes about a fifth of its limit."""
+
+
+def simulate(machines, *, peak=2 * GB, plan=MANY):
+    """The plans after each of these readings, with a step that takes this much."""
+    watch, plans = MemoryMonitor(plan), [plan]
+    for machine in machines:
+        found = see(plans[-1], MemoryReading(peak, 0, machine), watch)
+        plans.append(found[0] if found else plans[-1])
+    return plans
+
+
+def lasting(pressure, *, swap_per_step=0, steps=400, **more):
+    return [
+        replace(HOST, pressure=pressure, swap_used_bytes=n * swap_per_step, **more)
+        for n in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    "machines",
+    [
+        lasting("warn"),
+        lasting("critical"),
+        lasting("normal", available_bytes=GB),
+        lasting("warn", swap_per_step=int(SWAPPED * 64 * GB) // 400),  # too little to notice
+    ],
+)
+def test_pressure_of_others_that_lasts_is_yielded_to_twice(machines):
+    plans = simulate(machines)
+    rows = [plan.decode_rows for plan in plans]
+    assert rows[:3] == [128, 102, 81]
+    assert set(rows[3:]) == {81}
+    assert not plans[-1].grad_checkpoint
+
+
+def test_pressure_that_comes_and_goes_does_not_wear_batches_down():
+    """Ten calm steps give back one shrinking, and the next pressure takes one."""
+    calm = [HOST] * CALM_STEPS
+    rows = [plan.decode_rows for plan in simulate([*lasting("warn", steps=5), *calm] * 30)]
+    assert min(rows) >= 64
+    assert rows[-1] > 80
+
+
+def test_when_pressure_has_passed_batches_grow_again():
+    plans = simulate([*lasting("warn", steps=50), *[HOST] * (3 * CALM_STEPS)])
+    assert plans[50].decode_rows == 81
+    assert plans[50 + CALM_STEPS - 1] == plans[50]
+    assert plans[50 + CALM_STEPS].decode_rows == 101
+    assert plans[-1].decode_rows == 128
+
+
+def test_pressure_that_gets_worse_is_yielded_to_once_more():
+    rows = [
+        plan.decode_rows
+        for plan in simulate([*lasting("warn", steps=20), *lasting("critical", steps=20)])
+    ]
+    assert rows[20:22] == [81, 64]
+    assert set(rows[22:]) == {64}
+
+
+def test_critical_pressure_with_growing_swap_shrinks_to_the_floor():
+    plans = simulate(lasting("critical", swap_per_step=int(SWAPPED * 64 * GB) + 1))
+    assert changes(replace(LEAST, grad_checkpoint=True), plans[-1]) == {}
+
+
+def test_pressure_that_is_ours_is_answered_at_every_step():
+    """Until the step takes less than half of the limit."""
+    half = int(OURS * 9.2 * GB)
+    assert simulate(lasting("warn"), peak=half + 1)[-1].decode_rows == 1
+    assert simulate(lasting("warn"), peak=half)[-1].decode_rows == 81
+    assert YIELDS == 2
 
 
 SHORT = PromptLength(32, "a test")

@@ -14,7 +14,7 @@ import tiny
 
 from localrl.backend import tree_flatten
 from localrl.config import LearningConfig, RunConfig
-from localrl.engines.memory import BY_NAME
+from localrl.engines.memory import engines_for
 from localrl.learning.update import Updater
 from localrl.memory import calibration
 from localrl.memory.calibration import Probe, key_of, recall, remember, solve, store
@@ -327,7 +327,7 @@ def test_constants_of_another_formula_are_not_taken(monkeypatch):
     workload = made.workloads[made.plan.group_size]
     keys = {
         key_of(made.sizes, replace(workload, engines=(engine,)), made.plan)
-        for engine in BY_NAME.values()
+        for engine in engines_for("auto", device="cpu")
     }
     assert key_of(made.sizes, workload, made.plan) in keys  # as its sizes let expect
     monkeypatch.setattr(calibration, "FORMULA", -1)

@@ -17,7 +17,7 @@ from localrl.engines.cpu import attention
 from localrl.engines.cpu import memory as cpu_memory
 from localrl.engines.cpu.memory import fits
 from localrl.engines.memory import engines_for
-from localrl.engines.mlx.memory import head_bytes
+from localrl.engines.mlx.memory import MLXMemory, head_bytes, recomputes_scores
 from localrl.engines.open import make_policy
 from localrl.learning.update import Updater
 from localrl.memory.estimate import (
@@ -55,7 +55,7 @@ WORKLOAD = Workload(
     lora_layers=0,
     lora_keys=(),
     float_bytes=4,
-    engines=engines_for("auto", on_cpu=True),
+    engines=engines_for("auto", device="cpu"),
 )
 TREE = replace(WORKLOAD, forks=True)
 PLAN = MemoryPlan(
@@ -122,6 +122,8 @@ def test_what_stays_is_what_mlx_holds_after_loading(tmp_path, bits, dense):
     updater = Updater(policy, LearningConfig(), 1.0)
     updater.optimizer.init(policy.model.trainable_parameters())
     mx.eval(policy.model.parameters(), updater.optimizer.state)
+    if bits and not dense:  # MLX computes it, and keeps the adapters once more
+        policy.engine.prefill(np.array([[5, 6]]), [2])
     gc.collect()
     found = estimate(sizes_of(folder, 0), WORKLOAD, replace(PLAN, dequantise=dense))
     held = mx.get_active_memory() - before
@@ -235,6 +237,52 @@ def test_numpy_computes_what_it_can():
     assert not fits(read_sizes(CONFIG | four), float_bytes=4, dense=False)
     gemma = CONFIG | {"model_type": "gemma3_text", "sliding_window": 8}
     assert not fits(read_sizes(gemma), float_bytes=4, dense=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "found"),
+    [
+        ("metal", "0.32.2", False),
+        ("metal", "0.32.3", False),
+        ("metal", "0.32.4", True),
+        ("metal", "0.33.0.dev20261101", True),
+        ("metal", "1.0", True),
+        ("cpu", "0.32.4", False),
+        ("cuda", "0.32.4", False),
+    ],
+)
+def test_where_causal_attention_recomputes_its_scores(monkeypatch, device, version, found):
+    assert recomputes_scores(device, version) is found
+    monkeypatch.setenv("MLX_SDPA_VJP_FALLBACK", "1")
+    assert not recomputes_scores(device, version)
+
+
+HYBRID = replace(SIZES, head_dim=64, windows=(NONE, FULL, FULL))
+"""Of a family whose rows do not share prompts."""
+
+
+def quadratic(sizes, *, tiled, plan=PLAN):
+    engines = (MLXMemory(tiled),)
+    return estimate(sizes, replace(WORKLOAD, float_bytes=2, engines=engines), plan).quadratic
+
+
+def test_recomputed_scores_are_those_of_a_tile_in_one_block():
+    """4 rows of 8 heads; kept, they are those of both layers with attention and of one and a half
+    more."""
+    square = 2 * 4 * 8 * 256**2
+    assert quadratic(HYBRID, tiled=False) == 3.5 * square
+    assert quadratic(HYBRID, tiled=True) == 3 * square
+    long = replace(PLAN, max_completion_tokens=2948)
+    assert quadratic(HYBRID, tiled=True, plan=long) == 3 * 2 * 4 * 8 * 1024**2
+    recomputed = replace(PLAN, grad_checkpoint=True)
+    assert quadratic(HYBRID, tiled=True, plan=recomputed) == 3 * square
+
+
+def test_other_scores_are_kept():
+    """Those of forests, whose masks are arrays, of windows, and of heads without such a kernel."""
+    windows = replace(HYBRID, windows=(NONE, FULL, 64))
+    for sizes in (SIZES, replace(SIZES, head_dim=64), windows, replace(HYBRID, head_dim=32)):
+        assert quadratic(sizes, tiled=True) == quadratic(sizes, tiled=False)
 
 
 def test_nothing_is_learned_where_nothing_trains():

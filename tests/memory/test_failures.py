@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from localrl.memory.failures import FAILURES, failure_of
+from localrl.memory.failures import FAILURES, doubtful, failure_of
 
 WHOLE = {
     "[malloc] Unable to allocate 123 bytes.": "refused",
@@ -15,7 +15,7 @@ WHOLE = {
     "[METAL] Command buffer execution failed: Insufficient Memory "
     "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)": "poisoned",
     "[METAL] Command buffer execution failed: Impacting Interactivity "
-    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)": "poisoned",
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)": "watchdog",
     "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
     "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)": "poisoned",
     "[METAL] Command buffer execution failed: Caused GPU Hang Error "
@@ -38,6 +38,16 @@ def test_every_row_of_the_table(part, kind):
 def test_doubt_weighs_more():
     both = "[malloc] Unable to allocate 1 bytes. Command buffer execution failed"
     assert failure_of(RuntimeError(both)) == "poisoned"
+
+
+def test_only_a_refusal_leaves_results_to_be_trusted():
+    errors = {kind: RuntimeError(text) for text, kind in WHOLE.items()}
+    assert {kind: doubtful(error) for kind, error in errors.items()} == {
+        "refused": False,
+        "poisoned": True,
+        "watchdog": True,
+    }
+    assert not doubtful(RuntimeError("something else"))
 
 
 @pytest.mark.parametrize(

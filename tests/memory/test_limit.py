@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from localrl.errors import ConfigError
-from localrl.memory.limit import Limit, memory_limit, parse_limit, show, write_limit
+from localrl.memory.limit import (
+    LATER,
+    SPREAD,
+    Limit,
+    memory_limit,
+    parse_limit,
+    show,
+    write_limit,
+)
 from localrl.memory.machine import Machine, mac
 
 GIB = 2**30
@@ -66,23 +74,49 @@ def test_sizes_for_people():
     assert show(999_999_999) == "1000 MB"
 
 
-def test_a_wish_is_the_limit_as_it_is():
-    assert memory_limit("6GB", LINUX) == Limit(6_000_000_000, "memory.limit: 6GB", False)
+BESIDE = LINUX.resident_bytes + LATER  # pyright: ignore
+
+
+def test_a_wish_is_for_the_process_and_mlx_gets_the_rest():
+    """The process holds half a GiB, and a little more later."""
+    assert memory_limit("6GB", LINUX) == Limit(
+        6_000_000_000 - BESIDE,
+        "memory.limit: 6GB, minus 601 MB for the process besides MLX's arrays",
+        False,
+        BESIDE + SPREAD,
+    )
     # More than is available: the user may know what will be free by then.
-    assert memory_limit("12GiB", LINUX).bytes == 12 * GIB
-    assert memory_limit("16GiB", LINUX).bytes == 16 * GIB
-    assert memory_limit("6GB", Machine("Linux", "cpu")).bytes == 6_000_000_000
+    assert memory_limit("12GiB", LINUX).bytes == 12 * GIB - BESIDE
+    assert memory_limit("16GiB", LINUX).bytes == 16 * GIB - BESIDE
+    assert memory_limit("6GB", Machine("Linux", "cpu")).bytes == 6_000_000_000 - LATER
+    assert memory_limit("100MB", LINUX).bytes == 0
 
 
 def test_a_share_is_of_the_total_or_of_a_smaller_container():
-    assert memory_limit("50%", LINUX) == Limit(
-        8 * GIB, "memory.limit: 50% of this machine's 17.2 GB", False
-    )
-    assert memory_limit("50%", CONTAINER) == Limit(
-        4 * GIB, "memory.limit: 50% of this container's 8.6 GB", False
-    )
+    found = memory_limit("50%", LINUX)
+    assert found.bytes == 8 * GIB - BESIDE
+    assert found.reason.startswith("memory.limit: 50% of this machine's 17.2 GB, minus 601 MB")
+    found = memory_limit("50%", CONTAINER)
+    assert found.bytes == 4 * GIB - BESIDE
+    assert found.reason.startswith("memory.limit: 50% of this container's 8.6 GB, minus")
     roomy = replace(CONTAINER, container_limit_bytes=99 * GIB)
-    assert memory_limit("50%", roomy).bytes == 8 * GIB
+    assert memory_limit("50%", roomy).bytes == 8 * GIB - BESIDE
+
+
+def test_mlx_arrays_are_not_subtracted_twice():
+    """What is resident holds them too, so the same setting gives the same limit later."""
+    later = replace(LINUX, resident_bytes=5 * GIB // 2)
+    assert memory_limit("6GB", later, held=2 * GIB) == memory_limit("6GB", LINUX)
+    # Shared and unread pages: MLX's count may even be larger.
+    assert memory_limit("6GB", LINUX, held=2 * GIB).bytes == 6_000_000_000 - LATER
+
+
+@pytest.mark.parametrize("wish", [None, "2GB"])
+def test_a_setting_that_is_named_leaves_mlx_what_it_needs(wish):
+    """Also at a start that holds a little more."""
+    named = memory_limit(wish, LINUX).setting(3 * GIB)
+    more = replace(LINUX, resident_bytes=GIB // 2 + SPREAD)
+    assert memory_limit(write_limit(named), more).bytes >= 3 * GIB  # pyright: ignore
 
 
 def test_a_wish_above_the_total_names_both():
@@ -143,10 +177,19 @@ def test_what_mlx_holds_may_be_held_on():
         (128, 82_463_372_083, "80 % of the 103.1 GB that Metal recommends"),
     ],
 )
-def test_macs(total, size, reason):
-    found = memory_limit(None, mac(total))
+def test_fresh_macs(total, size, reason):
+    """Three quarters of their memory is available, as after a start."""
+    found = memory_limit(None, replace(mac(total), available_bytes=total * GIB * 3 // 4))
     assert (found.bytes, found.from_machine) == (size, True)
     assert found.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("total", [8, 16, 24, 64, 128])
+def test_used_macs(total):
+    """3/8 of the memory is available."""
+    found = memory_limit(None, mac(total))
+    assert found.bytes == total * GIB * 3 // 8
+    assert found.reason.startswith("the available memory, out of")
 
 
 def test_a_mac_that_is_full_of_other_programs():
@@ -169,7 +212,7 @@ def test_a_limit_is_never_below_nothing():
 
 def test_readings_that_are_unknown_limit_nothing():
     found = memory_limit(None, Machine("Linux", "cpu"))
-    assert found == Limit(None, "available memory cannot be read", True)
+    assert (found.bytes, found.reason) == (None, "available memory cannot be read")
     found = memory_limit(None, replace(mac(16), recommended_bytes=None, available_bytes=None))
     assert found.bytes is None
     assert found.reason == ("Metal's recommended working set and available memory cannot be read")
@@ -178,4 +221,4 @@ def test_readings_that_are_unknown_limit_nothing():
 def test_a_gpus_memory_is_not_the_containers():
     gpu = replace(CONTAINER, device="cuda", total_bytes=80 * GIB, available_bytes=70 * GIB)
     assert memory_limit(None, gpu).bytes == 56 * GIB
-    assert memory_limit("50%", gpu).bytes == 40 * GIB
+    assert memory_limit("50%", gpu).bytes == 40 * GIB  # Python is in the host's memory

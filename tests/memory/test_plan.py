@@ -136,7 +136,7 @@ def by_hand(room: float, *, dense=False, may_checkpoint=True, tree=False, **cost
         want(), group_size=8, decode_rows=16, prefill_rows=16, micro_rows=8, head_chunk=32,
         max_completion_tokens=64, dequantise=dense,
     )  # fmt: skip
-    engines = engines_for("mlx", on_cpu=True)  # whose costs are not counted
+    engines = engines_for("mlx", device="cpu")  # whose costs are not counted
     workloads = {
         n: Workload(2, 0, n, tree, False, 4, 0, (), 4, engines)
         for n in ((8, 4, 2) if tree else (8,))
@@ -383,6 +383,7 @@ def test_the_cpu_engine_is_not_counted_on_where_there_is_a_gpu():
     assert on_mac.sizes.float_bytes == 4
     job = on_mac.workloads[on_mac.plan.group_size]
     assert [engine.name for engine in job.engines] == ["mlx"]
+    assert job.engines == engines_for("auto", device="metal")
     assert not on_mac.counted(on_mac.plan)
     assert on_mac.plan.micro_rows == request(model=dense, machine=mac(16), **IN_MLX).plan.micro_rows
 
@@ -403,6 +404,15 @@ def test_freed_buffers_have_a_share_of_the_limit():
     assert cache_bytes(10**9, on_cpu=False) == 5 * 10**7
     assert cache_bytes(10**9, on_cpu=True) == CACHED_ON_CPU
     assert cache_bytes(10**8, on_cpu=True) == 5 * 10**6
+
+
+def test_a_mac_told_to_use_its_cpu_is_planned_as_a_cpu():
+    wish = request(model=CONFIG, machine=mac(16), **{"model.device": "cpu"})
+    assert wish == request(model=CONFIG, machine=mac(16), **{"model.engine": "cpu"})
+    metal = request(model=CONFIG, machine=mac(16))
+    assert (wish.plan.dequantise, metal.plan.dequantise) == (True, False)
+    floats = {w.float_bytes for w in wish.workloads.values()}
+    assert floats == {4} != {w.float_bytes for w in metal.workloads.values()}
 
 
 def on_mac(gigabytes: int, name: str, **settings) -> PlanRequest:

@@ -93,6 +93,32 @@ def test_it_begins_trains_and_evaluates_without_an_untrue_warning(
     assert json.loads((result.folder / "eval.json").read_text())["n"] > 0
 
 
+def test_a_policy_that_does_not_move_is_not_taken_for_one_that_does(folder, place, tmp_path):
+    """At a learning rate of 0, in bfloat16: nothing is clipped, nothing drifts, all is reused."""
+    gc.collect()
+    settings = {
+        "learning.objective": "gspo",
+        "learning.lr": 0.0,
+        "learning.updates_per_step": 2,
+        "rollout.prompts_per_step": 3,
+        "rollout.group_size": 2,
+        "rollout.reuse": 1.0,
+        "task.eval_prompts": 0,
+    }
+    wish = config(folder, place, tmp_path / "run", "bf16")
+    for key, value in settings.items():
+        wish = wish.replace(key, value)
+    with metal(limit=LIMITS[0]):
+        result = train(wish)
+    steps = [s for s in read_jsonl(result.folder / "metrics.jsonl") if "update/applied" in s]
+    for step in steps:
+        assert step["clip_ratio/low_mean"] + step["clip_ratio/high_mean"] < 0.01
+        assert step["update/drift"] == 0
+    # gspo's range is 3e-4 and 4e-4; sampler and update are hundredths of a nat apart.
+    assert steps[0]["sampling/sampling_logp_difference/mean"] > 0.01
+    assert steps[1]["rollout/reused_tokens"] == 3 * 8  # one whole completion of each prompt
+
+
 def test_tf32_stays_below_the_limits(folder):
     gc.collect()
     with metal(tf32=True):

@@ -226,6 +226,7 @@ def assert_same_nodes(one, other):
         assert (a.parent, a.cond_weight, a.version) == (b.parent, b.cond_weight, b.version)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("shape", [Shape(2, 2, rounds=3), Shape(3, 3, rounds=2), Shape(1, 1, 6)])
 def test_rounds_that_never_stop_are_the_flat_group(policy, shape):
     flat = sample(policy, Shape(6, 6))
@@ -239,6 +240,7 @@ def test_rounds_that_never_stop_are_the_flat_group(policy, shape):
         assert all(node.round == 0 for node in one.nodes)
 
 
+@pytest.mark.exact
 def test_a_prompts_rounds_do_not_depend_on_the_others(policy):
     flat = sample(policy, Shape(6, 6))
     # The second prompt is mixed at once, so that it leaves the batch.
@@ -251,6 +253,7 @@ def test_a_prompts_rounds_do_not_depend_on_the_others(policy):
         assert_same_nodes(one.nodes[: len(other.rewards)], other.group.nodes)
 
 
+@pytest.mark.exact
 def test_trees_of_later_rounds_are_trees_of_their_own(policy):
     shape, rule = Shape(1, 3, rounds=2), PeriodicRule(Spacing(1, 3, 2, 12.0))
     parts = in_rounds(policy, shape, lambda prompt, count: [1.0] * count, rule)

@@ -79,6 +79,7 @@ def test_temperature_0_takes_the_likeliest_token_and_draws_nothing(either, examp
     assert same(completions(groups), completions(other))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("rows", [1, 4, 29])
 def test_the_rows_decoded_at_once_change_nothing(policy, examples, rows):
     whole, _ = sample(policy, examples, rows=30)
@@ -97,6 +98,7 @@ def test_forward_calls_are_as_few_as_can_be(policy, examples):
     assert counts.forward_calls == 1 + longest - 1
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("prefill_rows", [1, 2, 3, 5, 6])
 def test_the_prompts_prefilled_at_once_change_nothing(policy, examples, prefill_rows, monkeypatch):
     whole, once = sample(policy, examples, rows=30)
@@ -119,6 +121,7 @@ def test_the_prompts_prefilled_at_once_change_nothing(policy, examples, prefill_
     assert counts.prefill_positions == once.prefill_positions
 
 
+@pytest.mark.exact
 def test_prompts_wait_for_a_prefill_of_few_and_for_room(policy, examples):
     whole, _ = sample(policy, examples, rows=30)
     parts, counts = sample(policy, examples, rows=7, prefill_rows=2)
@@ -139,6 +142,7 @@ def test_finished_rows_make_room(policy, examples, monkeypatch):
     assert counts.decode_positions == tokens
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("rows", [4, 30])
 def test_looking_ahead_costs_one_position_a_completion_and_changes_nothing(
     policy, examples, rows, monkeypatch
@@ -153,6 +157,7 @@ def test_looking_ahead_costs_one_position_a_completion_and_changes_nothing(
     assert 0 < counts.decode_positions - fewer.decode_positions <= len(completions(ahead))
 
 
+@pytest.mark.exact
 def test_draws_depend_on_seed_step_example_and_place_alone(policy, examples):
     whole, _ = sample(policy, examples, rows=30)
     again, _ = sample(policy, examples, rows=30)

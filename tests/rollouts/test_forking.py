@@ -102,6 +102,7 @@ def test_a_tree_never_has_more_leaves_than_allowed(policy, leaves):
         assert sum(credit.weights[leaf.node] for leaf in group.leaves) == pytest.approx(1.0)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("rows", [8, 9, 13, 20])
 def test_rows_are_never_exceeded_and_change_nothing(policy, rows):
     seen = []
@@ -128,6 +129,7 @@ def test_a_tree_that_cannot_fit_is_refused(policy):
         sample(policy, Always((3,)), rows=7)
 
 
+@pytest.mark.exact
 def test_a_tree_without_forks_is_a_flat_group_to_the_last_bit(policy):
     flat = sample(policy, None, roots=4, leaves=4)
     tree = sample(policy, Always(()), roots=4, leaves=9)

@@ -213,6 +213,12 @@ def test_acceptance_by_hand():
     assert accepted(np.array([-1e6, 0.0]), np.zeros(2), np.full(2, 2**-24)) == 0
     assert accepted(np.array([1e6, 0.0]), np.zeros(2), np.full(2, 0.99)) == 2
     assert accepted(NONE, NONE, NONE) == 0
+    # Two thirds of the squares are rounding: ratio 0.5 ** (1 / 3) = 0.79, not 0.5.
+    rounding = np.sqrt(2 / 3) * log([0.5, 1.0, 1.0])
+    halved = log([0.5, 1.0, 1.0])
+    assert accepted(halved, np.zeros(3), np.full(3, 0.78), rounding) == 3
+    assert accepted(halved, np.zeros(3), np.full(3, 0.81), rounding) == 0
+    assert accepted(halved, np.zeros(3), np.full(3, 0.78)) == 0
 
 
 @pytest.mark.parametrize(
@@ -246,6 +252,29 @@ def test_verified_prefixes(reason, refused_at, limit, length, finish):
     assert prefix.old_logprobs.dtype == np.float32
     assert prefix.old_logprobs.tolist() == now[:length].tolist()
     assert len(prefix.sampled_logprobs) == len(prefix.entropies) == length
+
+
+def test_tokens_are_compared_with_a_pass_like_that_of_now():
+    """A reused prefix that was scored, and a tail that was not, as of an older checkpoint."""
+    chain = forest([-1, 0], [1], 1)
+    scored = np.array([-1.5, -1.25, -1.0], np.float32)
+    chain = replace(chain, nodes=(replace(chain.nodes[0], scored_logprobs=scored), chain.nodes[1]))
+    earlier = CompletionCache()
+    earlier.add([chain])
+    drafts = earlier.drafts(chain.example.id, chain.prompt_ids, 1, address=())
+    assert drafts is not None
+    draft = drafts.nodes[0]
+    assert draft.scored_logprobs is not None
+    assert draft.scored_logprobs.tolist() == [*scored, -1, -1, -1]
+    # The sampler's record, -1, would reject the first token.
+    prefix = verified_prefix(draft, "stop", draft.scored_logprobs, np.full(6, 0.9), 8)
+    assert prefix.complete
+    cut = verified_prefix(draft, "stop", draft.scored_logprobs, np.full(6, 0.9), 3)
+    assert cut.scored_logprobs is not None
+    assert cut.scored_logprobs.tolist() == [-1.5, -1.25]
+    plain = verified_prefix(chain.nodes[1], "stop", scored, np.full(3, 0.9), 8)
+    assert plain.scored_logprobs is None
+    assert len(plain) == 0
 
 
 def test_reused_completions_take_the_places_of_the_last_roots(policies):

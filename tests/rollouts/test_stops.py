@@ -399,6 +399,7 @@ def assert_same(one, other):
         assert np.array_equal(a.logprobs, b.logprobs)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("rows", "loops"), [(5, True), (64, False)])
 def test_rules_that_never_apply_change_nothing(policy, rows, loops):
     free = decode(policy, None, rows=rows)

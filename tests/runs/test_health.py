@@ -127,6 +127,16 @@ def test_a_rate_without_effect():
     assert told([skipped] * 30) == ([], [])
 
 
+def test_a_sampler_that_is_another_policy():
+    gap = "sampling/sampling_logp_difference/mean"
+    assert told([{gap: 0.06}] * 30) == ([], [])  # bfloat16
+    names, texts = told([{gap: 0.04}] * 5 + [{gap: 0.5}] * 10)
+    # 0.04 four times and 0.5 are 0.13 in the mean.
+    assert names == [(6, "sampler_gap")]
+    assert "0.13 nats per token" in texts[0]
+    assert "model.dtype=fp32" in texts[0]
+
+
 def test_evaluations_and_unknown_numbers_are_passed_over():
     health = Health(RunConfig.create({"model.path": "any"}), WEIGHTS)
     assert health.see({"step": 0, "eval/pass@1": 0.5}) == []

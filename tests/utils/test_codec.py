@@ -63,6 +63,16 @@ def test_records_come_back_with_their_arrays():
             assert getattr(one, name).dtype == getattr(other, name).dtype
 
 
+def test_nodes_of_older_checkpoints_have_no_scored_logprobs():
+    group = forest([-1, 0], leaves=[1], planned_roots=1)
+    tree, arrays = encode(group, TYPES)
+    for node in tree["fields"]["nodes"]["tuple"]:
+        assert node["fields"].pop("scored_logprobs") is None
+    back = decode(tree, arrays, TYPES)
+    assert [node.scored_logprobs for node in back.nodes] == [None, None]
+    assert back.nodes[0].written_logprobs.tolist() == group.nodes[0].sampled_logprobs.tolist()
+
+
 @dataclass(frozen=True)
 class Stranger:
     a: int

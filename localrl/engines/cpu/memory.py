@@ -79,6 +79,10 @@ class CPUMemory:
         """Bytes of the copy with adapters merged in."""
         return merged_bytes(sizes)
 
+    def copies(self, sizes: Sizes, workload: Workload) -> int:
+        """Return 0: there are none."""
+        return 0
+
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes besides the keys and values."""
         positions = prompts * length

@@ -102,10 +102,14 @@ class CPUModel:
             raise UnfitError("sliding windows")
         self._model = model
         first = model.layers[0].self_attn
-        block = self.read().blocks[0]  # raises UnfitError before anything is moved
+        self._read_ends()
+        # Raises UnfitError before anything is moved. Until then a block is a copy: one at a time.
+        for layer in model.layers:
+            _block(layer)
         for layer in model.layers:
             lay_beside(*(layer.self_attn[name] for name in ATTENTION[:3]))
             lay_beside(*(layer.mlp[name] for name in FEED_FORWARD[:2]))
+        block = _block(model.layers[0])
         self.scale: float = first.scale
         self.heads, self.kv_heads = first.n_heads, first.n_kv_heads
         self.head_dim = block.output.weight.shape[1] // self.heads
@@ -136,22 +140,22 @@ class CPUModel:
 
     def read(self) -> Weights:
         """Read the current weights; adapters of scale 0 are left out."""
-        body = self._model.model
-        embedding = _array(body.embed_tokens.weight)
-        tied = "lm_head" not in self._model
-        head = FusedLinear(embedding, (slice(0, len(embedding)),)) if tied else None
-        return Weights(
-            embedding,
-            tuple(_block(block) for block in self._model.layers),
-            _norm(body.norm),
-            head or _linears(self._model.lm_head),
-        )
+        embedding, norm, head = self._read_ends()
+        return Weights(embedding, tuple(_block(block) for block in self._model.layers), norm, head)
 
     def for_decoding(self, weights: Weights) -> Weights:
         """Convert weights that were just read to the form that decodes a few rows fastest."""
         layers = self.adapters()
         made_of = [array for layer in layers for array in (layer.lora_a, layer.lora_b)]
         return self._merging.of(weights, made_of)
+
+    def _read_ends(self) -> tuple[np.ndarray, Norm, FusedLinear]:
+        """The embedding, the last norm and the head."""
+        body = self._model.model
+        embedding = _array(body.embed_tokens.weight)
+        tied = "lm_head" not in self._model
+        head = FusedLinear(embedding, (slice(0, len(embedding)),)) if tied else None
+        return embedding, _norm(body.norm), head or _linears(self._model.lm_head)
 
     def _read_ropes(self) -> list[Rope]:
         """The rope of each block; blocks with the same rotation share one."""

@@ -1,14 +1,14 @@
-"""Adapted layers prepared for decoding: three kernels for all that receive the same input.
+"""Adapted layers prepared for decoding: fewer kernels for those that receive the same input.
 
 A decode step computes few positions, so launching kernels takes longer than the products in them.
 Casting and scaling every adapter for every token, two products and an addition per layer would
 launch three times as many as the model alone. Here they are cast and scaled once per update, and
-layers with one input, such as those of queries, keys and values, are computed together:
+layers with one input, such as those of queries, keys and values, begin together:
 
-    (y1 y2 y3) = x (W1 W2 W3) + (x (A1 A2 A3)) diag(B1, B2, B3)
+    (y1 y2 y3) = x (W1 W2 W3),   (p1 p2 p3) = x (A1 A2 A3),   then y1 + p1 B1 in one kernel ...
 
-where the last product and the addition are one kernel. The frozen weights lie side by side in one
-array, of which each layer keeps its part as a view, so they exist once.
+The frozen weights lie side by side in one array, of which each layer keeps its part as a view, so
+they exist once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from localrl.backend import mx, nn
-from localrl.policy.lora import LoRALinear, linear_shape
+from localrl.policy.lora import LoRALinear
 
 FORMAT = ("bits", "group_size", "mode")
 """Attributes in which quantised layers must agree to be computed together."""
@@ -61,13 +60,20 @@ def find_siblings(model: Any) -> tuple[Siblings, ...]:
 
 def prepare(siblings: Iterable[Siblings]) -> None:
     """Prepare the layers whose adapters have changed since the last time."""
+    made: list[mx.array] = []
     for group in siblings:
-        if not all(isinstance(n.prepared, _Part) and n.prepared.is_of(n) for n in group.layers):
-            together = _Together(group)
-            mx.eval(together.lora_a, together.lora_b)
-            ends = list(accumulate(together.outputs))
-            for layer, start, end in zip(group.layers, [0, *ends], ends, strict=False):
-                layer.prepared = _Part(layer, together, slice(start, end))
+        if all(isinstance(n.prepared, _Part) and n.prepared.is_of(n) for n in group.layers):
+            continue
+        together = _Together(group)
+        made.append(together.lora_a)
+        outputs = inputs = 0
+        for layer in group.layers:
+            rank, width = layer.lora_b.shape
+            columns = slice(outputs, outputs + width), slice(inputs, inputs + rank)
+            layer.prepared = part = _Part(layer, together, *columns)
+            made.append(part.lora_b)
+            outputs, inputs = outputs + width, inputs + rank
+    mx.eval(made)
 
 
 def _recorder(
@@ -86,39 +92,40 @@ def _format(linear: Any) -> tuple[Hashable, ...]:
 
 
 class _Together:
-    """Layers computed together, for the first of them that is called with an input."""
+    """The products that layers have in common, for the first of them called with an input."""
 
     def __init__(self, group: Siblings) -> None:
-        self.outputs = [linear_shape(layer.linear)[0] for layer in group.layers]
         self.dtype = group.dtype
         self.lora_a = mx.concatenate([n.lora_a.astype(group.dtype) for n in group.layers], axis=1)
-        self.lora_b = _diagonal([n.scale * n.lora_b for n in group.layers]).astype(group.dtype)
         self._linear = _join([layer.linear for layer in group.layers])
+        self._layers = len(group.layers)
         self._x: mx.array | None = None
-        self._y: mx.array | None = None
+        self._products: tuple[mx.array, ...] = ()
         self._left = 0
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Compute all layers, (..., sum of outputs)."""
-        if self._y is None or self._x is not x:
+    def __call__(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Return outputs (positions, sum of outputs) without adapters, and `x @ lora_a`."""
+        if self._x is not x:
             flat = x.reshape(-1, x.shape[-1])
-            y = mx.addmm(self._linear(flat), flat @ self.lora_a, self.lora_b)
-            self._x, self._y = x, y.reshape(*x.shape[:-1], y.shape[-1])
-            self._left = len(self.outputs)
-        y = self._y
+            self._x, self._products = x, (self._linear(flat), flat @ self.lora_a)
+            self._left = self._layers
+        products = self._products
         self._left -= 1
         if not self._left:  # a prefill's activations must not outlive it
-            self._x = self._y = None
-        return y
+            self._x, self._products = None, ()
+        return products
 
 
 class _Part:
-    """One of several layers computed together: see `Prepared`."""
+    """One of several layers that begin together: see `Prepared`."""
 
-    def __init__(self, layer: LoRALinear, together: _Together, outputs: slice) -> None:
+    def __init__(
+        self, layer: LoRALinear, together: _Together, outputs: slice, inputs: slice
+    ) -> None:
+        self.lora_b = (layer.scale * layer.lora_b).astype(together.dtype)
         self._source = (layer.lora_a, layer.lora_b, layer.scale)
         self._together = together
-        self._outputs = outputs
+        self._outputs, self._inputs = outputs, inputs
 
     def is_of(self, layer: LoRALinear) -> bool:
         """Return True if the layer still holds these very arrays, which are never modified."""
@@ -131,18 +138,9 @@ class _Part:
 
     def __call__(self, x: mx.array) -> mx.array:
         """Compute the layer."""
-        return self._together(x)[..., self._outputs]
-
-
-def _diagonal(blocks: Sequence[mx.array]) -> mx.array:
-    """Place matrices along the diagonal of one that is 0 elsewhere."""
-    width = sum(block.shape[1] for block in blocks)
-    starts = [0, *accumulate(block.shape[1] for block in blocks)]
-    rows = [
-        mx.pad(block, [(0, 0), (start, width - start - block.shape[1])])
-        for block, start in zip(blocks, starts, strict=False)
-    ]
-    return mx.concatenate(rows)
+        y, product = self._together(x)
+        y = mx.addmm(y[:, self._outputs], product[:, self._inputs], self.lora_b)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _join(linears: Sequence[Any]) -> nn.Module:

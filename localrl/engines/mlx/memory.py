@@ -1,17 +1,23 @@
 """Memory of MLX's prefill and update: attention keeps the scores of every block.
 
-The constants are fitted to measurements on the CPU backend (`benchmarks/memory.md`).
+The constants are fitted to measurements on the CPU backend (`benchmarks/memory.md`). From mlx
+0.32.4 on, the gradient of causal attention on Metal recomputes the scores, a tile at a time. That
+is for `mask="causal"` alone, which only whole rows pass; forests pass arrays and keep all scores,
+and so does the CPU with any mask.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 from localrl.engines.mlx.decode import CACHE_STEP
 from localrl.memory.estimate import Workload, paths_at_once
-from localrl.memory.sizes import NONE, Sizes
+from localrl.memory.sizes import FULL, NONE, Sizes, lora_parameters
 from localrl.records import MemoryPlan
 
 # Numbers kept for the backward pass per position and block: coefficients of the block's width, its
@@ -23,6 +29,9 @@ ANCESTORS = 0.8
 """Number of copies of the ancestors' keys and values that a path keeps in each block."""
 SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
 """Copies of attention scores kept by every block, and further copies in the current block."""
+TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
+"""Positions along each side of a tile of the recomputed scores, arrays of that size for all heads,
+and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
 ONE_BLOCK = 17.0
 """Further numbers per position in the current block, in multiples of the width."""
 PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
@@ -39,6 +48,9 @@ UNKNOWN_GATE = 1.2
 @dataclass(frozen=True)
 class MLXMemory:
     """The memory model of the MLX engine: see `EngineMemory`."""
+
+    tiled: bool = False
+    """True if the gradient of causal attention recomputes its scores: see `recomputes_scores`."""
 
     @property
     def name(self) -> Literal["mlx"]:
@@ -60,8 +72,8 @@ class MLXMemory:
         return True
 
     def key(self, sizes: Sizes) -> list[Any]:
-        """Key of the formula: one for all sizes."""
-        return [False]
+        """Key of the formula: with all scores kept, or without."""
+        return [False, *(["tiled"] if self._tiles(sizes) else [])]
 
     def kept_bytes(self, sizes: Sizes) -> None:
         """None: no bound, since larger batches are faster."""
@@ -70,6 +82,14 @@ class MLXMemory:
     def decode_weights(self, sizes: Sizes) -> int:
         """Return 0: no copy is made."""
         return 0
+
+    def copies(self, sizes: Sizes, workload: Workload) -> int:
+        """Bytes of adapters in the activations' format, and of a 16-bit head's float32 scales."""
+        numbers = lora_parameters(sizes, workload.rank, workload.lora_layers, workload.lora_keys)
+        scales = 0.0
+        if sizes.bits and workload.float_bytes == 2:
+            scales = 2 * 4 * sizes.vocabulary * sizes.width / sizes.quant_group_size
+        return round(workload.float_bytes * numbers + scales)
 
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes of scores and hidden states of the current block."""
@@ -102,14 +122,33 @@ class MLXMemory:
             kept, blocks = 0.0, sizes.layers
         # The head's logits are freed before the blocks' gradients exist, so they can overlap.
         linear = kept + blocks * one + ONE_BLOCK * states
-        quadratic = (SCORES * min(blocks, attending) + ONE_BLOCK_SCORES) * scores
+        kept_scores = SCORES * min(blocks, attending) * scores
+        one_block = ONE_BLOCK_SCORES * scores
+        if rows and self._tiles(sizes):
+            kept_scores = 0.0
+            one_block = TILED_SCORES * paths * sizes.heads * min(length, TILE) ** 2
         targets = paths * plan.max_completion_tokens
-        work = ONE_BLOCK * states + ONE_BLOCK_SCORES * scores
+        work = ONE_BLOCK * states + one_block
         if plan.grad_checkpoint:
-            work += one + SCORES * scores
+            work += one + kept_scores
         head = head_bytes(plan.head_chunk, targets, sizes.vocabulary) - workload.float_bytes * work
         size = workload.float_bytes
-        return size * linear, size * quadratic, max(0.0, head)
+        return size * linear, size * (kept_scores + one_block), max(0.0, head)
+
+    def _tiles(self, sizes: Sizes) -> bool:
+        """Return True if all attention layers of whole rows recompute their scores."""
+        full = all(window in (FULL, NONE) for window in sizes.windows)
+        return self.tiled and full and sizes.head_dim in TILED_HEADS
+
+
+def recomputes_scores(device: str, mlx: str | None = None) -> bool:
+    """Return True if MLX's gradient of causal attention recomputes its scores on this device.
+
+    mlx: its version; None: the installed one.
+    """
+    numbers = [int(part) for part in re.findall(r"\d+", mlx or version("mlx"))[:3]]
+    switched_off = os.environ.get("MLX_SDPA_VJP_FALLBACK", "0") != "0"
+    return device == "metal" and numbers >= [0, 32, 4] and not switched_off
 
 
 def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from arrays import NAMES, array_policy
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.smollm3 import NoPE
 
-from localrl.backend import mx, nn
+from localrl.backend import mx, nn, tree_flatten
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import model as cpu_model
 from localrl.engines.cpu.decode import _rows_of as rows_of
@@ -224,6 +225,19 @@ def test_models_that_are_left_to_mlx(tmp_path, changes, reason):
     with pytest.raises(UnfitError, match=reason):
         CPUModel(policy.model)
     assert choose_engine(policy).engine.name == "mlx"
+
+
+def test_weights_are_joined_a_block_at_a_time(tmp_path, monkeypatch):
+    """NumPy's copies are not in MLX's memory, so no plan counts those of a whole model."""
+    wide = {"hidden_size": 128, "num_hidden_layers": 8, "intermediate_size": 512}
+    policy = made(tmp_path / "model", bits=None, **wide)
+    monkeypatch.setattr(cpu_model, "choose", lambda sizes: None)  # times kernels on arrays
+    block = sum(array.nbytes for _, array in tree_flatten(policy.model.layers[0].parameters()))
+    tracemalloc.start()
+    CPUModel(policy.model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * block
 
 
 def test_positions_that_depend_on_the_length(tmp_path):

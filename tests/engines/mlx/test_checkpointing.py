@@ -13,7 +13,7 @@ from steps import plan, relative_difference, selection
 
 from localrl.backend import mx, tree_flatten
 from localrl.config import LearningConfig
-from localrl.engines.mlx.checkpointing import checkpointed
+from localrl.engines.mlx.checkpointing import PROBED, checkpointed
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.engines.mlx.network import Network
 from localrl.learning.objectives import OBJECTIVES
@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_the_plain_ones(tmp_path, family, shared):
     plain, one = gradient(policy, shared, False, batch())
     again, other = gradient(policy, shared, True, batch())
     assert relative_difference(again, plain) < 1e-6
-    assert vars(one) == vars(other)
+    assert one.sums() == other.sums()
     assert one.kl > 0
 
 
@@ -101,6 +101,11 @@ def test_the_model_is_what_it_was(policy):
     after = dict(tree_flatten(policy.model.parameters()))
     assert after.keys() == before.keys()
     assert mx.array_equal(policy.model(tokens), logits).item()
+
+
+def test_the_probe_is_longer_than_metals_vector_kernels_take():
+    """They raise an error in a gradient, with mlx 0.32.4."""
+    assert PROBED > 8
 
 
 def test_an_error_in_a_block_leaves_its_parameters(policy, monkeypatch):

@@ -49,8 +49,8 @@ def step(folder, layers, *, adapted, prepared=True, shared=False):
     [
         ({"adapted": False}, 18),
         ({"adapted": True, "prepared": False}, 18 + 7 * 5),
-        ({"adapted": True}, 23),
-        ({"adapted": True, "shared": True}, 29),
+        ({"adapted": True}, 26),
+        ({"adapted": True, "shared": True}, 32),
     ],
 )
 def test_kernels_of_a_block(tmp_path, options, block):

@@ -68,6 +68,7 @@ def whole(policy, *rows):
     return np.stack([np.array(policy.model(mx.array([row]))[0, -1]) for row in rows])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "shape",
     [
