@@ -98,9 +98,7 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     call = (list(args), dict(kwargs))
     cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, LEVELS)), None)
 
-    def compute(
-        trainable: Any, given: list[mx.array], lineage: list[Own]
-    ) -> tuple[Any, Own | None]:
+    def compute(trainable: Any, given: list[mx.array], lineage: list[Own]) -> tuple[Any, Own]:
         renewed = None if cache is None else cache.renewed(lineage)
         arrays = iter(given)
         swapped = tree_map(lambda leaf: _swap(leaf, arrays, renewed), call)
@@ -111,13 +109,16 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         finally:
             block.update(before)
         # Results are kept in memory, so the last level, to which none attends, returns none.
-        return result, None if renewed is None or renewed.last else renewed.own
+        own = () if renewed is None or renewed.last else renewed.own or ()
+        # Views, since a block may return the same arrays, and of two equal results MLX's gradient
+        # sees only one.
+        return result, tuple(mx.squeeze(mx.expand_dims(array, 0), 0) for array in own)
 
     leaves: Any = tree_flatten(call)
     given = [leaf for _, leaf in leaves if _floating(leaf)]
     lineage = [] if cache is None else cache.lineage()
     result, own = mx.checkpoint(compute)(block.trainable_parameters(), given, lineage)
-    if cache is not None and own is not None:
+    if cache is not None and own:
         cache.own = own
     return result
 

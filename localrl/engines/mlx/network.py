@@ -69,12 +69,10 @@ def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
         sixteen = packed and not float_kinds(layer) <= {mx.float32}
         return Network(model, body, Float32Head(layer) if sixteen else plain, probe, split)
     rest = AfterBody(text)
-    split = _compare(rest, states, whole)
-    return (
-        Network(model, body, rest, probe, split)
-        if split.accepted
-        else Network(model, probe=probe, split=split)
-    )
+    other = _compare(rest, states, whole)
+    if other.accepted:
+        return Network(model, body, rest, probe, other)
+    return Network(model, probe=probe, split=split)
 
 
 def _compare(head: Any, states: mx.array, whole: np.ndarray) -> Check:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,6 +125,7 @@ class PrefixCache:
         """Keys and values of the rows' own tokens; its offsets include the prompts."""
         self.tail.step = step
         self.tail.offset = mx.array(prompts.lengths[rows])
+        self._fetched: mx.array | None = None
         self._ragged = False
         self._assign(prompts, rows)
 
@@ -154,7 +156,10 @@ class PrefixCache:
         if keys.shape[2] != 1 or not self.attended:
             raise ValueError("shared prompts support attention of one token at a time only")
         self.attended = False
-        return self.tail.update_and_fetch(keys, values)
+        tails = self.tail.update_and_fetch(keys, values)
+        self._fetched = tails[0]
+        _OWNERS[id(self._fetched)] = self
+        return tails
 
     def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array | None:
         """Mask (B, 1, 1, T) to add to the tails' scores; None if all have the same length.
@@ -164,6 +169,12 @@ class PrefixCache:
         if window_size is not None:
             raise ValueError("shared prompts support attention without windows only")
         return _added(self.tail.make_mask(n), self.prompts.keys.dtype) if self._ragged else None
+
+    @staticmethod
+    def owner(keys: mx.array) -> PrefixCache | None:
+        """Return the cache that has returned these keys last, for layers that share another's."""
+        found = _OWNERS.get(id(keys))
+        return found if found is not None and found._fetched is keys else None
 
     def filter(self, indices: mx.array) -> None:
         """Keep these rows; an index that repeats forks its row."""
@@ -180,6 +191,10 @@ class PrefixCache:
 
     def _look(self) -> None:
         self._ragged = bool(self.tail.left_padding.max().item())
+
+
+_OWNERS: weakref.WeakValueDictionary[int, PrefixCache] = weakref.WeakValueDictionary()
+"""Caches by the id of the keys that they have returned last."""
 
 
 def fork_prompts(
@@ -237,6 +252,7 @@ def _dispatch(
 ) -> mx.array:
     from mlx_lm.models import base
 
+    cache = PrefixCache.owner(keys) if cache is None else cache
     attention = _attend if isinstance(cache, PrefixCache) else base.scaled_dot_product_attention
     return attention(queries, keys, values, cache, *args, **options)
 

@@ -52,7 +52,10 @@ def gradient(policy: Policy, shared: bool, recomputed: bool, batch: Batch):
 
 @pytest.mark.parametrize(
     ("family", "shared"),
-    [(name, True) for name in ("qwen3", "llama", "gemma3_text", "qwen3_moe", "lfm2", "qwen3_5")]
+    [
+        (name, True)
+        for name in ("qwen3", "llama", "gemma3_text", "qwen3_moe", "gemma4_text", "lfm2", "qwen3_5")
+    ]
     + [(name, False) for name in ("qwen3", "gemma3_text", "qwen3_moe", "lfm2", "qwen3_5")],
 )
 def test_loss_and_gradient_are_the_plain_ones(tmp_path, family, shared):
