@@ -30,9 +30,6 @@ LEARNING = LearningConfig(clip_low=1.0, clip_high=100.0)
 GEMMA3 = {"model_type": "gemma3", "text_config": {**tiny.CONFIG, **tiny.FAMILIES["gemma3_text"]}}
 FAMILIES = {**tiny.FAMILIES, "gemma3": GEMMA3}
 """`gemma3` is the text part of a model that sees images."""
-ROWS_ALONE = {"lfm2"}
-"""Families whose completions are scored one by one: convolutions keep more than keys and values."""
-
 WRONG = {
     "nemotron_h": {
         "model_type": "nemotron_h",
@@ -107,9 +104,8 @@ def test_the_chunked_head_gives_the_logprobs_of_whole_logits(policy):
     np.testing.assert_allclose(np.array(parts), np.array(whole), atol=1e-4)
 
 
-def test_shared_prefixes_score_as_rows_or_are_not_used(policy):
-    agrees = forest_agrees(policy, batch(), temperature=0.8, head_chunk=16)
-    assert agrees == (family(policy) not in ROWS_ALONE)
+def test_shared_prefixes_score_as_rows(policy):
+    assert forest_agrees(policy, batch(), temperature=0.8, head_chunk=16)
 
 
 def test_every_adapter_learns_through_quantised_weights(policy):

@@ -19,6 +19,10 @@ from localrl.backend import mx
 from localrl.engines.mlx.network import Network
 from localrl.policy.forest_packing import Layout, Level
 
+FEW_QUERIES = 8
+"""Queries up to which mlx 0.32.4 takes its vector kernels on Metal, which have no gradient for
+causal attention and raise an error."""
+
 
 def forest_states(network: Network, layout: Layout) -> mx.array:
     """Hidden states (positions, d) before the head, of all levels, one after another."""
@@ -72,8 +76,13 @@ class LevelCache:
         self._whole = keys, values
         return keys, values
 
-    def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array:
-        """Mask (R, 1, n, P + n): real ancestors and causal own positions, within the window."""
+    def make_mask(self, n: int, window_size: int | None = None, **_: Any) -> mx.array | str:
+        """Mask (R, 1, n, P + n): real ancestors and causal own positions, within the window.
+
+        It is "causal" for prompts, of which MLX may have a gradient that keeps no scores.
+        """
+        if self._above is None and window_size is None and n > FEW_QUERIES:
+            return "causal"
         real = np.concatenate([self._valid, np.ones((len(self._valid), n), bool)], axis=1)
         before = self._valid.sum(axis=1, keepdims=True)  # (R, 1)
         own = before + np.arange(n)  # (R, n) position of each query

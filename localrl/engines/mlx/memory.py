@@ -2,8 +2,8 @@
 
 The constants are fitted to measurements on the CPU backend (`benchmarks/memory.md`). From mlx
 0.32.4 on, the gradient of causal attention on Metal recomputes the scores, a tile at a time. That
-is for `mask="causal"` alone, which only whole rows pass; forests pass arrays and keep all scores,
-and so does the CPU with any mask.
+is for `mask="causal"` alone, which a forest's prompts pass; its completions pass arrays and keep
+all scores, and so does the CPU with any mask.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from localrl.engines.mlx.decode import CACHE_STEP
+from localrl.engines.mlx.gated_delta import CHUNK
 from localrl.memory.estimate import Workload, paths_at_once
 from localrl.memory.sizes import FULL, NONE, Sizes, lora_parameters
 from localrl.records import MemoryPlan
@@ -32,6 +33,8 @@ SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
 TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
 """Positions along each side of a tile of the recomputed scores, arrays of that size for all heads,
 and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
+CHUNK_STATES, ROW_STATES = 2.0, 3.0
+"""Copies of a layer's state for each chunk of tokens, and for each row of a level."""
 ONE_BLOCK = 17.0
 """Further numbers per position in the current block, in multiples of the width."""
 PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
@@ -101,42 +104,44 @@ class MLXMemory:
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
     ) -> tuple[float, float, float]:
         """Bytes that grow with positions, with their square, and with the head's chunks."""
-        paths, rows = paths_at_once(workload, plan), NONE in sizes.windows
-        length = plan.max_prompt_tokens + plan.max_completion_tokens
-        if rows:  # families that do not share prompts
-            positions, pairs = paths * length, paths * length**2
-            copied = 0
-        else:
-            prompt = plan.max_prompt_tokens
-            trees = math.ceil(paths / max(1, plan.group_size))
-            positions = trees * prompt + paths * plan.max_completion_tokens
-            pairs = trees * prompt**2 + paths * plan.max_completion_tokens * length
-            copied = paths * prompt * 2 * sizes.kv_heads * sizes.head_dim
+        paths, prompt = paths_at_once(workload, plan), plan.max_prompt_tokens
+        trees = math.ceil(paths / max(1, plan.group_size))
+        positions = trees * prompt + paths * plan.max_completion_tokens
+        copied = paths * prompt * 2 * sizes.kv_heads * sizes.head_dim
         one = _kept(sizes, workload.rank) * positions + ANCESTORS * copied
         states = positions * sizes.width
         attending = sum(window != NONE for window in sizes.windows)
-        scores = pairs * sizes.heads
         if plan.grad_checkpoint:
             kept, blocks = sizes.layers * states + 2 * sizes.layers * positions * _keys(sizes), 1
         else:
             kept, blocks = 0.0, sizes.layers
         # The head's logits are freed before the blocks' gradients exist, so they can overlap.
         linear = kept + blocks * one + ONE_BLOCK * states
+        scores, one_block = self._scores(sizes, plan, paths, trees)
         kept_scores = SCORES * min(blocks, attending) * scores
-        one_block = ONE_BLOCK_SCORES * scores
-        if rows and self._tiles(sizes):
-            kept_scores = 0.0
-            one_block = TILED_SCORES * paths * sizes.heads * min(length, TILE) ** 2
         targets = paths * plan.max_completion_tokens
         work = ONE_BLOCK * states + one_block
         if plan.grad_checkpoint:
             work += one + kept_scores
         head = head_bytes(plan.head_chunk, targets, sizes.vocabulary) - workload.float_bytes * work
         size = workload.float_bytes
-        return size * linear, size * (kept_scores + one_block), max(0.0, head)
+        linear = size * linear + recurrent_bytes(sizes, positions, paths + trees)
+        return linear, size * (kept_scores + one_block), max(0.0, head)
+
+    def _scores(
+        self, sizes: Sizes, plan: MemoryPlan, paths: int, trees: int
+    ) -> tuple[float, float]:
+        """Numbers of scores that every block keeps, and that the current block holds besides."""
+        prompt, tokens = plan.max_prompt_tokens, plan.max_completion_tokens
+        after = paths * tokens * (prompt + tokens) * sizes.heads
+        before = trees * prompt**2 * sizes.heads
+        if not self._tiles(sizes):
+            return after + before, ONE_BLOCK_SCORES * (after + before)
+        tile = TILED_SCORES * trees * sizes.heads * min(prompt, TILE) ** 2
+        return after, max(ONE_BLOCK_SCORES * after, tile)
 
     def _tiles(self, sizes: Sizes) -> bool:
-        """Return True if all attention layers of whole rows recompute their scores."""
+        """Return True if all attention layers recompute the scores of prompts."""
         full = all(window in (FULL, NONE) for window in sizes.windows)
         return self.tiled and full and sizes.head_dim in TILED_HEADS
 
@@ -149,6 +154,11 @@ def recomputes_scores(device: str, mlx: str | None = None) -> bool:
     numbers = [int(part) for part in re.findall(r"\d+", mlx or version("mlx"))[:3]]
     switched_off = os.environ.get("MLX_SDPA_VJP_FALLBACK", "0") != "0"
     return device == "metal" and numbers >= [0, 32, 4] and not switched_off
+
+
+def recurrent_bytes(sizes: Sizes, positions: int, rows: int) -> float:
+    """Bytes of recurrent states in float32: of each chunk, and of each row's beginning and end."""
+    return 4 * sizes.state_numbers * (CHUNK_STATES * positions / CHUNK + ROW_STATES * rows)
 
 
 def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:
