@@ -17,7 +17,7 @@ import numpy as np
 from localrl.backend import mx, nn, tree_flatten
 from localrl.engines.mlx.checkpointing import body_of
 from localrl.engines.mlx.logprobs import gather_logprobs
-from localrl.engines.mlx.network import Network
+from localrl.engines.mlx.network import Network, in_training
 from localrl.policy.model import FloatChoice, LoadedModel
 from localrl.policy.precision import cast_floats, dequantise, float32_activations, float_kinds
 from localrl.policy.selfcheck import Check, difference
@@ -117,7 +117,7 @@ def _largest(model: Any, prompt: Sequence[int]) -> float:
     tokens = mx.array([list(prompt)])
 
     def score() -> tuple[mx.array, list[mx.array]]:
-        with _watched(model) as seen:
+        with in_training(model), _watched(model) as seen:
             logits = model(tokens)[0, :-1]
             return gather_logprobs(logits, tokens[0, 1:], 1.0).sum(), list(seen)
 

@@ -8,6 +8,7 @@ from localrl.backend import mx
 from localrl.engines.floats import Prompts, settle_floats
 from localrl.engines.mlx.activations import use_fast_swiglu
 from localrl.engines.mlx.engine import open_engine
+from localrl.engines.mlx.gated_delta import use_chunks
 from localrl.policy.lora import attach, fill
 from localrl.policy.model import LoadedModel, Policy
 from localrl.policy.precision import dequantise
@@ -38,6 +39,7 @@ def make_policy(
     that float16 is tried with.
     """
     model, probe = loaded.model, loaded.tokenizer.plain_tokens()
+    use_chunks(model)
     if dense:
         dequantise(model, as_float32=dtype == "fp32" or (for_cpu and dtype in (None, "auto")))
     floats, checks = settle_floats(loaded, dtype, prompts or (probe,), for_cpu=for_cpu, dense=dense)

@@ -15,7 +15,7 @@ import numpy as np
 
 from localrl.backend import mx, nn, tree_flatten, tree_map
 from localrl.engines.mlx.forest import AnyLevel, LevelCache, LevelState, Own
-from localrl.engines.mlx.network import Network
+from localrl.engines.mlx.network import Network, in_training
 from localrl.policy.precision import float32_activations
 from localrl.policy.selfcheck import Check
 
@@ -105,7 +105,8 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         before = block.trainable_parameters()
         try:
             block.update(trainable)
-            result = block(*swapped[0], **swapped[1])
+            with in_training(block):
+                result = block(*swapped[0], **swapped[1])
         finally:
             block.update(before)
         # Results are kept in memory, so the last level, to which none attends, returns none.
@@ -148,7 +149,7 @@ def _probe(network: Network, context: AbstractContextManager[None]) -> dict[str,
     """Gradient of a scalar function of all logits w.r.t. every adapter's weights."""
 
     def loss() -> mx.array:
-        with context:
+        with in_training(network.model), context:
             logits = network.model(mx.array([network.probe[:PROBED]]))
         return mx.square(logits.astype(mx.float32)).mean()
 

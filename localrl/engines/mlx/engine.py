@@ -13,8 +13,7 @@ from localrl.backend import mx
 from localrl.engines.mlx import checkpointing, decode, logprobs
 from localrl.engines.mlx.adapters import Siblings, find_siblings, prepare
 from localrl.engines.mlx.checkpointing import checkpointed
-from localrl.engines.mlx.gated_delta import use_chunks
-from localrl.engines.mlx.network import SMALL_IDS, Network, open_network
+from localrl.engines.mlx.network import SMALL_IDS, Network, in_training, open_network
 from localrl.policy.packing import MicroBatch
 from localrl.policy.selfcheck import Check
 
@@ -82,15 +81,11 @@ class MLXEngine:
         recompute: bool = False,
     ) -> mx.array:
         """Float32 log-probabilities (N,); MLX's graph always keeps what a gradient needs."""
-        # Some layers of mlx-lm have kernels without a gradient, unless a model is in training.
-        self.network.model.train(gradient)
-        try:
-            with checkpointed(self.network) if recompute else nullcontext():
-                return logprobs.token_logprobs(
-                    self.network, micro, temperature=temperature, head_chunk=head_chunk
-                )
-        finally:
-            self.network.model.eval()
+        recomputed = checkpointed(self.network) if recompute else nullcontext()
+        with in_training(self.network.model, gradient), recomputed:
+            return logprobs.token_logprobs(
+                self.network, micro, temperature=temperature, head_chunk=head_chunk
+            )
 
     def head_logprobs(
         self, states: np.ndarray, targets: np.ndarray, *, temperature: float, chunk: int
@@ -105,5 +100,4 @@ class MLXEngine:
 
 def open_engine(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> MLXEngine:
     """Open the engine of a model with its adapters attached. probe: see `Network`."""
-    use_chunks(model)
     return MLXEngine(open_network(model, probe), find_siblings(model))

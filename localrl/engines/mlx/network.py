@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,20 @@ class Network:
         if self.hidden is None or self.head is None:
             return self.model(tokens, cache=cache)[rows, at]
         return self.head(self.hidden(tokens, cache=cache)[rows, at])
+
+
+@contextmanager
+def in_training(model: Any, wanted: bool = True) -> Iterator[None]:
+    """Within this context a model's layers have a gradient, if it is wanted.
+
+    Some of mlx-lm's, such as gated delta nets, have kernels without one outside of training.
+    """
+    before = model.training
+    model.train(wanted)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import tiny
+from forests import flat_group, scored
+from steps import plan, selection
 
 from localrl.backend import mx
+from localrl.config import LearningConfig
 from localrl.engines.mlx.gated_delta import CHUNK, _inverse, gated_delta
+from localrl.learning.objectives import OBJECTIVES
+from localrl.learning.update import Updater
 
 
 def draw(tokens, *, rows=2, key_heads=2, heads=4, key_size=16, size=8, seed=0):
@@ -96,3 +106,28 @@ def test_sixteen_bits_are_computed_in_float32(dtype):
     expected = loop(*(array.astype(mx.float32) for array in half), given[-1])
     for found, wanted in zip(gated_delta(*half, given[-1]), expected, strict=True):
         assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_where_a_gradient_is_wanted_no_kernel_without_one_is_taken(
+    tmp_path, monkeypatch, recompute
+):
+    """As on Metal, where mlx-lm's kernel has no gradient and is not taken in training."""
+    policy = tiny.make_tiny_policy(tmp_path / "model", **tiny.FAMILIES["qwen3_5"])
+    family = sys.modules[type(policy.model.model).__module__]
+    rule, asked = family.gated_delta_update, []
+
+    def watched(*args, use_kernel, **options):
+        asked.append(use_kernel)
+        return rule(*args, use_kernel=use_kernel, **options)
+
+    monkeypatch.setattr(family, "gated_delta_update", watched)
+    assert policy.engine.check_recompute().accepted
+    assert asked
+    updater = Updater(policy, LearningConfig(lr=0.0), 1.0)
+    updater.shared = True
+    batch = selection(OBJECTIVES["clipped"], [scored(flat_group(4), [1, 0, 0, 1])]).batch
+    updater.gradient(batch, replace(plan(4), grad_checkpoint=recompute))
+    assert not any(asked)
+    policy.engine.prefill(np.array([[5, 6, 7]]), [3])
+    assert all(asked[-3:])
