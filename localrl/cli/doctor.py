@@ -39,9 +39,9 @@ def doctor(model: str | None, quantize: int, device: str | None, as_json: bool) 
     for row in chain(look_at_machine(), look_at_model(model, quantize) if model else ()):
         rows.append(row)
         if not as_json:
-            click.echo(f"{MARKS[row.status]}  {row.id:24}{printable(row.text)}")
+            click.echo(f"{MARKS[row.status]}  {row.id:27}{printable(row.text)}")
             if row.todo:
-                click.echo(f"{'':30}-> {printable(row.todo)}")
+                click.echo(f"{'':33}-> {printable(row.todo)}")
     if as_json:
         click.echo(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
     if any(row.status == "fail" for row in rows):

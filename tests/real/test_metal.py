@@ -94,14 +94,14 @@ def test_it_begins_trains_and_evaluates_without_an_untrue_warning(
 
 
 def test_a_policy_that_does_not_move_is_not_taken_for_one_that_does(folder, place, tmp_path):
-    """At a learning rate of 0, in bfloat16: nothing is clipped, nothing drifts, all is reused."""
+    """At a learning rate of 0, in bfloat16: nothing is clipped, nothing drifts, most is reused."""
     gc.collect()
     settings = {
         "learning.objective": "gspo",
         "learning.lr": 0.0,
         "learning.updates_per_step": 2,
         "rollout.prompts_per_step": 3,
-        "rollout.group_size": 2,
+        "rollout.group_size": 4,
         "rollout.reuse": 1.0,
         "task.eval_prompts": 0,
     }
@@ -116,7 +116,9 @@ def test_a_policy_that_does_not_move_is_not_taken_for_one_that_does(folder, plac
         assert step["update/drift"] == 0
     # gspo's range is 3e-4 and 4e-4; sampler and update are hundredths of a nat apart.
     assert steps[0]["sampling/sampling_logp_difference/mean"] > 0.01
-    assert steps[1]["rollout/reused_tokens"] == 3 * 8  # one whole completion of each prompt
+    # Three completions of each prompt, of 8 tokens. Passes of other shapes round otherwise, so a
+    # few are refused; with the sampler's record as the measure a third of the tokens would be.
+    assert steps[1]["rollout/reused_tokens"] > 0.7 * 3 * 3 * 8
 
 
 def test_tf32_stays_below_the_limits(folder):
