@@ -67,6 +67,8 @@ class BlockShape:
     matrices: tuple[Matrix, ...]
     others: int
     """Number of weights of norms and convolutions, which are never quantised."""
+    cached: int = 0
+    """Numbers that a token adds to the cache of the layer: its keys and values."""
 
     def packed(self, packing: Packing) -> BlockShape:
         """Return the block with every matrix quantised whose rows the groups divide."""
