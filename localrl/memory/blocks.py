@@ -17,15 +17,19 @@ def blocks(
         if family.per_layer:
             yield _gemma4(text, family, index, window)
             continue
-        if window == NONE and family.mixer:
-            mixing, others = _MIXERS[family.mixer](text)
-        else:
-            mixing, others = _attention(text, family)
+        mixes = window == NONE and family.mixer
+        mixing, others = _MIXERS[family.mixer](text) if mixes else _attention(text, family)
         has_experts = _has_experts(text, index)
         after = _experts(text, family) if has_experts else _feed_forward(text, family)
-        others += family.norms * text["hidden_size"]
-        cached = 0 if window == NONE else 2 * text["num_key_value_heads"] * text["head_dim"]
-        yield BlockShape((*mixing, *after), others, cached)
+        queries = 0 if mixes else text["num_attention_heads"] * text["head_dim"]
+        yield BlockShape(
+            (*mixing, *after),
+            others + family.norms * text["hidden_size"],
+            cached=0 if window == NONE else 2 * text["num_key_value_heads"] * text["head_dim"],
+            queries=queries,
+            gated=sum(m.outputs for m in mixing[:-1]) if mixes else family.output_gate * queries,
+            inner=_chosen_width(text) if has_experts else _inner(text, family),
+        )
 
 
 def ends(text: Mapping[str, Any], family: Family) -> BlockShape:
@@ -46,12 +50,10 @@ def ends(text: Mapping[str, Any], family: Family) -> BlockShape:
 
 def ffn(text: Mapping[str, Any], family: Family) -> int:
     """Inner width of a feed-forward layer, summed over all experts of a token."""
-    beside = _inner(text, family) if family.per_layer else 0
-    if not _count_experts(text) or (family.per_layer and not text.get("enable_moe_block")):
-        return _inner(text, family)
-    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
-    chosen = next((text[name] for name in names if text.get(name)), 1)
-    return beside + chosen * _expert_width(text) + _shared_width(text)
+    if family.per_layer:
+        beside = _chosen_width(text) if text.get("enable_moe_block") else 0
+        return _inner(text, family) + beside
+    return _chosen_width(text) if _count_experts(text) else _inner(text, family)
 
 
 def _attention(text: Mapping[str, Any], family: Family) -> tuple[list[Matrix], int]:
@@ -137,7 +139,13 @@ def _gemma4(text: Mapping[str, Any], family: Family, index: int, window: int) ->
             Matrix("per_layer_projection", each, width),
         ]
         others += width
-    return BlockShape(tuple(matrices), others, cached)
+    return BlockShape(
+        tuple(matrices),
+        others,
+        cached=cached,
+        queries=own["num_attention_heads"] * own["head_dim"],
+        inner=ffn(own, family),
+    )
 
 
 def _feed_forward(text: Mapping[str, Any], family: Family) -> list[Matrix]:
@@ -175,6 +183,13 @@ def _has_experts(text: Mapping[str, Any], index: int) -> bool:
         and index >= (text.get("first_k_dense_replace") or 0)
         and (index + 1) % (text.get("decoder_sparse_step") or 1) == 0
     )
+
+
+def _chosen_width(text: Mapping[str, Any]) -> int:
+    """Inner width of a layer with experts, summed over those of a token."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+    chosen = next((text[name] for name in names if text.get(name)), 1)
+    return chosen * _expert_width(text) + _shared_width(text)
 
 
 def _expert_width(text: Mapping[str, Any]) -> int:

@@ -173,14 +173,17 @@ def test_each_turn_reads_its_path_again():
     assert (found.caches, found.update) == (plain.caches, plain.update)
 
 
-def test_shared_prompts_count_once():
-    long = replace(PLAN, max_prompt_tokens=400)
-    shared = estimate(SIZES, WORKLOAD, long)
-    hybrid = read_sizes({**tiny.CONFIG, **tiny.FAMILIES["lfm2"]})
-    assert NONE in hybrid.windows
-    alike = replace(hybrid, windows=(FULL,) * 3, state_numbers=0)
-    assert estimate(alike, WORKLOAD, long).linear < estimate(hybrid, WORKLOAD, long).linear
-    assert shared.linear < 4 * estimate(SIZES, WORKLOAD, replace(long, micro_rows=1)).linear
+@pytest.mark.parametrize("name", ["qwen3", "lfm2", "qwen3_5", "gemma4_text"])
+def test_shared_prompts_count_once(name):
+    """In every family: four paths of a tree take less than four times one path."""
+    long, sizes = (
+        replace(PLAN, max_prompt_tokens=400),
+        read_sizes(tiny.CONFIG | tiny.FAMILIES[name]),
+    )
+    one, four = (
+        estimate(sizes, WORKLOAD, replace(long, micro_rows=rows)).linear for rows in (1, 4)
+    )
+    assert one < four < 3 * one
 
 
 @pytest.mark.parametrize("workload", [WORKLOAD, TREE], ids=["flat", "tree"])
@@ -257,8 +260,10 @@ def test_where_causal_attention_recomputes_its_scores(monkeypatch, device, versi
     assert not recomputes_scores(device, version)
 
 
-HYBRID = replace(SIZES, head_dim=64, windows=(NONE, FULL, FULL))
-"""Of a family whose rows do not share prompts."""
+WIDE = replace(SIZES, head_dim=64, windows=(NONE, FULL, FULL))
+"""With heads of a size for which MLX has that gradient, in two of three layers."""
+COMPLETIONS = 2 * 8 * 4 * 156 * (100 + 156)
+"""Bytes of the scores of 4 completions' queries, of 8 heads in 16 bits: their mask is an array."""
 
 
 def quadratic(sizes, *, tiled, plan=PLAN):
@@ -266,22 +271,26 @@ def quadratic(sizes, *, tiled, plan=PLAN):
     return estimate(sizes, replace(WORKLOAD, float_bytes=2, engines=engines), plan).quadratic
 
 
-def test_recomputed_scores_are_those_of_a_tile_in_one_block():
-    """4 rows of 8 heads; kept, they are those of both layers with attention and of one and a half
-    more."""
-    square = 2 * 4 * 8 * 256**2
-    assert quadratic(HYBRID, tiled=False) == 3.5 * square
-    assert quadratic(HYBRID, tiled=True) == 3 * square
-    long = replace(PLAN, max_completion_tokens=2948)
-    assert quadratic(HYBRID, tiled=True, plan=long) == 3 * 2 * 4 * 8 * 1024**2
+def test_recomputed_scores_are_those_of_a_prompt():
+    """Both layers with attention keep scores, and the current block holds one and a half more."""
+    prompts = 2 * 8 * 1 * 100**2
+    assert quadratic(WIDE, tiled=False) == 3.5 * (COMPLETIONS + prompts)
+    assert quadratic(WIDE, tiled=True) == 3.5 * COMPLETIONS
     recomputed = replace(PLAN, grad_checkpoint=True)
-    assert quadratic(HYBRID, tiled=True, plan=recomputed) == 3 * square
+    assert quadratic(WIDE, tiled=True, plan=recomputed) < 3.5 * COMPLETIONS
+
+
+def test_a_tile_of_recomputed_scores_has_a_largest_size():
+    """Of a long prompt's scores one block holds three tiles of 1,024 x 1,024 positions."""
+    long = replace(PLAN, max_prompt_tokens=3000, max_completion_tokens=1)
+    completions = 2 * 8 * 4 * 3001
+    assert quadratic(WIDE, tiled=True, plan=long) == 2 * completions + 3 * 2 * 8 * 1024**2
 
 
 def test_other_scores_are_kept():
-    """Those of forests, whose masks are arrays, of windows, and of heads without such a kernel."""
-    windows = replace(HYBRID, windows=(NONE, FULL, 64))
-    for sizes in (SIZES, replace(SIZES, head_dim=64), windows, replace(HYBRID, head_dim=32)):
+    """Those of families with windows, and of heads without such a gradient."""
+    windows = replace(WIDE, windows=(NONE, FULL, 64))
+    for sizes in (SIZES, windows, replace(WIDE, head_dim=32)):
         assert quadratic(sizes, tiled=True) == quadratic(sizes, tiled=False)
 
 
