@@ -25,7 +25,7 @@ from localrl.records import MemoryPlan
 # Numbers kept for the backward pass per position and block: coefficients of the block's width, its
 # queries, keys (and values), feed-forward width and adapter ranks.
 WIDTH, QUERIES, KEYS, FEED_FORWARD, RANK = 1.5, 4.0, 3.0, 4.7, 1.0
-MIXERS = {"self_attn": 3.0, "conv": 3.0, "linear_attn": 6.0, "mamba": 5.0}
+MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.2, "mamba": 2.2}
 """Numbers kept for each number of attention's gate, or that a recurrent layer or a convolution
 computes from a token."""
 ANCESTORS = 0.8
@@ -37,17 +37,28 @@ TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
 and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
 CHUNK_STATES, ROW_STATES = 2.0, 3.0
 """Copies of a recurrent layer's state for each chunk of tokens, and for each row of a level."""
-PIECE, PIECE_SCORES, ONE_PIECE_SCORES, TOKEN_STATES = 256, 6.0, 6.0, 1.0
-"""Tokens that Mamba 2 computes like attention at a time, copies of their scores kept by every layer
-and further ones in the current one, and copies of a state for each of these tokens there."""
+PIECE, PIECE_SCORES, TOKEN_STATES = 256, 3.0, 1.5
+"""Tokens that Mamba 2 computes like attention at a time, copies of their scores kept by every
+layer, and copies of a state for each of these tokens in the current one."""
 ONE_BLOCK = 17.0
 """Further numbers per position in the current block, in multiples of the width."""
 PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
 """Copies of scores and multiples of the width in prefill, where nothing is kept."""
+PREFILL_PIECES, PREFILL_MIXED = 8.0, 4.0
+"""Copies of the scores within Mamba 2's pieces there, and of what a recurrent layer computes."""
 HEAD_FIRST, HEAD_MORE, HEAD_MOST = 1.2, 0.7, 8.5
 """Number of arrays as large as a chunk's logits: base, per chunk, and maximum. Chunks run one after
 another, but the backend allocates ahead of the computation."""
-GATES = {"gemma": 1.3, "qwen3": 1.0, "llama": 0.94, "qwen2": 0.94, "smollm3": 0.94}
+GATES = {
+    "gemma4": 1.75,
+    "gemma": 1.3,
+    "qwen3": 1.0,
+    "lfm2": 1.0,
+    "granitemoehybrid": 1.0,
+    "llama": 0.94,
+    "qwen2": 0.94,
+    "smollm3": 0.94,
+}
 """Memory of each family's blocks relative to Qwen3's: norms and gates differ."""
 UNKNOWN_GATE = 1.2
 """The same for a family that was not measured: a conservative value."""
@@ -102,8 +113,10 @@ class MLXMemory:
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes of scores and hidden states of the current block."""
         scores = PREFILL_SCORES * sizes.heads * length * length
-        states = PREFILL_STATES * length * sizes.width
-        return workload.float_bytes * prompts * (scores + states)
+        pieces = PREFILL_PIECES * sizes.piece_heads * length * min(length, PIECE)
+        mixed = PREFILL_MIXED * max((block.gated for block in sizes.blocks), default=0)
+        states = length * (PREFILL_STATES * sizes.width + mixed)
+        return workload.float_bytes * prompts * (max(scores, pieces) + states)
 
     def update(
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
@@ -185,7 +198,7 @@ def recurrent_bytes(sizes: Sizes, plan: MemoryPlan, paths: int, trees: int) -> t
         return 4 * state * (at_once * chunks + ends), 0.0
     scores = trees * prompt * min(prompt, PIECE) + paths * tokens * min(tokens, PIECE)
     scores *= sizes.piece_heads
-    quadratic = 4 * scores * (PIECE_SCORES * at_once + ONE_PIECE_SCORES)
+    quadratic = 4 * scores * PIECE_SCORES * at_once
     return 4 * state * (ends + TOKEN_STATES * paths * min(tokens, PIECE)), quadratic
 
 
