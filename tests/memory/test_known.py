@@ -31,14 +31,15 @@ PUBLISHED = {
     "LiquidAI/LFM2-350M": 354_483_968,
     "LiquidAI/LFM2-700M": 742_489_344,
     "LiquidAI/LFM2-1.2B": 1_170_340_608,
+    "LiquidAI/LFM2.5-1.2B-Instruct": 1_170_340_608,
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     # The language models alone, without what sees images and what predicts several tokens.
     "Qwen/Qwen3.5-0.8B": 752_393_024,
     "Qwen/Qwen3.5-2B": 1_881_825_088,
     "Qwen/Qwen3.5-4B": 4_205_751_296,
     "Qwen/Qwen3.5-9B": 8_953_803_264,
-    # As in their GGUF files, less rotary frequencies (256) and the keys and values of layers that use
-    # others', which mlx-lm does not load: of 16 and 15 with a window, and of 4 and 3 without one.
+    # As in their GGUF files, less rotary frequencies (256) and the keys and values of layers that
+    # use others', which mlx-lm does not load: 16 and 15 with a window, 4 and 3 without one.
     "google/gemma-4-E2B-it": 4_647_450_147 - 256 - (2 * 1536 + 1) * (16 * 256 + 4 * 512),
     "google/gemma-4-E4B-it": 7_518_069_290 - 256 - (4 * 2560 + 1) * (15 * 256 + 3 * 512),
     "ibm-granite/granite-4.0-micro": 3_402_836_480,

@@ -25,7 +25,7 @@ from localrl.records import MemoryPlan
 # Numbers kept for the backward pass per position and block: coefficients of the block's width, its
 # queries, keys (and values), feed-forward width and adapter ranks.
 WIDTH, QUERIES, KEYS, FEED_FORWARD, RANK = 1.5, 4.0, 3.0, 4.7, 1.0
-MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.2, "mamba": 2.2}
+MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.0, "mamba": 2.2}
 """Numbers kept for each number of attention's gate, or that a recurrent layer or a convolution
 computes from a token."""
 ANCESTORS = 0.8
@@ -35,11 +35,13 @@ SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
 TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
 """Positions along each side of a tile of the recomputed scores, arrays of that size for all heads,
 and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
-CHUNK_STATES, ROW_STATES = 2.0, 3.0
+CHUNK_STATES, ROW_STATES = 2.0, 1.25
 """Copies of a recurrent layer's state for each chunk of tokens, and for each row of a level."""
 PIECE, PIECE_SCORES, TOKEN_STATES = 256, 3.0, 1.5
 """Tokens that Mamba 2 computes like attention at a time, copies of their scores kept by every
 layer, and copies of a state for each of these tokens in the current one."""
+RECOMPUTED = 1.5
+"""Blocks that exist at once where each is computed again for the backward pass."""
 ONE_BLOCK = 17.0
 """Further numbers per position in the current block, in multiples of the width."""
 PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
@@ -133,7 +135,8 @@ class MLXMemory:
         one, kept = max(blocks), float(sum(blocks))
         attending, at_once = sum(window != NONE for window in sizes.windows), sizes.layers
         if plan.grad_checkpoint:
-            kept, at_once = sizes.layers * states + positions * sum(sizes.cached) + one, 1
+            kept = sizes.layers * states + positions * sum(sizes.cached) + RECOMPUTED * one
+            at_once = 1
         # The head's logits are freed before the blocks' gradients exist, so they can overlap.
         linear = kept + ONE_BLOCK * states
         scores, one_block = self._scores(sizes, plan, paths, trees)
