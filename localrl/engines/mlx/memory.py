@@ -25,7 +25,7 @@ from localrl.records import MemoryPlan
 # Numbers kept for the backward pass per position and block: coefficients of the block's width, its
 # queries, keys (and values), feed-forward width and adapter ranks.
 WIDTH, QUERIES, KEYS, FEED_FORWARD, RANK = 1.5, 4.0, 3.0, 4.7, 1.0
-MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.0, "mamba": 2.2}
+MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.0, "mamba": 2.4}
 """Numbers kept for each number of attention's gate, or that a recurrent layer or a convolution
 computes from a token."""
 ANCESTORS = 0.8
@@ -37,9 +37,9 @@ TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
 and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
 CHUNK_STATES, ROW_STATES = 2.0, 1.25
 """Copies of a recurrent layer's state for each chunk of tokens, and for each row of a level."""
-PIECE, PIECE_SCORES, TOKEN_STATES = 256, 3.0, 1.5
+PIECE, PIECE_SCORES, TOKEN_STATES = 256, 2.6, 1.25
 """Tokens that Mamba 2 computes like attention at a time, copies of their scores kept by every
-layer, and copies of a state for each of these tokens in the current one."""
+layer, and copies of a state for each token of completions in the current one."""
 RECOMPUTED = 1.5
 """Blocks that exist at once where each is computed again for the backward pass."""
 ONE_BLOCK = 17.0
@@ -202,7 +202,7 @@ def recurrent_bytes(sizes: Sizes, plan: MemoryPlan, paths: int, trees: int) -> t
     scores = trees * prompt * min(prompt, PIECE) + paths * tokens * min(tokens, PIECE)
     scores *= sizes.piece_heads
     quadratic = 4 * scores * PIECE_SCORES * at_once
-    return 4 * state * (ends + TOKEN_STATES * paths * min(tokens, PIECE)), quadratic
+    return 4 * state * (ends + TOKEN_STATES * paths * tokens), quadratic
 
 
 def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:
