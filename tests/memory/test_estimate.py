@@ -17,6 +17,7 @@ from localrl.engines.cpu import attention
 from localrl.engines.cpu import memory as cpu_memory
 from localrl.engines.cpu.memory import fits
 from localrl.engines.memory import engines_for
+from localrl.engines.mlx import memory as mlx_memory
 from localrl.engines.mlx.memory import MLXMemory, head_bytes, recomputes_scores
 from localrl.engines.open import make_policy
 from localrl.learning.update import Updater
@@ -294,10 +295,55 @@ def test_other_scores_are_kept():
         assert quadratic(sizes, tiled=True) == quadratic(sizes, tiled=False)
 
 
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "qwen3_5_moe", "gemma4_text"])
+def test_of_every_block_what_it_computes_is_kept(name):
+    """Hand-worked: a token less in every completion of 4, without scores of attention."""
+    sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES[name])
+    plan, less = PLAN, replace(PLAN, max_completion_tokens=155)
+    memory, workload = MLXMemory(), replace(WORKLOAD, rank=0)
+    found, before = (memory.update(sizes, workload, p)[0] for p in (plan, less))
+    gate = mlx_memory.GATES["gemma4" if name == "gemma4_text" else name[:5].rstrip("_")]
+    numbers = mlx_memory.ONE_BLOCK * 64 + gate * sum(
+        mlx_memory.WIDTH * 64
+        + mlx_memory.QUERIES * block.queries
+        + mlx_memory.KEYS * block.cached / 2
+        + mlx_memory.MIXERS[block.mixer] * block.gated
+        + mlx_memory.FEED_FORWARD * block.inner
+        for block in sizes.blocks
+    )
+    states = mlx_memory.CHUNK_STATES * sizes.state_numbers / 32
+    assert found - before == pytest.approx(4 * 4 * (numbers + states))
+
+
+def test_mamba_keeps_scores_within_pieces_and_a_state_for_each_token():
+    sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES["granitemoehybrid"])
+    long = replace(PLAN, max_prompt_tokens=1000, max_completion_tokens=100)
+    linear, quadratic = mlx_memory.recurrent_bytes(sizes, long, paths=4, trees=1)
+    state = 8 * 16 * 16
+    ends = mlx_memory.ROW_STATES * 2 * 5
+    assert linear == 4 * state * (ends + mlx_memory.TOKEN_STATES * 4 * 100)
+    scores = 8 * (1000 * 256 + 4 * 100**2)
+    assert quadratic == 4 * scores * mlx_memory.PIECE_SCORES * 2
+    again = replace(long, grad_checkpoint=True)
+    recomputed = mlx_memory.recurrent_bytes(sizes, again, paths=4, trees=1)
+    assert recomputed == (linear, quadratic / 2)
+
+
 def test_nothing_is_learned_where_nothing_trains():
     found = estimate(SIZES, replace(WORKLOAD, trains=False), PLAN)
     assert found.optimizer == found.linear == found.quadratic == found.head == 0
     assert found.rollout == estimate(SIZES, WORKLOAD, PLAN).rollout
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4_text", "granitemoehybrid"])
+def test_more_never_takes_less_in_hybrids(name):
+    sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES[name])
+    for plan in (PLAN, replace(PLAN, grad_checkpoint=True)):
+        was = estimate(sizes, WORKLOAD, plan).peak
+        for change in ("micro_rows", "max_prompt_tokens", "max_completion_tokens"):
+            for times in (2, 3, 8):
+                more = replace(plan, **{change: times * getattr(plan, change)})
+                assert estimate(sizes, WORKLOAD, more).peak >= was, change
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
