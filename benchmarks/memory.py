@@ -254,8 +254,8 @@ def main() -> None:
             log.write_bytes(b"\n".join(lines) + b"\n")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     page = HERE / "memory.md"
-    before = page.read_text().split("| model |")[0] if page.exists() else ""
-    page.write_text(before + table(rows))
+    before, _, rest = page.read_text().partition("| model |")
+    page.write_text(before + table(rows) + "\n" + rest.partition("\n\n")[2])
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ SAME = {
     "iquestcoder": "llama",
     "xverse": "llama",
     "qwen3_vl_text": "qwen3",
+    "gemma4_unified": "gemma4",
 }
 """Families that are built like another one, by name."""
 
