@@ -172,7 +172,7 @@ def measure(name: str) -> list[dict[str, Any]]:
                 **run,
                 "peak": peak,
                 "prior": request.estimate(plan).peak,
-                "calibrate_plan": request.estimate(plan, coefficients).peak,
+                "calibrated": request.estimate(plan, coefficients).peak,
                 "parts": vars(request.estimate(plan)),
                 "b": coefficients.linear,
                 "c": coefficients.quadratic,
@@ -231,7 +231,7 @@ def _cells(row: dict[str, Any]) -> list[object]:
     cells: list[object] = [row["shape"], row["group"], row["prompt"], row["length"]]
     cells += [row.get("micro") or PROMPTS * row["group"], "yes" if row.get("checkpoint") else ""]
     cells += [f"{row['peak'][phase] / MIB:.0f}" for phase in ("rollout", "update")]
-    for kind in ("prior", "calibrate_plan"):
+    for kind in ("prior", "calibrated"):
         cells += [f"{row[kind] / MIB:.0f}", f"{100 * (row[kind] / peak - 1):+.0f} %"]
     return [*cells, f"{row['b']:.2f}", f"{row['c']:.2f}", f"{row['resident'] / MIB:.0f}"]
 
