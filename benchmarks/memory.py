@@ -31,6 +31,23 @@ QWEN = {
     "tie_word_embeddings": True,
 }
 WINDOWS = {"sliding_window": 64, "sliding_window_pattern": 3, "query_pre_attn_scalar": 32}
+SMALL: dict[str, Any] = {**QWEN, "hidden_size": 256, "num_hidden_layers": 8,
+    "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "vocab_size": 4096}  # fmt: skip
+DELTA = {"linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4}  # fmt: skip
+MAMBA = {"layer_types": ["mamba", "mamba", "mamba", "attention"] * 2, "attention_bias": False,
+    "embedding_multiplier": 6.0, "attention_multiplier": 0.125, "logits_scaling": 4.0,
+    "residual_multiplier": 0.5, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_proj_bias": False,
+    "mamba_d_state": 64, "mamba_d_conv": 4, "mamba_n_groups": 1,
+    "mamba_conv_bias": True}  # fmt: skip
+CONVOLUTIONS = {"layer_types": ["conv", "conv", "conv", "full_attention"] * 2, "norm_eps": 1e-6,
+    "conv_bias": False, "conv_L_cache": 3, "block_dim": 256, "block_ff_dim": 768,
+    "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False}  # fmt: skip
+GEMMA4 = {"num_kv_shared_layers": 4, "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 4096, "global_head_dim": 128, "sliding_window": 64,
+    "sliding_window_pattern": 4, "final_logit_softcapping": 30.0, "pad_token_id": 0}  # fmt: skip
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "qwen3 1 M, tied": ({**QWEN, "hidden_size": 128, "num_hidden_layers": 4,
         "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -45,6 +62,11 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
         "num_hidden_layers": 6, "intermediate_size": 1024, "num_attention_heads": 4,
         "num_key_value_heads": 1, "vocab_size": 50000, "head_dim": 64,
         "tie_word_embeddings": False}, 0),
+    "qwen3_5 8 M": ({"model_type": "qwen3_5", "tie_word_embeddings": True,
+        "text_config": {**SMALL, **DELTA, "model_type": "qwen3_5_text"}}, 0),
+    "granitemoehybrid 8 M": ({**SMALL, **MAMBA, "model_type": "granitemoehybrid"}, 0),
+    "lfm2 8 M": ({**SMALL, **CONVOLUTIONS, "model_type": "lfm2"}, 0),
+    "gemma4_text 12 M": ({**SMALL, **GEMMA4, "model_type": "gemma4_text"}, 0),
 }  # fmt: skip
 RUNS: tuple[dict[str, Any], ...] = (
     {"group": 8, "prompt": 32, "length": 32},
@@ -55,6 +77,15 @@ RUNS: tuple[dict[str, Any], ...] = (
     {"group": 4, "prompt": 64, "length": 1024, "micro": 1},
 )
 """Completions of a prompt, tokens, rows of a backward pass (0: all); two prompts a step."""
+HYBRIDS: tuple[dict[str, Any], ...] = (
+    {"group": 2, "prompt": 32, "length": 64},
+    {"group": 8, "prompt": 64, "length": 64},
+    {"group": 8, "prompt": 128, "length": 128, "micro": 4},
+    {"group": 8, "prompt": 128, "length": 256, "micro": 4, "checkpoint": True},
+    {"group": 2, "prompt": 256, "length": 256},
+    {"group": 2, "prompt": 64, "length": 512, "micro": 1},
+)
+"""For families with recurrent layers and Gemma 4."""
 QUANTISED: tuple[dict[str, Any], ...] = (
     {"group": 2, "prompt": 32, "length": 32},
     {"group": 4, "prompt": 64, "length": 64, "micro": 2},
@@ -110,7 +141,8 @@ def measure(name: str) -> list[dict[str, Any]]:
     )
     policy = choose_engine(policy)
     rows = []
-    for run in QUANTISED if bits else RUNS:
+    newer = name in list(SHAPES)[-4:]
+    for run in QUANTISED if bits else HYBRIDS if newer else RUNS:
         config = RunConfig.create(
             {
                 "model.path": "random",
@@ -140,7 +172,7 @@ def measure(name: str) -> list[dict[str, Any]]:
                 **run,
                 "peak": peak,
                 "prior": request.estimate(plan).peak,
-                "calibrate_plan": request.estimate(plan, coefficients).peak,
+                "calibrated": request.estimate(plan, coefficients).peak,
                 "parts": vars(request.estimate(plan)),
                 "b": coefficients.linear,
                 "c": coefficients.quadratic,
@@ -199,7 +231,7 @@ def _cells(row: dict[str, Any]) -> list[object]:
     cells: list[object] = [row["shape"], row["group"], row["prompt"], row["length"]]
     cells += [row.get("micro") or PROMPTS * row["group"], "yes" if row.get("checkpoint") else ""]
     cells += [f"{row['peak'][phase] / MIB:.0f}" for phase in ("rollout", "update")]
-    for kind in ("prior", "calibrate_plan"):
+    for kind in ("prior", "calibrated"):
         cells += [f"{row[kind] / MIB:.0f}", f"{100 * (row[kind] / peak - 1):+.0f} %"]
     return [*cells, f"{row['b']:.2f}", f"{row['c']:.2f}", f"{row['resident'] / MIB:.0f}"]
 
@@ -222,8 +254,8 @@ def main() -> None:
             log.write_bytes(b"\n".join(lines) + b"\n")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     page = HERE / "memory.md"
-    before = page.read_text().split("| model |")[0] if page.exists() else ""
-    page.write_text(before + table(rows))
+    before, _, rest = page.read_text().partition("| model |")
+    page.write_text(before + table(rows) + "\n" + rest.partition("\n\n")[2])
 
 
 if __name__ == "__main__":

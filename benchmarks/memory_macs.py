@@ -25,6 +25,12 @@ MODELS = (
     "Llama-3.2-3B-Instruct",
     "gemma-3-1b-it",
     "SmolLM2-360M-Instruct",
+    "Qwen3.5-0.8B",
+    "Qwen3.5-2B",
+    "Qwen3.5-4B",
+    "gemma-4-E2B-it",
+    "LFM2.5-1.2B-Instruct",
+    "granite-4.0-h-tiny",
 )
 GROUP = 8
 

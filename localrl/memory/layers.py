@@ -67,6 +67,19 @@ class BlockShape:
     matrices: tuple[Matrix, ...]
     others: int
     """Number of weights of norms and convolutions, which are never quantised."""
+    cached: int = 0
+    """Numbers that a token adds to the cache of the layer: its keys and values."""
+    queries: int = 0
+    """Width of the queries of its attention; 0: it has none."""
+    gated: int = 0
+    """Width of its attention's gate, or of what its recurrent layer or convolution computes."""
+    inner: int = 0
+    """Inner width of its feed-forward layer, summed over all experts of a token."""
+
+    @property
+    def mixer(self) -> str:
+        """mlx-lm's name of the layer that mixes tokens, the first one: attention, or another."""
+        return self.matrices[0].path.split(".")[0]
 
     def packed(self, packing: Packing) -> BlockShape:
         """Return the block with every matrix quantised whose rows the groups divide."""

@@ -18,14 +18,18 @@ _POSITIVE = (
     *_REQUIRED,
     *("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
     *("sliding_window_pattern", "decoder_sparse_step", "conv_L_cache", "block_multiple_of"),
+    "full_attention_interval",
 )
 _COUNTS = (
     *("sliding_window", "num_experts", "num_local_experts", "n_routed_experts"),
     *("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "block_ff_dim"),
     *("shared_expert_intermediate_size", "first_k_dense_replace", "linear_conv_kernel_dim"),
     *("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads"),
-    "linear_value_head_dim",
+    *("linear_value_head_dim", "shared_intermediate_size", "top_k_experts", "num_kv_shared_layers"),
+    *("hidden_size_per_layer_input", "vocab_size_per_layer_input", "global_head_dim"),
+    "num_global_key_value_heads",
 )
+_MAMBA = ("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_d_conv", "mamba_n_groups")
 _LISTS = ("layer_types", "full_attn_idxs", "mlp_only_layers")
 _FOREIGN = {
     "mxfp4": Packing(4, 32, "mxfp4"),
@@ -47,8 +51,8 @@ def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
             raise ConfigError(
                 f"The config.json has no {name}; give the config.json of a language model."
             )
-    for name in (*_POSITIVE, *_COUNTS):
-        _check_count(name, text.get(name), least=1 if name in _POSITIVE else 0)
+    for name in (*_POSITIVE, *_MAMBA, *_COUNTS):
+        _check_count(name, text.get(name), least=0 if name in _COUNTS else 1)
     for name in _LISTS:
         _check_list(name, text.get(name))
     multiplier = text.get("block_ffn_dim_multiplier", 1.0)
@@ -64,6 +68,9 @@ def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     _default(text, "intermediate_size", 4 * text["hidden_size"])
     _default(text, "tie_word_embeddings", False)
     types = text.get("layer_types")
+    for name in _MAMBA if family.mixer == "mamba" and "mamba" in (types or ()) else ():
+        if name not in text:
+            raise ConfigError(f"The config.json has no {name}, which its Mamba layers need.")
     if types is not None and len(types) != text["num_hidden_layers"]:
         raise ConfigError(
             f"The config.json has {len(types)} layer_types for {text['num_hidden_layers']} layers."

@@ -8,7 +8,7 @@ from typing import Any
 
 from localrl.config import closest
 from localrl.errors import ConfigError
-from localrl.memory import families
+from localrl.memory import blocks, families
 from localrl.memory.families import FULL, NONE
 from localrl.memory.layers import BlockShape, Matrix, Packing
 from localrl.memory.settings import complete, exceptions, packing_of
@@ -45,8 +45,12 @@ class Sizes:
     """True if the head is the embedding."""
     windows: tuple[int, ...]
     """Cache kind of each block: FULL, NONE, or the size of its sliding window in tokens."""
+    tail_numbers: int = 0
+    """Size of the convolutions' last inputs that a row keeps, summed over all blocks."""
     state_numbers: int = 0
-    """Size of a row's recurrent states, summed over all blocks."""
+    """Size of a row's recurrent states, summed over all blocks; they are float32."""
+    piece_heads: int = 0
+    """Number of heads of Mamba 2 layers, which compute like attention within pieces of a row."""
     bits: int = 0
     """Bits of a quantised weight; 0: not quantised."""
     quant_group_size: int = 64
@@ -57,7 +61,7 @@ class Sizes:
     known: bool = True
     """True if the family is known matrix by matrix; False: read as if it were Llama."""
     blocks: tuple[BlockShape, ...] = ()
-    """Contents of each block, for counting weights; filled by `read_sizes`."""
+    """Contents of each block, for counting weights and caches; filled by `read_sizes`."""
     ends: BlockShape | None = None
     """Embedding, last norm, and the head unless it is tied."""
 
@@ -65,6 +69,13 @@ class Sizes:
     def layers(self) -> int:
         """Number of blocks."""
         return len(self.windows)
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """Numbers that a token adds to the cache of each block."""
+        if not self.blocks:
+            return (2 * self.kv_heads * self.head_dim,) * self.layers
+        return tuple(block.cached for block in self.blocks)
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -114,22 +125,25 @@ def read_sizes(config: Mapping[str, Any], *, weight_bytes: int | None = None) ->
     family = families.find_family(config)
     text = complete({**config, **inner}, family)
     windows = families.kinds(text, family)
+    tails, states = families.state_numbers(text, windows)
     found = Sizes(
         family=str(config.get("model_type", "")),
         width=text["hidden_size"],
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
-        ffn=families.ffn(text, family),
+        ffn=blocks.ffn(text, family),
         vocabulary=text["vocab_size"],
         tied=bool(text["tie_word_embeddings"]),
         windows=windows,
-        state_numbers=families.state_numbers(text, windows),
+        tail_numbers=tails,
+        state_numbers=states,
+        piece_heads=text["mamba_n_heads"] if family.mixer == "mamba" and states else 0,
         stored_bytes=weight_bytes,
         float_bytes=4 if "float32" in (text.get("dtype"), text.get("torch_dtype")) else 2,
         known=family.known,
-        blocks=tuple(families.blocks(text, family, windows)),
-        ends=families.ends(text),
+        blocks=tuple(blocks.blocks(text, family, windows)),
+        ends=blocks.ends(text, family),
     )
     settings = config.get("quantization") or text.get("quantization_config")
     return _packed(found, settings) if isinstance(settings, Mapping) else found
@@ -199,9 +213,11 @@ def kv_bytes(
     the first token after it, and then at most its window. prompt: number of tokens prefilled at
     once; None: the row is past its prompt, and windows count as grown by `step`.
     """
-    kept = sum(_kept(window, tokens, step, prompt) for window in sizes.windows)
-    numbers = 2 * sizes.kv_heads * sizes.head_dim * kept + sizes.state_numbers
-    return numbers * bytes_per_number
+    numbers = sizes.tail_numbers + sum(
+        cached * _kept(window, tokens, step, prompt)
+        for window, cached in zip(sizes.windows, sizes.cached, strict=True)
+    )
+    return numbers * bytes_per_number + 4 * sizes.state_numbers
 
 
 def quantised(sizes: Sizes, bits: int) -> Sizes:
@@ -213,8 +229,8 @@ def quantised(sizes: Sizes, bits: int) -> Sizes:
     if bits in (0, sizes.bits) or sizes.ends is None:
         return sizes
     parts = [part.packed(Packing(bits, 32)).packed(Packing(bits, 64)) for part in sizes.parts]
-    if sizes.family == "qwen3_moe":  # mlx-lm's rule for this family
-        parts = [part.overridden({"mlp.gate": {"bits": 8}}) for part in parts]
+    special = families.find_family({"model_type": sizes.family}).eight_bits
+    parts = [part.overridden({path: {"bits": 8} for path in special}) for part in parts]
     return replace(sizes, bits=bits, blocks=tuple(parts[:-1]), ends=parts[-1], stored_bytes=None)
 
 

@@ -17,6 +17,7 @@ from localrl.engines.cpu import attention
 from localrl.engines.cpu import memory as cpu_memory
 from localrl.engines.cpu.memory import fits
 from localrl.engines.memory import engines_for
+from localrl.engines.mlx import memory as mlx_memory
 from localrl.engines.mlx.memory import MLXMemory, head_bytes, recomputes_scores
 from localrl.engines.open import make_policy
 from localrl.learning.update import Updater
@@ -173,14 +174,17 @@ def test_each_turn_reads_its_path_again():
     assert (found.caches, found.update) == (plain.caches, plain.update)
 
 
-def test_shared_prompts_count_once():
-    long = replace(PLAN, max_prompt_tokens=400)
-    shared = estimate(SIZES, WORKLOAD, long)
-    hybrid = read_sizes({**tiny.CONFIG, **tiny.FAMILIES["lfm2"]})
-    assert NONE in hybrid.windows
-    alike = replace(hybrid, windows=(FULL,) * 3, state_numbers=0)
-    assert estimate(alike, WORKLOAD, long).linear < estimate(hybrid, WORKLOAD, long).linear
-    assert shared.linear < 4 * estimate(SIZES, WORKLOAD, replace(long, micro_rows=1)).linear
+@pytest.mark.parametrize("name", ["qwen3", "lfm2", "qwen3_5", "gemma4_text"])
+def test_shared_prompts_count_once(name):
+    """In every family: four paths of a tree take less than four times one path."""
+    long, sizes = (
+        replace(PLAN, max_prompt_tokens=400),
+        read_sizes(tiny.CONFIG | tiny.FAMILIES[name]),
+    )
+    one, four = (
+        estimate(sizes, WORKLOAD, replace(long, micro_rows=rows)).linear for rows in (1, 4)
+    )
+    assert one < four < 3 * one
 
 
 @pytest.mark.parametrize("workload", [WORKLOAD, TREE], ids=["flat", "tree"])
@@ -257,8 +261,10 @@ def test_where_causal_attention_recomputes_its_scores(monkeypatch, device, versi
     assert not recomputes_scores(device, version)
 
 
-HYBRID = replace(SIZES, head_dim=64, windows=(NONE, FULL, FULL))
-"""Of a family whose rows do not share prompts."""
+WIDE = replace(SIZES, head_dim=64, windows=(NONE, FULL, FULL))
+"""With heads of a size for which MLX has that gradient, in two of three layers."""
+COMPLETIONS = 2 * 8 * 4 * 156 * (100 + 156)
+"""Bytes of the scores of 4 completions' queries, of 8 heads in 16 bits: their mask is an array."""
 
 
 def quadratic(sizes, *, tiled, plan=PLAN):
@@ -266,29 +272,78 @@ def quadratic(sizes, *, tiled, plan=PLAN):
     return estimate(sizes, replace(WORKLOAD, float_bytes=2, engines=engines), plan).quadratic
 
 
-def test_recomputed_scores_are_those_of_a_tile_in_one_block():
-    """4 rows of 8 heads; kept, they are those of both layers with attention and of one and a half
-    more."""
-    square = 2 * 4 * 8 * 256**2
-    assert quadratic(HYBRID, tiled=False) == 3.5 * square
-    assert quadratic(HYBRID, tiled=True) == 3 * square
-    long = replace(PLAN, max_completion_tokens=2948)
-    assert quadratic(HYBRID, tiled=True, plan=long) == 3 * 2 * 4 * 8 * 1024**2
+def test_recomputed_scores_are_those_of_a_prompt():
+    """Both layers with attention keep scores, and the current block holds one and a half more."""
+    prompts = 2 * 8 * 1 * 100**2
+    assert quadratic(WIDE, tiled=False) == 3.5 * (COMPLETIONS + prompts)
+    assert quadratic(WIDE, tiled=True) == 3.5 * COMPLETIONS
     recomputed = replace(PLAN, grad_checkpoint=True)
-    assert quadratic(HYBRID, tiled=True, plan=recomputed) == 3 * square
+    assert quadratic(WIDE, tiled=True, plan=recomputed) < 3.5 * COMPLETIONS
+
+
+def test_a_tile_of_recomputed_scores_has_a_largest_size():
+    """Of a long prompt's scores one block holds three tiles of 1,024 x 1,024 positions."""
+    long = replace(PLAN, max_prompt_tokens=3000, max_completion_tokens=1)
+    completions = 2 * 8 * 4 * 3001
+    assert quadratic(WIDE, tiled=True, plan=long) == 2 * completions + 3 * 2 * 8 * 1024**2
 
 
 def test_other_scores_are_kept():
-    """Those of forests, whose masks are arrays, of windows, and of heads without such a kernel."""
-    windows = replace(HYBRID, windows=(NONE, FULL, 64))
-    for sizes in (SIZES, replace(SIZES, head_dim=64), windows, replace(HYBRID, head_dim=32)):
+    """Those of families with windows, and of heads without such a gradient."""
+    windows = replace(WIDE, windows=(NONE, FULL, 64))
+    for sizes in (SIZES, windows, replace(WIDE, head_dim=32)):
         assert quadratic(sizes, tiled=True) == quadratic(sizes, tiled=False)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "qwen3_5_moe", "gemma4_text"])
+def test_of_every_block_what_it_computes_is_kept(name):
+    """Hand-worked: a token less in every completion of 4, without scores of attention."""
+    sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES[name])
+    plan, less = PLAN, replace(PLAN, max_completion_tokens=155)
+    memory, workload = MLXMemory(), replace(WORKLOAD, rank=0)
+    found, before = (memory.update(sizes, workload, p)[0] for p in (plan, less))
+    gate = mlx_memory.GATES["gemma4" if name == "gemma4_text" else name[:5].rstrip("_")]
+    numbers = mlx_memory.ONE_BLOCK * 64 + gate * sum(
+        mlx_memory.WIDTH * 64
+        + mlx_memory.QUERIES * block.queries
+        + mlx_memory.KEYS * block.cached / 2
+        + mlx_memory.MIXERS[block.mixer] * block.gated
+        + mlx_memory.FEED_FORWARD * block.inner
+        for block in sizes.blocks
+    )
+    states = mlx_memory.CHUNK_STATES * sizes.state_numbers / 32
+    assert found - before == pytest.approx(4 * 4 * (numbers + states))
+
+
+def test_mamba_keeps_scores_within_pieces_and_a_state_for_each_token():
+    sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES["granitemoehybrid"])
+    long = replace(PLAN, max_prompt_tokens=1000, max_completion_tokens=100)
+    linear, quadratic = mlx_memory.recurrent_bytes(sizes, long, paths=4, trees=1)
+    state = 8 * 16 * 16
+    ends = mlx_memory.ROW_STATES * 2 * 5
+    assert linear == 4 * state * (ends + mlx_memory.TOKEN_STATES * 4 * 100)
+    scores = 8 * (1000 * 256 + 4 * 100**2)
+    assert quadratic == 4 * scores * mlx_memory.PIECE_SCORES * 2
+    again = replace(long, grad_checkpoint=True)
+    recomputed = mlx_memory.recurrent_bytes(sizes, again, paths=4, trees=1)
+    assert recomputed == (linear, quadratic / 2)
 
 
 def test_nothing_is_learned_where_nothing_trains():
     found = estimate(SIZES, replace(WORKLOAD, trains=False), PLAN)
     assert found.optimizer == found.linear == found.quadratic == found.head == 0
     assert found.rollout == estimate(SIZES, WORKLOAD, PLAN).rollout
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4_text", "granitemoehybrid"])
+def test_more_never_takes_less_in_hybrids(name):
+    sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES[name])
+    for plan in (PLAN, replace(PLAN, grad_checkpoint=True)):
+        was = estimate(sizes, WORKLOAD, plan).peak
+        for change in ("micro_rows", "max_prompt_tokens", "max_completion_tokens"):
+            for times in (2, 3, 8):
+                more = replace(plan, **{change: times * getattr(plan, change)})
+                assert estimate(sizes, WORKLOAD, more).peak >= was, change
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])

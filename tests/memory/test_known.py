@@ -31,7 +31,20 @@ PUBLISHED = {
     "LiquidAI/LFM2-350M": 354_483_968,
     "LiquidAI/LFM2-700M": 742_489_344,
     "LiquidAI/LFM2-1.2B": 1_170_340_608,
+    "LiquidAI/LFM2.5-1.2B-Instruct": 1_170_340_608,
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    # The language models alone, without what sees images and what predicts several tokens.
+    "Qwen/Qwen3.5-0.8B": 752_393_024,
+    "Qwen/Qwen3.5-2B": 1_881_825_088,
+    "Qwen/Qwen3.5-4B": 4_205_751_296,
+    "Qwen/Qwen3.5-9B": 8_953_803_264,
+    # As in their GGUF files, less rotary frequencies (256) and the keys and values of layers that
+    # use others', which mlx-lm does not load: 16 and 15 with a window, 4 and 3 without one.
+    "google/gemma-4-E2B-it": 4_647_450_147 - 256 - (2 * 1536 + 1) * (16 * 256 + 4 * 512),
+    "google/gemma-4-E4B-it": 7_518_069_290 - 256 - (4 * 2560 + 1) * (15 * 256 + 3 * 512),
+    "ibm-granite/granite-4.0-micro": 3_402_836_480,
+    "ibm-granite/granite-4.0-h-micro": 3_191_396_096,
+    "ibm-granite/granite-4.0-h-tiny": 6_939_037_248,
 }
 
 
@@ -62,12 +75,23 @@ def test_as_many_weights_as_published(name):
         ("Qwen/Qwen3-8B", 144),
         # 6 of 16 blocks with 8 heads of 64, and states that do not grow.
         ("LiquidAI/LFM2-350M", 12),
+        # 6 of 24 blocks with 2 heads of 256.
+        ("Qwen/Qwen3.5-0.8B", 12),
+        # 12 layers with a window of 512 tokens, and 3 without one, whose heads are wider.
+        ("google/gemma-4-E2B-it", 18),
+        ("ibm-granite/granite-4.0-h-tiny", 8),
     ],
 )
 def test_bytes_that_a_token_adds_to_the_cache(name, kibibytes):
     found = sizes(name)
     grown = [kv_bytes(found, tokens, bytes_per_number=2) for tokens in (64, 128)]
     assert grown[1] - grown[0] == 64 * kibibytes * 1024
+
+
+def test_states_of_hybrids():
+    """In float32, 18 layers of 16 heads have a state of 128 x 128 each, and Granite 36 of 48."""
+    assert sizes("Qwen/Qwen3.5-0.8B").state_numbers == 18 * 16 * 128 * 128
+    assert sizes("ibm-granite/granite-4.0-h-tiny").state_numbers == 36 * 48 * 64 * 128
 
 
 def test_windows_of_gemma():

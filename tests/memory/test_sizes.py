@@ -22,6 +22,7 @@ from localrl.policy.lora import attach
 from localrl.policy.precision import dequantise, quantise, to_float32
 
 GEMMA3_TEXT = {**tiny.CONFIG, **tiny.FAMILIES["gemma3_text"]}
+GEMMA4_TEXT = {**tiny.CONFIG, **tiny.FAMILIES["gemma4_text"]}
 MORE = {
     "gemma3": {"model_type": "gemma3", "text_config": GEMMA3_TEXT},
     "gemma2": {"model_type": "gemma2"},
@@ -58,6 +59,35 @@ MORE = {
         "decoder_sparse_step": 2,
         "mlp_only_layers": [3],
     },
+    "qwen3_5, of one dictionary": {
+        **tiny.FAMILIES["qwen3_5"]["text_config"],
+        "model_type": "qwen3_5",
+        "attention_bias": True,
+        "full_attention_interval": 3,
+    },
+    "gemma4": {"model_type": "gemma4", "vocab_size": 64, "text_config": GEMMA4_TEXT},
+    # As in the largest ones: no embeddings per layer, values that are keys, and experts.
+    "gemma4_text, experts": {
+        **tiny.FAMILIES["gemma4_text"],
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    },
+    "gemma4_text, narrow": {**tiny.FAMILIES["gemma4_text"], "use_double_wide_mlp": False},
+    "granitemoehybrid, experts": {
+        **tiny.FAMILIES["granitemoehybrid"],
+        "mamba_proj_bias": True,
+        "mamba_conv_bias": False,
+        "mamba_n_groups": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 96,
+    },
 }
 FAMILIES = {**tiny.FAMILIES, **MORE}
 
@@ -87,6 +117,17 @@ def stored(config, bits=4, group_size=32):
     return {**config, "quantization": {"bits": bits, "group_size": group_size}}
 
 
+def beside_modules(model):
+    """Number of weights that mlx-lm's count omits: of modules that hold modules as well."""
+    return sum(
+        array.size
+        for module in model.modules()
+        if tree_flatten(module.children(), is_leaf=lambda value: isinstance(value, nn.Module))
+        for array in module.values()
+        if isinstance(array, mx.array)
+    )
+
+
 def held(model):
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
@@ -102,7 +143,8 @@ def test_as_many_weights_as_mlx_lm_makes(name, tied):
     assert found.known
     assert parameters(found).total == total
     packed = parameters(read_sizes(stored(config))).total
-    assert packed == total == get_total_parameters(build(config, 4))
+    model = build(config, 4)
+    assert packed == total == get_total_parameters(model) + beside_modules(model)
 
 
 def test_weights_by_kind_are_those_worked_out_by_hand():
@@ -171,7 +213,13 @@ def test_single_matrices_may_be_packed_otherwise():
     assert found.bits == 4
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "lfm2", "olmo2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen3", "qwen3_moe", "lfm2", "olmo2", "qwen3_5", "qwen3_5_moe", "gemma4"),
+        *("gemma4_text, experts", "granitemoehybrid, experts"),
+    ],
+)
 @pytest.mark.parametrize("width", [64, 96])
 def test_sizes_after_quantising(name, width):
     # Of 96 columns 64 are no divisor: they take groups of 32.
@@ -219,7 +267,13 @@ def test_kinds_of_caches():
     assert read_sizes(config_of("gemma3")).windows == (8, 8, FULL)
     assert read_sizes(config_of("olmo3")).windows == (16, 16, 16, FULL, 16)
     assert read_sizes(config_of("lfm2")).windows == (NONE, FULL, NONE)
-    assert read_sizes(config_of("lfm2")).state_numbers == 2 * 2 * 64
+    assert read_sizes(config_of("lfm2")).tail_numbers == 2 * 2 * 64
+    assert read_sizes(config_of("qwen3_5")).windows == (NONE, NONE, NONE, FULL)
+    assert read_sizes(config_of("granitemoehybrid")).windows == (NONE, FULL, NONE)
+    gemma4 = read_sizes(config_of("gemma4"))
+    assert gemma4.windows == (8, FULL) * 3
+    # The last two have no keys and values of their own; those without a window have wider heads.
+    assert gemma4.cached == (2 * 2 * 16, 2 * 2 * 32) * 2 + (0, 0)
     # mlx-lm lets these keep everything, whatever their configurations say of windows.
     assert read_sizes(config_of("mistral")).windows == (FULL, FULL)
     assert read_sizes(config_of("qwen2", sliding_window=4)).windows == (FULL, FULL)
@@ -267,6 +321,11 @@ def test_experts_of_a_family_that_is_not_known():
         ({"num_attention_heads": 0}, "impossible num_attention_heads"),
         ({"model_type": "olmo3", "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
         ({"model_type": "olmo3", "layer_types": 3}, "layer_types that is not a plain list"),
+        ({"model_type": "qwen3_5", "full_attention_interval": 0}, "full_attention_interval: 0"),
+        (
+            {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
+            "no mamba_n_heads, which its Mamba layers need",
+        ),
         ({"model_type": "lfm2", "full_attn_idxs": [[0]]}, "full_attn_idxs that is not a plain"),
         ({"model_type": "lfm2", "block_ffn_dim_multiplier": "1"}, "block_ffn_dim_multiplier: '1'"),
         ({"quantization": {"bits": 0, "group_size": 64}}, "impossible quantization.bits"),

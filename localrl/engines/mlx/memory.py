@@ -18,14 +18,16 @@ from typing import Any, Literal
 from localrl.engines.mlx.decode import CACHE_STEP
 from localrl.engines.mlx.gated_delta import CHUNK
 from localrl.memory.estimate import Workload, paths_at_once
+from localrl.memory.layers import BlockShape
 from localrl.memory.sizes import FULL, NONE, Sizes, lora_parameters
 from localrl.records import MemoryPlan
 
 # Numbers kept for the backward pass per position and block: coefficients of the block's width, its
 # queries, keys (and values), feed-forward width and adapter ranks.
 WIDTH, QUERIES, KEYS, FEED_FORWARD, RANK = 1.5, 4.0, 3.0, 4.7, 1.0
-ADAPTED = 7
-"""Number of linear layers in a block, each with one adapter."""
+MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.0, "mamba": 2.4}
+"""Numbers kept for each number of attention's gate, or that a recurrent layer or a convolution
+computes from a token."""
 ANCESTORS = 0.8
 """Number of copies of the ancestors' keys and values that a path keeps in each block."""
 SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
@@ -33,16 +35,32 @@ SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
 TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
 """Positions along each side of a tile of the recomputed scores, arrays of that size for all heads,
 and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
-CHUNK_STATES, ROW_STATES = 2.0, 3.0
-"""Copies of a layer's state for each chunk of tokens, and for each row of a level."""
+CHUNK_STATES, ROW_STATES = 2.0, 1.25
+"""Copies of a recurrent layer's state for each chunk of tokens, and for each row of a level."""
+PIECE, PIECE_SCORES, TOKEN_STATES = 256, 2.6, 1.25
+"""Tokens that Mamba 2 computes like attention at a time, copies of their scores kept by every
+layer, and copies of a state for each token of completions in the current one."""
+RECOMPUTED = 1.5
+"""Blocks that exist at once where each is computed again for the backward pass."""
 ONE_BLOCK = 17.0
 """Further numbers per position in the current block, in multiples of the width."""
 PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
 """Copies of scores and multiples of the width in prefill, where nothing is kept."""
+PREFILL_PIECES, PREFILL_MIXED = 8.0, 4.0
+"""Copies of the scores within Mamba 2's pieces there, and of what a recurrent layer computes."""
 HEAD_FIRST, HEAD_MORE, HEAD_MOST = 1.2, 0.7, 8.5
 """Number of arrays as large as a chunk's logits: base, per chunk, and maximum. Chunks run one after
 another, but the backend allocates ahead of the computation."""
-GATES = {"gemma": 1.3, "qwen3": 1.0, "llama": 0.94, "qwen2": 0.94, "smollm3": 0.94}
+GATES = {
+    "gemma4": 1.75,
+    "gemma": 1.3,
+    "qwen3": 1.0,
+    "lfm2": 1.0,
+    "granitemoehybrid": 1.0,
+    "llama": 0.94,
+    "qwen2": 0.94,
+    "smollm3": 0.94,
+}
 """Memory of each family's blocks relative to Qwen3's: norms and gates differ."""
 UNKNOWN_GATE = 1.2
 """The same for a family that was not measured: a conservative value."""
@@ -97,8 +115,10 @@ class MLXMemory:
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes of scores and hidden states of the current block."""
         scores = PREFILL_SCORES * sizes.heads * length * length
-        states = PREFILL_STATES * length * sizes.width
-        return workload.float_bytes * prompts * (scores + states)
+        pieces = PREFILL_PIECES * sizes.piece_heads * length * min(length, PIECE)
+        mixed = PREFILL_MIXED * max((block.gated for block in sizes.blocks), default=0)
+        states = length * (PREFILL_STATES * sizes.width + mixed)
+        return workload.float_bytes * prompts * (max(scores, pieces) + states)
 
     def update(
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
@@ -107,26 +127,32 @@ class MLXMemory:
         paths, prompt = paths_at_once(workload, plan), plan.max_prompt_tokens
         trees = math.ceil(paths / max(1, plan.group_size))
         positions = trees * prompt + paths * plan.max_completion_tokens
-        copied = paths * prompt * 2 * sizes.kv_heads * sizes.head_dim
-        one = _kept(sizes, workload.rank) * positions + ANCESTORS * copied
+        blocks = [
+            _kept(sizes, block, workload.rank) * positions + ANCESTORS * paths * prompt * cached
+            for block, cached in zip(sizes.blocks, sizes.cached, strict=True)
+        ]
         states = positions * sizes.width
-        attending = sum(window != NONE for window in sizes.windows)
+        one, kept = max(blocks), float(sum(blocks))
+        attending, at_once = sum(window != NONE for window in sizes.windows), sizes.layers
         if plan.grad_checkpoint:
-            kept, blocks = sizes.layers * states + 2 * sizes.layers * positions * _keys(sizes), 1
-        else:
-            kept, blocks = 0.0, sizes.layers
+            kept = sizes.layers * states + positions * sum(sizes.cached) + RECOMPUTED * one
+            at_once = 1
         # The head's logits are freed before the blocks' gradients exist, so they can overlap.
-        linear = kept + blocks * one + ONE_BLOCK * states
+        linear = kept + ONE_BLOCK * states
         scores, one_block = self._scores(sizes, plan, paths, trees)
-        kept_scores = SCORES * min(blocks, attending) * scores
+        kept_scores = SCORES * min(at_once, attending) * scores
         targets = paths * plan.max_completion_tokens
         work = ONE_BLOCK * states + one_block
         if plan.grad_checkpoint:
             work += one + kept_scores
         head = head_bytes(plan.head_chunk, targets, sizes.vocabulary) - workload.float_bytes * work
         size = workload.float_bytes
-        linear = size * linear + recurrent_bytes(sizes, positions, paths + trees)
-        return linear, size * (kept_scores + one_block), max(0.0, head)
+        recurrent = recurrent_bytes(sizes, plan, paths, trees)
+        return (
+            size * linear + recurrent[0],
+            size * (kept_scores + one_block) + recurrent[1],
+            max(0.0, head),
+        )
 
     def _scores(
         self, sizes: Sizes, plan: MemoryPlan, paths: int, trees: int
@@ -156,9 +182,27 @@ def recomputes_scores(device: str, mlx: str | None = None) -> bool:
     return device == "metal" and numbers >= [0, 32, 4] and not switched_off
 
 
-def recurrent_bytes(sizes: Sizes, positions: int, rows: int) -> float:
-    """Bytes of recurrent states in float32: of each chunk, and of each row's beginning and end."""
-    return 4 * sizes.state_numbers * (CHUNK_STATES * positions / CHUNK + ROW_STATES * rows)
+def recurrent_bytes(sizes: Sizes, plan: MemoryPlan, paths: int, trees: int) -> tuple[float, float]:
+    """Bytes of recurrent layers beside what a token keeps, linear and quadratic in lengths.
+
+    A gated delta net keeps its float32 state once for each chunk of tokens. Mamba 2 computes like
+    attention within pieces of `PIECE` tokens, and its gradient holds, in one block, a state for
+    each token of a level that goes on from other states.
+    """
+    layers = sum(block.mixer in ("linear_attn", "mamba") for block in sizes.blocks)
+    if not layers or not sizes.state_numbers:
+        return 0.0, 0.0
+    prompt, tokens = plan.max_prompt_tokens, plan.max_completion_tokens
+    at_once = 1 if plan.grad_checkpoint else layers
+    state = sizes.state_numbers / layers
+    ends = ROW_STATES * layers * (paths + trees)
+    if not sizes.piece_heads:
+        chunks = CHUNK_STATES * (trees * prompt + paths * tokens) / CHUNK
+        return 4 * state * (at_once * chunks + ends), 0.0
+    scores = trees * prompt * min(prompt, PIECE) + paths * tokens * min(tokens, PIECE)
+    scores *= sizes.piece_heads
+    quadratic = 4 * scores * PIECE_SCORES * at_once
+    return 4 * state * (ends + TOKEN_STATES * paths * tokens), quadratic
 
 
 def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:
@@ -168,13 +212,10 @@ def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:
     return round(copies * 4 * chunk * vocabulary)
 
 
-def _kept(sizes: Sizes, rank: int) -> float:
+def _kept(sizes: Sizes, block: BlockShape, rank: int) -> float:
     """Numbers kept by one block per position."""
     gate = next((g for family, g in GATES.items() if sizes.family.startswith(family)), UNKNOWN_GATE)
-    queries = sizes.heads * sizes.head_dim
-    mine = WIDTH * sizes.width + QUERIES * queries + KEYS * _keys(sizes)
-    return gate * (mine + FEED_FORWARD * sizes.ffn) + RANK * ADAPTED * rank
-
-
-def _keys(sizes: Sizes) -> int:
-    return sizes.kv_heads * sizes.head_dim
+    mixing = QUERIES * block.queries + KEYS * block.cached / 2 + MIXERS[block.mixer] * block.gated
+    adapted = sum(matrix.kind == "linear" for matrix in block.matrices)
+    mine = WIDTH * sizes.width + mixing + FEED_FORWARD * block.inner
+    return gate * mine + RANK * adapted * rank
