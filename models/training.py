@@ -18,7 +18,7 @@ from localrl.backend import mx, nn, optim  # first, since it prepares the proces
 # isort: split
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import qwen3
+from mlx_lm.utils import _get_classes
 
 QUANTIZATION: dict[str, Any] = {"group_size": 32, "bits": 4}
 MUON_LR = 0.02
@@ -84,16 +84,17 @@ def train(
     *,
     steps: int,
     quantised_steps: int,
-    prepare: Callable[[qwen3.Model], None] = lambda model: None,
+    prepare: Callable[[Any], None] = lambda model: None,
     report_every: int = 100,
-) -> qwen3.Model:
+) -> Any:
     """Train from the seed; the result has float32 weights, made for `QUANTIZATION`.
 
     batch: tokens and mask of a step. quantised_steps: steps at the end that see the weights as 4
-    bits store them. prepare: changes the random weights that training begins with.
+    bits store them. prepare: changes the model that training begins with.
     """
     mx.random.seed(SEED)
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    family, arguments = _get_classes(config)
+    model: Any = family(arguments.from_dict(config))
     prepare(model)
     optimizer = make_optimizer(steps)
     params = tree_map(lambda p: p.astype(mx.float32), model.parameters())
@@ -131,7 +132,7 @@ def write_tokenizer_config(folder: Path, unknown: str, end: str, longest: int) -
     write_json(folder / "tokenizer_config.json", config)
 
 
-def write_model(model: qwen3.Model, folder: Path, config: dict[str, Any]) -> None:
+def write_model(model: Any, folder: Path, config: dict[str, Any]) -> None:
     """Quantise and write the weights and their configuration."""
     nn.quantize(model, **QUANTIZATION)
     weights = dict(tree_flatten(model.parameters()))

@@ -96,7 +96,7 @@ def _run(block: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     values that the block puts into the cache are returned as a result.
     """
     call = (list(args), dict(kwargs))
-    cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, LEVELS)), None)
+    cache: Any = next((a for a in (*args, *kwargs.values()) if isinstance(a, LEVELS)), None)
 
     def compute(trainable: Any, given: list[mx.array], lineage: list[Own]) -> tuple[Any, Own]:
         renewed = None if cache is None else cache.renewed(lineage)

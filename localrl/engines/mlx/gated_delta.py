@@ -113,9 +113,9 @@ def _in_chunks(size: int) -> Any:
 
     def compute(*given: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         state, ys, states = given[-1], [], []
-        for chunk in _split(given[:-1], size):
+        for q, k, v, log_g, beta in _split(given[:-1], size):
             states.append(state)
-            y, state = _compute(*chunk, state)
+            y, state = _compute(q, k, v, log_g, beta, state)
             ys.append(y)
         return mx.concatenate(ys, axis=1), state, mx.stack(states)
 
@@ -127,7 +127,8 @@ def _in_chunks(size: int) -> Any:
             inputs = mx.depends([*chunks[n], states[n]], [back])
             *grads, back = mx.vjp(_compute, inputs, [dy, back])[1]
             found.append(grads)
-        return [*(mx.concatenate(parts[::-1], axis=1) for parts in zip(*found, strict=True)), back]
+        whole = [mx.concatenate(list(parts[::-1]), axis=1) for parts in zip(*found, strict=True)]
+        return [*whole, back]
 
     function: Any = mx.custom_function(compute)
     function.vjp(gradient)
@@ -165,8 +166,7 @@ def _compute(
     return y.swapaxes(1, 2), state
 
 
-@mx.custom_function
-def _inverse(lower: mx.array) -> mx.array:
+def _inverted(lower: mx.array) -> mx.array:
     """Invert I + A for strictly lower triangular A (..., C, C), C a power of two.
 
     Two inverted blocks of size s on the diagonal, R and S, and the block B below R give one of size
@@ -183,6 +183,9 @@ def _inverse(lower: mx.array) -> mx.array:
         blocks = mx.concatenate([top, mx.concatenate([corner, second], axis=-1)], axis=-2)
         s *= 2
     return blocks[..., 0, :, :]
+
+
+_inverse: Any = mx.custom_function(_inverted)
 
 
 @_inverse.vjp
