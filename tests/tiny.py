@@ -106,7 +106,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Capped logits, embeddings per layer, and keys and values shared by the last layers.
     "gemma4_text": {
         "model_type": "gemma4_text",
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 32,
         "vocab_size_per_layer_input": 64,

@@ -271,9 +271,9 @@ def test_kinds_of_caches():
     assert read_sizes(config_of("qwen3_5")).windows == (NONE, NONE, NONE, FULL)
     assert read_sizes(config_of("granitemoehybrid")).windows == (NONE, FULL, NONE)
     gemma4 = read_sizes(config_of("gemma4"))
-    assert gemma4.windows == (8, FULL) * 3
+    assert gemma4.windows == (8, FULL) * 2
     # The last two have no keys and values of their own; those without a window have wider heads.
-    assert gemma4.cached == (2 * 2 * 16, 2 * 2 * 32) * 2 + (0, 0)
+    assert gemma4.cached == (2 * 2 * 16, 2 * 2 * 32, 0, 0)
     # mlx-lm lets these keep everything, whatever their configurations say of windows.
     assert read_sizes(config_of("mistral")).windows == (FULL, FULL)
     assert read_sizes(config_of("qwen2", sliding_window=4)).windows == (FULL, FULL)
