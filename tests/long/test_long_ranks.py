@@ -35,7 +35,7 @@ def test_a_rank_is_killed_and_the_run_goes_on(tiny_folder, tmp_path, killed, aga
 def test_killed_at_random_until_it_is_done(tiny_folder, tmp_path):
     """At any moment, also while it starts or ends; each time both are gone within the limit."""
     random, kills = Random(0), 0
-    words = command(tiny_folder, "run", **{"run.steps": 100, "run.eval_every": 40})
+    words = command(tiny_folder, "run", **{"run.steps": 300, "run.eval_every": 100})
     for _ in range(60):
         processes = together.start(tmp_path, 2, words)
         try:
@@ -53,7 +53,7 @@ def test_killed_at_random_until_it_is_done(tiny_folder, tmp_path):
     else:
         pytest.fail("it never came to an end")
     assert kills
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 101))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 301))
 
 
 def test_twenty_steps_end_within_noise(tiny_folder, tmp_path):
