@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,29 @@ class Siblings:
     layers: tuple[LoRALinear, ...]
     dtype: mx.Dtype
     """Dtype of their input."""
+    frozen: FrozenLayers
+
+
+class FrozenLayers:
+    """The layers below the adapters of siblings."""
+
+    def __init__(self, linears: Sequence[Any]) -> None:
+        self._linears = linears
+
+    @cached_property
+    def joined(self) -> nn.Module:
+        """One layer of them all, of whose arrays each keeps its rows as a view; made once."""
+        linears = self._linears
+        if len(linears) == 1:
+            return linears[0]
+        joined = copy.copy(linears[0])
+        ends = np.cumsum([linear.weight.shape[0] for linear in linears])[:-1].tolist()
+        for name in linears[0]:
+            joined[name] = whole = mx.concatenate([linear[name] for linear in linears])
+            for linear, part in zip(linears, mx.split(whole, ends), strict=True):
+                linear[name] = part
+            mx.eval(whole, [linear[name] for linear in linears])
+        return joined
 
 
 def find_siblings(model: Any) -> tuple[Siblings, ...]:
@@ -55,7 +79,14 @@ def find_siblings(model: Any) -> tuple[Siblings, ...]:
         key = (id(x), *_format(layer.linear))
         groups.setdefault(key, {})[id(layer)] = layer
         inputs[key] = x
-    return tuple(Siblings(tuple(groups[key].values()), inputs[key].dtype) for key in groups)
+    return tuple(
+        Siblings(
+            tuple(group.values()),
+            inputs[key].dtype,
+            FrozenLayers([layer.linear for layer in group.values()]),
+        )
+        for key, group in groups.items()
+    )
 
 
 def prepare(siblings: Iterable[Siblings]) -> None:
@@ -97,7 +128,7 @@ class _Together:
     def __init__(self, group: Siblings) -> None:
         self.dtype = group.dtype
         self.lora_a = mx.concatenate([n.lora_a.astype(group.dtype) for n in group.layers], axis=1)
-        self._linear = _join([layer.linear for layer in group.layers])
+        self._linear = group.frozen.joined
         self._layers = len(group.layers)
         self._x: mx.array | None = None
         self._products: tuple[mx.array, ...] = ()
@@ -141,17 +172,3 @@ class _Part:
         y, product = self._together(x)
         y = mx.addmm(y[:, self._outputs], product[:, self._inputs], self.lora_b)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _join(linears: Sequence[Any]) -> nn.Module:
-    """Join frozen layers into one, of whose arrays each keeps its rows as a view."""
-    if len(linears) == 1:
-        return linears[0]
-    joined = copy.copy(linears[0])
-    ends = np.cumsum([linear.weight.shape[0] for linear in linears])[:-1].tolist()
-    for name in linears[0]:
-        joined[name] = whole = mx.concatenate([linear[name] for linear in linears])
-        for linear, part in zip(linears, mx.split(whole, ends), strict=True):
-            linear[name] = part
-        mx.eval(whole, [linear[name] for linear in linears])
-    return joined

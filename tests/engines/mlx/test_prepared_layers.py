@@ -104,6 +104,16 @@ def test_an_update_and_a_switch_are_seen(make):
     assert [layer.prepared for layer in layers(model)] == kept
 
 
+def test_frozen_weights_are_joined_once(make):
+    model = make()
+    siblings = find_siblings(model)
+    prepare(siblings)
+    frozen = [layer.linear.weight for layer in layers(model)]
+    tiny.stir(model, 1)
+    prepare(siblings)
+    assert all(layer.linear.weight is w for layer, w in zip(layers(model), frozen, strict=True))
+
+
 def test_gradients_pass_by_them(make):
     model = make(dense=True)
 
