@@ -291,8 +291,9 @@ which is not contiguous (with shared prompts about five more in a block). Before
 cast for every token and computed on its own; attention to prompt and tail under two softmaxes.
 Now: adapters cast once per update, products that layers with one input have in common computed
 once. How fast that is on a Mac nobody has measured; on the CPU the engine decodes the model
-above, with adapters, 1.25 times as fast as before at 1 row and 1.21 times at 16, to the same
-tokens (medians of 25 alternating pairs). Made by `benchmarks/launches.py`.
+above, with adapters, 1.06 to 1.25 times as fast as before at 1 row (medians of three series of 12
+to 25 alternating pairs) and 1.21 times at 16, to the same tokens; SmolLM2-135M 1.20 and 1.13
+times (8 pairs), with log-probabilities equal to 1e-5. Made by `benchmarks/launches.py`.
 
 {chr(10).join(rows)}"""
 
