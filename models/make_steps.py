@@ -67,9 +67,9 @@ def encode(text: str) -> list[int]:
     return [VOCABULARY.index(c) for c in text]
 
 
-def batch(step: int) -> Batch:
+def batch(step: int, working_steps: int = WORKING_STEPS) -> Batch:
     """The texts of one step."""
-    guess_rate = WORKING_GUESS_RATE if step < WORKING_STEPS else GUESS_RATE
+    guess_rate = WORKING_GUESS_RATE if step < working_steps else GUESS_RATE
     rows = []
     for index in range(step * BATCH, (step + 1) * BATCH):
         prompt, completion = training_text(index, guess_rate)
