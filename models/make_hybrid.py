@@ -24,7 +24,9 @@ from localrl.engines.mlx.gated_delta import use_chunks
 
 SIZES = {name: value for name, value in CONFIG.items() if name not in ("architectures",)}
 FAMILIES: dict[str, dict[str, Any]] = {
-    # Three gated delta nets and a layer of attention: 0.87 M weights.
+    # Gated delta nets and attention in turn, and all dimensions of a head rotated: with one layer
+    # of attention in four and a quarter of them, as in the published models, a model this small
+    # does not learn to add.
     "qwen3_5": {
         "model_type": "qwen3_5",
         "eos_token_id": CONFIG["eos_token_id"],
@@ -36,9 +38,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
             "linear_conv_kernel_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {
+                "type": "default",
+                "rope_theta": CONFIG["rope_theta"],
+                "partial_rotary_factor": 1.0,
+            },
         },
     },
-    # Windows of 32 tokens and full attention in turn, the last layer with another's keys and
+    # Windows of 48 tokens and full attention in turn, the last layer with another's keys and
     # values, embeddings per layer: 0.80 M weights.
     "gemma4_text": SIZES
     | {
@@ -50,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 32,
         "vocab_size_per_layer_input": CONFIG["vocab_size"],
         "global_head_dim": 32,
-        "sliding_window": 32,
+        "sliding_window": 48,
         "sliding_window_pattern": 2,
         "final_logit_softcapping": 30.0,
         "pad_token_id": 0,
