@@ -1,6 +1,6 @@
 """Predicted against measured peaks of MLX's memory, for random models of several shapes.
 
-    python benchmarks/memory.py            measures what memory.jsonl does not hold, writes memory.md
+    python benchmarks/memory.py            measures what memory.jsonl lacks, writes memory.md
     python benchmarks/memory.py --table    only predicts again, by the formula as it is now
 
 Every row is a step at its worst: all prompts and completions as long as the plan allows, decoded by
@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from memory_shapes import FITTED, OTHERS, SHAPES, Shape, Step
+from memory_shapes import FITTED, LARGE, OTHERS, SHAPES, Shape, Step
 
 from localrl.backend import mx, nn  # before others: it chooses MLX's BLAS
 from localrl.config import RunConfig
@@ -161,10 +161,12 @@ def predict(row: dict[str, Any]) -> dict[str, Any]:
     request = request_of(SHAPES[row["shape"]], Step(**row["step"]))
     plan = MemoryPlan(**row["plan"])
     short = [_shorter(plan, n) for n in DIVISORS]
-    found = solve([Probe(request.estimate(s), p) for s, p in zip(short, row["probes"], strict=True)])
+    found = solve(
+        [Probe(request.estimate(s), p) for s, p in zip(short, row["probes"], strict=True)]
+    )
     peak = max(row["peak"].values())
     prior = request.estimate(plan)
-    calibrated = None if found is None else request.estimate(plan, found)
+    calibrated = None if found is None or request.counted(plan) else request.estimate(plan, found)
     return {**row, "prior": prior, "calibrated": calibrated, "found": found,
         "errors": [(e.peak / peak - 1) if e else float("nan") for e in (prior, calibrated)],
     }  # fmt: skip
@@ -186,10 +188,11 @@ def _cells(row: dict[str, Any]) -> list[object]:
     cells.append("yes" if plan["grad_checkpoint"] else "")
     cells += [f"{row['peak'][phase] / MIB:.0f}" for phase in ("rollout", "update")]
     for kind, error in zip(("prior", "calibrated"), row["errors"], strict=True):
-        cells += [f"{row[kind].peak / MIB:.0f}", f"{100 * error:+.0f} %"] if row[kind] else ["", "none"]
-    found = row["found"]
-    factors = (found.linear, found.quadratic, found.head) if found else (float("nan"),) * 3
-    return [*cells, *(f"{factor:.2f}" for factor in factors)]
+        cells += [f"{row[kind].peak / MIB:.0f}", f"{100 * error:+.0f} %"] if row[kind] else ["", ""]
+    found = row["found"] if row["calibrated"] else None
+    if found is None:  # counted, or no factors explain the passes
+        return [*cells, "", "", ""]
+    return [*cells, *(f"{n:.2f}" for n in (found.linear, found.quadratic, found.head))]
 
 
 def main() -> None:
@@ -217,7 +220,11 @@ def write(rows: list[dict[str, Any]]) -> None:
     """Write the tables into the page, between their headings and what follows."""
     page = HERE / "memory.md"
     text = page.read_text()
-    for heading, shapes in (("## Fitted", FITTED), ("## Others", OTHERS)):
+    for heading, shapes in (
+        ("## Fitted", FITTED),
+        ("## Second shapes", OTHERS),
+        ("## Large vocabularies", LARGE),
+    ):
         own = [row for row in rows if row["shape"] in shapes]
         before, _, rest = text.partition(heading)
         first, _, rest = rest.partition("| model |")

@@ -59,7 +59,9 @@ GEMMA4 = {"model_type": "gemma4_text", "num_kv_shared_layers": 4, "hidden_size_p
     "sliding_window_pattern": 4, "final_logit_softcapping": 30.0, "pad_token_id": 0}  # fmt: skip
 
 
-def sized(width: int, layers: int, inner: int, heads: int, keys: int, size: int, words: int, **more: Any) -> dict[str, Any]:
+def sized(
+    width: int, layers: int, inner: int, heads: int, keys: int, size: int, words: int, **more: Any
+) -> dict[str, Any]:
     """Sizes that all families have, by the names of config.json."""
     return {**BASE, "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner,
         "num_attention_heads": heads, "num_key_value_heads": keys, "head_dim": size,
@@ -154,8 +156,11 @@ OTHERS: dict[str, Shape] = {
 }  # fmt: skip
 """Second shapes of each family, to which nothing was fitted."""
 
-WORDS = {"vocab_size_per_layer_input": 262144, "num_kv_shared_layers": 2,
-    "sliding_window_pattern": 2}
+WORDS = {
+    "vocab_size_per_layer_input": 262144,
+    "num_kv_shared_layers": 2,
+    "sliding_window_pattern": 2,
+}
 LARGE: dict[str, Shape] = {
     "gemma4_text 137 M": Shape(
         {**sized(256, 4, 512, 4, 1, 64, 262144), **GEMMA4, **WORDS},

@@ -139,7 +139,7 @@ class Estimate:
     quadratic: int
     head: int
     gradients: int
-    """Accumulated gradients besides those of a micro-batch."""
+    """Gradients of earlier micro-batches: at its peak a pass has hardly any of its own."""
     optimizer: int
     """Gradients, and the adapters and moments before and after the optimizer step."""
     merged: int = 0
@@ -189,7 +189,7 @@ def estimate(
         linear=linear,
         quadratic=quadratic,
         head=head,
-        gradients=2 * adapter,
+        gradients=adapter * (paths_at_once(workload, plan) < workload.prompts * plan.group_size),
         optimizer=5 * adapter if workload.trains else 0,
     )
 
