@@ -50,10 +50,10 @@ def test_two_passes_show_both_factors():
         assert found is not None
         assert found.measured
         # The priors draw both to 1, the second one more.
-        assert found.linear == pytest.approx(b, abs=0.06)
+        assert found.linear == pytest.approx(b, abs=0.12)
         assert found.quadratic == pytest.approx(c, abs=0.65 * abs(c - 1) + 0.02)
         explained = 400 * found.linear + 160 * found.quadratic + 5 * found.head
-        assert explained == pytest.approx(peaks[1], rel=0.03)
+        assert explained == pytest.approx(peaks[1], rel=0.06)
 
 
 def test_what_was_not_seen_stays_as_it_was_thought():

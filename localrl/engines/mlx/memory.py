@@ -187,7 +187,7 @@ def recurrent_bytes(sizes: Sizes, plan: MemoryPlan, paths: int, trees: int) -> f
     size = next(CHUNKS[block.mixer] for block in sizes.blocks if block.mixer in CHUNKS)
     prompt, tokens = plan.max_prompt_tokens, plan.max_completion_tokens
     at_once = 1 if plan.grad_checkpoint else layers
-    chunks = trees * math.ceil(prompt / size) + paths * math.ceil(tokens / size)
+    chunks = (trees * prompt + paths * tokens) / size
     ends = ROW_STATES * layers * (paths + trees)
     return 4 * sizes.state_numbers / layers * (at_once * CHUNK_STATES * chunks + ends)
 
