@@ -63,6 +63,8 @@ HEAD_FIRST, HEAD_MORE, HEAD_MOST = 1.2, 0.7, 8.5
 another, but the backend allocates ahead of the computation."""
 HEAD_CAPPED = 2.8
 """The same besides where logits are capped, whose steps are kept for the head's gradient."""
+OWN_HEAD = ("gemma2", "gemma4", "granite")
+"""Families whose own code computes the logits, in the activations' format."""
 CAPPED, GELU = ("gemma2", "gemma4"), "gemma"
 """Families that cap their logits, and those with GELU instead of SiLU."""
 
@@ -109,7 +111,7 @@ class MLXMemory:
         """Bytes of adapters in the activations' format, and of a 16-bit head's float32 scales."""
         numbers = lora_parameters(sizes, workload.rank, workload.lora_layers, workload.lora_keys)
         scales = 0.0
-        if sizes.bits and workload.float_bytes == 2:
+        if sizes.bits and workload.float_bytes == 2 and not sizes.family.startswith(OWN_HEAD):
             scales = 2 * 4 * sizes.vocabulary * sizes.width / sizes.quant_group_size
         return round(workload.float_bytes * numbers + scales)
 
