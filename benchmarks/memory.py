@@ -225,7 +225,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         ("## Second shapes", OTHERS),
         ("## Large vocabularies", LARGE),
     ):
-        own = [row for row in rows if row["shape"] in shapes]
+        own = [row for shape in shapes for row in rows if row["shape"] == shape]
         before, _, rest = text.partition(heading)
         first, _, rest = rest.partition("| model |")
         text = before + heading + first + table(own) + "\n" + rest.partition("\n\n")[2]
