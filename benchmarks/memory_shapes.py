@@ -118,11 +118,11 @@ FITTED: dict[str, Shape] = {
         LONG),
     "llama 14 M, 4-bit": Shape(
         {**sized(256, 6, 1024, 8, 2, 32, 32000), "model_type": "llama"}, QUANTISED, bits=4),
-    "gemma3 17 M, windows": Shape(
+    "gemma3 31 M, windows": Shape(
         {**sized(256, 6, 1024, 4, 1, 64, 50000, tie_word_embeddings=False), **WINDOWS,
         "model_type": "gemma3_text"}, LONG),
-    "qwen3_5 8 M": Shape(qwen35(SMALL, **DELTA), HYBRID),
-    "granitemoehybrid 8 M": Shape({**SMALL, **GRANITE, **MAMBA}, HYBRID),
+    "qwen3_5 9 M": Shape(qwen35(SMALL, **DELTA), HYBRID),
+    "granitemoehybrid 9 M": Shape({**SMALL, **GRANITE, **MAMBA}, HYBRID),
     "lfm2 8 M": Shape(
         {**SMALL, **LFM2, "layer_types": ["conv", "conv", "conv", "full_attention"] * 2,
         "block_dim": 256, "block_ff_dim": 768}, HYBRID),
@@ -131,7 +131,7 @@ FITTED: dict[str, Shape] = {
 """Shapes that the constants were fitted to."""
 
 OTHERS: dict[str, Shape] = {
-    "qwen3 5 M, by MLX": Shape(
+    "qwen3 4 M, by MLX": Shape(
         {**sized(320, 4, 640, 4, 2, 64, 3000), "model_type": "qwen3"}, GRID, engine="mlx"),
     "llama 6 M, by MLX": Shape(
         {**sized(192, 10, 512, 6, 6, 32, 6000), "model_type": "llama"}, GRID, engine="mlx"),
@@ -142,14 +142,14 @@ OTHERS: dict[str, Shape] = {
     "qwen3_5_moe 10 M, 8 experts": Shape(
         qwen35(sized(256, 4, 512, 4, 1, 64, 6000), **DELTA, num_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=256, shared_expert_intermediate_size=256), GRID),
-    "gemma4_text 13 M, wider": Shape(
+    "gemma4_text 11 M, wider": Shape(
         {**sized(320, 6, 640, 5, 1, 64, 8000), **GEMMA4, "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 8000,
         "global_head_dim": 64, "sliding_window": 128, "sliding_window_pattern": 3}, GRID),
-    "lfm2 9 M, wider": Shape(
+    "lfm2 10 M, wider": Shape(
         {**sized(384, 5, 1024, 6, 3, 64, 3000), **LFM2, "block_dim": 384, "block_ff_dim": 1024,
         "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"]}, GRID),
-    "granitemoehybrid 9 M, 8 experts": Shape(
+    "granitemoehybrid 14 M, 8 experts": Shape(
         {**sized(256, 6, 256, 4, 2, 64, 6000), **GRANITE, "layer_types": ["mamba", "mamba",
         "attention"] * 2, "mamba_n_heads": 12, "mamba_d_head": 32, "mamba_d_state": 128,
         "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 256}, GRID),
