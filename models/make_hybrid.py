@@ -4,7 +4,8 @@
     python models/make_hybrid.py gemma4_text FOLDER
 
 Supervised training as for `steps-0.8m`, on the same texts, without its prepared CPU functions and
-with more steps, since these learn to add more slowly. These models are not shipped: `benchmarks/hybrids.md` says what came of them.
+with more steps, since these learn to add more slowly. These models are not shipped:
+`benchmarks/hybrids.md` says what came of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from training import train, write_model
 import click
 from make_steps import CONFIG, batch, write_tokenizer
 
-from localrl.engines.mlx.gated_delta import use_chunks
+from localrl.engines.mlx.recurrent import use_chunks
 
 SIZES = {name: value for name, value in CONFIG.items() if name not in ("architectures",)}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -139,6 +139,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What differs from CONFIG: full attention, experts, sliding windows, and hybrids with convolutions
 or recurrent states."""
+UNPLANNED: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "model_type": "nemotron_h",
+        "num_hidden_layers": 4,
+        "hybrid_override_pattern": "M*-M",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "n_groups": 1,
+        "time_step_limit": [0.0, 100.0],
+        "layer_norm_epsilon": 1e-5,
+        "mlp_bias": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "attention_bias": False,
+        "mlp_hidden_act": "relu2",
+    },
+}
+"""The same of a family that trains, of which the memory plan does not know the sizes."""
 
 
 def make_folder(

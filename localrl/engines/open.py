@@ -8,7 +8,7 @@ from localrl.backend import mx
 from localrl.engines.floats import Prompts, settle_floats
 from localrl.engines.mlx.activations import use_fast_swiglu
 from localrl.engines.mlx.engine import open_engine
-from localrl.engines.mlx.gated_delta import use_chunks
+from localrl.engines.mlx.recurrent import use_chunks
 from localrl.policy.lora import attach, fill
 from localrl.policy.model import LoadedModel, Policy
 from localrl.policy.precision import dequantise

@@ -21,16 +21,16 @@ from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
 from localrl.utils.cache import cache_folder
 
-TRUST = 0.05
-"""Weight of the priors relative to the measurements: two passes of similar length say little about
-how the peak grows with the square of the length."""
+TRUST = (0.05, 0.15, 0.05)
+"""Weights of the priors of each factor relative to the measurements: two passes of similar length
+say little about how the peak grows with the square of the length."""
 LEAST, MOST = 0.25, 4.0
 """Range of plausible factors; one outside it is a measurement error."""
 UNEXPLAINED = 0.25
 """Maximum fraction of a peak that the factors may leave unexplained; more is an error too."""
 
 
-FORMULA = 5
+FORMULA = 6
 """Version of the `estimate` formula; increase it with every change, since stored factors are only
 valid for the formula they were fitted to."""
 FACTORS = ("linear", "quadratic", "head")
@@ -55,8 +55,8 @@ def solve(probes: Sequence[Probe]) -> Coefficients | None:
     # Gradients are left out: a single pass reaches its peak before most of them exist.
     parts = [(p.predicted.linear, p.predicted.quadratic, p.predicted.head) for p in probes]
     shares = np.array(parts) / np.array([[probe.peak_bytes] for probe in probes])
-    matrix = np.concatenate([shares, TRUST * np.eye(3)])
-    aims = np.concatenate([np.ones(len(probes)), np.full(3, TRUST)])
+    matrix = np.concatenate([shares, np.diag(TRUST)])
+    aims = np.concatenate([np.ones(len(probes)), np.array(TRUST)])
     factors = np.linalg.lstsq(matrix, aims, rcond=None)[0]
     if np.abs(shares @ factors - 1).max() > UNEXPLAINED:
         return None

@@ -139,7 +139,7 @@ class Estimate:
     quadratic: int
     head: int
     gradients: int
-    """Accumulated gradients besides those of a micro-batch."""
+    """Gradients of earlier micro-batches: at its peak a pass has hardly any of its own."""
     optimizer: int
     """Gradients, and the adapters and moments before and after the optimizer step."""
     merged: int = 0
@@ -181,7 +181,7 @@ def estimate(
     return Estimate(
         weights=weights,
         adapters=3 * adapter + engine.copies(sizes, workload),
-        loading=2 * sizes.vocabulary * sizes.width if on_cpu else 0,
+        loading=_largest(sizes) if on_cpu else 0,
         merged=engine.decode_weights(sizes),
         prompts=prompts,
         caches=caches,
@@ -189,9 +189,16 @@ def estimate(
         linear=linear,
         quadratic=quadratic,
         head=head,
-        gradients=2 * adapter,
+        gradients=adapter * (paths_at_once(workload, plan) < workload.prompts * plan.group_size),
         optimizer=5 * adapter if workload.trains else 0,
     )
+
+
+def _largest(sizes: Sizes) -> int:
+    """Bytes of the largest matrix as stored; 0 if nothing has to be cast."""
+    if sizes.float_bytes == 4 and not sizes.bits:
+        return 0
+    return max(m.bytes(float_bytes=sizes.float_bytes, dense=False) for m in sizes.matrices)
 
 
 def paths_at_once(workload: Workload, plan: MemoryPlan) -> int:

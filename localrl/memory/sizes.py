@@ -49,8 +49,6 @@ class Sizes:
     """Size of the convolutions' last inputs that a row keeps, summed over all blocks."""
     state_numbers: int = 0
     """Size of a row's recurrent states, summed over all blocks; they are float32."""
-    piece_heads: int = 0
-    """Number of heads of Mamba 2 layers, which compute like attention within pieces of a row."""
     bits: int = 0
     """Bits of a quantised weight; 0: not quantised."""
     quant_group_size: int = 64
@@ -138,7 +136,6 @@ def read_sizes(config: Mapping[str, Any], *, weight_bytes: int | None = None) ->
         windows=windows,
         tail_numbers=tails,
         state_numbers=states,
-        piece_heads=text["mamba_n_heads"] if family.mixer == "mamba" and states else 0,
         stored_bytes=weight_bytes,
         float_bytes=4 if "float32" in (text.get("dtype"), text.get("torch_dtype")) else 2,
         known=family.known,

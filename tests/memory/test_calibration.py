@@ -49,11 +49,11 @@ def test_two_passes_show_both_factors():
         found = solve([probe(100, 10, peaks[0], 5, 99), probe(400, 160, peaks[1], 5, 99)])
         assert found is not None
         assert found.measured
-        # The priors draw both to 1 a little.
-        assert found.linear == pytest.approx(b, abs=0.06)
-        assert found.quadratic == pytest.approx(c, abs=0.35 * abs(c - 1) + 0.02)
+        # The priors draw both to 1, the second one more.
+        assert found.linear == pytest.approx(b, abs=0.12)
+        assert found.quadratic == pytest.approx(c, abs=0.65 * abs(c - 1) + 0.02)
         explained = 400 * found.linear + 160 * found.quadratic + 5 * found.head
-        assert explained == pytest.approx(peaks[1], rel=0.03)
+        assert explained == pytest.approx(peaks[1], rel=0.06)
 
 
 def test_what_was_not_seen_stays_as_it_was_thought():

@@ -295,38 +295,57 @@ def test_other_scores_are_kept():
         assert quadratic(sizes, tiled=True) == quadratic(sizes, tiled=False)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "qwen3_5_moe", "gemma4_text"])
+# By hand, of width 64, 4 heads and 2 of keys and values of 16 numbers, inner width 128: arrays kept
+# for a token. Attention without norms of heads: 4 of 64, 2 of 64, 2 of 32; the layer after it: 4 of
+# 128. Norms of heads keep 64 and 32 more.
+PLAIN = 4 * 64 + 2 * 64 + 2 * 32 + 4 * 128
+NORMED = PLAIN + 64 + 32
+KEPT = {
+    "llama": 2 * PLAIN,
+    "qwen3": 2 * NORMED,
+    # A convolution computes three arrays of 64, and keeps its output and the product with it.
+    "lfm2": NORMED + 2 * (4 * 64 + 5 * 64 + 4 * 128),
+    # Queries, keys and values of 4 x 64 + 2 x 2 x 64, a gate of 4 x 64, two of 4 numbers.
+    "qwen3_5": NORMED + 3 * 64 + 3 * (4 * 64 + 4 * (768 + 8) + 4 * 128),
+    # Norms after attention and feed-forward, GELU, embeddings of 32 per layer; global heads of 32;
+    # the second pair of layers is twice as wide inside, and has no keys of its own.
+    "gemma4_text": 4 * ((4 + 4) * 64 + 7 * 32)
+    + (3 * 64 + 4 * 32 + 7 * 128)
+    + (3 * 128 + 4 * 64 + 7 * 128)
+    + (3 * 64 + 7 * 256)
+    + (3 * 128 + 7 * 256),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_of_every_block_what_it_computes_is_kept(name):
-    """Hand-worked: a token less in every completion of 4, without scores of attention."""
+    """Hand-worked: 64 tokens less in every completion of 4, without scores of attention."""
     sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES[name])
-    plan, less = PLAN, replace(PLAN, max_completion_tokens=155)
+    plan, less = PLAN, replace(PLAN, max_completion_tokens=PLAN.max_completion_tokens - 64)
     memory, workload = MLXMemory(), replace(WORKLOAD, rank=0)
     found, before = (memory.update(sizes, workload, p)[0] for p in (plan, less))
-    gate = mlx_memory.GATES["gemma4" if name == "gemma4_text" else name[:5].rstrip("_")]
-    numbers = mlx_memory.ONE_BLOCK * 64 + gate * sum(
-        mlx_memory.WIDTH * 64
-        + mlx_memory.QUERIES * block.queries
-        + mlx_memory.KEYS * block.cached / 2
-        + mlx_memory.MIXERS[block.mixer] * block.gated
-        + mlx_memory.FEED_FORWARD * block.inner
-        for block in sizes.blocks
-    )
+    inner = 256 if name == "gemma4_text" else 128
     states = mlx_memory.CHUNK_STATES * sizes.state_numbers / 32
-    assert found - before == pytest.approx(4 * 4 * (numbers + states))
+    numbers = KEPT[name] + mlx_memory.ONE_BLOCK * inner + states
+    assert found - before == pytest.approx(4 * 4 * 64 * numbers)
 
 
-def test_mamba_keeps_scores_within_pieces_and_a_state_for_each_token():
+def test_recurrent_layers_keep_a_state_for_each_chunk():
     sizes = read_sizes(tiny.CONFIG | tiny.FAMILIES["granitemoehybrid"])
     long = replace(PLAN, max_prompt_tokens=1000, max_completion_tokens=100)
-    linear, quadratic = mlx_memory.recurrent_bytes(sizes, long, paths=4, trees=1)
-    state = 8 * 16 * 16
+    state, chunks = 8 * 16 * 16, (1000 + 4 * 100) / 64
     ends = mlx_memory.ROW_STATES * 2 * 5
-    assert linear == 4 * state * (ends + mlx_memory.TOKEN_STATES * 4 * 100)
-    scores = 8 * (1000 * 256 + 4 * 100**2)
-    assert quadratic == 4 * scores * mlx_memory.PIECE_SCORES * 2
-    again = replace(long, grad_checkpoint=True)
-    recomputed = mlx_memory.recurrent_bytes(sizes, again, paths=4, trees=1)
-    assert recomputed == (linear, quadratic / 2)
+    for again, layers in ((False, 2), (True, 1)):
+        plan = replace(long, grad_checkpoint=again)
+        found = mlx_memory.recurrent_bytes(sizes, plan, paths=4, trees=1)
+        kept = layers * mlx_memory.CHUNK_STATES * chunks
+        assert found == pytest.approx(4 * state * (kept + ends))
+
+
+def test_capped_logits_take_more():
+    assert head_bytes(50, 50, 1000, capped=True) - head_bytes(50, 50, 1000) == pytest.approx(
+        mlx_memory.HEAD_CAPPED * 4 * 50 * 1000
+    )
 
 
 def test_nothing_is_learned_where_nothing_trains():

@@ -28,27 +28,9 @@ from localrl.records import MemoryPlan
 
 LEARNING = LearningConfig(clip_low=1.0, clip_high=100.0)
 GEMMA3 = {"model_type": "gemma3", "text_config": {**tiny.CONFIG, **tiny.FAMILIES["gemma3_text"]}}
-FAMILIES = {**tiny.FAMILIES, "gemma3": GEMMA3}
+FAMILIES = {**tiny.FAMILIES, **tiny.UNPLANNED, "gemma3": GEMMA3}
 """`gemma3` is the text part of a model that sees images."""
 WRONG = {
-    "nemotron_h": {
-        "model_type": "nemotron_h",
-        "num_hidden_layers": 4,
-        "hybrid_override_pattern": "M*-M",
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "mamba_proj_bias": False,
-        "ssm_state_size": 16,
-        "conv_kernel": 4,
-        "n_groups": 1,
-        "time_step_limit": [0.0, 100.0],
-        "layer_norm_epsilon": 1e-5,
-        "mlp_bias": False,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "attention_bias": False,
-        "mlp_hidden_act": "relu2",
-    },
     "llama4": {
         "model_type": "llama4",
         "num_hidden_layers": 4,

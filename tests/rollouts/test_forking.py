@@ -26,10 +26,11 @@ from localrl.rollouts.groups import Shape, sample_groups
 TEXTS = ("12", "sum 1 2 3 and more of it", "a", "zebra 99")
 
 
-@pytest.fixture(scope="module", params=list(tiny.FAMILIES))
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES, *tiny.UNPLANNED])
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / request.param
-    return tiny.make_tiny_policy(folder, **tiny.FAMILIES[request.param])
+    changes = {**tiny.FAMILIES, **tiny.UNPLANNED}[request.param]
+    return tiny.make_tiny_policy(folder, **changes)
 
 
 @dataclass

@@ -17,34 +17,17 @@ backward pass.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from localrl.backend import mx, nn
+from localrl.engines.mlx.chunks import decays, over_chunks
 
 CHUNK = 32
 """Tokens per chunk, a power of two. A chunk keeps C x C numbers per head where a token would keep
 Dv x Dk."""
 
 
-def use_chunks(model: Any) -> None:
-    """Let the model's families compute the rule over chunks, if they use mlx-lm's.
-
-    The name is rebound in the modules that define them, so this affects every model of these
-    families in this process. Single tokens, gates of another shape, and on Metal passes without a
-    gradient, for which mlx-lm has a kernel, remain mlx-lm's.
-    """
-    from mlx_lm.models import gated_delta
-
-    for name in {type(module).__module__ for module in model.modules()}:
-        family = sys.modules[name]
-        if getattr(family, "gated_delta_update", None) is gated_delta.gated_delta_update:
-            family.__dict__["gated_delta_update"] = _update
-
-
-def _update(
+def gated_delta_update(
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -59,13 +42,17 @@ def _update(
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array]:
-    """Compute mlx-lm's `gated_delta_update`; `use_kernel` is False where a gradient is wanted."""
-    from mlx_lm.models.gated_delta import gated_delta_update
+    """Compute mlx-lm's function of this name; `use_kernel` is False where a gradient is wanted.
+
+    Single tokens, gates of another shape, and on Metal passes without a gradient, for which mlx-lm
+    has a kernel, remain mlx-lm's.
+    """
+    from mlx_lm.models import gated_delta as stock
 
     on_gpu = use_kernel and mx.default_device().type == mx.gpu
     if q.shape[1] == 1 or a.ndim != 3 or on_gpu:
         options = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
-        return gated_delta_update(
+        return stock.gated_delta_update(
             q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **options
         )
     rate = mx.exp(A_log.astype(mx.float32))
@@ -97,48 +84,7 @@ def gated_delta(
     whose log_g and beta are 0 leaves the state as it is.
     """
     size = min(CHUNK, 1 << (q.shape[1] - 1).bit_length())
-    padding = -q.shape[1] % size
-    given = [q, k, v, log_g, beta]
-    if padding:
-        given = [
-            mx.pad(array, [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)]) for array in given
-        ]
-    y, state, _ = _in_chunks(size)(*given, state)
-    return y[:, : q.shape[1]], state
-
-
-@functools.cache
-def _in_chunks(size: int) -> Any:
-    """Make the function of the rule in chunks of this size, with its gradient."""
-
-    def compute(*given: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        state, ys, states = given[-1], [], []
-        for q, k, v, log_g, beta in _split(given[:-1], size):
-            states.append(state)
-            y, state = _compute(q, k, v, log_g, beta, state)
-            ys.append(y)
-        return mx.concatenate(ys, axis=1), state, mx.stack(states)
-
-    def gradient(given: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
-        chunks, states = _split(given[:-1], size), outputs[2]
-        back, found = cotangents[1], []
-        for n, (dy,) in reversed(list(enumerate(_split(cotangents[:1], size)))):
-            # Nothing is computed again before the gradient from behind is there.
-            inputs = mx.depends([*chunks[n], states[n]], [back])
-            *grads, back = mx.vjp(_compute, inputs, [dy, back])[1]
-            found.append(grads)
-        whole = [mx.concatenate(list(parts[::-1]), axis=1) for parts in zip(*found, strict=True)]
-        return [*whole, back]
-
-    function: Any = mx.custom_function(compute)
-    function.vjp(gradient)
-    return function
-
-
-def _split(arrays: Sequence[mx.array], size: int) -> list[tuple[mx.array, ...]]:
-    """Split arrays (B, T, ...) into chunks of tokens."""
-    parts = (mx.split(array, array.shape[1] // size, axis=1) for array in arrays)
-    return list(zip(*parts, strict=True))
+    return over_chunks(_compute, size, [q, k, v, log_g, beta], state)
 
 
 def _compute(
@@ -150,19 +96,15 @@ def _compute(
     q, k, v, log_g, beta = (
         array.astype(mx.float32).swapaxes(1, 2) for array in (q, k, v, log_g, beta)
     )
-    total = mx.cumsum(log_g, axis=-1)
-    order = mx.arange(q.shape[2])
-    past = order[:, None] >= order
-    # Masked before the exponential: of later tokens it might overflow, and its gradient be NaN.
-    decay = mx.exp(mx.where(past, total[..., None] - total[..., None, :], -mx.inf))
+    decay, order = decays(log_g), mx.arange(q.shape[2])
     earlier = mx.where(order[:, None] > order, decay, 0.0)
-    beta, growth = beta[..., None], mx.exp(total)[..., None]
+    beta, growth = beta[..., None], mx.exp(mx.cumsum(log_g, axis=-1))[..., None]
     keys = k.swapaxes(-1, -2)
     inverse = _inverse((beta * earlier) * (k @ keys))
     u = inverse @ (beta * (v - growth * (k @ state.swapaxes(-1, -2))))
     y = growth * (q @ state.swapaxes(-1, -2)) + (decay * (q @ keys)) @ u
-    last = mx.exp(total[..., -1:] - total)[..., None]
-    state = growth[..., -1:, :] * state + (last * u).swapaxes(-1, -2) @ k
+    last = decay[..., -1, :, None] * u
+    state = growth[..., -1:, :] * state + last.swapaxes(-1, -2) @ k
     return y.swapaxes(1, 2), state
 
 

@@ -1,9 +1,10 @@
 """Memory of MLX's prefill and update: attention keeps the scores of every block.
 
-The constants are fitted to measurements on the CPU backend (`benchmarks/memory.md`). From mlx
-0.32.4 on, the gradient of causal attention on Metal recomputes the scores, a tile at a time. That
-is for `mask="causal"` alone, which a forest's prompts pass; its completions pass arrays and keep
-all scores, and so does the CPU with any mask.
+What blocks keep for the backward pass is counted, array by array; what exists besides at the peak
+is fitted to measurements on the CPU backend (`benchmarks/memory.md`). From mlx 0.32.4 on, the
+gradient of causal attention on Metal recomputes the scores, a tile at a time. That is for
+`mask="causal"` alone, which a forest's prompts pass; its completions pass arrays and keep all
+scores, and so does the CPU with any mask.
 """
 
 from __future__ import annotations
@@ -15,20 +16,31 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
+from localrl.engines.mlx import gated_delta, mamba
 from localrl.engines.mlx.decode import CACHE_STEP
-from localrl.engines.mlx.gated_delta import CHUNK
 from localrl.memory.estimate import Workload, paths_at_once
+from localrl.memory.families import find_family
 from localrl.memory.layers import BlockShape
 from localrl.memory.sizes import FULL, NONE, Sizes, lora_parameters
 from localrl.records import MemoryPlan
 
-# Numbers kept for the backward pass per position and block: coefficients of the block's width, its
-# queries, keys (and values), feed-forward width and adapter ranks.
-WIDTH, QUERIES, KEYS, FEED_FORWARD, RANK = 1.5, 4.0, 3.0, 4.7, 1.0
-MIXERS = {"self_attn": 3.0, "conv": 2.5, "linear_attn": 4.0, "mamba": 2.4}
-"""Numbers kept for each number of attention's gate, or that a recurrent layer or a convolution
-computes from a token."""
-ANCESTORS = 0.8
+# Numbers that a block keeps per position for the backward pass, counted in the graph: each layer's
+# input that its gradient needs, each array once.
+STREAM = 2
+"""Hidden states before attention and before the feed-forward layer; each norm adds one array."""
+ATTENDED = 2
+"""Arrays as wide as the queries, and as keys and values: rotated queries and the output, keys and
+values with the ancestors' before them. A norm of heads keeps its input too."""
+SWIGLU, GEGLU = 4, 7
+"""Arrays as wide as the feed-forward layer: gate, up, their product, and the activation's steps."""
+EXPERTS = 2
+"""Arrays as wide as the model that a mixture keeps besides: outputs of experts before weighting."""
+PER_LAYER_STREAM, PER_LAYER = 2, 7
+"""Arrays of Gemma 4's embeddings per layer, as wide as the model and as wide as they are."""
+MIXERS = {"self_attn": 3.0, "conv": 5 / 3, "linear_attn": 4.0, "mamba": 4.8}
+"""Numbers kept for each number of attention's gate, or of what the first layer of a convolution or
+a recurrent layer computes."""
+ANCESTORS = 1
 """Number of copies of the ancestors' keys and values that a path keeps in each block."""
 SCORES, ONE_BLOCK_SCORES = 1.0, 1.5
 """Copies of attention scores kept by every block, and further copies in the current block."""
@@ -37,33 +49,24 @@ TILE, TILED_SCORES, TILED_HEADS = 1024, 3.0, (64, 72, 80, 96, 128, 192, 256)
 and head sizes with such a gradient. Read in the wheel of mlx-metal 0.32.4, never measured."""
 CHUNK_STATES, ROW_STATES = 2.0, 1.25
 """Copies of a recurrent layer's state for each chunk of tokens, and for each row of a level."""
-PIECE, PIECE_SCORES, TOKEN_STATES = 256, 2.6, 1.25
-"""Tokens that Mamba 2 computes like attention at a time, copies of their scores kept by every
-layer, and copies of a state for each token of completions in the current one."""
-RECOMPUTED = 1.5
-"""Blocks that exist at once where each is computed again for the backward pass."""
-ONE_BLOCK = 17.0
-"""Further numbers per position in the current block, in multiples of the width."""
-PREFILL_SCORES, PREFILL_STATES = 3.0, 17.0
-"""Copies of scores and multiples of the width in prefill, where nothing is kept."""
-PREFILL_PIECES, PREFILL_MIXED = 8.0, 4.0
-"""Copies of the scores within Mamba 2's pieces there, and of what a recurrent layer computes."""
+CHUNKS = {"linear_attn": gated_delta.CHUNK, "mamba": mamba.CHUNK}
+"""Tokens per chunk of recurrent layers."""
+RECOMPUTED, RECOMPUTED_SCORES = 1.25, 3.0
+"""Blocks, and copies of scores, that exist at once where blocks are computed again."""
+ONE_BLOCK = 6.0
+"""Further numbers per position in the current block, in multiples of the feed-forward width."""
+PREFILL_SCORES, PREFILL_STATES, PREFILL_MIXED = 3.0, 17.0, 4.0
+"""Copies of scores, multiples of the width, and copies of what a recurrent layer computes, in
+prefill, where nothing is kept."""
 HEAD_FIRST, HEAD_MORE, HEAD_MOST = 1.2, 0.7, 8.5
 """Number of arrays as large as a chunk's logits: base, per chunk, and maximum. Chunks run one after
 another, but the backend allocates ahead of the computation."""
-GATES = {
-    "gemma4": 1.75,
-    "gemma": 1.3,
-    "qwen3": 1.0,
-    "lfm2": 1.0,
-    "granitemoehybrid": 1.0,
-    "llama": 0.94,
-    "qwen2": 0.94,
-    "smollm3": 0.94,
-}
-"""Memory of each family's blocks relative to Qwen3's: norms and gates differ."""
-UNKNOWN_GATE = 1.2
-"""The same for a family that was not measured: a conservative value."""
+HEAD_CAPPED = 2.8
+"""The same besides where logits are capped, whose steps are kept for the head's gradient."""
+OWN_HEAD = ("gemma2", "gemma4", "granite")
+"""Families whose own code computes the logits, in the activations' format."""
+CAPPED, GELU = ("gemma2", "gemma4"), "gemma"
+"""Families that cap their logits, and those with GELU instead of SiLU."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,16 @@ class MLXMemory:
         """Bytes of adapters in the activations' format, and of a 16-bit head's float32 scales."""
         numbers = lora_parameters(sizes, workload.rank, workload.lora_layers, workload.lora_keys)
         scales = 0.0
-        if sizes.bits and workload.float_bytes == 2:
+        if sizes.bits and workload.float_bytes == 2 and not sizes.family.startswith(OWN_HEAD):
             scales = 2 * 4 * sizes.vocabulary * sizes.width / sizes.quant_group_size
         return round(workload.float_bytes * numbers + scales)
 
     def prefill(self, sizes: Sizes, workload: Workload, *, prompts: int, length: int) -> float:
         """Bytes of scores and hidden states of the current block."""
         scores = PREFILL_SCORES * sizes.heads * length * length
-        pieces = PREFILL_PIECES * sizes.piece_heads * length * min(length, PIECE)
         mixed = PREFILL_MIXED * max((block.gated for block in sizes.blocks), default=0)
         states = length * (PREFILL_STATES * sizes.width + mixed)
-        return workload.float_bytes * prompts * (max(scores, pieces) + states)
+        return workload.float_bytes * prompts * (scores + states)
 
     def update(
         self, sizes: Sizes, workload: Workload, plan: MemoryPlan
@@ -131,27 +133,24 @@ class MLXMemory:
             _kept(sizes, block, workload.rank) * positions + ANCESTORS * paths * prompt * cached
             for block, cached in zip(sizes.blocks, sizes.cached, strict=True)
         ]
-        states = positions * sizes.width
-        one, kept = max(blocks), float(sum(blocks))
-        attending, at_once = sum(window != NONE for window in sizes.windows), sizes.layers
-        if plan.grad_checkpoint:
-            kept = sizes.layers * states + positions * sum(sizes.cached) + RECOMPUTED * one
-            at_once = 1
-        # The head's logits are freed before the blocks' gradients exist, so they can overlap.
-        linear = kept + ONE_BLOCK * states
+        work = ONE_BLOCK * positions * max(block.inner for block in sizes.blocks)
         scores, one_block = self._scores(sizes, plan, paths, trees)
-        kept_scores = SCORES * min(at_once, attending) * scores
-        targets = paths * plan.max_completion_tokens
-        work = ONE_BLOCK * states + one_block
         if plan.grad_checkpoint:
-            work += one + kept_scores
-        head = head_bytes(plan.head_chunk, targets, sizes.vocabulary) - workload.float_bytes * work
-        size = workload.float_bytes
-        recurrent = recurrent_bytes(sizes, plan, paths, trees)
+            one, one_block = _largest(sizes, blocks, scores)
+            inputs = positions * (sizes.layers * sizes.width + sum(sizes.cached))
+            kept, kept_scores, again = inputs + one, 0.0, one
+        else:
+            attending = sum(window != NONE for window in sizes.windows)
+            kept, kept_scores, again = sum(blocks), SCORES * attending * scores, 0.0
+        # The head's logits are freed before the blocks' gradients exist, so they can overlap.
+        size, overlap = workload.float_bytes, work + one_block + again
+        targets = paths * plan.max_completion_tokens
+        capped = sizes.family.startswith(CAPPED)
+        head = head_bytes(plan.head_chunk, targets, sizes.vocabulary, capped=capped)
         return (
-            size * linear + recurrent[0],
-            size * (kept_scores + one_block) + recurrent[1],
-            max(0.0, head),
+            size * (kept + work) + recurrent_bytes(sizes, plan, paths, trees),
+            size * (kept_scores + one_block),
+            max(0.0, head - size * overlap),
         )
 
     def _scores(
@@ -182,40 +181,54 @@ def recomputes_scores(device: str, mlx: str | None = None) -> bool:
     return device == "metal" and numbers >= [0, 32, 4] and not switched_off
 
 
-def recurrent_bytes(sizes: Sizes, plan: MemoryPlan, paths: int, trees: int) -> tuple[float, float]:
-    """Bytes of recurrent layers beside what a token keeps, linear and quadratic in lengths.
-
-    A gated delta net keeps its float32 state once for each chunk of tokens. Mamba 2 computes like
-    attention within pieces of `PIECE` tokens, and its gradient holds, in one block, a state for
-    each token of a level that goes on from other states.
-    """
-    layers = sum(block.mixer in ("linear_attn", "mamba") for block in sizes.blocks)
+def recurrent_bytes(sizes: Sizes, plan: MemoryPlan, paths: int, trees: int) -> float:
+    """Bytes of recurrent layers' float32 states: one for each chunk of tokens, and ends of rows."""
+    layers = sum(block.mixer in CHUNKS for block in sizes.blocks)
     if not layers or not sizes.state_numbers:
-        return 0.0, 0.0
+        return 0.0
+    size = next(CHUNKS[block.mixer] for block in sizes.blocks if block.mixer in CHUNKS)
     prompt, tokens = plan.max_prompt_tokens, plan.max_completion_tokens
     at_once = 1 if plan.grad_checkpoint else layers
-    state = sizes.state_numbers / layers
+    chunks = (trees * prompt + paths * tokens) / size
     ends = ROW_STATES * layers * (paths + trees)
-    if not sizes.piece_heads:
-        chunks = CHUNK_STATES * (trees * prompt + paths * tokens) / CHUNK
-        return 4 * state * (at_once * chunks + ends), 0.0
-    scores = trees * prompt * min(prompt, PIECE) + paths * tokens * min(tokens, PIECE)
-    scores *= sizes.piece_heads
-    quadratic = 4 * scores * PIECE_SCORES * at_once
-    return 4 * state * (ends + TOKEN_STATES * paths * tokens), quadratic
+    return 4 * sizes.state_numbers / layers * (at_once * CHUNK_STATES * chunks + ends)
 
 
-def head_bytes(chunk: int, targets: int, vocabulary: int) -> int:
+def head_bytes(chunk: int, targets: int, vocabulary: int, *, capped: bool = False) -> int:
     """Bytes of a head chunk's float32 logits and of the arrays computed from them."""
     chunk = max(1, min(chunk, targets))
     copies = min(HEAD_MOST, HEAD_FIRST + HEAD_MORE * math.ceil(targets / chunk))
-    return round(copies * 4 * chunk * vocabulary)
+    return round((copies + HEAD_CAPPED * capped) * 4 * chunk * vocabulary)
+
+
+def _largest(sizes: Sizes, blocks: list[float], scores: float) -> tuple[float, float]:
+    """Numbers that exist of the largest recomputed block, and of its scores."""
+    each = zip(blocks, sizes.windows, strict=True)
+    return max(
+        (
+            (RECOMPUTED * kept, RECOMPUTED_SCORES * scores * (window != NONE))
+            for kept, window in each
+        ),
+        key=sum,
+    )
 
 
 def _kept(sizes: Sizes, block: BlockShape, rank: int) -> float:
     """Numbers kept by one block per position."""
-    gate = next((g for family, g in GATES.items() if sizes.family.startswith(family)), UNKNOWN_GATE)
-    mixing = QUERIES * block.queries + KEYS * block.cached / 2 + MIXERS[block.mixer] * block.gated
-    adapted = sum(matrix.kind == "linear" for matrix in block.matrices)
-    mine = WIDTH * sizes.width + mixing + FEED_FORWARD * block.inner
-    return gate * mine + RANK * adapted * rank
+    family = find_family({"model_type": sizes.family})
+    gelu = not sizes.known or sizes.family.startswith(GELU)
+    norms = bool(family.head_norms) or not sizes.known
+    keys = ATTENDED + norms + family.per_layer
+    adapted = [matrix for matrix in block.matrices if matrix.kind == "linear"]
+    each = sum(m.outputs for m in adapted if m.path == "per_layer_input_gate")
+    mixture = any(matrix.kind == "experts" for matrix in block.matrices)
+    stream = STREAM + family.norms + EXPERTS * mixture + PER_LAYER_STREAM * bool(each)
+    return (
+        stream * sizes.width
+        + (ATTENDED + norms) * block.queries
+        + keys * block.cached / 2
+        + MIXERS[block.mixer] * block.gated
+        + (GEGLU if gelu else SWIGLU) * block.inner
+        + PER_LAYER * each
+        + rank * len(adapted)
+    )

@@ -63,16 +63,17 @@ def in_training(model: Any, wanted: bool = True) -> Iterator[None]:
 def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
     """Open a model, checking its body and head against the whole. probe: see `Network`.
 
-    The body is `model.model`, also in the text part of a vision model. In most families the head is
-    `lm_head` or the tied embedding; where that gives other logits (scaled or capped ones), it is
-    all that the model does after its body. Families where neither agrees get none: their logits
-    are computed by the whole model. Logits that are not numbers agree if they are the same ones.
+    The body is `model.model` or `model.backbone`, also in the text part of a vision model. In most
+    families the head is `lm_head` or the tied embedding; where that gives other logits (scaled or
+    capped ones), it is all that the model does after its body. Families where neither agrees get
+    none: their logits are computed by the whole model. Logits that are not numbers agree if they
+    are the same ones.
     """
     tokens = mx.array([probe[:4]])
     whole = np.array(model(tokens).astype(mx.float32))
     try:
         text = model.language_model if "language_model" in model else model
-        body = text.model
+        body = getattr(text, _body_name(text))
         layer = text.lm_head if "lm_head" in text else body.embed_tokens
         states = body(tokens)[0]
     except (AttributeError, TypeError, ValueError):
@@ -88,6 +89,10 @@ def open_network(model: Any, probe: tuple[int, ...] = SMALL_IDS) -> Network:
     if other.accepted:
         return Network(model, body, rest, probe, other)
     return Network(model, probe=probe, split=split)
+
+
+def _body_name(text: Any) -> str:
+    return "backbone" if "backbone" in text else "model"
 
 
 def _compare(head: Any, states: mx.array, whole: np.ndarray) -> Check:
@@ -111,12 +116,13 @@ class AfterBody:
 
     def __call__(self, states: mx.array) -> mx.array:
         """Map hidden states (N, d) to logits (N, V)."""
-        body = self._text.model
-        self._text["model"] = _Given(body, states[None])
+        name = _body_name(self._text)
+        body = getattr(self._text, name)
+        self._text[name] = _Given(body, states[None])
         try:
             return self._text(mx.zeros((1, len(states)), mx.int32))[0]
         finally:
-            self._text["model"] = body
+            self._text[name] = body
 
 
 class _Given:

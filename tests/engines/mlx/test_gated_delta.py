@@ -72,6 +72,14 @@ def test_keys_that_are_all_alike_lose_no_digits():
         assert relative(found, expected) < 1e-4
 
 
+def test_long_decays_lose_no_digits():
+    """Tokens that decay by little after many that decayed by a lot."""
+    q, k, v, log_g, beta, state = draw(CHUNK)
+    log_g = mx.where(mx.arange(CHUNK)[:, None] < CHUNK - 8, -200.0, 1e-3 * log_g)
+    given = (q, k, v, log_g, beta, state)
+    assert relative(gated_delta(*given)[1], loop(*given)[1]) < 1e-6
+
+
 def test_tokens_without_decay_and_rate_leave_the_state():
     q, k, v, log_g, beta, state = draw(CHUNK + 3)
     real = (mx.arange(CHUNK + 3) < CHUNK - 4)[None, :, None]
