@@ -207,9 +207,7 @@ def _choose(model: Any, paths: set[str], keys: set[str]) -> set[str]:
             f"lora.keys contains {key!r}, which is not a linear layer of the adapted blocks."
             f"{closest(key, paths)} Choose from {', '.join(sorted(paths))}."
         )
-    experts = {
-        path for block in model.layers for path, m in block.named_modules() if is_experts(m)
-    }
+    experts = {path for block in model.layers for path, m in block.named_modules() if is_experts(m)}
     return keys or paths - experts - _routers(model)
 
 

@@ -210,26 +210,28 @@ def weight_of(module: Any, dtype: mx.Dtype | None = None) -> mx.array:
     """
     if "scales" not in module:
         return module.weight.astype(dtype or module.weight.dtype)
-    scales, biases = (
-        a.astype(dtype) if dtype and a is not None and mx.issubdtype(a.dtype, mx.floating) else a
-        for a in (module.scales, module.get("biases"))
-    )
+    scales = _floats_as(module.scales, dtype)
+    biases = _floats_as(module.biases, dtype) if "biases" in module else None
     options = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    tensor_scales = module.get("global_scale")
-    if tensor_scales is None:
+    if "global_scale" not in module:
         return mx.dequantize(module.weight, scales, biases, dtype=dtype, **options)
+    experts = zip(module.weight, scales, module.global_scale, strict=True)
     return mx.stack(
-        [
-            mx.dequantize(*packed, global_scale=scale, dtype=dtype, **options)
-            for *packed, scale in zip(module.weight, scales, tensor_scales, strict=True)
-        ]
+        [mx.dequantize(w, s, global_scale=g, dtype=dtype, **options) for w, s, g in experts]
     )
+
+
+def _floats_as(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """Cast floats; scales that are bytes stay as they are."""
+    floats = dtype is not None and mx.issubdtype(array.dtype, mx.floating)
+    return array.astype(dtype) if floats else array
 
 
 def dense_layer(module: Any, weight: mx.array) -> Any:
     """Make the dense layer of the module's kind with this weight, and the module's bias."""
     from mlx_lm.models.switch_layers import SwitchLinear
 
+    dense: Any
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         dense = nn.Embedding(1, 1)
     elif is_experts(module):
