@@ -90,7 +90,7 @@ class BlockShape:
         return self.matrices[0].path.split(".")[0]
 
     def packed(self, packing: Packing, kinds: Collection[str] = KINDS) -> BlockShape:
-        """Return the block with every matrix of these kinds quantised whose rows the groups divide."""
+        """Return the block with all matrices of these kinds quantised that the groups divide."""
         return replace(
             self,
             matrices=tuple(
