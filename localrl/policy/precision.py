@@ -223,8 +223,9 @@ def weight_of(module: Any, dtype: mx.Dtype | None = None) -> mx.array:
 
 def _floats_as(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     """Cast floats; scales that are bytes stay as they are."""
-    floats = dtype is not None and mx.issubdtype(array.dtype, mx.floating)
-    return array.astype(dtype) if floats else array
+    if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array.astype(dtype)
 
 
 def dense_layer(module: Any, weight: mx.array) -> Any:
