@@ -121,7 +121,9 @@ class LoraConfig:
     rank: int = setting(16, "rank of the adapters", low=1, high=1024)
     scale: float = setting(2.0, "factor on the adapter's output (alpha / rank)", low=0.0)
     layers: int = setting(0, "number of last blocks to adapt; 0: all", low=0)
-    keys: tuple[str, ...] = setting((), "layers in a block, e.g. self_attn.q_proj; unset: all")
+    keys: tuple[str, ...] = setting(
+        (), "layers in a block, e.g. self_attn.q_proj; unset: all linear"
+    )
     adapter: str | None = setting(None, "adapter folder to start from; it sets all of the above")
 
 

@@ -136,3 +136,8 @@ def dies_later():
 def short(completion_ids):
     """A reward: the fewer tokens, the better."""
     return [1.0 - len(ids) / 12 for ids in completion_ids]
+
+
+def high(completion_ids):
+    """A reward that differs between any two completions: the mean of their tokens' ids."""
+    return [sum(ids) / len(ids) / 64 for ids in completion_ids]

@@ -36,6 +36,8 @@ class Console:
 
     def begin(self, session: Session) -> None:
         """Print the model, the task, the machine and the plan."""
+        from localrl.policy.lora import experts_note
+
         config, plan = session.config, session.plan
         own = config.model.path is None
         self._first, self._steps = session.step, config.run.steps
@@ -51,6 +53,8 @@ class Console:
             f"{plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
             f"LoRA rank {config.lora.rank}"
         )
+        if note := experts_note(session.policy.model):
+            self._line(f"adapters {note}")
         threads = f", BLAS threads: {plan.threads}" if plan.threads else ""
         self._line(f"machine  {plan.reason}{threads}")
         if session.step:

@@ -26,12 +26,14 @@ from localrl.diagnostics.doctor_machine import (
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu.kernel_choice import KernelSizes, choose
 from localrl.engines.cpu.memory import fits
+from localrl.engines.cpu.model import FAMILIES
 from localrl.engines.open import make_policy
 from localrl.errors import LocalRLError
 from localrl.memory.machine import read_machine
 from localrl.memory.sizes import read_sizes
 from localrl.policy.folder import WEIGHTS, check_folder
 from localrl.policy.loading import find_model
+from localrl.policy.lora import experts_note
 from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
 from localrl.policy.scoring import forest_agrees
 from localrl.records import Batch, BatchNode
@@ -99,6 +101,7 @@ def look_at_model(
         yield CheckResult("model", "fail", str(error), "see docs/models.md")
         return
     yield from _floats(policy)
+    yield from _adapters(policy)
     policy, row = _engine(policy)
     yield row
     yield _head(policy)
@@ -171,6 +174,12 @@ def _floats(policy: Policy) -> Iterator[CheckResult]:
         yield CheckResult("dtype", "ok", f"{policy.floats.dtype}: {policy.floats.reason}")
 
 
+def _adapters(policy: Policy) -> Iterator[CheckResult]:
+    """Say what adapters leave out in a mixture."""
+    if note := experts_note(policy.model):
+        yield CheckResult("adapters", "ok", note)
+
+
 def _engine(policy: Policy) -> tuple[Policy, CheckResult]:
     """Choose the engine; a self-check beyond its limits fails, but the others are shown too."""
     told: list[str] = []
@@ -204,7 +213,11 @@ def _folder(folder: Path) -> Iterator[CheckResult]:
 def _kernels(folder: Path) -> Iterator[CheckResult]:
     """Report which kernels in C would compute the model, and their speed relative to NumPy."""
     sizes = read_sizes(check_folder(folder))
-    if backend.describe().device != "cpu" or not fits(sizes, float_bytes=4, dense=True):
+    if backend.describe().device != "cpu":
+        return
+    if not fits(sizes, float_bytes=4, dense=True):
+        own = f"NumPy computes {', '.join(FAMILIES)}, without sliding windows"
+        yield CheckResult("engine", "ok", f"MLX computes this model; {own}")
         return
     choice = choose(
         KernelSizes(
@@ -221,9 +234,11 @@ def _kernels(folder: Path) -> Iterator[CheckResult]:
 
 
 def _weights(loaded: LoadedModel) -> Iterator[CheckResult]:
-    bits = sorted({m.bits for m in loaded.model.modules() if hasattr(m, "bits")})
-    if bits:
-        yield CheckResult("quantisation", "ok", f"{' and '.join(map(str, bits))} bits")
+    packed = [m for m in loaded.model.modules() if hasattr(m, "bits")]
+    formats = sorted({(m.bits, "" if m.mode == "affine" else f" ({m.mode})") for m in packed})
+    if formats:
+        text = " and ".join(f"{bits}{mode}" for bits, mode in formats)
+        yield CheckResult("quantisation", "ok", f"{text} bits")
     else:
         mend = "--quantize 4 makes it a quarter of the size when loaded"
         yield CheckResult("quantisation", "ok", "not quantised", mend)

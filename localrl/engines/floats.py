@@ -19,7 +19,13 @@ from localrl.engines.mlx.checkpointing import body_of
 from localrl.engines.mlx.logprobs import gather_logprobs
 from localrl.engines.mlx.network import Network, in_training
 from localrl.policy.model import FloatChoice, LoadedModel
-from localrl.policy.precision import cast_floats, dequantise, float32_activations, float_kinds
+from localrl.policy.precision import (
+    cast_floats,
+    dequantise,
+    float32_activations,
+    float_kinds,
+    match_embeddings,
+)
 from localrl.policy.selfcheck import Check, difference
 
 KINDS = {"fp16": mx.float16, "bf16": mx.bfloat16, "fp32": mx.float32}
@@ -77,6 +83,7 @@ def _try_float16(
     if dense:
         dequantise(fresh, as_float32=False)
     model.update(fresh.parameters())
+    match_embeddings(model)
     return FloatChoice(stored, f"as stored; {_obstacle(*checks)}"), []
 
 

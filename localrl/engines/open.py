@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from localrl.backend import mx
 from localrl.engines.floats import Prompts, settle_floats
 from localrl.engines.mlx.activations import use_fast_swiglu
 from localrl.engines.mlx.engine import open_engine
 from localrl.engines.mlx.recurrent import use_chunks
+from localrl.errors import ConfigError
 from localrl.policy.lora import attach, fill
 from localrl.policy.model import LoadedModel, Policy
 from localrl.policy.precision import dequantise
@@ -39,6 +41,8 @@ def make_policy(
     that float16 is tried with.
     """
     model, probe = loaded.model, loaded.tokenizer.plain_tokens()
+    if for_cpu:
+        _check_scales(model)
     use_chunks(model)
     if dense:
         dequantise(model, as_float32=dtype == "fp32" or (for_cpu and dtype in (None, "auto")))
@@ -50,3 +54,15 @@ def make_policy(
         fill(model, weights, source)
     mx.eval(model.parameters())
     return Policy(model, loaded.tokenizer, adapted, open_engine(model, probe), floats, checks)
+
+
+def _check_scales(model: Any) -> None:
+    """Check that MLX's CPU backend has every format of the model.
+
+    Raises: ConfigError for experts in nvfp4 with a scale of the whole tensor.
+    """
+    if any("global_scale" in module for module in model.modules()):
+        raise ConfigError(
+            "This model's experts are stored in nvfp4 with a global scale, which MLX computes only "
+            "on a GPU. Take a conversion of it without (mlx_lm.convert makes one by default)."
+        )

@@ -23,7 +23,7 @@ from localrl.errors import CheckpointError, ConfigError
 from localrl.export import peft
 from localrl.export.base import is_hub_id
 from localrl.export.tensors import check_adapter, checksum, read_json, read_tensors, save_tensors
-from localrl.policy.lora import LoRALinear
+from localrl.policy.lora import LoRALayer
 
 FORMAT = 1
 CONFIG = "adapter_config.json"
@@ -37,7 +37,8 @@ class Adapter:
     """LoRA adapters without their model."""
 
     weights: Mapping[str, mx.array]
-    """Arrays by mlx-lm name: `<layer>.lora_a` (inputs, rank), `<layer>.lora_b` (rank, outputs)."""
+    """Arrays by mlx-lm name: `<layer>.lora_a` (inputs, rank), `<layer>.lora_b` (rank, outputs), or,
+    of stacked experts, (experts, rank, inputs) and (experts, outputs, rank)."""
     rank: int
     scale: float
     layers: int
@@ -60,7 +61,7 @@ def adapter_of(model: Any, *, base_id: str | None = None) -> Adapter:
         (index, path): module
         for index, block in enumerate(model.layers)
         for path, module in block.named_modules()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LoRALayer)
     }
     layer = next(iter(adapted.values()))
     parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))

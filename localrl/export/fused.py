@@ -24,8 +24,9 @@ from localrl.errors import CheckpointError, ConfigError
 from localrl.export.adapters import Adapter
 from localrl.export.base import front_matter
 from localrl.export.tensors import read_json
-from localrl.policy.lora import LoRALinear, attach, fill
+from localrl.policy.lora import LoRALayer, adapted_layers, attach, fill
 from localrl.policy.model import load_model
+from localrl.policy.precision import dense_layer, weight_of
 from localrl.policy.rope import rope_settings
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -119,7 +120,7 @@ class DenseTensor:
 
 def dense_tensors(model: Any) -> dict[str, DenseTensor]:
     """Map names in a dense model without adapters to the tensors of a model with adapters."""
-    adapted = dict(_adapted(model))
+    adapted = dict(adapted_layers(model))
     found: dict[str, DenseTensor] = {}
     for path, module in model.named_modules():
         if path in adapted or path.rpartition(".")[0] in adapted:
@@ -144,7 +145,7 @@ def _tensors_of(path: str, module: Any, layer: Any) -> dict[str, DenseTensor]:
         if not isinstance(array, mx.array) or name.startswith("_"):
             continue
         shape = tuple(array.shape)
-        if "scales" in module and name in ("scales", "biases"):
+        if "scales" in module and name in ("scales", "biases", "global_scale"):
             continue
         if "scales" in module and name == "weight":
             shape = (*shape[:-1], module.scales.shape[-1] * module.group_size)
@@ -161,7 +162,7 @@ def survival(
     base, fused: models without adapters; the adapter is attached to `base`.
     """
     layers = dict(fused.named_modules())
-    for name, layer in _adapted(attached(base, adapter, source)):
+    for name, layer in adapted_layers(attached(base, adapter, source)):
         weight, update = _weight(layer.linear), _update(layer)
         change = _weight(layers[name]) - weight
         size, length = _norm(update), _norm(weight)
@@ -204,25 +205,15 @@ def attached(model: Any, adapter: Adapter, source: object) -> Any:
     return model
 
 
-def _adapted(model: Any) -> list[tuple[str, Any]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
-
-
 def _weight(module: Any) -> mx.array:
-    """Compute a linear layer's float32 weight as a new array, to be freed after use."""
-    if "scales" not in module:
-        return module.weight.astype(mx.float32)
-    scales, biases = module.scales, module.get("biases")
-    if mx.issubdtype(scales.dtype, mx.floating):  # other modes store scales as bytes
-        scales = scales.astype(mx.float32)
-        biases = biases.astype(mx.float32) if biases is not None else None
-    sizes = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    return mx.dequantize(module.weight, scales, biases, **sizes).astype(mx.float32)
+    """Compute a layer's float32 weight as a new array, to be freed after use."""
+    return weight_of(module, mx.float32)
 
 
-def _update(layer: Any) -> mx.array:
-    """Return the adapter's update to the weight, (outputs, inputs)."""
-    return layer.scale * (layer.lora_b.T @ layer.lora_a.T)
+def _update(layer: LoRALayer) -> mx.array:
+    """Return the adapter's update to the weight, (outputs, inputs), or that for each expert."""
+    a, b = layer.factors
+    return layer.scale * (b @ a)
 
 
 def _norm(array: mx.array) -> float:
@@ -238,7 +229,8 @@ def _choose_dtype(model: Any, wish: str | None) -> tuple[str, str]:
     """Choose the number format of a model with adapters, and give the reason."""
     if wish is not None:
         return wish, "as requested"
-    sizes = [_norm(_update(m)) / max(_norm(_weight(m.linear)), 1e-38) for _, m in _adapted(model)]
+    layers = [layer for _, layer in adapted_layers(model)]
+    sizes = [_norm(_update(m)) / max(_norm(_weight(m.linear)), 1e-38) for m in layers]
     middle = median(sizes)
     if 0 < middle < SMALL_UPDATE:
         return "float32", f"the update is {middle:.2g} of the weights, too small for float16"
@@ -253,19 +245,22 @@ def median(values: Sequence[float]) -> float:
 
 def _fuse(model: Any, dtype: mx.Dtype) -> Any:
     """Merge adapters and dequantise everything to `dtype`, one layer at a time."""
-    from mlx_lm.utils import dequantize_model
-
-    for name, layer in _adapted(model):
-        linear = nn.Linear(1, 1, bias="bias" in layer.linear)
-        linear.weight = (_weight(layer.linear) + _update(layer)).astype(dtype)
-        mx.eval(linear.weight)
-        if "bias" in linear:
-            linear.bias = layer.linear.bias
-        model.update_modules(tree_unflatten([(name, linear)]))
-    for module in model.modules():
-        if "scales" in module:  # embeddings, heads, experts
-            module.set_dtype(mx.float32)
-    dequantize_model(model)
+    below = [layer.linear for _, layer in adapted_layers(model)]
+    waiting = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALayer)
+        or ("scales" in module and not any(module is linear for linear in below))
+    ]
+    del below
+    while waiting:
+        path, module = waiting.pop()
+        adapted = isinstance(module, LoRALayer)
+        base = module.linear if adapted else module
+        weight = _weight(base) + _update(module) if adapted else _weight(base)
+        dense = dense_layer(base, weight.astype(dtype))
+        mx.eval(dense.weight)
+        model.update_modules(tree_unflatten([(path, dense)]))
     castable = getattr(model, "cast_predicate", lambda _: True)
     parameters: Any = tree_flatten(model.parameters())
     while parameters:  # each float32 array is freed as soon as it is cast

@@ -51,6 +51,7 @@ _REFUSED = {
     "rank_pattern": "ranks that differ between layers",
     "alpha_pattern": "scales that differ between layers",
     "layer_replication": "replicated layers",
+    "target_parameters": "adapters of parameters, such as stacked experts",
 }
 
 
@@ -58,6 +59,8 @@ def why_not(model_type: str | None, weights: Mapping[str, mx.array]) -> str | No
     """Return the reason an adapter has no PEFT form; None if it has one."""
     if model_type is None:
         return "the model's family is unknown"
+    if any(array.ndim == 3 for array in weights.values()):
+        return "it adapts stacked experts, which transformers keeps in other matrices"
     if model_type not in FAMILIES:
         return f"{model_type} has not been checked for the same layer names as in transformers"
     other = [name for name in weights if not name.startswith("model.layers.")]

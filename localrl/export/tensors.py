@@ -76,7 +76,8 @@ def check_adapter(weights: Mapping[str, mx.array], rank: int, path: Path) -> Non
         other = f"{layer}.{'lora_b' if half == 'lora_a' else 'lora_a'}"
         if other not in weights:
             raise CheckpointError(f"{path}: {other} is missing; the adapter is incomplete.")
-        if array.ndim != 2 or array.shape[half == "lora_a"] != rank:
+        ranks = {2: ("lora_b", "lora_a"), 3: ("", "lora_a", "lora_b")}.get(array.ndim)
+        if ranks is None or array.shape[ranks.index(half)] != rank:
             raise CheckpointError(
                 f"{path}: {name} has shape {list(array.shape)}, which does not match rank {rank}."
             )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from localrl.utils.stored_formats import named_format
+
+KINDS = ("linear", "router", "experts", "embedding", "head")
+"""The kinds of matrices."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,8 @@ class Packing:
     """Number of weights that share a scale."""
     mode: str = "affine"
     """MLX's quantisation mode; any but affine has one byte per group, no scale and bias."""
+    global_scale: bool = False
+    """True if each of stacked experts has one more scale, in float32."""
 
     def fits(self, matrix: Matrix) -> bool:
         """Return True if the group size divides the rows of the matrix."""
@@ -57,7 +64,8 @@ class Matrix:
             return self.weights * float_bytes + biases
         of_group = 2 * float_bytes if packing.mode == "affine" else 1
         groups = self.weights // packing.group_size
-        return self.weights * packing.bits // 8 + groups * of_group + biases
+        whole = 4 * self.copies if packing.global_scale else 0
+        return self.weights * packing.bits // 8 + groups * of_group + biases + whole
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,14 @@ class BlockShape:
         """mlx-lm's name of the layer that mixes tokens, the first one: attention, or another."""
         return self.matrices[0].path.split(".")[0]
 
-    def packed(self, packing: Packing) -> BlockShape:
-        """Return the block with every matrix quantised whose rows the groups divide."""
+    def packed(self, packing: Packing, kinds: Collection[str] = KINDS) -> BlockShape:
+        """Return the block with all matrices of these kinds quantised that the groups divide."""
         return replace(
             self,
             matrices=tuple(
-                replace(matrix, packing=packing) if packing.fits(matrix) else matrix
+                replace(matrix, packing=packing)
+                if packing.fits(matrix) and matrix.kind in kinds
+                else matrix
                 for matrix in self.matrices
             ),
         )
@@ -104,10 +114,13 @@ class BlockShape:
 
 
 def _own(packing: Packing, setting: Any) -> Packing:
-    """The format of a matrix; setting: False, True for the model's own, or bits and group size."""
+    """The format of a matrix; setting: False, True for the model's own, or a format of its own.
+
+    What the latter does not name is MLX's default, not the model's: mlx-lm passes it on alone.
+    """
     if setting is False:
         return Packing()
     if not isinstance(setting, Mapping):
         return packing
-    named = {name: setting[name] for name in ("bits", "group_size", "mode") if name in setting}
-    return replace(packing, **named)
+    own = named_format(setting)
+    return Packing(own.bits, own.group_size, own.mode, bool(setting.get("global_scale")))

@@ -8,7 +8,6 @@ from typing import Any
 
 from localrl.errors import ConfigError
 from localrl.memory.families import Family
-from localrl.memory.layers import Packing
 
 MOST_LAYERS = 100_000
 """Maximum number of blocks; more are an error in the file."""
@@ -31,12 +30,8 @@ _COUNTS = (
 )
 _MAMBA = ("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_d_conv", "mamba_n_groups")
 _LISTS = ("layer_types", "full_attn_idxs", "mlp_only_layers")
-_FOREIGN = {
-    "mxfp4": Packing(4, 32, "mxfp4"),
-    "mxfp8": Packing(8, 32, "mxfp8"),
-    "modelopt": Packing(4, 16, "nvfp4"),
-}
 _BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
+_OTHER_SENSES = re.compile(r"(?:.*[._])?(?:vision|visual|audio|vit|image)(?:[._].*)?")
 
 
 def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -78,33 +73,15 @@ def complete(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return text
 
 
-def packing_of(settings: Mapping[str, Any]) -> Packing:
-    """Return the default format of matrices; 0 bits if MLX would hold floats, as for fp8 files.
-
-    settings: `quantization` or `quantization_config` of a config.json.
-
-    Raises: ConfigError if a number is impossible.
-    """
-    method = settings.get("quant_method")
-    if method in _FOREIGN:
-        return _FOREIGN[method]
-    bits = settings.get("bits", settings.get("w_bit"))
-    group = settings.get("group_size", settings.get("q_group_size", 64))
-    if bits is None:
-        return Packing()
-    for name, value in {"bits": bits, "group_size": group}.items():
-        _check_count(f"quantization.{name}", value, least=1)
-    return Packing(bits, group, settings.get("mode", "affine"))
-
-
 def exceptions(settings: Mapping[str, Any]) -> dict[int | None, dict[str, Any]]:
     """Return quantisation settings of individual matrices, by block number and path in the block.
 
-    The number is None for the embedding and the head.
+    The number is None for the embedding and the head. Those of the parts that see or hear, which
+    mlx-lm leaves out, are left out.
     """
     found: dict[int | None, dict[str, Any]] = {}
     for name, value in settings.items():
-        if not isinstance(value, bool | Mapping):
+        if not isinstance(value, bool | Mapping) or _OTHER_SENSES.fullmatch(name):
             continue
         if match := _BLOCK.fullmatch(name):
             found.setdefault(int(match[1]), {})[match[2]] = value

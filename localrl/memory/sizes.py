@@ -10,8 +10,9 @@ from localrl.config import closest
 from localrl.errors import ConfigError
 from localrl.memory import blocks, families
 from localrl.memory.families import FULL, NONE
-from localrl.memory.layers import BlockShape, Matrix, Packing
-from localrl.memory.settings import complete, exceptions, packing_of
+from localrl.memory.layers import KINDS, BlockShape, Matrix, Packing
+from localrl.memory.settings import complete, exceptions
+from localrl.utils.stored_formats import StoredFormat, stored_format
 
 __all__ = [
     "FULL",
@@ -142,8 +143,8 @@ def read_sizes(config: Mapping[str, Any], *, weight_bytes: int | None = None) ->
         blocks=tuple(blocks.blocks(text, family, windows)),
         ends=blocks.ends(text, family),
     )
-    settings = config.get("quantization") or text.get("quantization_config")
-    return _packed(found, settings) if isinstance(settings, Mapping) else found
+    stored = stored_format(config)
+    return _packed(found, stored, config.get("quantization") or {}) if stored.bits else found
 
 
 def parameters(sizes: Sizes) -> Parameters:
@@ -176,7 +177,8 @@ def weight_bytes(sizes: Sizes, *, float32: bool, dense: bool) -> int:
 def lora_parameters(sizes: Sizes, rank: int, layers: int = 0, keys: Collection[str] = ()) -> int:
     """Count the weights of adapters of this rank on the last `layers` blocks (0: all).
 
-    keys: paths inside a block; if empty, all linear layers except routers. Experts have none.
+    keys: paths inside a block, of linear layers or stacked experts, each of which has its own
+    adapter; if empty, all linear layers except routers.
 
     Raises: ConfigError if there are fewer blocks, or, in a known family, no such layers.
     """
@@ -186,11 +188,11 @@ def lora_parameters(sizes: Sizes, rank: int, layers: int = 0, keys: Collection[s
         matrix
         for block in sizes.parts[:-1][sizes.layers - layers if layers else 0 :]
         for matrix in block.matrices
-        if matrix.kind in ("linear", "router")
+        if matrix.kind in ("linear", "router", "experts")
     ]
     _check_keys(keys, sorted({matrix.path for matrix in adapted}), sizes.known)
     return rank * sum(
-        matrix.inputs + matrix.outputs
+        matrix.copies * (matrix.inputs + matrix.outputs)
         for matrix in adapted
         if (matrix.path in keys if keys else matrix.kind == "linear")
     )
@@ -227,24 +229,37 @@ def quantised(sizes: Sizes, bits: int) -> Sizes:
         return sizes
     parts = [part.packed(Packing(bits, 32)).packed(Packing(bits, 64)) for part in sizes.parts]
     special = families.find_family({"model_type": sizes.family}).eight_bits
-    parts = [part.overridden({path: {"bits": 8} for path in special}) for part in parts]
+    parts = [part.overridden(_eight_bits(part, special)) for part in parts]
     return replace(sizes, bits=bits, blocks=tuple(parts[:-1]), ends=parts[-1], stored_bytes=None)
 
 
-def _packed(sizes: Sizes, settings: Mapping[str, Any]) -> Sizes:
-    """Sizes of a model that is stored with this quantisation."""
-    packing, special = packing_of(settings), exceptions(settings)
-    numbered: list[int | None] = [*range(sizes.layers), None]
-    parts = [
-        part.packed(packing).overridden(special.get(number, {}))
-        for number, part in zip(numbered, sizes.parts, strict=True)
+def _eight_bits(part: BlockShape, paths: Collection[str]) -> dict[str, dict[str, int]]:
+    """Settings that give quantised matrices of these paths 8 bits."""
+    return {
+        matrix.path: {"bits": 8, "group_size": matrix.packing.group_size}
+        for matrix in part.matrices
+        if matrix.path in paths and matrix.packing.bits
+    }
+
+
+def _packed(sizes: Sizes, stored: StoredFormat, settings: Mapping[str, Any]) -> Sizes:
+    """Sizes of a model that is stored in this format. settings: mlx-lm's `quantization`, if any."""
+    packing = Packing(stored.bits, stored.group_size, stored.mode)
+    kinds = ("linear", "experts") if stored.within_blocks else KINDS
+    special = exceptions(settings)
+    blocks = [
+        block.packed(packing, kinds).overridden(special.get(number, {}))
+        for number, block in enumerate(sizes.parts[:-1])
     ]
+    ends = sizes.parts[-1]
+    if not stored.within_blocks:
+        ends = ends.packed(packing).overridden(special.get(None, {}))
     return replace(
         sizes,
         bits=packing.bits,
         quant_group_size=packing.group_size,
-        blocks=tuple(parts[:-1]),
-        ends=parts[-1],
+        blocks=tuple(blocks),
+        ends=ends,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from localrl.errors import ConfigError
 from localrl.policy.files import MODEL_FILES
+from localrl.utils.stored_formats import stored_format
 
 WEIGHTS = "model*.safetensors"
 """Pattern of the only files that weights are read from, as in mlx-lm."""
@@ -24,6 +25,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz", "*.h5", "*.gguf
 
 INDEX = "model.safetensors.index.json"
 """Index of tensors by file; mlx-lm does not read it."""
+
+MODELOPT = "hf_quant_config.json"
+"""Settings of a quantisation by ModelOpt."""
 
 MEGABYTE = 1_000_000
 SIZES = {
@@ -42,7 +46,7 @@ SIZES = {
 PARSED = (
     "config.json",
     "generation_config.json",
-    "hf_quant_config.json",
+    MODELOPT,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -71,6 +75,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     found = check_texts(folder)
     config = found["config.json"]
     _check_config(folder, config, _tensors(folder, found.get(INDEX, {})))
+    stored_format(config)
     return config
 
 
@@ -90,6 +95,8 @@ def check_texts(folder: Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be read: {error.strerror}.") from None
     _check_tokenizer(folder, found.get("tokenizer_config.json", {}))
+    if MODELOPT in found:  # where mlx-lm looks if config.json has none
+        found["config.json"].setdefault("quantization_config", found[MODELOPT])
     return found
 
 

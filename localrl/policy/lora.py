@@ -1,6 +1,8 @@
-"""LoRA adapters: attach them to the linear layers of a model's blocks, fill them, switch them off.
+"""LoRA adapters: attach them to layers of a model's blocks, fill them, switch them off.
 
-Paper: Hu et al. 2021, arXiv 2106.09685. For adapter files see `localrl.export.adapters`.
+Linear layers and stacked experts can have adapters; the experts only if they are named, since each
+of hundreds has its own. Paper: Hu et al. 2021, arXiv 2106.09685. For adapter files see
+`localrl.export.adapters`.
 """
 
 from __future__ import annotations
@@ -56,13 +58,58 @@ class LoRALinear(nn.Module):
         product = x.reshape(-1, x.shape[-1]) @ self.lora_a.astype(x.dtype)
         return mx.addmm(y.reshape(-1, y.shape[-1]), product, lora_b).reshape(y.shape)
 
+    @property
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """A (rank, inputs) and B (outputs, rank); the weight changes by `scale * B @ A`."""
+        return self.lora_a.T, self.lora_b.T
 
-def linear_shape(linear: Any) -> tuple[int, int]:
-    """Return (outputs, inputs) of a plain or quantised linear layer."""
-    outputs, inputs = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
-        inputs = inputs * 32 // linear.bits
-    return outputs, inputs
+
+class LoRAExperts(nn.Module):
+    """Frozen stacked experts plus, for each of them, `scale * B @ A @ x`.
+
+    Shapes and sums are those of mlx-lm's `LoRASwitchLinear`. A position needs the adapters of a few
+    of all experts, so here the activations are cast to float32, not the adapters to the dtype of
+    `x`.
+    """
+
+    def __init__(self, linear: Any, rank: int, scale: float, key: mx.array) -> None:
+        super().__init__()
+        experts, outputs, inputs = linear_shape(linear)
+        bound = 1 / math.sqrt(inputs)
+        self.linear = linear
+        self.scale = scale
+        self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, inputs), key=key)
+        self.lora_b = mx.zeros((experts, outputs, rank))
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        chosen: dict[str, Any] = {"rhs_indices": indices, "sorted_indices": sorted_indices}
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        z = mx.gather_mm(x.astype(mx.float32), self.lora_a.swapaxes(-1, -2), **chosen)
+        z = mx.gather_mm(z, self.lora_b.swapaxes(-1, -2), **chosen)
+        return y + (self.scale * z).astype(y.dtype)
+
+    @property
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """A (experts, rank, inputs) and B (experts, outputs, rank), as in `LoRALinear.factors`."""
+        return self.lora_a, self.lora_b
+
+
+LoRALayer = LoRALinear | LoRAExperts
+
+
+def adapted_layers(model: Any) -> list[tuple[str, LoRALayer]]:
+    """List the adapted layers with their paths."""
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALayer)]
+
+
+def linear_shape(linear: Any) -> tuple[int, ...]:
+    """Return (outputs, inputs) of a linear layer, or (experts, outputs, inputs) of stacked experts.
+
+    Quantised or not: weights of any number of bits are packed into numbers of 32.
+    """
+    *before, inputs = linear.weight.shape
+    packed = "scales" in linear
+    return (*before, inputs * 32 // linear.bits if packed else inputs)
 
 
 def attach(
@@ -74,10 +121,10 @@ def attach(
     layers: int = 0,
     keys: Collection[str] = (),
 ) -> list[str]:
-    """Freeze the model and attach adapters to linear layers of its last `layers` blocks (0: all).
+    """Freeze the model and attach adapters to layers of its last `layers` blocks (0: all).
 
-    keys: module paths inside a block; if empty, all linear layers except routers of experts.
-    Stacked experts get no adapters. The random matrix of each adapter depends only on the seed and
+    keys: module paths inside a block, of linear layers or stacked experts; if empty, all linear
+    layers except routers of experts. The random matrix of each adapter depends only on the seed and
     the layer, not on what else is adapted.
 
     Returns: the paths, as mlx-lm's `keys`.
@@ -92,7 +139,7 @@ def attach(
         (index, path, module)
         for index, block in enumerate(model.layers)
         for path, module in block.named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear)) or is_experts(module)
     ]
     first = blocks - layers if layers else 0
     chosen = _choose(model, {path for index, path, _ in places if index >= first}, set(keys))
@@ -102,7 +149,8 @@ def attach(
     adapted: dict[str, None] = {}
     for (index, path, module), key in zip(places, seeds, strict=True):
         if index >= first and path in chosen:
-            adapter = LoRALinear(module, rank, scale, key)
+            kind = LoRAExperts if is_experts(module) else LoRALinear
+            adapter = kind(module, rank, scale, key)
             model.layers[index].update_modules(tree_unflatten([(path, adapter)]))
             adapted[path] = None
     return list(adapted)
@@ -126,14 +174,41 @@ def fill(model: Any, weights: Mapping[str, mx.array], source: object) -> None:
     model.load_weights([(n, w.astype(mx.float32)) for n, w in weights.items()], strict=False)
 
 
+def is_experts(module: Any) -> bool:
+    """Return True for the stacked weights of experts."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+
+
+def experts_note(model: Any) -> str | None:
+    """Say how many of a mixture's weights are adapted; None if none of its experts are left out."""
+    adapted = [layer.linear for _, layer in adapted_layers(model)]
+    left_out = {
+        path: None
+        for block in model.layers
+        for path, module in block.named_modules()
+        if is_experts(module) and not any(module is linear for linear in adapted)
+    }
+    if not left_out:
+        return None
+    matrices = [m for m in model.modules() if "weight" in m and m.weight.ndim > 1]
+    mine, total = (sum(math.prod(linear_shape(m)) for m in part) for part in (adapted, matrices))
+    return (
+        f"on layers of {mine / 1e6:,.2f} of {total / 1e6:,.2f} million weights; experts have none "
+        f"unless lora.keys names them: {', '.join(left_out)}"
+    )
+
+
 def _choose(model: Any, paths: set[str], keys: set[str]) -> set[str]:
-    """Choose the paths to adapt among those of linear layers."""
+    """Choose the paths to adapt among those of linear layers and experts."""
     for key in sorted(keys - paths):
         raise ConfigError(
             f"lora.keys contains {key!r}, which is not a linear layer of the adapted blocks."
             f"{closest(key, paths)} Choose from {', '.join(sorted(paths))}."
         )
-    return keys or paths - _routers(model)
+    experts = {path for block in model.layers for path, m in block.named_modules() if is_experts(m)}
+    return keys or paths - experts - _routers(model)
 
 
 def _routers(model: Any) -> set[str]:
@@ -143,15 +218,13 @@ def _routers(model: Any) -> set[str]:
     Routers are the layers next to experts with as many outputs as experts, or one, and every
     layer named `router`.
     """
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
     found: set[str] = set()
     for block in model.layers:
         modules = dict(block.named_modules())
         experts = {
-            path.rsplit(".", 2)[0]: module.num_experts
+            path.rsplit(".", 2)[0]: linear_shape(module)[0]
             for path, module in modules.items()
-            if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+            if is_experts(module)
         }
         for path, module in modules.items():
             if experts and isinstance(module, (nn.Linear, nn.QuantizedLinear)):
@@ -168,7 +241,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 
     A graph keeps the scale it was built with, so arrays built inside may be evaluated outside.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = [layer for _, layer in adapted_layers(model)]
     scales = [layer.scale for layer in layers]
     try:
         for layer in layers:

@@ -14,7 +14,7 @@ from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
-from localrl.policy.precision import float_kinds, quantise
+from localrl.policy.precision import float_kinds, match_embeddings, quantise
 from localrl.policy.rope import rope_settings
 from localrl.policy.selfcheck import Check
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
@@ -128,6 +128,7 @@ def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
     if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
+    match_embeddings(model)
     return model
 
 

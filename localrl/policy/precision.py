@@ -13,7 +13,7 @@ from typing import Any
 
 from localrl.backend import mx, nn, tree_flatten, tree_unflatten
 from localrl.errors import ConfigError
-from localrl.policy.lora import linear_shape
+from localrl.policy.lora import is_experts
 
 
 def to_float32(model: nn.Module) -> None:
@@ -35,6 +35,55 @@ def cast_floats(model: nn.Module, dtype: mx.Dtype, *, only: mx.Dtype | None = No
             array = array.astype(dtype)
             model.update(tree_unflatten([(name, array)]))
         mx.eval(array)
+    match_embeddings(model)
+
+
+def match_embeddings(model: nn.Module) -> None:
+    """Let packed embeddings return the model's floats where MLX returns bfloat16, in place.
+
+    That is in all modes but affine, whose scales are bytes. bfloat16 among float16 would make MLX
+    compute in float32.
+    """
+    packed = [
+        (path, m)
+        for path, m in model.named_modules()
+        if isinstance(m, nn.QuantizedEmbedding) and m.mode != "affine"
+    ]
+    dtype = _usual_float(model) if packed else mx.float32
+    matched = [(path, PackedEmbedding(module, dtype)) for path, module in packed]
+    model.update_modules(tree_unflatten(matched))
+
+
+class PackedEmbedding(nn.QuantizedEmbedding):
+    """A packed embedding that returns floats of this dtype."""
+
+    def __init__(self, packed: nn.QuantizedEmbedding, dtype: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        for name in ("group_size", "bits", "mode", "num_embeddings", "dims", "weight", "scales"):
+            setattr(self, name, getattr(packed, name))
+        self.biases = None
+        self.dtype = dtype
+        self.freeze()
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return mx.dequantize(
+            self.weight[tokens],
+            self.scales[tokens],
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=self.dtype,
+        )
+
+
+def _usual_float(model: nn.Module) -> mx.Dtype:
+    """The dtype of most of the model's floats."""
+    parameters: Any = tree_flatten(model.parameters())
+    counts: dict[mx.Dtype, int] = {}
+    for _, array in parameters:
+        if mx.issubdtype(array.dtype, mx.floating):
+            counts[array.dtype] = counts.get(array.dtype, 0) + array.size
+    return max(counts, key=lambda dtype: counts[dtype], default=mx.float32)
 
 
 def float_kinds(model: nn.Module) -> set[mx.Dtype]:
@@ -100,12 +149,13 @@ def dequantise(model: nn.Module, *, as_float32: bool) -> None:
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding))
     ]
     waiting.sort(key=lambda named: named[1].weight.nbytes)
+    usual = _usual_float(model)
     while waiting:
         path, module = waiting.pop()
         if as_float32:
             module.set_dtype(mx.float32)
-        linear = isinstance(module, nn.QuantizedLinear)
-        dense = _dense_linear(module) if linear else _dense_embedding(module)
+        dtype = None if module.mode == "affine" else usual
+        dense = dense_layer(module, weight_of(module, mx.float32 if as_float32 else dtype))
         model.update_modules(tree_unflatten([(path, dense)]))
         mx.eval(dense.parameters())
 
@@ -153,27 +203,43 @@ def _group_size(module: Any) -> int | None:
     return next((size for size in (64, 32) if width % size == 0), None)
 
 
-def _values(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array:
-    return mx.dequantize(
-        module.weight,
-        module.scales,
-        module.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
+def weight_of(module: Any, dtype: mx.Dtype | None = None) -> mx.array:
+    """Compute the weight of a linear layer, an embedding or stacked experts as a new dense array.
+
+    dtype: to compute it in; None: that of the floats in the module, else bfloat16.
+    """
+    if "scales" not in module:
+        return module.weight.astype(dtype or module.weight.dtype)
+    scales = _floats_as(module.scales, dtype)
+    biases = _floats_as(module.biases, dtype) if "biases" in module else None
+    options = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    if "global_scale" not in module:
+        return mx.dequantize(module.weight, scales, biases, dtype=dtype, **options)
+    experts = zip(module.weight, scales, module.global_scale, strict=True)
+    return mx.stack(
+        [mx.dequantize(w, s, global_scale=g, dtype=dtype, **options) for w, s, g in experts]
     )
 
 
-def _dense_linear(module: nn.QuantizedLinear) -> nn.Linear:
-    outputs, inputs = linear_shape(module)
-    dense = nn.Linear(inputs, outputs, bias="bias" in module)
-    dense.weight = _values(module)
+def _floats_as(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """Cast floats; scales that are bytes stay as they are."""
+    if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    return array.astype(dtype)
+
+
+def dense_layer(module: Any, weight: mx.array) -> Any:
+    """Make the dense layer of the module's kind with this weight, and the module's bias."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    dense: Any
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        dense = nn.Embedding(1, 1)
+    elif is_experts(module):
+        dense = SwitchLinear(1, 1, 1, bias="bias" in module)
+    else:
+        dense = nn.Linear(1, 1, bias="bias" in module)
+    dense.weight = weight
     if "bias" in module:
         dense.bias = module.bias
-    return dense
-
-
-def _dense_embedding(module: nn.QuantizedEmbedding) -> nn.Embedding:
-    dense = nn.Embedding(module.num_embeddings, module.dims)
-    dense.weight = _values(module)
     return dense

@@ -88,24 +88,17 @@ def test_what_is_not_there_cannot_be_adapted(tiny_folder, options, message):
         with_options(tiny_folder, **options)
 
 
-MIXTURE = {
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
-
-
-def test_routers_and_experts_have_no_adapters_unless_a_router_is_named(tmp_path):
-    folder = tiny.make_folder(tmp_path / "mixture", **MIXTURE)
+def test_routers_and_experts_have_no_adapters_unless_they_are_named(tmp_path):
+    folder = tiny.make_folder(tmp_path / "mixture", **tiny.FAMILIES["qwen3_moe"])
     attention = {f"self_attn.{part}_proj" for part in "qkvo"}
     assert set(with_options(folder).lora_keys) == attention
     assert with_options(folder, keys=("mlp.gate",)).lora_keys == ["mlp.gate"]
+    experts = with_options(folder, keys=("mlp.switch_mlp.up_proj",))
+    assert experts.lora_keys == ["mlp.switch_mlp.up_proj"]
+    shapes = {array.shape for _, array in tree_flatten(experts.model.trainable_parameters())}
+    assert shapes == {(4, 4, 64), (4, 32, 4)}  # experts, rank, inputs; experts, outputs, rank
     with pytest.raises(ConfigError, match="not a linear layer"):
-        with_options(folder, keys=("mlp.switch_mlp.up_proj",))
+        with_options(folder, keys=("mlp.switch_mlp",))
 
 
 def test_an_adapter_of_another_size_is_refused(tiny_folder):

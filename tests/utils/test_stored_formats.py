@@ -1,0 +1,183 @@
+"""Number formats named in a config.json: what is read, and what is refused before loading."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from localrl.backend import mx, tree_flatten
+from localrl.cli.plan import plan
+from localrl.diagnostics.doctor import look_at_model
+from localrl.errors import ConfigError
+from localrl.memory.sizes import read_sizes, weight_bytes
+from localrl.policy.folder import check_folder
+from localrl.policy.model import load_model
+from localrl.utils.stored_formats import StoredFormat, stored_format
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+IN_QWEN3 = "which this version of mlx-lm does not read for the family qwen3"
+UNREAD = {
+    "'bitsandbytes', which mlx-lm": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "'gptq' (bits 4), which mlx-lm": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "'bitnet', which mlx-lm": {"quant_method": "bitnet"},
+    "'awq' (bits 8), which mlx-lm": {"quant_method": "awq", "bits": 8},
+    "'awq' (version 'gemv'), which mlx-lm": {"quant_method": "awq", "version": "gemv"},
+    f"'fp8', {IN_QWEN3}": FP8,
+    f"'compressed-tensors', {IN_QWEN3}": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+    },
+    "None (bits 4), which mlx-lm": {"bits": 4, "group_size": 64},
+}
+"""Settings by what is said about them."""
+READ = [
+    ({}, StoredFormat()),
+    ({"quantization": {"bits": 3, "group_size": 128}}, StoredFormat(3, 128)),
+    ({"quantization": {"mode": "nvfp4"}}, StoredFormat(4, 16, "nvfp4")),
+    ({"quantization": {"bits": 4}, "quantization_config": FP8}, StoredFormat(4, 64)),
+    ({"model_type": "ministral3", "quantization_config": FP8}, StoredFormat()),
+    # A name that mlx-lm has no file for is left to mlx-lm.
+    ({"model_type": "kimi_k2", "quantization_config": FP8}, StoredFormat()),
+    # A model that sees as well: its language model's code handles the tensors.
+    (
+        {
+            "model_type": "mistral3",
+            "text_config": {"model_type": "ministral3", "quantization_config": FP8},
+        },
+        StoredFormat(),
+    ),
+    (
+        {
+            "model_type": "ministral3",
+            "quantization_config": {
+                **FP8,
+                "scale_fmt": "ue8m0",
+                "weight_block_size": [32, 32],
+            },
+        },
+        StoredFormat(8, 32, "mxfp8", within_blocks=True),
+    ),
+    (
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+        StoredFormat(4, 32, "mxfp4", within_blocks=True),
+    ),
+    (
+        {
+            "model_type": "deepseek_v3",
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+            },
+        },
+        StoredFormat(4, 16, "nvfp4", within_blocks=True),
+    ),
+]
+
+
+def rewrite(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(("config", "expected"), READ)
+def test_what_is_read(config, expected):
+    assert stored_format(config) == expected
+
+
+@pytest.mark.parametrize("message", UNREAD)
+def test_a_method_that_is_not_read_is_named_by_every_way_in(tmp_path, message):
+    folder = tiny.make_folder(tmp_path / "model", bits=None)
+    rewrite(folder, quantization_config=UNREAD[message])
+    found = re.escape(f"The weights are stored with quant_method {message}")
+    with pytest.raises(ConfigError, match=found):
+        load_model(folder)
+    with pytest.raises(ConfigError, match=found):
+        read_sizes(json.loads((folder / "config.json").read_text()))
+    (row,) = look_at_model(str(folder))
+    assert row.status == "fail"
+    assert re.match(found, row.text)
+    assert "--quantize 4 quantises when it is loaded" in row.text
+
+
+def test_the_plan_says_so_too(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", bits=None)
+    rewrite(folder, quantization_config={"quant_method": "bitsandbytes"})
+    run = CliRunner().invoke(plan, ["--model", str(folder)])
+    assert isinstance(run.exception, ConfigError)
+    assert "quant_method 'bitsandbytes', which mlx-lm does not read" in str(run.exception)
+
+
+def test_modelopt_may_have_a_file_of_its_own(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", bits=None)
+    settings = {"quantization": {"quant_algo": "FP8"}, "quant_method": "modelopt"}
+    (folder / "hf_quant_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="quant_method 'modelopt'"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": {"mode": "mxfp5", "bits": 5}}, "mode 'mxfp5'; MLX has affine, mxfp4"),
+        ({"quantization": {"bits": 4, "a.b": {"mode": "other"}}}, "mode 'other'"),
+        ({"quantization": {"bits": -4}}, r"impossible quantization\.bits: -4"),
+        ({"quantization": "4"}, "impossible quantization: '4'"),
+        ({"quantize_activations": True}, "such layers have no gradient"),
+    ],
+)
+def test_what_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        stored_format(changes)
+
+
+def pack_awq(weight, group):
+    """One matrix as AutoAWQ stores it; its values are then (q - zero) * scale."""
+    draws = np.random.default_rng(0)
+    outputs, inputs = weight.shape
+    q = draws.integers(0, 16, (outputs, inputs))
+    zeros = draws.integers(5, 11, (outputs, inputs // group))
+    # So few bits of mantissa that float16 holds zero * scale as it is.
+    scales = draws.choice([1, 1.25, 1.5, 1.75], zeros.shape).astype(np.float16) / 128
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # of 8 outputs within 32 bits, the lowest first
+
+    def pack(values):
+        parts = values.T.reshape(values.shape[1], outputs // 8, 8)[..., order]
+        return (parts.astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))).sum(-1)
+
+    wide = [np.repeat(part, group, axis=1) for part in (zeros, scales.astype(np.float32))]
+    packed = {"qweight": pack(q), "qzeros": pack(zeros), "scales": scales.T}
+    return packed, (q - wide[0]) * wide[1]
+
+
+def test_awq_is_read_as_it_was_meant(tmp_path):
+    dense, folder = (tiny.make_folder(tmp_path / name, bits=None) for name in ("dense", "packed"))
+    weights = mx.load(str(dense / "model.safetensors"))
+    packed = {}
+    for name, array in weights.items():
+        layer = name.removesuffix(".weight")
+        if not layer.endswith("_proj"):
+            packed[name] = weights[name] = array.astype(mx.float16)
+            continue
+        parts, values = pack_awq(array, 32)
+        weights[name] = mx.array(values.astype(np.float32))
+        for part, value in parts.items():
+            kind = mx.float16 if part == "scales" else mx.uint32
+            packed[f"{layer}.{part}"] = mx.array(np.ascontiguousarray(value)).astype(kind)
+    mx.save_safetensors(str(dense / "model.safetensors"), weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), packed)
+    rewrite(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32})
+    model = load_model(folder).model
+    held = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert weight_bytes(read_sizes(check_folder(folder)), float32=False, dense=False) == held
+    plain, tokens = load_model(dense).model, mx.array([[1, 5, 9, 2, 7]])
+    for made in (model, plain):
+        made.set_dtype(mx.float32)
+    expected = np.array(plain(tokens))
+    np.testing.assert_allclose(np.array(model(tokens)), expected, atol=1e-4)
+    assert np.abs(expected).max() > 0.5
