@@ -158,8 +158,9 @@ def _write_files(adapter: Adapter, folder: Path) -> str | None:
     names = [WEIGHTS]
     save_tensors(folder / WEIGHTS, adapter.weights)
     if reason is None:
-        config |= peft.config(adapter.weights, adapter.rank, adapter.scale, adapter.base_id)
-        save_tensors(folder / PEFT_WEIGHTS, peft.to_peft(adapter.weights), {"format": "pt"})
+        family, weights = str(adapter.model_type), adapter.weights
+        config |= peft.config(family, weights, adapter.rank, adapter.scale, adapter.base_id)
+        save_tensors(folder / PEFT_WEIGHTS, peft.to_peft(family, weights), {"format": "pt"})
         names.append(PEFT_WEIGHTS)
     _write_json(folder / CONFIG, config)
     note = {

@@ -26,6 +26,8 @@ FILES = {
     "localrl.json",
 }
 
+HALVES = ("lora_A", "lora_B")
+
 ROUNDING = 0.0 if backend.describe().blas == "numpy-openblas" else 1e-5
 """Difference allowed to mlx-lm's layer, which scales and adds in steps of its own: another BLAS, or
 a GPU, may round between them."""
@@ -153,7 +155,7 @@ def test_some_blocks_in_both_sets_of_keys(tmp_path, tiny_folder):
 @pytest.mark.parametrize(("scale", "alpha"), [(0.1, 1), (2.0, 20), (0.33, 3.3000000000000003)])
 def test_alpha_is_whole_where_it_can_be(scale, alpha):
     weights = {"model.layers.0.mlp.up_proj.lora_a": mx.zeros((2, 10))}
-    found = peft.config(weights, 10, scale, None)["lora_alpha"]
+    found = peft.config("qwen3", weights, 10, scale, None)["lora_alpha"]
     assert found == alpha
     assert type(found) is type(alpha)
 
@@ -184,16 +186,61 @@ def test_an_mlx_lm_folder_is_read(tiny_folder, foreign):
 
 
 def test_a_family_that_was_not_checked_gets_no_peft_half(tmp_path, tiny_folder):
-    adapter = replace(adapter_of(a_policy(tiny_folder).model), model_type="lfm2")
+    adapter = replace(adapter_of(a_policy(tiny_folder).model), model_type="mamba")
     reason = write_adapter(adapter, tmp_path / "a")
     assert reason is not None
-    assert "lfm2" in reason
+    assert "mamba" in reason
     assert {path.name for path in (tmp_path / "a").iterdir()} == FILES - {
         "adapter_model.safetensors"
     }
     assert "peft_type" not in json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert peft_note(tmp_path / "a") == reason
-    assert read_adapter(tmp_path / "a").model_type == "lfm2"
+    assert read_adapter(tmp_path / "a").model_type == "mamba"
+
+
+def random_adapter(path, inputs, outputs, rank=3):
+    draws = np.random.default_rng(len(path))
+    a, b = draws.normal(size=(inputs, rank)), draws.normal(size=(rank, outputs))
+    return {f"{path}.lora_a": mx.array(a), f"{path}.lora_b": mx.array(b)}
+
+
+def test_layers_that_transformers_joins_have_one_adapter_with_both_updates():
+    """Its update is that of the gate above that of the other half, at twice the rank."""
+    block = "model.layers.1.mlp"
+    weights = random_adapter(f"{block}.gate_proj", 5, 4) | random_adapter(f"{block}.up_proj", 5, 4)
+    tensors = peft.to_peft("granitemoehybrid", weights)
+    name = "model.layers.1.shared_mlp.input_linear"
+    a, b = (np.array(tensors[f"base_model.model.{name}.{half}.weight"]) for half in HALVES)
+    updates = [
+        np.array(weights[f"{block}.{part}.lora_b"].T @ weights[f"{block}.{part}.lora_a"].T)
+        for part in ("gate_proj", "up_proj")
+    ]
+    assert len(tensors) == 2
+    np.testing.assert_allclose(b @ a, np.concatenate(updates), atol=1e-5)
+    config = peft.config("granitemoehybrid", weights, 3, 2.0, None)
+    assert config["target_modules"] == [name]
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({name: 6}, {name: 12})
+
+
+def test_half_of_a_joined_layer_leaves_the_other_half_as_it_is():
+    weights = random_adapter("model.layers.0.mlp.up_proj", 5, 4)
+    tensors = peft.to_peft("granitemoehybrid", weights)
+    name = "base_model.model.model.layers.0.shared_mlp.input_linear"
+    b = np.array(tensors[f"{name}.lora_B.weight"])
+    assert b.shape == (8, 3)
+    assert not b[:4].any()
+    assert b[4:].all()
+    assert "rank_pattern" not in peft.config("granitemoehybrid", weights, 3, 2.0, None)
+
+
+def test_a_layer_that_peft_would_skip_is_named_with_the_setting_that_leaves_it_out():
+    weights = random_adapter("backbone.layers.0.mixer.in_proj", 5, 4)
+    assert peft.why_not("nemotron_h", weights) is None
+    weights |= random_adapter("backbone.layers.0.mixer.out_proj", 4, 5)
+    reason = peft.why_not("nemotron_h", weights)
+    assert reason is not None
+    assert "mixer.out_proj" in reason
+    assert 'lora.keys = ["mixer.in_proj"]' in reason
 
 
 def linear_names(module: str) -> set[str]:
@@ -210,7 +257,7 @@ def linear_names(module: str) -> set[str]:
     return found - {"lm_head"}
 
 
-@pytest.mark.parametrize("family", sorted(peft.FAMILIES))
+@pytest.mark.parametrize("family", sorted(peft.SAME))
 def test_the_checked_families_name_their_layers_as_transformers_does(family):
     pytest.importorskip("transformers")
     theirs = "gemma3" if family == "gemma3_text" else family
@@ -222,7 +269,7 @@ def test_the_checked_families_name_their_layers_as_transformers_does(family):
 
 def test_writing_again_replaces_ours_and_nothing_else(tmp_path, tiny_folder, written):
     adapter = adapter_of(a_policy(tiny_folder, stirred=False).model)
-    write_adapter(replace(adapter, model_type="lfm2"), written)
+    write_adapter(replace(adapter, model_type="mamba"), written)
     equal(read_adapter(written).weights, adapter.weights)
     assert not (written / "adapter_model.safetensors").exists()  # it would be the old one
     others = tmp_path / "others"

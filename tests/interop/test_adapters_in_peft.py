@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hub_models import MODELS, make_hub_model, open_hub_model
 from mlx_lm.utils import save_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -60,12 +61,12 @@ def hf_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def stirred_adapter(model: Path, folder: Path, **where: Any) -> Path:
+def stirred_adapter(model: Path, folder: Path, size: float = 0.3, **where: Any) -> Path:
     """A folder written by localrl for adapters that change the model a good deal."""
     policy = make_policy(
         load_model(model), rank=4, scale=2.5, seed=3, for_cpu=True, dense=True, **where
     )
-    tiny.stir(policy.model, seed=1, size=0.3)
+    tiny.stir(policy.model, seed=1, size=size)
     assert write_adapter(adapter_of(policy.model, base_id="acme/tiny"), folder) is None
     expected = np.array(policy.model(mx.array(TOKENS)))
     assert np.abs(mlx_logits(model, folder) - expected).max() < 1e-4
@@ -83,6 +84,21 @@ def test_peft_and_mlx_lm_give_the_same_logits(tmp_path: Path, family: str, where
     theirs = torch_logits(PeftModel.from_pretrained(base, adapter))
     difference, effect = np.abs(theirs - adapted).max(), np.abs(adapted - bare).max()
     print(f"{family}, {where}: difference {difference:.1e}, effect {effect:.2f}")
+    assert effect > 0.1
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_of_transformers_takes_the_adapter_trained_on_its_folder(
+    tmp_path: Path, family: str
+) -> None:
+    """mlx-lm reads the folder as its `sanitize` does: split, transposed, norms plus one."""
+    model = make_hub_model(tmp_path / "model", family)
+    adapter = stirred_adapter(model, tmp_path / "adapter", size=0.1)
+    bare, adapted = mlx_logits(model), mlx_logits(model, adapter)
+    theirs = torch_logits(PeftModel.from_pretrained(open_hub_model(model), adapter))
+    difference, effect = np.abs(theirs - adapted).max(), np.abs(adapted - bare).max()
+    print(f"{family}: difference {difference:.1e}, effect {effect:.2f}")
     assert effect > 0.1
     assert difference < 1e-4
 
