@@ -7,7 +7,8 @@ import pytest
 
 from localrl.errors import ConfigError, DataError
 from localrl.tasks.files import load_file_task, split
-from localrl.tasks.rows import read_examples, read_rows
+from localrl.tasks.rows import read_examples
+from localrl.tasks.tables import read_rows
 
 
 def write(path, *rows):
