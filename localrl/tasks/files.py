@@ -113,8 +113,8 @@ def _task(
         raise DataError(f"{source} has {there} rows; training and evaluation need one each.")
     if train_prompts > len(training):
         raise ConfigError(
-            f"task.train_prompts is {train_prompts}, but {source} has {len(training)} rows to train "
-            "on. Lower it, or leave it out to use all."
+            f"task.train_prompts is {train_prompts}, but {source} has {len(training)} rows to "
+            "train on. Lower it, or leave it out to use all."
         )
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(

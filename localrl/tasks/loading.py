@@ -107,9 +107,7 @@ def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker)
         raise ConfigError(f"The task {config.name} cannot be loaded: {reply.message}. {todo}")
     own = rewards or (RewardSpec("gym_reward", "localrl.tasks.gym:gym_reward"),)
     rows = ((f"{config.name}, puzzle {row['index']}", row) for row in reply.value)
-    return make_file_task(
-        config.name, name, own, rows, config.train_prompts, system=config.system
-    )
+    return make_file_task(config.name, name, own, rows, config.train_prompts, system=config.system)
 
 
 def is_data(name: str) -> bool:
