@@ -39,7 +39,7 @@ BY_ENDING: Mapping[str, str] = {
     **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".duckdb"), "a database. Export a table as CSV"),
     ".toml": SETTINGS,
 }
-"""What a file with this ending is, and what to do instead."""
+"""Kind of file by its ending, and advice."""
 
 BY_START: Mapping[bytes, str] = {
     b"PK\x03\x04": "a spreadsheet or an archive. Save the sheet as CSV, or unpack it",

@@ -18,7 +18,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 """Rows, each with its place for messages: `file, line n`, or `file, row n`."""
 
 OTHER_DELIMITERS = (";", "\t")
-"""What separates fields if a CSV file's header has no comma, as in files of many spreadsheets."""
+"""Separators of a CSV file whose header has no comma, as many spreadsheets write them."""
 LONGEST_FIELD = 2**31 - 1
 
 

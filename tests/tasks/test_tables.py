@@ -51,15 +51,30 @@ def run(model, file, out):
     folder = train(RunConfig.create(settings)).folder
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     weights = (folder / "adapter" / "adapters.safetensors").read_bytes()
-    return rollouts, (folder / "eval.json").read_text(), weights
+    evaluated = json.loads((folder / "eval.json").read_text())
+    return rollouts, evaluated["base"], evaluated["adapter"], weights
+
+
+def in_the_cache(home, rows):
+    """A data set in the Hub's cache under `home`, as its client lays it out."""
+    folder = home / "datasets--acme--rows"
+    table = folder / "snapshots" / ("0" * 40) / "data" / "train-00000-of-00001.parquet"
+    table.parent.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    tables.parquet(table, rows)
+    return "acme/rows"
 
 
 @pytest.mark.exact
-def test_every_kind_gives_the_same_run(tiny_folder, tmp_path):
+def test_every_kind_gives_the_same_run(tiny_folder, tmp_path, monkeypatch):
     wanted = run(tiny_folder, tables.jsonl(tmp_path / "rows.jsonl", PLAIN), tmp_path / "first")
     for name in ("rows.csv", "rows.json", "rows.parquet", "rows"):
         path = tables.KINDS[name](tmp_path / name, PLAIN)
         assert run(tiny_folder, path, tmp_path / f"run of {name}") == wanted, name
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    name = in_the_cache(tmp_path / "hub", PLAIN)
+    assert run(tiny_folder, name, tmp_path / "run of the cache") == wanted
 
 
 def test_a_saved_dictionary_of_splits(tmp_path):
