@@ -131,7 +131,10 @@ class LoraConfig:
 class TaskConfig:
     """The task, its rewards and its prompts."""
 
-    name: str = setting("steps", "built-in task, or your data: file.jsonl, folder, file.py")
+    name: str = setting("steps", "built-in task, or your data: a table, folder or user/name")
+    columns: tuple[str, ...] = setting(
+        (), "columns of your data under other names, e.g. prompt=question"
+    )
     rewards: tuple[str, ...] = setting((), "rewards, as file.py:name; unset: the task's own")
     reward_weights: tuple[float, ...] = setting((), "one weight per reward; unset: all 1")
     system: str | None = setting(None, "system message for data without one")

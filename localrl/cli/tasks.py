@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from localrl.cli.options import columns
+
 if TYPE_CHECKING:
     from localrl.diagnostics.inspect_task import TaskReport
     from localrl.policy.tokenizer import Tokenizer
+    from localrl.records import Example
     from localrl.rewards.scoring import Scorer
     from localrl.tasks.base import Task
     from localrl.tasks.environments import Environments
@@ -37,6 +40,7 @@ def _options(command):
         click.option(
             "--reward", "rewards", multiple=True, metavar="REWARD", help="As for `train`."
         ),
+        columns,
         click.option("--environment", metavar="ENV", help="As for `train`."),
         click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`."),
         click.option(
@@ -59,6 +63,7 @@ def show(name: str, count: int, **options: Any) -> None:
     """
     with _opened(name, **options) as opened:
         _head(opened)
+        _tell_unknown(opened, count, named=options["model"] is not None)
         _examples(opened, count)
 
 
@@ -73,10 +78,11 @@ def check(name: str, count: int, **options: Any) -> None:
     from localrl.config import RunConfig
     from localrl.diagnostics.inspect_task import inspect_task
     from localrl.tasks.loading import is_data
+    from localrl.training.reward_checks import check_columns
 
     rollout = RunConfig().rollout
     with _opened(name, **options) as opened:
-        opened.scorer.check(opened.task.train(0).columns)
+        check_columns(opened.task, opened.task.evaluation(1), opened.scorer)
         report = inspect_task(
             opened.task,
             opened.scorer,
@@ -106,6 +112,7 @@ def _opened(
     name: str,
     rewards: Sequence[str],
     model: str | None,
+    columns: tuple[str, ...],
     environment: str | None,
     tools: tuple[str, ...],
 ) -> Iterator[_Opened]:
@@ -121,7 +128,7 @@ def _opened(
     from localrl.rewards.scoring import Scorer
     from localrl.tasks.loading import is_data, open_task, with_environments
 
-    config = TaskConfig(name=name, environment=environment, tools=tools)
+    config = TaskConfig(name=name, columns=columns, environment=environment, tools=tools)
     plain = is_data(name) and environment is None
     specs = parse_rewards(rewards or (["accuracy"] if plain else []))
     with Worker(
@@ -162,6 +169,8 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
         yield f"repeated: {report.repeated} prompts occur more than once"
     if report.unknown:
         yield f"unreadable: this model has no token for {report.unknown!r}"
+    if report.unanswered:
+        yield f"gold answers: {report.unanswered} rows have none"
     if report.gold:
         right = len(report.gold) - len(report.wrong)
         yield f"gold answers: {right} of {len(report.gold)} score 1"
@@ -172,12 +181,27 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
         yield f"reward time: {1000 * report.reward_s:.1f} ms for one step's completions"
 
 
+def _tell_unknown(opened: _Opened, count: int, *, named: bool) -> None:
+    """Say which characters of the examples the model has no token for."""
+    from localrl.diagnostics.inspect_task import unknown
+
+    missing = unknown(opened.tokenizer, _shown(opened.task, count))
+    if missing:
+        which = "this model" if named else "the embedded model"
+        todo = "" if named else "; see them as another reads them with --model MODEL"
+        click.echo(f"unreadable: {which} has no token for {missing!r}{todo}")
+
+
+def _shown(task: Task, count: int) -> list[Example]:
+    return [task.train(index) for index in range(min(count, task.train_size or count))]
+
+
 def _examples(opened: _Opened, count: int) -> None:
     from localrl.cli.console import printable
     from localrl.diagnostics.inspect_task import encode
 
     task, tokenizer = opened.task, opened.tokenizer
-    examples = [task.train(index) for index in range(min(count, task.train_size or count))]
+    examples = _shown(task, count)
     for example, prompt in zip(
         examples, encode(examples, tokenizer, opened.environments), strict=True
     ):

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from localrl.cli.options import device
+from localrl.cli.options import columns, device
 from localrl.errors import ConfigError
 
 FLAGS = {
@@ -16,6 +16,7 @@ FLAGS = {
     "device": "model.device",
     "adapter": "lora.adapter",
     "task": "task.name",
+    "columns": "task.columns",
     "rewards": "task.rewards",
     "steps": "run.steps",
     "minutes": "run.minutes",
@@ -48,7 +49,8 @@ class Train(click.Command):
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @device
 @click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
-@click.option("--task", metavar="TASK", help="A built-in task, your file.jsonl, or a folder.")
+@click.option("--task", metavar="TASK", help="A built-in task, or your file, folder or user/name.")
+@columns
 @click.option(
     "--reward",
     "rewards",

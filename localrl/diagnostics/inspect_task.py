@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from localrl.policy.tokenizer import Tokenizer
-from localrl.records import Example, Group, Leaf, Node, ScoredGroup
+from localrl.records import Example, ScoredGroup
 from localrl.rewards.scoring import Scorer
 from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
+from localrl.tasks.gold import gold_completion, score_gold
 
-LOOKED_AT = 200
-"""Largest number of training examples whose gold answers are scored."""
 ENDLESS = 1000
 """Number of examples that represent an endless task."""
 
@@ -36,6 +34,8 @@ class TaskReport:
     """Number of prompts, including held-out ones, that are longer than allowed."""
     unknown: str
     """Characters that the model has no token for."""
+    unanswered: int
+    """Number of training examples without a gold answer; 0 if answers are not scored."""
     gold: tuple[ScoredGroup, ...]
     """Gold answers scored as completions, for the examples that have one."""
     reward_s: float | None
@@ -72,14 +72,15 @@ def inspect_task(
     prompts = Counter(str(example.messages) for example in training)
     gold = gold and environments is None
     examples = [example for example in training if gold and example.answer is not None]
-    scored = scorer.score([_as_completion(example, tokenizer) for example in examples[:LOOKED_AT]])
+    scored = score_gold(examples, scorer.score, tokenizer)
     return TaskReport(
         training=task.train_size,
         held_out=len(held_out),
         repeated=len(training) - len(prompts),
         prompt_tokens=(min(lengths), int(np.median(lengths)), max(lengths)),
         too_long=sum(n > max_prompt_tokens for n in (*lengths, *others)),
-        unknown=_unknown(tokenizer, training[:8]),
+        unknown=unknown(tokenizer, training[:8]),
+        unanswered=len(training) - len(examples) if gold else 0,
         gold=tuple(scored),
         reward_s=(None if environments else _reward_seconds(scorer, training, tokenizer, per_step)),
     )
@@ -94,7 +95,8 @@ def encode(
     return tokenizer.encode_all([example.messages for example in examples])
 
 
-def _unknown(tokenizer: Tokenizer, examples: Sequence[Example]) -> str:
+def unknown(tokenizer: Tokenizer, examples: Sequence[Example]) -> str:
+    """Return the characters of the prompts that the tokenizer has no token for, each once."""
     found = "".join(tokenizer.unknown(example.messages) for example in examples)
     return "".join(dict.fromkeys(found))
 
@@ -102,17 +104,7 @@ def _unknown(tokenizer: Tokenizer, examples: Sequence[Example]) -> str:
 def _reward_seconds(
     scorer: Scorer, training: Sequence[Example], tokenizer: Tokenizer, count: int
 ) -> float:
-    groups = [_as_completion(training[i % len(training)], tokenizer) for i in range(count)]
+    groups = [gold_completion(training[i % len(training)], tokenizer) for i in range(count)]
     started = time.perf_counter()
     scorer.score(groups)
     return time.perf_counter() - started
-
-
-def _as_completion(example: Example, tokenizer: Tokenizer) -> Group:
-    """Return a group whose only completion is the gold answer."""
-    gold = "" if example.answer is None else example.answer
-    text = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
-    ids = np.array(tokenizer.inner.encode(text, add_special_tokens=False), np.int32)
-    zeros = np.zeros(len(ids), np.float32)
-    node = Node(-1, ids, np.ones(len(ids), bool), zeros, zeros)
-    return Group(example, tokenizer.encode(example.messages), (node,), (Leaf(0, "stop", text),), 1)

@@ -1,7 +1,8 @@
-"""Fetching a model, or one data set file, into the Hub client's cache: data, never code."""
+"""Fetching a model, or a data set, into the Hub client's cache: data, never code."""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,18 +11,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    hf_hub_download,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 from localrl.errors import HubError
-from localrl.export.hub import plain
 from localrl.policy.files import MODEL_FILES, README
+from localrl.tasks.splits import Split, choose_split
 
 PULLED = (*MODEL_FILES, README)
 
@@ -57,13 +53,29 @@ class ModelPullPlan(PullPlan):
     weights_bytes: int
 
 
+@dataclass(frozen=True)
+class DataPullPlan(PullPlan):
+    """A planned pull of a data set from the Hub."""
+
+    split: Split
+    """The files to fetch."""
+
+
 def look_at_model(api: HfApi, repo_id: str) -> ModelPullPlan:
     """Find out what pulling a model would fetch; download nothing.
 
-    Raises: HubError if the repository has no weights that localrl can read; otherwise the
-    client's errors, see `localrl.export.hub.explained`.
+    Raises: HubError if there is no such model, or it has no weights that localrl can read;
+    otherwise the client's errors, see `localrl.export.hub.explained`.
     """
-    info = api.model_info(repo_id, files_metadata=True)
+    try:
+        info = api.model_info(repo_id, files_metadata=True)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        raise HubError(
+            "The Hub has no such model, or your token may not see it. A data set is fetched with "
+            f"`localrl pull --data {repo_id}`. Nothing was downloaded."
+        ) from None
     sizes = _sizes(info)
     chosen = [name for name in sizes if _is_pulled(name)]
     weights = [name for name in chosen if name.endswith(".safetensors")]
@@ -89,26 +101,28 @@ def pull_model(plan: PullPlan) -> Path:
     return Path(snapshot_download(plan.repo_id, allow_patterns=list(PULLED)))
 
 
-def look_at_data(api: HfApi, repo_id: str, file: str) -> PullPlan:
-    """Find out what pulling one data set file would fetch; download nothing.
+def look_at_data(api: HfApi, repo_id: str, part: str) -> DataPullPlan:
+    """Find out what pulling a data set would fetch: the files that a task of this name opens.
 
-    Raises: HubError, naming the available JSONL files, if this is not one of them; otherwise the
-    client's errors.
+    part: a table, file or folder of the data set; empty for the usual ones, see `choose_split`.
+
+    Raises: ConfigError if there is no such part, or it is unclear which table is meant; DataError
+    if there is no table; otherwise the client's errors.
     """
     info = api.dataset_info(repo_id, files_metadata=True)
-    there = sorted(name for name in _sizes(info) if name.endswith(".jsonl"))
-    if file not in there:
-        names = plain(", ".join(there[:8])) or "none"
-        raise HubError(
-            f"The data set {repo_id} has no JSONL file {file!r}. Available JSONL files: {names}."
-        )
-    return PullPlan(**_plan_fields(repo_id, info, [file], "dataset"))
+    split = choose_split(_sizes(info), part, repo_id)
+    return DataPullPlan(**_plan_fields(repo_id, info, split.names, "dataset"), split=split)
 
 
-def pull_data(plan: PullPlan, file: str) -> Path:
-    """Fetch the file found by `look_at_data`; return its path in the cache."""
-    found = hf_hub_download(plan.repo_id, file, repo_type="dataset", revision=plan.commit)
-    return Path(found)
+def pull_data(plan: DataPullPlan) -> Path:
+    """Fetch the files found by `look_at_data`; resume an earlier pull that stopped.
+
+    Returns: the folder in the cache.
+
+    Raises: the client's errors.
+    """
+    names = [glob.escape(name) for name in plan.split.names]
+    return Path(snapshot_download(plan.repo_id, repo_type="dataset", allow_patterns=names))
 
 
 def total_memory() -> int | None:

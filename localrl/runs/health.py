@@ -29,6 +29,8 @@ DOMINANT = 0.95
 GAP = 0.1
 """Mean difference in nats between the update's log-probabilities and the sampler's. Rounding
 explains 0.04 in bfloat16, 0.005 in float16 and 1e-6 in float32."""
+UNREWARDED = 3
+"""Steps in a row without any reward, after which a run ends."""
 NO_EFFECT, NO_EFFECT_UPDATES = 1e-5, 20
 """Relative size of the adapters. At the default rate it is 1e-3 after this many updates."""
 
@@ -53,6 +55,8 @@ class Health:
         self._first: list[Record] = []
         self._last: deque[Record] = deque(maxlen=2 * MANY)
         self._updates = 0
+        self.unrewarded = 0
+        """Number of the last steps in a row in which no completion got a reward."""
         self._quiet: dict[str, int] = {}
         """Steps since the cause was last seen, for warnings that may not be repeated yet."""
 
@@ -64,6 +68,7 @@ class Health:
             self._first.append(record)
         self._last.append(record)
         self._updates += bool(record.get("update/applied"))
+        self.unrewarded = self.unrewarded + 1 if record["reward"] is None else 0
         checks: tuple[Callable[[], Warning | None], ...] = (
             self._entropy,
             self._length,

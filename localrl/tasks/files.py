@@ -1,20 +1,21 @@
-"""A task from the user's own data: a JSONL file, or a folder with train and valid files."""
+"""A task from the user's own data: rows to train on, and rows held out from training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from localrl.errors import ConfigError, DataError
 from localrl.records import Example
 from localrl.tasks.base import RewardSpec
-from localrl.tasks.rows import prompt_hash, read_examples, read_rows
+from localrl.tasks.rows import parse_columns, prompt_hash, read_examples
+from localrl.tasks.sources import find_source
+from localrl.tasks.tables import Rows, read_rows
 
 HELD_OUT_OF = 8
-VALID_NAMES = ("valid.jsonl", "validation.jsonl", "test.jsonl")
-"""Accepted names of a folder's held-out file, as in mlx_lm and others; the first found is used."""
 
 
 @dataclass(frozen=True)
@@ -44,65 +45,81 @@ class FileTask:
 
 
 def load_file_task(
-    path: Path,
+    name: str | Path,
     rewards: Sequence[RewardSpec],
     *,
     train_prompts: int = 0,
     system: str | None = None,
+    columns: Sequence[str] = (),
 ) -> FileTask:
-    """Load the task of a JSONL file or folder, training on `train_prompts` rows, 0 for all.
+    """Load the task of a file, a folder or a data set in the Hub's cache; see `find_source`.
 
-    A folder has train.jsonl and may have valid.jsonl. Without it, and for a single file, a row is
-    held out if the SHA-256 of its prompt is divisible by 8, or else the one with the smallest
-    hash: the same rows whatever the order in the file, and equal prompts on the same side.
+    Trains on `train_prompts` rows, 0 for all. If the source has no held-out table, a row is held
+    out if the SHA-256 of its prompt is divisible by 8, or else the one with the smallest hash: the
+    same rows whatever the order in the file, and equal prompts on the same side.
 
-    Raises: ConfigError if there is no such file, or it has fewer rows than asked for; DataError
+    columns: columns to take under other names, see `rows.parse_columns`.
+
+    Raises: ConfigError if there is no such source, or it has fewer rows than asked for; DataError
     for unusable rows, for fewer than two, or for a prompt that is in both the training and the
-    held-out file.
+    held-out table.
     """
-    train_file, valid_file = _files(path)
-    rows = read_rows(train_file)
-    if valid_file is None:
-        return make_file_task(path, rewards, rows, train_prompts, system)
-    training = read_examples(rows, system)
-    held_out = read_examples(read_rows(valid_file), system)
-    _check_overlap(training, held_out, valid_file)
-    return _task(path, rewards, training, held_out, train_prompts, valid_file.name)
+    source, renames = find_source(str(name)), parse_columns(columns)
+    rows = _rows(source.train, renames)
+    if not source.held_out:
+        return make_file_task(
+            source.name, str(name), rewards, rows, train_prompts, system=system, columns=columns
+        )
+    training = read_examples(rows, system, renames)
+    held_out = read_examples(_rows(source.held_out, renames), system, renames)
+    _check_overlap(training, held_out, source.held_out[0])
+    about = f"{source.held_out[0].name}"
+    return _task(source.name, str(name), rewards, training, held_out, train_prompts, about)
 
 
 def make_file_task(
-    path: Path,
+    name: str,
+    source: str,
     rewards: Sequence[RewardSpec],
-    rows: Iterator[tuple[str, dict[str, Any]]],
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
     train_prompts: int,
+    *,
     system: str | None,
+    columns: Sequence[str] = (),
 ) -> FileTask:
     """Make a task from rows of one source, holding some of them out. See `load_file_task`."""
-    training, held_out = split(read_examples(rows, system))
-    source = "one row in eight, by a hash of its prompt"
-    return _task(path, rewards, training, held_out, train_prompts, source)
+    training, held_out = split(read_examples(rows, system, parse_columns(columns)))
+    about = "one row in eight, by a hash of its prompt"
+    return _task(name, source, rewards, training, held_out, train_prompts, about)
+
+
+def _rows(files: Sequence[Path], renames: Mapping[str, str]) -> Rows:
+    """Yield the rows of all files, without columns that are neither kept nor taken."""
+    without = {name for name, column in renames.items() if not column} - {*renames.values()}
+    return chain.from_iterable(read_rows(file, without) for file in files)
 
 
 def _task(
-    path: Path,
+    name: str,
+    source: str,
     rewards: Sequence[RewardSpec],
     training: Sequence[Example],
     held_out: Sequence[Example],
     train_prompts: int,
-    source: str,
+    about: str,
 ) -> FileTask:
     if not training or not held_out:
         there = len(training) + len(held_out)
-        raise DataError(f"{path} has {there} rows; training and evaluation need one each.")
+        raise DataError(f"{source} has {there} rows; training and evaluation need one each.")
     if train_prompts > len(training):
         raise ConfigError(
-            f"task.train_prompts is {train_prompts}, but {path} has {len(training)} rows to train "
-            "on. Lower it, or leave it out to use all."
+            f"task.train_prompts is {train_prompts}, but {source} has {len(training)} rows to "
+            "train on. Lower it, or leave it out to use all."
         )
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(
-        name=path.stem,
-        description=f"{len(used)} prompts from {path}; held out: {len(held_out)}, {source}",
+        name=name,
+        description=f"{len(used)} prompts from {source}; held out: {len(held_out)}, {about}",
         rewards=tuple(rewards),
         training=used,
         held_out=tuple(sorted(held_out, key=_hash)),
@@ -123,24 +140,12 @@ def _hash(example: Example) -> str:
     return prompt_hash(example.messages)
 
 
-def _files(path: Path) -> tuple[Path, Path | None]:
-    """The training file and the held-out file, if there is one."""
-    if path.is_dir():
-        train = path / "train.jsonl"
-        if not train.is_file():
-            raise ConfigError(f"The folder {path} has no train.jsonl to train on.")
-        return train, next((path / n for n in VALID_NAMES if (path / n).is_file()), None)
-    if not path.is_file():
-        raise ConfigError(f"There is no file {path}. Give a .jsonl file or a folder with one.")
-    return path, None
-
-
 def _check_overlap(training: Sequence[Example], held_out: Sequence[Example], file: Path) -> None:
     known = {_hash(example) for example in training}
     both = [example for example in held_out if _hash(example) in known]
     if both:
         raise DataError(
             f"{len(both)} of {len(held_out)} prompts in {file} are also trained on; the first "
-            f"is {both[0].id!r}. Remove them from one of the files: evaluating on prompts that "
-            "were trained on proves nothing."
+            f"is {both[0].id!r}. Remove them from one of the files, or train on one file alone: "
+            "evaluating on prompts that were trained on proves nothing."
         )

@@ -20,9 +20,11 @@ def parse_name(
     """
     task, colon, levels = name.partition(":")
     if task not in known:
-        close = get_close_matches(task, known, n=1, cutoff=0.0)
+        close = get_close_matches(task, known, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else "."
         raise ConfigError(
-            f"Unknown task {name!r}; did you mean {close[0]!r}? Built-in tasks: {', '.join(known)}."
+            f"Unknown task {name!r}{meant} Built-in tasks: {', '.join(known)}. Your own data are a "
+            "file (data.jsonl, data.csv, data.parquet), a folder, or user/name on the Hub."
         )
     return task, _parse(name, levels, known[task]) if colon else None
 

@@ -11,9 +11,11 @@ from localrl.config import TaskConfig
 from localrl.errors import ConfigError, DataError
 from localrl.processes.worker import Worker
 from localrl.tasks.base import RewardSpec
-from localrl.tasks.builtin import BuiltinTask, load_task
+from localrl.tasks.builtin import BuiltinTask, list_tasks, load_task
 from localrl.tasks.environments import Environments, open_environments
 from localrl.tasks.files import HELD_OUT_OF, FileTask, load_file_task, make_file_task
+from localrl.tasks.formats import check_table
+from localrl.tasks.sources import find_source
 
 GYM = "gym:"
 GYM_PROMPTS = 1000
@@ -26,7 +28,7 @@ FUNCTION = "examples"
 def open_task(
     config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker
 ) -> BuiltinTask | FileTask:
-    """Open a built-in task, or the user's data: a JSONL file, a folder, a Python file.
+    """Open a built-in task, or the user's data: a table, a folder, a data set, a Python file.
 
     `rewards` replace the task's own; data require some. A Python file runs in the worker.
 
@@ -34,20 +36,40 @@ def open_task(
     cannot be used.
     """
     path = Path(config.name).expanduser()
+    if config.columns and not is_data(config.name):
+        raise ConfigError(
+            f"task.columns names columns of data, but {config.name} is a built-in task. Remove it."
+        )
     if config.name.startswith(GYM):
         return _gym_task(config, rewards, worker)
     if not is_data(config.name):
         task = load_task(config.name, train_prompts=config.train_prompts)
         return replace(task, rewards=tuple(rewards)) if rewards else task
+    script = path.suffix == ".py" and not path.is_dir()
     if not rewards and not config.environment:
+        if not script:
+            find_source(config.name)  # what is wrong with the data is told first
         raise ConfigError(
             f"No reward is set for {path}, so its answers cannot be scored. Name one with --reward "
             "accuracy or --reward my_rewards.py:function."
         )
-    if path.suffix == ".py":
-        rows = _rows(path, worker)
-        return make_file_task(path, rewards, rows, config.train_prompts, config.system)
-    return load_file_task(path, rewards, train_prompts=config.train_prompts, system=config.system)
+    if script:
+        return make_file_task(
+            path.stem,
+            str(path),
+            rewards,
+            _rows(path, worker),
+            config.train_prompts,
+            system=config.system,
+            columns=config.columns,
+        )
+    return load_file_task(
+        config.name,
+        rewards,
+        train_prompts=config.train_prompts,
+        system=config.system,
+        columns=config.columns,
+    )
 
 
 def with_environments(
@@ -85,19 +107,30 @@ def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker)
         raise ConfigError(f"The task {config.name} cannot be loaded: {reply.message}. {todo}")
     own = rewards or (RewardSpec("gym_reward", "localrl.tasks.gym:gym_reward"),)
     rows = ((f"{config.name}, puzzle {row['index']}", row) for row in reply.value)
-    task = make_file_task(Path(name), own, rows, config.train_prompts, config.system)
-    return replace(task, name=config.name)
+    return make_file_task(config.name, name, own, rows, config.train_prompts, system=config.system)
 
 
 def is_data(name: str) -> bool:
-    """True if a task is given by a path rather than a built-in name."""
-    path = Path(name).expanduser()
-    return path.suffix in (".jsonl", ".py", ".json") or "/" in name or path.is_dir()
+    """True if a task is the user's own data rather than a built-in or reasoning-gym task.
+
+    Data are a path with a slash or an ending, a file or folder of this name, or user/name on the
+    Hub. A built-in task comes before a file or folder that is called the same: write ./steps.
+    """
+    if name.startswith(GYM) or name.partition(":")[0] in list_tasks():
+        return False
+    return "/" in name or bool(Path(name).suffix) or Path(name).exists()
 
 
 def _rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows that the file's `examples()` returns, each with its place."""
+    if not path.exists():
+        check_table(path)
     reply = worker.call(f"{path}:{FUNCTION}", {})
+    if not reply.ok and reply.failure == "raised" and reply.traceback is None:
+        raise DataError(
+            f"{path} is no task: {reply.message}. Define {FUNCTION}(), which returns a list of "
+            "rows. A file of rewards is named with --reward FILE.py:FUNCTION."
+        )
     if not reply.ok:
         raise DataError(
             f"{FUNCTION}() of {path} failed: {reply.message}.\n{reply.traceback or ''}".strip()

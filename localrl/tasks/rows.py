@@ -1,8 +1,8 @@
-"""Converts rows of the user's data, JSON lines, to examples.
+"""Converts rows of the user's data to examples.
 
 A row needs a prompt: `prompt` (text, or chat messages), `messages`, or `question`. It may have an
 answer (`answer`, `ground_truth` or `solution`), an `id` and a `system` message. Every column is
-passed to the reward functions under its own name.
+passed to the reward functions under its own name. `task.columns` names other columns for these.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from localrl.errors import DataError
+from localrl.config import closest
+from localrl.errors import ConfigError, DataError
 from localrl.records import Example
 
 PROMPTS = ("prompt", "messages", "question")
@@ -25,39 +25,60 @@ GSM8K = "####"
 """Marker in GSM8K data: the gold answer follows the last one."""
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every row of a JSONL file with its place, `file, line n`.
+def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+    """Read `prompt=question` as the column to take for each name; `image=` takes none.
 
-    The file is UTF-8, with or without a byte order mark; blank lines are skipped.
-
-    Raises: DataError, naming file and line, if something cannot be read.
+    Raises: ConfigError if a text has another form, or a name occurs twice.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from None
-    # Not splitlines(), which would also split at separators that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", _row(f"{path}, line {number}", line)
+    columns: dict[str, str] = {}
+    for text in texts:
+        name, equals, column = (part.strip() for part in text.partition("="))
+        if not (name and equals):
+            raise ConfigError(
+                f"task.columns has {text!r}. Write NAME=COLUMN, as in prompt=question."
+            )
+        if name in columns:
+            raise ConfigError(f"task.columns names {name!r} twice. Keep one of them.")
+        columns[name] = column
+    return columns
 
 
-def read_examples(rows: Iterator[tuple[str, dict[str, Any]]], system: str | None) -> list[Example]:
+def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the row with some columns under other names too.
+
+    Naming a prompt leaves out other prompts that the row has, and naming an answer other answers.
+    """
+    groups = [group for group in (PROMPTS, ANSWERS) if set(group) & columns.keys()]
+    hidden = {*columns, *(name for group in groups for name in group)}
+    kept = {name: value for name, value in row.items() if name not in hidden}
+    return kept | {name: row[column] for name, column in columns.items() if column in row}
+
+
+def read_examples(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    system: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Example]:
     """Convert rows to examples; `system` is the system message of rows without their own.
+
+    columns: columns to take under other names, see `parse_columns`.
 
     A row without an `id` is named by a hash of its prompt and answer, so its name survives
     reordering; among equal rows the second gets the suffix `-2`, and so on.
 
-    Raises: DataError, naming the place, for a row without a usable prompt, or a repeated `id`.
+    Raises: DataError, naming the place, for a row without a usable prompt, or a repeated `id`;
+    ConfigError if no row has a column that is to be taken.
     """
+    if columns:
+        rows = list(rows)
+        _check_columns(rows, columns)
+        rows = [(place, rename(row, columns)) for place, row in rows]
     examples: list[Example] = []
     places: dict[str, str] = {}
     seen: Counter[str] = Counter()
     for place, row in rows:
         example = to_example(place, row, system)
-        if "id" not in row:
+        if row.get("id") is None:
             seen[example.id] += 1
             if seen[example.id] > 1:
                 name = f"{example.id}-{seen[example.id]}"
@@ -75,12 +96,13 @@ def read_examples(rows: Iterator[tuple[str, dict[str, Any]]], system: str | None
 def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Example:
     """Convert one row to an example. Raises: DataError, see `read_examples`."""
     messages = _messages(place, row)
-    own = row.get("system", system)
+    own = system if row.get("system") is None else row["system"]
     if own is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": _text(place, "system", own)}, *messages)
     answer = _answer(row)
     columns = {name: value for name, value in row.items() if name not in (*PROMPTS, "id", "system")}
-    name = _text(place, "id", str(row["id"])) if "id" in row else prompt_hash(messages, answer)[:12]
+    given = row.get("id")
+    name = prompt_hash(messages, answer)[:12] if given is None else _text(place, "id", str(given))
     as_text = not any(isinstance(row.get(column), list) for column in PROMPTS)
     return Example(id=name, messages=messages, answer=answer, columns=columns, as_text=as_text)
 
@@ -92,23 +114,29 @@ def prompt_hash(messages: Sequence[Mapping[str, str]], answer: Any = None) -> st
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def _row(place: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON: {error}.") from None
-    except RecursionError:
-        raise DataError(f"{place} is nested too deeply to read.") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{place} is {line.strip()[:60]!r}; a row must be a JSON object {{...}}.")
-    return row
+def _check_columns(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str]
+) -> None:
+    there = dict.fromkeys(name for _, row in rows for name in row)
+    for name, column in columns.items():
+        if rows and column and column not in there:
+            raise ConfigError(
+                f"task.columns takes {name!r} from the column {column!r}, which the data lack."
+                f"{closest(column, there)} They have {', '.join(there)}."
+            )
 
 
 def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
     present = [name for name in PROMPTS if row.get(name) is not None]
+    empty = [name for name in PROMPTS if name in row]
+    if not present and empty:
+        raise DataError(f"{place}: {empty[0]} is empty. Fill it in, or remove the row.")
     if not present:
-        found = ", ".join(map(repr, row)) or "none"
-        raise DataError(f"{place} has no prompt, messages or question; its columns are {found}.")
+        found = ", ".join(f"{name!r:.60}" for name in row) or "none"
+        raise DataError(
+            f"{place} has no prompt, messages or question; its columns are {found}. If one of them "
+            "is the prompt, name it with --columns prompt=COLUMN."
+        )
     value = row[present[0]]
     if isinstance(value, str):
         return ({"role": "user", "content": _text(place, present[0], value)},)

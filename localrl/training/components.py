@@ -39,7 +39,7 @@ from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
-from localrl.tasks.loading import open_task, with_environments
+from localrl.tasks.loading import is_data, open_task, with_environments
 from localrl.training.calibrate import calibrate_plan
 from localrl.training.memory_plan import (
     make_plan,
@@ -50,8 +50,9 @@ from localrl.training.memory_plan import (
     worth_measuring,
 )
 from localrl.training.prompt_lengths import measure
+from localrl.training.reward_checks import check_columns, check_rewards
 from localrl.training.sampler import Rescore, Sampler
-from localrl.training.validate import check
+from localrl.training.validate import check, fit_prompts
 
 SOME = 8
 """Number of examples checked before a run."""
@@ -150,15 +151,22 @@ def open_components(
         memory_limit_bytes=config.task.reward_memory_mb * 2**20,
     ) as worker:
         task = open_task(config.task, resolved.rewards, worker)
+        if trains:
+            config = fit_prompts(config, task, warn)
+            resolved = replace(resolved, config=config)
         check(config, resolved.shape, task)
         task, environments = with_environments(config.task, task, worker, warn)
         scorer = Scorer(
             task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=heartbeat.beat
         )
-        scorer.check(task.train(0).columns)
         held_out = task.evaluation(config.task.eval_prompts)
+        check_columns(task, held_out, scorer)
         tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
         _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
+        if trains and plan is None and environments is None:
+            trial = Scorer(task.rewards, worker, warn)  # the run's own counts stay at zero
+            gold = is_data(config.task.name)
+            check_rewards(task, trial, tokenizer, warn, gold=gold)
         prompts = measure(config, task, held_out, tokenizer, trains=trains)
         turns = environments is not None
         request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)

@@ -13,6 +13,7 @@ from localrl.backend import mx
 from localrl.distributed import step_stats
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import gather
+from localrl.errors import RewardError
 from localrl.evaluate import Evaluation, at_temperature, evaluate
 from localrl.export.adapters import adapter_of, write_adapter
 from localrl.export.base import find_base_id
@@ -27,7 +28,7 @@ from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.dashboards import Dashboard, log
 from localrl.runs.folder import RunFolder
-from localrl.runs.health import Health
+from localrl.runs.health import UNREWARDED, Health
 from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.runs.metrics import sampled_tokens
 from localrl.runs.null_folder import NullRunFolder
@@ -238,6 +239,13 @@ class Session(Components):
         for warning in self.health.see(record):
             self.run.event("warning", step=step, name=warning.name, text=warning.text)
             self.progress.warn(warning.text)
+        if self.health.unrewarded >= UNREWARDED:
+            names = ", ".join(spec.name for spec in self.task.rewards)
+            raise RewardError(
+                f"No completion of the last {self.health.unrewarded} steps got a reward: {names} "
+                "gave None for all of them, so nothing can be learned. See whether the data have "
+                f"the columns that it reads: localrl tasks check {self.config.task.name}"
+            )
 
     def revise_plan(self, step: int) -> None:
         """Compare the step's memory use with the plan; if needed, switch plans and report it."""

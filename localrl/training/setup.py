@@ -61,6 +61,7 @@ def open_session(
         components = stack.enter_context(
             open_components(resolved, warn=warn, heartbeat=heartbeat, plan=plan, ranks=ranks)
         )
+        config = components.config  # with what the task changed
         plans = _agree_on_plan(components, ranks)
         sandbox = check_sandbox(config, components.task, warn)
         run = before.run if before else NullRunFolder()

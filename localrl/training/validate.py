@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from localrl.config import RunConfig
 from localrl.errors import ConfigError, DataError
 from localrl.learning.objectives import make_objective
@@ -29,17 +31,24 @@ def reused_roots(config: RunConfig, shape: Shape) -> int:
     return min(round(config.rollout.reuse * shape.roots), shape.roots - 1)
 
 
+def fit_prompts(config: RunConfig, task: Task, warn: Callable[[str], None]) -> RunConfig:
+    """Return the settings with no more prompts per step than the task has, and warn of a change."""
+    wish, there = config.rollout.prompts_per_step, task.train_size
+    if not 0 < there < wish:
+        return config
+    warn(
+        f"the task has {there} training prompts, fewer than rollout.prompts_per_step={wish}: each "
+        f"step takes all {there}"
+    )
+    return config.replace("rollout.prompts_per_step", there)
+
+
 def check(config: RunConfig, shape: Shape, task: Task) -> None:
     """Reject settings that cannot work together.
 
     Raises: ConfigError.
     """
-    rollout, there = config.rollout, task.train_size
-    if 0 < there < rollout.prompts_per_step:
-        raise ConfigError(
-            f"rollout.prompts_per_step is {rollout.prompts_per_step}, but the task has {there} "
-            f"training prompts. Lower it (--set rollout.prompts_per_step={there}) or add prompts."
-        )
+    rollout = config.rollout
     if rollout.completions == 1 and not tracker_weight(config):
         raise ConfigError(
             "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "

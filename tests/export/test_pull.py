@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -13,9 +12,11 @@ from fake_hub import FakeHub, attach, environment, terminal
 from waiting import DEADLINE_S
 
 from localrl.cli.main import main
+from localrl.errors import ConfigError
 from localrl.export import pull as pulling
 from localrl.policy.loading import find_model
 from localrl.policy.model import load_model
+from localrl.tasks.files import load_file_task
 
 OTHER = {
     "modeling_tiny.py": b"raise SystemExit",
@@ -40,6 +41,8 @@ def hub(tmp_path, monkeypatch, model):
         monkeypatch.delenv("HF_TOKEN")
         hub.put("acme/tiny", model)
         hub.put("datasets/acme/rows", {"train.jsonl": ROWS, "data.parquet": b"x"})
+        hub.put("datasets/acme/shards", {f"train-{n}-of-2.jsonl": ROWS for n in range(2)})
+        hub.put("datasets/acme/scripts", {"rows.py": b"raise SystemExit"})
         yield hub
 
 
@@ -162,10 +165,52 @@ def test_one_file_of_a_data_set_is_fetched_and_copied(hub, pull, tmp_path):
     assert not nowhere.exists()
 
 
-def test_a_file_in_the_cache_is_named(hub, pull):
-    _, printed = pull("--data", "acme/rows:train.jsonl")
-    path = next(line for line in printed.splitlines() if line.startswith("in the cache: "))[14:]
-    assert json.loads(Path(path).read_text()) == {"prompt": "1+1", "answer": "2"}
+def test_a_data_set_is_pulled_as_a_task_opens_it_and_then_opened_offline(tmp_path, monkeypatch):
+    """One of two parts, with shards and a held-out table; nothing else is fetched."""
+    lines = [json.dumps({"prompt": f"{i}+1", "answer": str(i + 1)}) for i in range(6)]
+    files = {
+        "README.md": b"# rows",
+        "easy/train-00000-of-00002.jsonl": "\n".join(lines[:2]).encode(),
+        "easy/train-00001-of-00002.jsonl": "\n".join(lines[2:4]).encode(),
+        "easy/test-00000-of-00001.jsonl": "\n".join(lines[4:]).encode(),
+        "hard/train-00000-of-00001.jsonl": b"{}",
+        "script.py": b"raise SystemExit",
+    }
+    with FakeHub() as hub:
+        hub.put("datasets/acme/sums", files)
+        done = subprocess.run(
+            [sys.executable, "-m", "localrl", "pull", "--data", "acme/sums:easy"],
+            env=environment(hub, tmp_path), capture_output=True, text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        attach(hub, tmp_path, monkeypatch)
+    assert {name.partition("-")[0] for name in downloads(hub)} == {"train", "test"}
+    assert len(downloads(hub)) == 3
+    assert "train on  easy/train-00000-of-00002.jsonl, easy/train-00001-of-00002" in done.stdout
+    assert "localrl train --task acme/sums:easy" in done.stdout
+
+    monkeypatch.chdir(tmp_path)
+    task = load_file_task("acme/sums:easy", ())  # the Hub is gone by now
+    assert [example.answer for example in task.training] == ["1", "2", "3", "4"]
+    assert {example.answer for example in task.held_out} == {"5", "6"}
+    with pytest.raises(ConfigError, match="several tables to train on: easy, hard"):
+        load_file_task("acme/sums", ())
+    with pytest.raises(ConfigError, match=r"pull --data acme/sums:hard`"):
+        load_file_task("acme/sums:hard", ())  # the client remembers what the Hub has
+    with pytest.raises(ConfigError, match=r"pull --data acme/others`"):
+        load_file_task("acme/others", ())
+
+
+def test_a_data_set_that_another_program_fetched_is_opened(tmp_path, monkeypatch):
+    """Such a cache may have no list of the Hub's files, and no main."""
+    with FakeHub() as hub:
+        attach(hub, tmp_path, monkeypatch)
+    snapshot = tmp_path / "hub" / "datasets--acme--rows" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.jsonl").write_bytes(ROWS + ROWS.replace(b"1+1", b"2+0"))
+    assert load_file_task("acme/rows", ()).train_size == 1
+    with pytest.raises(ConfigError, match=r"no table 'test'.*If the Hub has more: .*rows:test`"):
+        load_file_task("acme/rows:test", ())
 
 
 @pytest.mark.parametrize(
@@ -174,10 +219,11 @@ def test_a_file_in_the_cache_is_named(hub, pull):
         ((), 2, "Name one thing to pull"),
         (("acme/tiny", "--data", "acme/rows:train.jsonl"), 2, "Name one thing to pull"),
         (("acme/tiny", "--out", "there"), 2, "a model stays in the cache"),
-        (("--data", "acme/rows"), 2, "names no JSONL file"),
-        (("--data", "acme/rows:data.parquet"), 2, "names no JSONL file"),
-        (("--data", "acme/rows:test.jsonl"), 6, "Available JSONL files: train.jsonl"),
-        (("acme/nothing",), 6, "no such repository, or your token may not see it"),
+        (("--data", "acme/rows:test.jsonl"), 2, "no table 'test.jsonl'. It has data, train."),
+        (("--data", "acme/scripts"), 4, "no table of problems (.jsonl"),
+        (("--data", "acme/nothing"), 6, "no such repository, or your token may not see it"),
+        (("--data", "acme/shards", "--out", "there"), 2, "acme/shards has 2. Name one of them"),
+        (("acme/rows",), 6, "A data set is fetched with `localrl pull --data acme/rows`"),
         (("../etc",), 6, "'../etc'. Nothing was downloaded."),
     ],
 )

@@ -142,3 +142,13 @@ def test_evaluations_and_unknown_numbers_are_passed_over():
     assert health.see({"step": 0, "eval/pass@1": 0.5}) == []
     nothing = dict.fromkeys(GOOD)
     assert all(health.see(nothing) == [] for _ in range(40))
+
+
+def test_steps_without_any_reward_are_counted_until_there_is_one():
+    health = Health(RunConfig.create({"model.path": "any"}), WEIGHTS)
+    counts = []
+    for reward in (None, None, 0.0, None, None, None):
+        health.see({**GOOD, "reward": reward})
+        health.see({"step": 1, "eval/n": 3})
+        counts.append(health.unrewarded)
+    assert counts == [1, 2, 0, 1, 2, 3]

@@ -7,7 +7,8 @@ import pytest
 
 from localrl.errors import ConfigError, DataError
 from localrl.tasks.files import load_file_task, split
-from localrl.tasks.rows import read_examples, read_rows
+from localrl.tasks.rows import read_examples
+from localrl.tasks.tables import read_rows
 
 
 def write(path, *rows):
@@ -130,5 +131,5 @@ def test_a_folder_with_a_held_out_file(tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ConfigError, match="no file"):
         load_file_task(tmp_path / "none.jsonl", ())
-    with pytest.raises(ConfigError, match=r"train\.jsonl"):
+    with pytest.raises(DataError, match=r"no table of problems.*It is empty"):
         load_file_task(tmp_path, ())
