@@ -32,8 +32,8 @@ def doctor(model: str | None, quantize: int, device: str | None, as_json: bool) 
     from localrl import backend
 
     backend.compute_on_cpu(device == "cpu")
-    from localrl.cli.console import printable
     from localrl.diagnostics.doctor import look_at_machine, look_at_model
+    from localrl.utils.text import printable
 
     rows = []
     for row in chain(look_at_machine(), look_at_model(model, quantize) if model else ()):

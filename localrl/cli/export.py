@@ -287,7 +287,7 @@ def _compared(source: _Source, adapter: Adapter, out: Path) -> list[str]:
 
 
 def _told(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    from localrl.cli.console import printable
+    from localrl.utils.text import printable
 
     alike = sum(one == other for one, other in pairs)
     lines = [

@@ -173,8 +173,8 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
 
 
 def _examples(opened: _Opened, count: int) -> None:
-    from localrl.cli.console import printable
     from localrl.diagnostics.inspect_task import encode
+    from localrl.utils.text import printable
 
     task, tokenizer = opened.task, opened.tokenizer
     examples = [task.train(index) for index in range(min(count, task.train_size or count))]
