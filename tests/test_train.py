@@ -104,7 +104,8 @@ def test_evaluations_come_before_after_and_between(result):
     assert written["n"] == 8
     for side in ("base", "adapter"):
         assert set(written[side]) == {
-            "n", "pass@1", "ci95", "mean_reward", "mean_completion_tokens", "temperature"
+            "n", "pass@1", "ci95", "mean_reward", "mean_completion_tokens", "temperature",
+            "prompts",
         }  # fmt: skip
 
 

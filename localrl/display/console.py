@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localrl.display.line import PATIENCE_S, Line, Picture, WorkClock, elapsed, picture_of
+from localrl.display.line import PATIENCE_S, Picture, StatusLine, WorkClock, elapsed, picture_of
 from localrl.embedded import EMBEDDED_MODEL
 from localrl.processes.heartbeat import Heartbeat
 from localrl.records import MemoryPlan, Work
@@ -33,7 +33,7 @@ class Console:
     """Shows a run on stderr and its result on stdout; satisfies `session.Progress`."""
 
     def __init__(self) -> None:
-        self._line: Line | None = None
+        self._line: StatusLine | None = None
         self._clock: WorkClock | None = None
         self._session: Session | None = None
         self._metrics: Mapping[str, Any] | None = None
@@ -43,7 +43,7 @@ class Console:
     def start(self, heartbeat: Heartbeat) -> None:
         """Begin to show what the heartbeat names."""
         self._clock = WorkClock(heartbeat)
-        self._line = Line(self._picture, patience_s=PATIENCE_S)
+        self._line = StatusLine(self._picture, patience_s=PATIENCE_S)
 
     def begin(self, session: Session) -> None:
         """Print the model, the task, the machine and the plan."""

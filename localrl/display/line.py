@@ -77,7 +77,7 @@ def _fitting(facts: Sequence[str], room: int) -> str:
     return text
 
 
-class Line:
+class StatusLine:
     """Shows a picture until it is closed; other output goes through `write`.
 
     picture: returns the current one; called from a thread. patience_s: seconds before the first.
@@ -93,10 +93,10 @@ class Line:
         self._thread = threading.Thread(target=self._run, name="display", daemon=True)
         self._thread.start()
 
-    def write(self, text: str) -> None:
-        """Print a line above this one."""
+    def write(self, text: str, *, err: bool = True) -> None:
+        """Print a line above this one, to stderr or stdout."""
         self._written = time.monotonic()
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(text, file=sys.stderr if err else sys.stdout)
 
     def refresh(self) -> None:
         """Draw the line now; does nothing without a terminal."""
@@ -132,17 +132,30 @@ class Line:
                 self.write(f"{picture.title}: {', '.join(picture.facts)}")
 
 
-@contextmanager
-def showing(work: Work) -> Iterator[Heartbeat]:
-    """Show what the heartbeat's beats name, if it takes longer than `PATIENCE_S`.
+@dataclass(frozen=True, eq=False)
+class Status:
+    """The work of a command, shown while it lasts."""
 
-    work: what is done first.
-    """
+    heartbeat: Heartbeat
+    _line: StatusLine
+
+    def now(self, name: str) -> None:
+        """Name what is done next."""
+        self.heartbeat.beat(Work(name))
+
+    def echo(self, text: str, *, err: bool = False) -> None:
+        """Print a line to stdout, or stderr, above the status."""
+        self._line.write(text, err=err)
+
+
+@contextmanager
+def showing(name: str) -> Iterator[Status]:
+    """Show what a command does, if it takes longer than `PATIENCE_S`. name: what it does first."""
     heartbeat = Heartbeat()
-    heartbeat.beat(work)
-    line = Line(WorkClock(heartbeat).picture, patience_s=PATIENCE_S)
+    heartbeat.beat(Work(name))
+    line = StatusLine(WorkClock(heartbeat).picture, patience_s=PATIENCE_S)
     try:
-        yield heartbeat
+        yield Status(heartbeat, line)
     finally:
         line.close()
 

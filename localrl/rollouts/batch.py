@@ -153,7 +153,7 @@ class DecodeLog:
         self.finished = np.zeros(len(self.requests), np.int64)
 
     def work(self) -> Work:
-        """What has been sampled so far."""
+        """Describe what has been sampled so far."""
         most = sum(request.leaves for request in self.requests)
         return Work("sampling", int(self.finished.sum()), most, self.tokens)
 

@@ -1,4 +1,4 @@
-"""How long a run takes: expected from its base evaluation, then from the steps it has made."""
+"""The duration of a run: expected from its base evaluation, then from the steps it has made."""
 
 from __future__ import annotations
 

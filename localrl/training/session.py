@@ -85,7 +85,7 @@ class Session(Components):
     watch: MemoryMonitor
     """The recent memory readings."""
     forecast: Forecast
-    """How long the rest of the run takes."""
+    """Expected duration of the rest of the run."""
     ranks: Ranks = ALONE
     """The ranks that train together."""
     dashboards: Sequence[Dashboard] = ()
