@@ -283,7 +283,8 @@ class _Waiting:
         wanted = list(dict.fromkeys(self._prompt(i) for i in range(count)))
         wanted = wanted[: self._decoder.prefill_rows or None]
         self._places = {prompt: place for place, prompt in enumerate(wanted)}
-        self._decoder.beat(Work("reading prompts", self._read, len(self._prompts)))
+        reading = Work("reading prompts", self._read, len(self._prompts))
+        self._decoder.beat(self._log.work() if self._log.tokens else reading)
         self._read += len(wanted)
         started = perf_counter()
         prefilled = self._decoder.prefill([self._prompts[p] for p in wanted])
