@@ -47,7 +47,7 @@ def picture_of(work: Work | None, seconds: float) -> Picture:
 
 def elapsed(seconds: float) -> str:
     """Write a duration as 41 s, 12:05 or 1:12:05."""
-    return f"{seconds:.0f} s" if seconds < 59.5 else str(tqdm.format_interval(seconds))
+    return f"{seconds:.0f} s" if seconds < 59.5 else str(tqdm.format_interval(round(seconds)))
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
