@@ -74,6 +74,8 @@ class Console:
         when = "before training" if step == 0 else f"after step {step}"
         self._evaluating = f"evaluating {when}"
         self._begin_part()
+        if self._line is not None:
+            self._line.refresh()
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Print one line per evaluation, and after the first how long the run will take."""
