@@ -146,7 +146,9 @@ class TaskConfig:
         5.0, "seconds allowed per environment reply or tool call", low=0.01
     )
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
-    eval_prompts: int = setting(256, "maximum held-out prompts per evaluation; 0: none", low=0)
+    eval_prompts: int | None = setting(
+        None, "held-out prompts per evaluation; 0: none; unset: 256, fewer on a slow machine", low=0
+    )
     eval_temperature: float | None = setting(
         None,
         "evaluation temperature; 0: greedy; unset: rollout.temperature",
@@ -160,6 +162,11 @@ class TaskConfig:
     unsafe_code: bool = setting(False, "run generated code without a sandbox: it can do anything")
     reward_timeout_s: float = setting(30.0, "seconds allowed per reward call", low=0.01)
     reward_memory_mb: int = setting(2048, "reward process memory limit, in megabytes", low=16)
+
+    @property
+    def held_out(self) -> int:
+        """Maximum number of held-out prompts per evaluation."""
+        return 256 if self.eval_prompts is None else self.eval_prompts
 
 
 @dataclass(frozen=True)

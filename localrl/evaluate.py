@@ -10,6 +10,7 @@ from localrl.records import Example, Leaf, ScoredGroup, mean_or_none
 from localrl.rollouts.adaptive import Score
 from localrl.rollouts.decode import DecodeCounts, Decoder
 from localrl.rollouts.groups import ONE, sample_groups
+from localrl.rollouts.pace import Pace
 from localrl.rollouts.turns import Turns
 from localrl.utils.intervals import wilson
 
@@ -42,6 +43,8 @@ class Evaluation:
     shown: tuple[Shown, ...]
     temperature: float = 1.0
     """Sampling temperature; 0 means greedy. Checkpoints without this field were made at 1."""
+    prompts: int = 0
+    """Number of prompts asked; 0 in older checkpoints."""
 
     def summary(self) -> dict[str, Any]:
         """Return only the numbers, under the names used in `eval.json`."""
@@ -51,33 +54,40 @@ class Evaluation:
         return fields
 
 
-def evaluate(
+def judge(
     decoder: Decoder,
     examples: Sequence[Example],
     prompts: Sequence[tuple[int, ...]],
     score: Score,
     *,
-    passing: str,
     max_completion_tokens: int,
     turns: Turns | None = None,
-) -> Evaluation:
-    """Measure pass@1 of the decoder's current policy. `prompts` holds the examples' token ids.
+) -> list[ScoredGroup]:
+    """Return one scored completion of each example, from the decoder's current policy.
+
+    prompts: the examples' token ids. What one example gets does not depend on the others.
+    """
+    return score(
+        sample_groups(
+            decoder,
+            examples,
+            prompts,
+            ONE,
+            rule=None,
+            max_completion_tokens=max_completion_tokens,
+            seed=EVALUATION_SEED,
+            step=0,
+            version=0,
+            turns=turns,
+        )
+    )
+
+
+def summarise(scored: Sequence[ScoredGroup], *, passing: str, temperature: float) -> Evaluation:
+    """Return pass@1 of judged completions.
 
     A completion passes when the reward function named `passing` gives it 1 or more.
     """
-    groups = sample_groups(
-        decoder,
-        examples,
-        prompts,
-        ONE,
-        rule=None,
-        max_completion_tokens=max_completion_tokens,
-        seed=EVALUATION_SEED,
-        step=0,
-        version=0,
-        turns=turns,
-    )
-    scored = score(groups)
     rewards = [group.rewards[0] for group in scored]
     known = [reward for reward in rewards if reward is not None]
     verdicts = [group.parts[passing][0] for group in scored]
@@ -88,17 +98,21 @@ def evaluate(
         pass_at_1=passed / len(judged) if judged else None,
         ci95=wilson(passed, len(judged)) if judged else None,
         mean_reward=mean_or_none(known),
-        mean_completion_tokens=mean_or_none(
-            [int(group.completion(0).sampled.sum()) for group in groups]
-        ),
+        mean_completion_tokens=mean_or_none([sampled_tokens(group) for group in scored]),
         shown=tuple(_show(group) for group in scored[:3]),
-        temperature=decoder.temperature,
+        temperature=temperature,
+        prompts=len(scored),
     )
 
 
+def sampled_tokens(scored: ScoredGroup) -> int:
+    """Return the number of tokens that the model wrote in a judged completion."""
+    return int(scored.group.completion(0).sampled.sum())
+
+
 def at_temperature(decoder: Decoder, temperature: float) -> Decoder:
-    """Copy a decoder with another temperature and its own counts."""
-    return replace(decoder, temperature=temperature, counts=DecodeCounts())
+    """Copy a decoder with another temperature and its own counts and pace."""
+    return replace(decoder, temperature=temperature, counts=DecodeCounts(), pace=Pace())
 
 
 def _show(scored: ScoredGroup) -> Shown:

@@ -315,6 +315,19 @@ class StepStats:
     """Mean size of the adapters' products relative to the weights, see `policy.size`."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """The work that a process is doing at the moment, for a person who waits for it."""
+
+    name: str
+    """The activity, as in "loading the model"."""
+    done: int = 0
+    total: int = 0
+    """Number of its parts; 0 if unknown."""
+    tokens: int = 0
+    """Number of tokens sampled in it so far."""
+
+
 def mean_or_none(values: Sequence[float]) -> float | None:
     """Return the mean of the values, or None if there are none: no number is invented."""
     return float(np.mean(values)) if len(values) else None

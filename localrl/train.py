@@ -9,38 +9,20 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from localrl.config import RunConfig
+from localrl.display.console import Console
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import gather
 from localrl.errors import LocalRLError, Stopped
-from localrl.evaluate import Evaluation
 from localrl.processes.child import Restart
 from localrl.processes.heartbeat import Heartbeat
-from localrl.records import MemoryPlan
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
 from localrl.training.checkpointer import Checkpointer
+from localrl.training.result import RunResult
 from localrl.training.session import NullProgress, Progress, Session
 from localrl.training.setup import open_session
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run."""
-
-    folder: Path
-    steps: int
-    train_s: float
-    """Seconds spent in steps, including those before a resume, without evaluations."""
-    base: Evaluation | None
-    adapter: Evaluation | None
-    plan: MemoryPlan
-    """The plan in force at the end."""
-    peak_bytes: int
-    """Peak memory held by MLX."""
 
 
 def train(
@@ -48,7 +30,7 @@ def train(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
     heartbeat: Heartbeat | None = None,
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
@@ -56,6 +38,7 @@ def train(
     """Train the configured model on the configured task; all output goes to the run folder.
 
     resume: continue the run in `config.run.out` as if it had not been interrupted.
+    progress: shows the run; None: on stderr, as a bar on a terminal or in a notebook; False: not.
     restart: the supervisor's record of the previous process.
     ranks: the ranks training together, see `collective.join`; only rank 0 has a run folder.
 
@@ -63,6 +46,8 @@ def train(
     RewardError if rewards fail too often; LocalRLError if the adapter diverges; CheckpointError
     if there is no intact checkpoint to resume from; Stopped if `heartbeat` was asked to stop.
     """
+    if progress is None:
+        progress = Console()
     opened = open_session(
         config,
         overwrite=overwrite,
@@ -133,6 +118,7 @@ def train_step(session: Session, step: int) -> None:
         },
     )
     session.trained_s += clock.total()
+    session.forecast.stepped(clock.total())
 
 
 @contextmanager

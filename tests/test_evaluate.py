@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from forests import scored
 
-from localrl.evaluate import evaluate, wilson
+from localrl.evaluate import judge, summarise, wilson
 from localrl.records import Example
 from localrl.rollouts.decode import Decoder
 
@@ -35,14 +35,14 @@ def run(policy, rewards):
             for group, reward in zip(groups, rewards, strict=True)
         ]
 
-    return evaluate(
+    found = judge(
         Decoder(policy, 1.0, 16),
         chosen,
         [policy.tokenizer.encode(example.messages) for example in chosen],
         score,
-        passing="first",
         max_completion_tokens=8,
     )
+    return summarise(found, passing="first", temperature=1.0)
 
 
 def test_a_first_reward_of_one_or_more_passes(policy):

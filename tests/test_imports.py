@@ -21,6 +21,7 @@ FLOORS = (
     {"engines", "learning", "report", "rollouts", "tasks"},
     {"evaluate", "export"},
     {"training"},
+    {"display"},
     {"diagnostics", "train"},
     {"cli"},
     {"__main__"},

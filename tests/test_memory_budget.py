@@ -15,8 +15,8 @@ import tiny
 from steps import relative_difference
 
 from localrl.backend import mx
-from localrl.cli.console import memory
 from localrl.config import RunConfig, keys
+from localrl.display.console import memory
 from localrl.errors import ConfigError, MemoryBudgetError
 from localrl.learning.update import Updater
 from localrl.memory import limit as limit_module

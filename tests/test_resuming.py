@@ -57,11 +57,11 @@ class StopAt(Heartbeat):
         super().__init__()
         self.left = beat
 
-    def beat(self):
+    def beat(self, work=None):
         self.left -= 1
         if self.left == 0:
             self.stop("the test says so")
-        super().beat()
+        super().beat(work)
 
 
 def outcome(out):

@@ -53,6 +53,17 @@ def test_an_engine_that_cannot_compute_the_model_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_from_python_is_shown_unless_it_shall_not_be(tiny_folder, tmp_path, capsys):
+    run(tiny_folder, tmp_path / "shown", **{"run.steps": 1})
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "before training: pass@1" in shown.err
+    assert "step 1/1" in shown.err
+    settings = {**SETTINGS, "model.path": str(tiny_folder), "run.out": str(tmp_path / "silent")}
+    train(RunConfig.create(settings | {"run.steps": 1}), progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_run_folder_holds_everything(result):
     names = {path.name for path in result.folder.iterdir()}
     assert names >= {
@@ -104,7 +115,8 @@ def test_evaluations_come_before_after_and_between(result):
     assert written["n"] == 8
     for side in ("base", "adapter"):
         assert set(written[side]) == {
-            "n", "pass@1", "ci95", "mean_reward", "mean_completion_tokens", "temperature"
+            "n", "pass@1", "ci95", "mean_reward", "mean_completion_tokens", "temperature",
+            "prompts",
         }  # fmt: skip
 
 

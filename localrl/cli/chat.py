@@ -60,12 +60,15 @@ def chat(
     config = configure(run, settings, options)
     # Before mlx-lm is imported: it makes a stream on the device of that moment.
     backend.compute_on_cpu(config.model.on_cpu)
-    from localrl.training.components import load, local_plan_request, open_policy, resolve
-    from localrl.training.memory_plan import make_plan
+    from localrl.display.line import showing
 
-    resolved = resolve(config)
-    plan = make_plan(config, local_plan_request(resolved, trains=False))
-    policy = open_policy(resolved, load(resolved), plan)
+    with showing("loading the model"):
+        from localrl.training.components import load, local_plan_request, open_policy, resolve
+        from localrl.training.memory_plan import make_plan
+
+        resolved = resolve(config)
+        plan = make_plan(config, local_plan_request(resolved, trains=False))
+        policy = open_policy(resolved, load(resolved), plan)
     if seed is not None:
         mx.random.seed(seed)
     talk = Talk(

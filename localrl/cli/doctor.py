@@ -30,18 +30,21 @@ def doctor(model: str | None, quantize: int, device: str | None, as_json: bool) 
     from itertools import chain
 
     from localrl import backend
+    from localrl.display.line import showing
+    from localrl.utils.text import printable
 
     backend.compute_on_cpu(device == "cpu")
-    from localrl.cli.console import printable
-    from localrl.diagnostics.doctor import look_at_machine, look_at_model
-
     rows = []
-    for row in chain(look_at_machine(), look_at_model(model, quantize) if model else ()):
-        rows.append(row)
-        if not as_json:
-            click.echo(f"{MARKS[row.status]}  {row.id:27}{printable(row.text)}")
-            if row.todo:
-                click.echo(f"{'':33}-> {printable(row.todo)}")
+    with showing("checking this machine") as status:
+        from localrl.diagnostics.doctor import look_at_machine, look_at_model
+
+        for row in chain(look_at_machine(), look_at_model(model, quantize) if model else ()):
+            rows.append(row)
+            status.now(f"checking, {len(rows)} done")
+            if not as_json:
+                status.echo(f"{MARKS[row.status]}  {row.id:27}{printable(row.text)}")
+                if row.todo:
+                    status.echo(f"{'':33}-> {printable(row.todo)}")
     if as_json:
         click.echo(json.dumps({"rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
     if any(row.status == "fail" for row in rows):

@@ -76,20 +76,24 @@ def evaluate(
       localrl eval runs/steps-1 -k 8 --prompts 100   pass@1 to pass@8
       localrl eval --model DIR --adapter DIR --task data.jsonl --reward accuracy
     """
-    from localrl.diagnostics.compare import evaluate_model
-    from localrl.evaluate import EVALUATION_SEED
+    from localrl.display.line import showing
 
     if out is not None and out.exists():
         raise ConfigError(f"{out} already exists. Choose another file with --out, or move it.")
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"There is no folder {out.parent} to write {out.name} into.")
-    result = evaluate_model(
-        configure(run, settings, options),
-        samples=samples,
-        seed=EVALUATION_SEED if seed is None else seed,
-        warn=lambda line: click.echo(f"warning: {line}", err=True),
-        tell=lambda line: click.echo(line, err=True),
-    )
+    with showing("starting") as status:
+        from localrl.diagnostics.compare import evaluate_model
+        from localrl.evaluate import EVALUATION_SEED
+
+        result = evaluate_model(
+            configure(run, settings, options),
+            samples=samples,
+            seed=EVALUATION_SEED if seed is None else seed,
+            warn=lambda line: status.echo(f"warning: {line}", err=True),
+            tell=lambda line: status.echo(line, err=True),
+            heartbeat=status.heartbeat,
+        )
     text = json.dumps(result.to_dict(), indent=2)
     click.echo(text if as_json else table(result))
     if out is not None:

@@ -186,37 +186,42 @@ def _adapter(adapter: Adapter, source: _Source, out: Path | None) -> None:
 def _fused(
     source: _Source, adapter: Adapter, out: Path, dtype: str | None, quantize: str | None
 ) -> None:
+    from localrl.display.line import showing
     from localrl.export.fused import export_fused
 
-    made = export_fused(
-        adapter,
-        source.model,
-        out,
-        base_bits=source.base_bits,
-        dtype=dtype,
-        bits=int(quantize) if quantize else None,
-    )
-    form = f"{made.bits} bits" if made.bits else f"{made.dtype}: {made.reason}"
-    click.echo(f"fused    {made.folder} ({form})")
-    for line in [*_kept(made), *_compared(source, adapter, out)]:
-        click.echo(line)
+    with showing("merging the adapter into the model") as status:
+        made = export_fused(
+            adapter,
+            source.model,
+            out,
+            base_bits=source.base_bits,
+            dtype=dtype,
+            bits=int(quantize) if quantize else None,
+        )
+        form = f"{made.bits} bits" if made.bits else f"{made.dtype}: {made.reason}"
+        status.echo(f"fused    {made.folder} ({form})")
+        status.now("comparing the written model with the adapter")
+        for line in [*_kept(made), *_compared(source, adapter, out)]:
+            status.echo(line)
 
 
 def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) -> None:
+    from localrl.display.line import showing
     from localrl.export.gguf import export_gguf
 
     if not file and source.config is None:
         raise ConfigError("There is no run to write into. Name a new file after --gguf.")
     compared: list[str] = []
-    made = export_gguf(
-        adapter,
-        source.model,
-        Path(file) if file else run / f"{run.resolve().name}.{NAMES[bits]}.gguf",
-        bits=bits,
-        base_bits=source.base_bits,
-        tell=lambda line: click.echo(f"gguf     {line}"),
-        look=lambda folder: compared.extend(_compared(source, adapter, folder)),
-    )
+    with showing("writing a GGUF file") as status:
+        made = export_gguf(
+            adapter,
+            source.model,
+            Path(file) if file else run / f"{run.resolve().name}.{NAMES[bits]}.gguf",
+            bits=bits,
+            base_bits=source.base_bits,
+            tell=lambda line: status.echo(f"gguf     {line}"),
+            look=lambda folder: compared.extend(_compared(source, adapter, folder)),
+        )
     for line in [*_rounded(made), *compared]:
         click.echo(line)
 
@@ -287,7 +292,7 @@ def _compared(source: _Source, adapter: Adapter, out: Path) -> list[str]:
 
 
 def _told(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    from localrl.cli.console import printable
+    from localrl.utils.text import printable
 
     alike = sum(one == other for one, other in pairs)
     lines = [

@@ -44,6 +44,7 @@ def plan(
     """
     from localrl import backend
     from localrl.config import RunConfig, parse_setting
+    from localrl.display.line import showing
     from localrl.memory import machine
     from localrl.training.memory_plan import outlook
     from localrl.training.prompt_lengths import find
@@ -52,7 +53,8 @@ def plan(
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
     wish = RunConfig.create(given, file=config)
     backend.compute_on_cpu(wish.model.on_cpu)
-    prompts = find(wish)  # before the machine is read, as in a run: what it loads stays
+    with showing("reading the task's prompts"):
+        prompts = find(wish)  # before the machine is read, as in a run: what it loads stays
     here = machine.read_machine() if mac is None else machine.mac(mac)
     found = outlook(wish, here, prompts)
     click.echo(json.dumps(_fields(found), indent=2) if as_json else _page(found, mac))

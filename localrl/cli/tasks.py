@@ -197,8 +197,8 @@ def _shown(task: Task, count: int) -> list[Example]:
 
 
 def _examples(opened: _Opened, count: int) -> None:
-    from localrl.cli.console import printable
     from localrl.diagnostics.inspect_task import encode
+    from localrl.utils.text import printable
 
     task, tokenizer = opened.task, opened.tokenizer
     examples = _shown(task, count)

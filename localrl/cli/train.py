@@ -136,8 +136,10 @@ def train(
         _supervise(pause=on_battery != "run")
     if supervisor is None and on_battery:
         raise ConfigError("--on-battery needs the parent process. Remove --no-supervise.")
-    from localrl.cli.supervised import run_here
+    from localrl.display.line import showing
 
+    with showing("starting"):  # importing MLX can take seconds
+        from localrl.cli.supervised import run_here
     run_here(resolved, supervisor, overwrite=overwrite, resume=resume)
 
 

@@ -202,7 +202,7 @@ def decode_once(opened: Opened, rows: int, policy: Policy | None = None) -> np.n
     """Return (tokens,) seconds between forward calls; the first one includes the prefill."""
     marks: list[float] = []
     decoder = Decoder(
-        policy or opened.endless, 1.0, rows, beat=lambda: marks.append(time.perf_counter())
+        policy or opened.endless, 1.0, rows, beat=lambda work: marks.append(time.perf_counter())
     )
     request = TreeRequest(0, ("bench",), rows, rows, opened.request.tokens)
     decoder.decode([opened.prompt], [request])

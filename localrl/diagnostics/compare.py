@@ -104,6 +104,7 @@ def evaluate_model(
     seed: int = EVALUATION_SEED,
     warn: Callable[[str], None] = lambda line: None,
     tell: Callable[[str], None] = lambda line: None,
+    heartbeat: Heartbeat | None = None,
 ) -> Result:
     """Sample held-out prompts from the base, and with the adapter if `lora.adapter` names one.
 
@@ -120,7 +121,9 @@ def evaluate_model(
             "--temperature 0.7."
         )
     resolved = resolve(config)
-    with open_components(resolved, warn=warn, heartbeat=Heartbeat(), trains=False) as components:
+    with open_components(
+        resolved, warn=warn, heartbeat=heartbeat or Heartbeat(), trains=False
+    ) as components:
         check_sandbox(components.config, components.task, warn)
         if not components.held_out:
             raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Set a number.")

@@ -25,7 +25,7 @@ from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
-from localrl.records import Batch, MemoryPlan, StepStats
+from localrl.records import Batch, MemoryPlan, StepStats, Work
 from localrl.utils.rounding import beyond_rounding
 
 LOGGER = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Updater:
         config: LearningConfig,
         temperature: float,
         warn: Callable[[str], None] = LOGGER.warning,
-        beat: Callable[[], None] = lambda: None,
+        beat: Callable[[Work], None] = lambda work: None,
     ) -> None:
         self.policy = policy
         self.ranks: Ranks = ALONE
@@ -155,8 +155,10 @@ class Updater:
         value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
         total, gradient = Totals(), None
         self._choose_packing(batch, plan)
+        done, tokens = 0, sum(int(node.trained.sum()) for node in batch.nodes)
         for micro in self._micro_batches(batch, plan):
-            self._beat()
+            self._beat(Work("learning", done, tokens))
+            done += len(micro.anchor_logprobs)
             reference = self._reference(micro, plan.head_chunk)
             known = None if first is None else mx.array(first.of(micro))
             (_, sums, logprobs), grad = value_and_grad(micro, reference, known, plan)

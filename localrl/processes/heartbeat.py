@@ -1,4 +1,7 @@
-"""The heartbeat of a run: a sign that it makes progress, and the point where it can be stopped."""
+"""The heartbeat of a run: a sign that it makes progress, and the point where it can be stopped.
+
+Every beat may also say what is being done; a display reads that from another thread.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from localrl.errors import Stopped
+from localrl.records import Work
 
 EVERY_S = 1.0
 """Seconds between two signs of life that are passed on."""
@@ -39,6 +43,8 @@ class Heartbeat:
         self._apart = always() - awake()
         self.reason: str | None = None
         """Reason why the run must stop; None if it need not."""
+        self.work: Work | None = None
+        """The work that a beat last named."""
         self.noticed = False
         """True if a beat has stopped the run."""
         self.on_sleep: Callable[[float], None] | None = None
@@ -52,14 +58,15 @@ class Heartbeat:
         if self.reason is None:
             self.reason = reason
 
-    def beat(self) -> None:
-        """Record that some work is done.
+    def beat(self, work: Work | None = None) -> None:
+        """Record that some work is done, or begins. work: what it is; None: as before.
 
         Raises: Stopped if the run was asked to stop; work begun since the last step is lost.
         """
         if self.reason is not None:
             self.noticed = True
             raise Stopped(self.reason)
+        self.work = work or self.work
         now = self._awake()
         if self._on_beat is not None and now - self._last >= EVERY_S:
             self._last = now

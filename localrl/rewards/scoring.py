@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
 from localrl.processes.worker import Reply, Worker
-from localrl.records import ENVIRONMENT_LOOKUP, Group, Leaf, ScoredGroup
+from localrl.records import ENVIRONMENT_LOOKUP, Group, Leaf, ScoredGroup, Work
 from localrl.rewards.arguments import call_arguments
 from localrl.rewards.logs import LogCollector, Logs
 
@@ -130,7 +130,7 @@ class Scorer:
         warn: Callable[[str], None] = logger.warning,
         *,
         cut_reward: float | None = None,
-        beat: Callable[[], None] = lambda: None,
+        beat: Callable[[Work], None] = lambda work: None,
     ) -> None:
         names = [spec.name for spec in specs]
         if not specs:
@@ -240,7 +240,7 @@ class Scorer:
         state: Mapping[str, Any],
         rows: Sequence[tuple[str, str]],
     ) -> tuple[float | None, ...]:
-        self._beat()
+        self._beat(Work(f"scoring with {spec.name}"))
         if not rows:
             return ()
         through = {"environments": ENVIRONMENT_LOOKUP} if "environments" in arguments else None

@@ -12,7 +12,7 @@ import numpy as np
 from localrl.errors import LocalRLError
 from localrl.policy.engine import DecodeState
 from localrl.policy.tokenizer import Tokenizer
-from localrl.records import FinishReason, Leaf, Node
+from localrl.records import FinishReason, Leaf, Node, Work
 from localrl.rollouts.stops import Early, RecentTokens
 from localrl.utils.rng import keyed_uniforms
 
@@ -144,11 +144,18 @@ class DecodeLog:
     """Leaves started, finished ones included, (trees,)."""
     finished: np.ndarray = field(init=False)
     """Leaves finished, (trees,)."""
+    tokens: int = 0
+    """Tokens drawn."""
     _drawn: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.leaves = np.zeros(len(self.requests), np.int64)
         self.finished = np.zeros(len(self.requests), np.int64)
+
+    def work(self) -> Work:
+        """Describe what has been sampled so far."""
+        most = sum(request.leaves for request in self.requests)
+        return Work("sampling", int(self.finished.sum()), most, self.tokens)
 
     def committed(self) -> int:
         """Most rows the started trees may still need at once, future forks included."""
@@ -217,6 +224,7 @@ class DecodeLog:
             )
         self._drawn.append((rows.segments[alive], tokens[alive], logprobs[alive], entropies[alive]))
         rows.lengths[alive] += 1
+        self.tokens += int(alive.sum())
 
     def finish(self, rows: Rows, ended: Mapping[EndReason, np.ndarray]) -> None:
         """End the segments of live rows that have a reason to end or have reached their limit.

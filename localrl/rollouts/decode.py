@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,9 @@ import numpy as np
 from localrl.errors import ConfigError
 from localrl.policy.engine import Prefilled
 from localrl.policy.model import Policy
+from localrl.records import Work
 from localrl.rollouts.batch import DecodeLog, EndReason, Rows, Segment, TreeRequest
+from localrl.rollouts.pace import Pace
 from localrl.rollouts.stops import Stops
 
 CHILDREN = 2
@@ -80,8 +83,9 @@ class Decoder:
     counts: DecodeCounts = field(default_factory=DecodeCounts)
     stops: Stops | None = None
     """Rules that end completions early."""
-    beat: Callable[[], None] = lambda: None
+    beat: Callable[[Work], None] = lambda work: None
     """Called with every forward pass; it may raise to end the decoding."""
+    pace: Pace = field(default_factory=Pace)
     prefill_rows: int = 0
     """Maximum number of prompts prefilled at once; 0: as many as there are free rows."""
 
@@ -104,8 +108,9 @@ class Decoder:
         ends = np.array(sorted(self.policy.tokenizer.end_ids))
         live: Rows | None = None
         while waiting or live is not None:
-            self.beat()
+            self.beat(log.work())
             live = self._refill(live, waiting)
+            started, rows = perf_counter(), len(live)
             if rule is not None:
                 self._fork(live, log, rule)
             ahead = rule is None and self._looks_ahead(live, log)
@@ -115,6 +120,7 @@ class Decoder:
                 ended |= self.stops.ended(live.recent_tokens, tokens, live.alive)
             log.finish(live, ended)
             live = self._forward(live, tokens, fed=ahead)
+            self.pace.stepped(rows, perf_counter() - started)
         return log.close()
 
     def _check(self, requests: Sequence[TreeRequest]) -> None:
@@ -197,7 +203,6 @@ class Decoder:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
         """Run one forward pass over all prompts."""
-        self.beat()
         lengths = [len(prompt) for prompt in prompts]
         tokens = np.zeros((len(prompts), max(lengths)), np.int32)
         for i, prompt in enumerate(prompts):
@@ -225,6 +230,7 @@ class _Waiting:
             (tree, n) for tree, request in enumerate(log.requests) for n in range(request.roots)
         )
         self._places: dict[int, int] = {}  # prompt -> index in the latest prefill
+        self._read = 0  # prompts prefilled
         self._prefilled: Prefilled | None = None
 
     def __bool__(self) -> bool:
@@ -277,7 +283,13 @@ class _Waiting:
         wanted = list(dict.fromkeys(self._prompt(i) for i in range(count)))
         wanted = wanted[: self._decoder.prefill_rows or None]
         self._places = {prompt: place for place, prompt in enumerate(wanted)}
-        return self._decoder.prefill([self._prompts[p] for p in wanted])
+        reading = Work("reading prompts", self._read, len(self._prompts))
+        self._decoder.beat(self._log.work() if self._log.tokens else reading)
+        self._read += len(wanted)
+        started = perf_counter()
+        prefilled = self._decoder.prefill([self._prompts[p] for p in wanted])
+        self._decoder.pace.read(len(wanted), perf_counter() - started)
+        return prefilled
 
 
 def sharing_pays_off(copies: Sequence[int], share: float, least: int) -> bool:

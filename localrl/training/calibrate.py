@@ -65,7 +65,7 @@ def _shorter(plan: MemoryPlan, divisor: int) -> MemoryPlan:
 
 
 def _probe(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Probe:
-    batch = _batch(
+    batch = probe_batch(
         paths_at_once(request.workloads[plan.group_size], plan), plan, request.sizes.vocabulary
     )
     updater.gradient(batch, plan)  # decides how the family is scored, and warms up
@@ -89,7 +89,7 @@ def peak_of(work: Callable[[], object]) -> int:
     return mx.get_peak_memory() - before
 
 
-def _batch(paths: int, plan: MemoryPlan, vocabulary: int) -> Batch:
+def probe_batch(paths: int, plan: MemoryPlan, vocabulary: int) -> Batch:
     """Make a batch of `paths` completions of the planned length; token values do not matter."""
     length, size = plan.max_completion_tokens, plan.group_size
     tokens = (np.arange(length) * 7919 + 1) % vocabulary

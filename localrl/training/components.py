@@ -31,7 +31,7 @@ from localrl.policy.scoring import group_logprobs
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.processes.heartbeat import Heartbeat
 from localrl.processes.worker import Worker
-from localrl.records import Example, Group, MemoryPlan, RewardSpec
+from localrl.records import Example, Group, MemoryPlan, RewardSpec, Work
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.code import allow_unsafe_code, check_code_rewards
 from localrl.rewards.scoring import Scorer
@@ -145,7 +145,8 @@ def open_components(
     Raises: ConfigError or DataError for what cannot work; MemoryBudgetError if memory is too small,
     before weights are loaded.
     """
-    config = resolved.config
+    config, beat = resolved.config, heartbeat.beat
+    beat(Work("opening the task"))
     with Worker(
         time_limit_s=config.task.reward_timeout_s,
         memory_limit_bytes=config.task.reward_memory_mb * 2**20,
@@ -156,29 +157,31 @@ def open_components(
             resolved = replace(resolved, config=config)
         check(config, resolved.shape, task)
         task, environments = with_environments(config.task, task, worker, warn)
-        scorer = Scorer(
-            task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=heartbeat.beat
-        )
-        held_out = task.evaluation(config.task.eval_prompts)
+        scorer = Scorer(task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=beat)
+        held_out = task.evaluation(config.task.held_out)
         check_columns(task, held_out, scorer)
         tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
         _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         if trains and plan is None and environments is None:
+            beat(Work("trying the rewards on gold answers"))
             trial = Scorer(task.rewards, worker, warn)  # the run's own counts stay at zero
             gold = is_data(config.task.name)
             check_rewards(task, trial, tokenizer, warn, gold=gold)
+        beat(Work("reading the task's prompts"))
         prompts = measure(config, task, held_out, tokenizer, trains=trains)
         turns = environments is not None
         request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
+        beat(Work("loading the model"))
         loaded = load(resolved, tokenizer)
+        beat(Work("checking that the model computes rightly"))
         policy = open_policy(resolved, loaded, plan, _trial_prompts(config, task, tokenizer))
         policy = choose_engine(policy, config.model.engine, warn, selfcheck=config.model.selfcheck)
         fixed = planned is not None or bool(config.memory.pin)
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, heartbeat.beat)
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat)
         if trains:
             _check_rounding(updater, warn)
         may_checkpoint = trains and _may_recompute(policy, warn)
@@ -186,6 +189,7 @@ def open_components(
         if config.memory.recalibrate and request.counted(plan):
             warn("memory.recalibrate has no effect: this engine's memory is counted, not measured")
         if trains and planned is None and worth_measuring(config, request, plan):
+            beat(Work("measuring memory"))
             plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
         updater.ranks = ranks  # set only now, since each machine measures its own memory
         decoder = _decoder(config, policy, plan, heartbeat)

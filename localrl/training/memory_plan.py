@@ -254,7 +254,7 @@ def _workload(
         return None
     return Workload(
         prompts=rollout.prompts_per_step,
-        evaluated=task.eval_prompts,
+        evaluated=task.held_out,
         leaves=shape.leaves,
         forks=shape.leaves > shape.roots,
         turns=turns,

@@ -78,7 +78,7 @@ def find(config: RunConfig) -> PromptLength:
         try:
             specs = parse_rewards(config.task.rewards or ["accuracy"])  # data need at least one
             task = open_task(config.task, specs, worker)
-            held_out = task.evaluation(config.task.eval_prompts)
+            held_out = task.evaluation(config.task.held_out)
         except LocalRLError as error:
             return _allowed(config, str(error))
         return measure(config, task, held_out, tokenizer)

@@ -14,7 +14,7 @@ from localrl.distributed import step_stats
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import gather
 from localrl.errors import RewardError
-from localrl.evaluate import Evaluation, at_temperature, evaluate
+from localrl.evaluate import Evaluation
 from localrl.export.adapters import adapter_of, write_adapter
 from localrl.export.base import find_base_id
 from localrl.learning.credit import Credit, assign_credit
@@ -24,6 +24,7 @@ from localrl.learning.selection import Selection, round_small, select
 from localrl.memory.adapting import MemoryMonitor, MemoryReading, shrink_plan
 from localrl.memory.machine import read_machine, resident_bytes
 from localrl.memory.plan import changes
+from localrl.processes.heartbeat import Heartbeat
 from localrl.records import Example, MemoryPlan, ScoredGroup, StepStats
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.dashboards import Dashboard, log
@@ -33,6 +34,8 @@ from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.runs.metrics import sampled_tokens
 from localrl.runs.null_folder import NullRunFolder
 from localrl.training.components import Components
+from localrl.training.evaluating import evaluate
+from localrl.training.forecast import Forecast
 from localrl.training.memory_plan import for_longer_prompts
 from localrl.training.validate import tracker_weight
 from localrl.utils.rng import keyed_uniforms
@@ -44,19 +47,30 @@ WAITED = "waited_s"
 class Progress(Protocol):
     """An observer of a run."""
 
+    def start(self, heartbeat: Heartbeat) -> None:
+        """Begin to show what the heartbeat names, while the run is opened."""
+        ...
+
     def begin(self, session: Session) -> None: ...
+    def evaluating(self, step: int) -> None: ...
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
     def stepped(self, metrics: Mapping[str, Any]) -> None: ...
     def warn(self, line: str) -> None: ...
+    def end(self) -> None:
+        """The run is over, or has failed."""
+        ...
 
 
 class NullProgress:
     """An observer that ignores everything."""
 
+    def start(self, heartbeat: Heartbeat) -> None: ...
     def begin(self, session: Session) -> None: ...
+    def evaluating(self, step: int) -> None: ...
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
     def stepped(self, metrics: Mapping[str, Any]) -> None: ...
     def warn(self, line: str) -> None: ...
+    def end(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -71,6 +85,8 @@ class Session(Components):
     health: Health
     watch: MemoryMonitor
     """The recent memory readings."""
+    forecast: Forecast
+    """Expected duration of the rest of the run."""
     ranks: Ranks = ALONE
     """The ranks that train together."""
     dashboards: Sequence[Dashboard] = ()
@@ -159,22 +175,24 @@ class Session(Components):
         if step in self.evaluations or not self.held_out or not self.ranks.is_main:
             return self.evaluations.get(step)
         self.tell_rewards(step + 1)
-        evaluation = evaluate(
-            at_temperature(self.decoder, self.config.eval_temperature),
-            self.held_out,
-            self.sampler.encode(self.held_out),
-            self.scorer.score,
-            passing=self.task.rewards[0].name,
-            max_completion_tokens=self.plan.max_completion_tokens,
-            turns=self.sampler.turns,
-        )
-        self.drop_logs()  # logs of held-out completions do not belong to a step
+        self.progress.evaluating(step)
+        evaluation = evaluate(self, step)
         numbers = evaluation.summary()
         del numbers["ci95"]
         self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
         self.progress.evaluated(step, evaluation)
         self.evaluations[step] = evaluation
         return evaluation
+
+    def reduce_evaluations(self, count: int, prompt_s: float) -> None:
+        """Evaluate on this many held-out prompts from now on, because one takes `prompt_s`."""
+        wish, self.held_out = len(self.held_out), self.held_out[:count]
+        self.run.event("evaluations", prompts=count, of=wish, seconds_per_prompt=prompt_s)
+        self.progress.warn(
+            f"evaluating on {wish} held-out prompts would take {wish * prompt_s / 60:.0f} min each "
+            f"time; {count} are used, which makes intervals {(wish / count) ** 0.5:.1f} times as "
+            f"wide. All are used with --set task.eval_prompts={wish}"
+        )
 
     def drop_logs(self) -> None:
         """Discard the logs of rewards and tools since the last call."""

@@ -25,6 +25,7 @@ from localrl.runs.health import Health
 from localrl.runs.logs import read_jsonl
 from localrl.runs.null_folder import NullRunFolder
 from localrl.training.components import Components, check_sandbox, open_components, resolve
+from localrl.training.forecast import Forecast
 from localrl.training.session import Progress, Session
 from localrl.training.state import PreviousRun, broadcast, reopen, sources_of
 
@@ -52,9 +53,11 @@ def open_session(
     resumed.
     """
     dashboards.check(config.run.report_to)
-    resolved = resolve(config)
-    config, warn = resolved.config, progress.warn
     with ExitStack() as stack:
+        progress.start(heartbeat)
+        stack.callback(progress.end)
+        resolved = resolve(config)
+        config, warn = resolved.config, progress.warn
         resumes = resume and ranks.is_main
         before = stack.enter_context(reopen(config, warn)) if resumes else None
         plan = before.plan_after(restart, resolved.shape) if before else None
@@ -87,6 +90,7 @@ def open_session(
             sources=sources_of(components.model_folder, components.task, components.held_out),
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
+            forecast=Forecast.of(config, evaluates=bool(components.held_out)),
             ranks=ranks,
         )
         session.tell_checks()

@@ -187,6 +187,8 @@ def restore(state: State, session: Session) -> None:
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
     session.evaluations = dict(values["evaluations"])
+    if base := session.evaluations.get(0):
+        session.held_out = session.held_out[: base.prompts or None]
     # In place, because the sampler uses the same tracker.
     vars(session.tracker).update(vars(values["tracker"]))
     sampler.rule = values["rule"]

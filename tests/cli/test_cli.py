@@ -180,7 +180,7 @@ def test_help_is_quick():
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    from localrl.cli.console import printable
+    from localrl.utils.text import printable
 
     assert printable("a\x1b[31mb\u202ec\n\x07") == "a\ufffd[31mb\ufffdc\n\ufffd"
 

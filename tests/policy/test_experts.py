@@ -11,8 +11,8 @@ import tiny
 from mixtures import MIXTURES, expert_paths
 
 from localrl.backend import mx, nn, tree_flatten
-from localrl.cli.console import Console
 from localrl.config import RunConfig
+from localrl.display.console import Console
 from localrl.engines.choose import choose_engine
 from localrl.engines.mlx.network import in_training
 from localrl.engines.open import make_policy

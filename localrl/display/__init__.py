@@ -1,0 +1,1 @@
+"""Shows people what a process is doing: one line on a terminal, plain lines elsewhere."""

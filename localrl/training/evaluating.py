@@ -1,0 +1,109 @@
+"""The evaluations of a run: on all held-out prompts, or on as many as its speed allows."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from localrl.evaluate import Evaluation, at_temperature, judge, sampled_tokens, summarise
+from localrl.memory.sizes import parameters
+from localrl.records import ScoredGroup
+from localrl.rollouts.pace import Pace
+from localrl.training.forecast import time_gradient
+
+if TYPE_CHECKING:
+    from localrl.training.session import Session
+
+FIRST = 32
+"""Number of prompts evaluated and timed before the rest, if the model is large."""
+LARGE = 1e12
+"""Weights times tokens from which on an evaluation is timed first; below, it takes seconds."""
+MOST_S = 240.0
+"""Seconds that an evaluation may take if `task.eval_prompts` is not set."""
+LEAST = 64
+"""Fewest prompts it is reduced to."""
+
+
+@dataclass(eq=False)
+class Judging:
+    """Judged completions, and what they took."""
+
+    scored: list[ScoredGroup]
+    pace: Pace
+    seconds: float
+    score_s: float
+    """Seconds in reward functions."""
+
+
+def evaluate(session: Session, step: int) -> Evaluation:
+    """Evaluate the present adapters; the base evaluation also sets the forecast."""
+    judging = _judge(session, may_reduce=step == 0)
+    session.drop_logs()  # logs of held-out completions do not belong to a step
+    session.forecast.evaluation_s = judging.seconds
+    if session.forecast.step_s is None and session.config.run.steps:
+        session.forecast.step_s = _expected_step_s(session, judging)
+    return summarise(
+        judging.scored,
+        passing=session.task.rewards[0].name,
+        temperature=session.config.eval_temperature,
+    )
+
+
+def _judge(session: Session, *, may_reduce: bool) -> Judging:
+    """Judge one completion of each held-out prompt, or, if that would take long, of fewer."""
+    held_out, config = session.held_out, session.config
+    decoder = at_temperature(session.decoder, config.eval_temperature)
+    judging = Judging([], decoder.pace, 0.0, 0.0)
+
+    def add(first: int, last: int) -> None:
+        examples = held_out[first:last]
+        started, before = time.perf_counter(), session.scorer.busy_s
+        judging.scored += judge(
+            decoder,
+            examples,
+            session.sampler.encode(examples),
+            session.scorer.score,
+            max_completion_tokens=session.plan.max_completion_tokens,
+            turns=session.sampler.turns,
+        )
+        judging.seconds += time.perf_counter() - started
+        judging.score_s += session.scorer.busy_s - before
+
+    count = len(held_out)
+    work = parameters(session.request.sizes).total * count * session.plan.max_completion_tokens
+    if may_reduce and config.task.eval_prompts is None and count > LEAST and work > LARGE:
+        add(0, FIRST)
+        count = affordable(count, judging.seconds)
+        if count < len(held_out):
+            session.reduce_evaluations(count, judging.seconds / FIRST)
+    add(len(judging.scored), count)
+    return judging
+
+
+def affordable(count: int, seconds: float) -> int:
+    """Number of prompts to evaluate, of `count`, if the first `FIRST` took these seconds."""
+    most = FIRST * math.floor(MOST_S / max(seconds, 1e-9))
+    return min(count, max(LEAST, most))
+
+
+def _expected_step_s(session: Session, judging: Judging) -> float:
+    """Seconds of a step, from the evaluation's pace and completions, and from one gradient."""
+    config, shape, plan = session.config, session.sampler.shape, session.plan
+    prompts, groups = config.rollout.prompts_per_step, [one.group for one in judging.scored]
+    completions = prompts * shape.leaves * shape.rounds
+    lengths = [sampled_tokens(one) for one in judging.scored]
+    means = [sum(len(group.prompt_ids) for group in groups), sum(lengths)]
+    sampling_s = judging.pace.expected_s(prompts, lengths, completions, plan.decode_rows)
+    update_s = 0.0
+    if session.ranks.size == 1:
+        update_s = time_gradient(
+            session.updater,
+            plan,
+            paths=completions,
+            lengths=[total // len(groups) for total in means],
+            vocabulary=session.request.sizes.vocabulary,
+        )
+    updates = config.learning.updates_per_step
+    return sampling_s + completions * (judging.score_s / len(groups) + updates * update_s)

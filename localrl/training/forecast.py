@@ -1,0 +1,93 @@
+"""The duration of a run: expected from its base evaluation, then from the steps it has made."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from localrl.config import RunConfig
+from localrl.learning.update import Updater
+from localrl.records import MemoryPlan
+from localrl.training.calibrate import probe_batch
+
+RECENT = 20
+"""Number of steps whose mean duration stands for those to come."""
+ENOUGH = 3
+"""Number of steps after which the first one, which also warms up, no longer counts."""
+WARM = 4
+"""Tokens of the completions whose gradient is computed before one is timed."""
+TIMED_ROWS = 8
+"""Most completions in the gradient that is timed."""
+
+
+@dataclass(eq=False)
+class Forecast:
+    """Seconds that the rest of a run takes."""
+
+    steps: int
+    eval_every: int
+    limit_s: float | None
+    """Seconds of steps after which the run ends early."""
+    evaluates: bool
+    step_s: float | None = None
+    """Expected seconds of a step: from the base evaluation, later from steps."""
+    evaluation_s: float = 0.0
+    _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT + 1))
+
+    @classmethod
+    def of(cls, config: RunConfig, *, evaluates: bool) -> Forecast:
+        """Return the forecast of a configured run, which knows no durations yet."""
+        run = config.run
+        limit_s = None if run.minutes is None else 60 * run.minutes
+        return cls(run.steps, run.eval_every, limit_s, evaluates)
+
+    def stepped(self, seconds: float) -> None:
+        """Add the duration of a step."""
+        self._recent.append(seconds)
+        known = list(self._recent)
+        known = known[1:] if len(known) >= ENOUGH else known
+        self.step_s = sum(known) / len(known)
+
+    def evaluations_left(self, step: int) -> int:
+        """Number of evaluations that come after this step's."""
+        if not self.evaluates or step >= self.steps:
+            return 0
+        every = self.eval_every
+        return 1 + ((self.steps - 1) // every - step // every if every else 0)
+
+    def left_s(self, step: int, trained_s: float) -> float | None:
+        """Seconds from the end of this step to the end of the run; None if nothing is known yet.
+
+        trained_s: seconds of all steps so far.
+        """
+        if self.step_s is None:
+            return None
+        training = self.step_s * (self.steps - step)
+        if self.limit_s is not None:
+            training = min(training, max(0.0, self.limit_s - trained_s))
+        return training + self.evaluation_s * self.evaluations_left(step)
+
+
+def time_gradient(
+    updater: Updater, plan: MemoryPlan, *, paths: int, lengths: Sequence[int], vocabulary: int
+) -> float:
+    """Seconds of the gradient of one completion, timed on a micro-batch.
+
+    paths: completions of a step. lengths: mean tokens of prompts and completions.
+    The adapters stay as they are.
+    """
+    prompt, tokens = (max(1, length) for length in lengths)
+    rows = min(paths, plan.micro_rows, TIMED_ROWS)
+    shape = replace(plan, max_prompt_tokens=prompt, max_completion_tokens=tokens)
+    shared = updater.shared
+    try:
+        warm = replace(shape, max_completion_tokens=min(WARM, tokens))
+        updater.gradient(probe_batch(plan.group_size, warm, vocabulary), plan)
+        batch = probe_batch(rows, shape, vocabulary)
+        started = time.perf_counter()
+        updater.gradient(batch, plan)
+        return (time.perf_counter() - started) / rows
+    finally:
+        updater.shared = shared
