@@ -19,7 +19,8 @@ from training import train, write_model
 
 # isort: split
 import click
-from make_steps import CONFIG, batch, write_tokenizer
+from make_steps import CONFIG, SPECIAL, VOCABULARY, batch, write_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from localrl.engines.mlx.recurrent import use_chunks
 
@@ -70,6 +71,21 @@ STEPS, QUANTISED_STEPS = 3600, 600
 WORKING_STEPS = 2000
 
 
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write the embedded model's characters as a byte-level BPE without merges.
+
+    For the model type qwen3_5, transformers splits texts as Qwen's tokenizer does, whatever
+    tokenizer.json says, and would drop the embedded model's spaces.
+    """
+    write_tokenizer(folder)
+    names = ["\u0120" if token == " " else token for token in VOCABULARY]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 @click.command(help=__doc__)
 @click.argument("family", type=click.Choice(list(FAMILIES)))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -79,7 +95,7 @@ def main(family: str, out: Path) -> None:
     config = FAMILIES[family]
     texts = partial(batch, working_steps=WORKING_STEPS)
     model = train(config, texts, steps=STEPS, quantised_steps=QUANTISED_STEPS, prepare=use_chunks)
-    write_tokenizer(out)
+    write_byte_tokenizer(out)
     write_model(model, out, config)
 
 
