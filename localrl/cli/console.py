@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_S = 10.0
 """Seconds between plain lines when there is no terminal."""
+SHOWN = 3
+"""Number of held-out prompts whose completions are printed at the end."""
 
 
 class Console:
@@ -134,7 +136,7 @@ def comparison(base: Evaluation, adapter: Evaluation) -> str:
             f"{name:10}{_number(side.pass_at_1):>8}{interval:>18}"
             f"{_number(side.mean_reward):>14}{_number(side.mean_completion_tokens, 1):>9}"
         )
-    for before, after in zip(base.shown, adapter.shown, strict=True):
+    for before, after in zip(base.shown[:SHOWN], adapter.shown, strict=False):
         lines += ["", f"prompt    {printable(before.prompt)}   (answer: {before.answer})"]
         lines += [f"  before  {_completion(before)}", f"  after   {_completion(after)}"]
     return "\n".join(lines) + "\n"

@@ -171,6 +171,7 @@ class Session(Components):
         numbers = evaluation.summary()
         del numbers["ci95"]
         self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
+        self.run.event("evaluation", step=step, **evaluation.details())
         self.progress.evaluated(step, evaluation)
         self.evaluations[step] = evaluation
         return evaluation
