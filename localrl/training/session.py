@@ -33,7 +33,6 @@ from localrl.runs.metrics import sampled_tokens
 from localrl.runs.null_folder import NullRunFolder
 from localrl.training.components import Components
 from localrl.training.memory_plan import for_longer_prompts
-from localrl.training.validate import tracker_weight
 from localrl.utils.rng import keyed_uniforms
 
 WAITED = "waited_s"
@@ -99,7 +98,7 @@ class Session(Components):
         if value is None:
             credit = assign_credit(scored)
         else:
-            credit = assign_credit(scored, kappa=tracker_weight(self.config), prior=value)
+            credit = assign_credit(scored, kappa=self.config.tracker_weight, prior=value)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
             return credit
