@@ -12,6 +12,8 @@ import click
 from tqdm import tqdm
 
 from localrl.embedded import EMBEDDED_MODEL
+from localrl.report.reading import read_run
+from localrl.report.verdict import verdict
 from localrl.utils.text import printable, sampled_at
 
 if TYPE_CHECKING:
@@ -90,11 +92,12 @@ class Console:
             self._bar.close()
         if result.base and result.adapter:
             click.echo("\n" + comparison(result.base, result.adapter))
+        click.echo(verdict(read_run(result.folder)))
         click.echo(
             f"{result.steps} steps in {result.train_s:.0f} s; everything is in {result.folder}"
         )
         click.echo(memory(result))
-        click.echo(next_command(result))
+        click.echo("\n" + next_command(result))
 
     def _start_bar(self) -> None:
         self._started = self._last_line = time.monotonic()
@@ -153,11 +156,13 @@ def memory(result: RunResult) -> str:
 
 def next_command(result: RunResult) -> str:
     """Suggest the next commands to run."""
-    adapter = result.folder / "adapter"
+    folder = shlex.quote(str(result.folder))
     return (
-        f"adapter: {adapter} (mlx-lm format)\n"
-        f"next: localrl export {shlex.quote(str(result.folder))} --fused  a complete model\n"
-        "      localrl train --print-config  all settings"
+        f"adapter: {result.folder / 'adapter'} (mlx-lm format)\n"
+        f"next: localrl chat {folder}             ask the trained model\n"
+        f"      localrl show {folder} --report    curves, groups and answers as a page\n"
+        f"      localrl export {folder} --fused   a complete model\n"
+        f"      localrl push {folder} USER/NAME   the adapter on the Hub"
     )
 
 

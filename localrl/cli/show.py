@@ -19,15 +19,15 @@ LOOPBACK = "127.0.0.1"
 @click.argument("other", required=False, type=click.Path(path_type=Path))
 @click.option("--samples", is_flag=True, help="Page through groups, rewards and drop reasons.")
 @click.option("--report", is_flag=True, help="Write one HTML file that opens offline.")
-@click.option("--live", is_flag=True, help="Serve the report on this machine while the run goes on.")
+@click.option(
+    "--live", is_flag=True, help="Serve the report on this machine while the run goes on."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     help="File that --report writes; default: report.html in the run folder.",
 )
-@click.option(
-    "--port", type=click.IntRange(0, 65535), help="Port of --live; default: a free one."
-)
+@click.option("--port", type=click.IntRange(0, 65535), help="Port of --live; default: a free one.")
 @click.option("--host", help=f"Address that --live listens on; default: {LOOPBACK}.")
 def show(
     run: Path | None,

@@ -98,7 +98,10 @@ def extremes(values: Sequence[float | None], part: slice) -> list[int]:
     known = [at for at in range(part.start, part.stop) if values[at] is not None]
     if not known:
         return []
-    ends = {min(known, key=lambda at: values[at] or 0.0), max(known, key=lambda at: values[at] or 0.0)}
+    ends = {
+        min(known, key=lambda at: values[at] or 0.0),
+        max(known, key=lambda at: values[at] or 0.0),
+    }
     if len({values[at] for at in ends}) == 1:
         ends = {known[-1]}
     return sorted(ends)

@@ -81,7 +81,9 @@ def smoothed(values: Values) -> Values:
     known = [0, *accumulate(int(value is not None) for value in values)]
     around = ((max(0, i - reach), min(count, i + reach + 1)) for i in range(count))
     return tuple(
-        (sums[end] - sums[start]) / (known[end] - known[start]) if known[end] > known[start] else None
+        (sums[end] - sums[start]) / (known[end] - known[start])
+        if known[end] > known[start]
+        else None
         for start, end in around
     )
 
@@ -205,7 +207,8 @@ def _time(steps: Sequence[Step]) -> Chart:
 
 def _gradient(steps: Sequence[Step]) -> Chart:
     about = "Global norm before clipping; none if nothing was learned."
-    return Chart("Gradient", "", about, (), (Line("norm", column(steps, "grad_norm")),))
+    lines = (Line("norm", column(steps, "grad_norm")),)
+    return Chart("Gradient", "", about, (), lines, cost=True)
 
 
 def _passed(run: Run) -> Chart:

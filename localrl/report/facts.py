@@ -125,7 +125,9 @@ def glance(run: Run) -> list[tuple[str, str, str]]:
 
 def _memory(run: Run) -> list[tuple[str, str, str]]:
     names = ("memory/resident_bytes", "memory/peak_bytes")
-    peaks = [max((v for v in column(run.steps, name) if v is not None), default=0) for name in names]
+    peaks = [
+        max((v for v in column(run.steps, name) if v is not None), default=0) for name in names
+    ]
     if not any(peaks):
         return []
     limit = run.plan.get("limit_bytes")

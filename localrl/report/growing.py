@@ -79,7 +79,7 @@ class JsonLog:
 
 
 class GroupIndex:
-    """Where each group of a growing rollouts.jsonl begins, and how many had which outcome."""
+    """An index of a growing rollouts.jsonl: where groups begin, and how many had which outcome."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / "rollouts.jsonl"

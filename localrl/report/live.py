@@ -19,7 +19,7 @@ from localrl.errors import ConfigError
 from localrl.report import facts
 from localrl.report.page import make_page, policy
 from localrl.report.reading import Run, RunReader
-from localrl.report.samples import Sampler
+from localrl.report.samples import GroupSampler
 from localrl.report.verdict import verdict
 
 GROUP_BYTES = 500_000
@@ -44,7 +44,7 @@ class LivePage:
     def __init__(self, path: Path) -> None:
         """Raises: ConfigError if there is no run in the folder."""
         self._path = path
-        self._reader, self._sampler = RunReader(path), Sampler(path)
+        self._reader, self._sampler = RunReader(path), GroupSampler(path)
         self._lock = threading.Lock()
         self._stamp, self._page = "", b""
 
@@ -160,7 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self.server.knows(self.headers.get("Host", "")):
-            self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"This server answers to its own name only.")
+            self._answer(
+                HTTPStatus.MISDIRECTED_REQUEST, b"This server answers to its own name only."
+            )
         elif self.path != "/":
             self._answer(HTTPStatus.NOT_FOUND, b"There is only the page /.")
         else:
@@ -172,7 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             stamp, page = self.server.page.get()
         except (ConfigError, OSError) as error:
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"The run cannot be read: {error}".encode())
+            self._answer(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"The run cannot be read: {error}".encode()
+            )
             return
         if self.headers.get("If-None-Match") == stamp:
             self._answer(HTTPStatus.NOT_MODIFIED, b"", stamp)

@@ -195,9 +195,7 @@ def _is_score(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int) and "eval/n" in line
 
 
-def _scores(
-    lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]
-) -> list[Score]:
+def _scores(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[Score]:
     """Return the evaluations; events hold their answers, also those of lines cut by a resume."""
     details = {event.get("step"): event for event in events if event.get("kind") == EVALUATION}
     return [_score(line, details.get(line["step"], {})) for line in lines if _is_score(line)]

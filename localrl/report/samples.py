@@ -37,7 +37,7 @@ class ReportGroups:
     """True if the texts of tokens are known; runs of old versions only have ids."""
 
 
-class Sampler:
+class GroupSampler:
     """Chooses groups of a run for a report, again and again while it goes on."""
 
     def __init__(self, path: Path) -> None:
@@ -84,14 +84,16 @@ class Sampler:
 
 
 def sample(path: Path, budget: int) -> ReportGroups:
-    """Choose groups of a run whose JSON fits into `budget` bytes, see `Sampler`."""
-    return Sampler(path).sample(budget)
+    """Choose groups of a run whose JSON fits into `budget` bytes, see `GroupSampler`."""
+    return GroupSampler(path).sample(budget)
 
 
 def short(record: Group) -> dict[str, Any]:
     """Convert a line of rollouts.jsonl for the page: short names, three digits.
 
-    A group also has o (its offset in the file), added by `Sampler`. A node has p (parent), n (length), t (text of each token) or i (its id), l (surprisals), e
+    A group also has o (its offset in the file), added by `GroupSampler`.
+
+    A node has p (parent), n (length), t (text of each token) or i (its id), l (surprisals), e
     (entropies), a (advantage) and, if the model did not write all of it, s (1 where it did); a leaf
     has n (node), r (reward), f (finish reason), q (reward by function), d (reason why it was not
     learned from), x (values logged by reward functions) and, if the texts of tokens are not known,

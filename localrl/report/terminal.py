@@ -45,7 +45,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
         yield from curve(chart, max(10, width - LABEL - 32))
     yield f"\nstep {run.step}"
     for key in KEYS:
-        if key in run.steps[-1]:
+        if run.steps[-1].get(key) is not None:
             yield _row("  " + key, facts.with_unit(key, run.steps[-1][key]))
 
 

@@ -1,4 +1,4 @@
-"""Says in one sentence what happened between two evaluations: the same words wherever it is told."""
+"""Says in one sentence what happened between two evaluations, in the same words everywhere."""
 
 from __future__ import annotations
 
@@ -32,18 +32,35 @@ def compare(first: Score, second: Score, names: tuple[str, str] = BEFORE_AND_AFT
     if reason:
         return f"Cannot tell: {reason}."
     rates = f"pass@1 {first.pass_at_1:.3f} {names[0]}, {second.pass_at_1:.3f} {names[1]}"
+    better, worse = (
+        ("Better", "Worse")
+        if names == BEFORE_AND_AFTER
+        else (
+            f"{names[1]} is better",
+            f"{names[0]} is better",
+        )
+    )
     pairs = _pairs(first, second)
     if not pairs:
-        return _by_intervals(first.interval, second.interval, rates)
+        first_span, second_span = first.interval, second.interval
+        if second_span[0] > first_span[1]:
+            return f"{better}: {rates}; the 95 % intervals do not overlap."
+        if second_span[1] < first_span[0]:
+            return f"{worse}: {rates}; the 95 % intervals do not overlap."
+        if names == BEFORE_AND_AFTER and second_span[1] < first_span[0] + SMALL:
+            return f"Not better: {rates}; a gain of {SMALL:g} or more is ruled out."
+        return (
+            f"Cannot tell: {rates}; the 95 % intervals overlap. More held-out prompts would tell."
+        )
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     low, high = paired_interval(lost, won, len(pairs))
     found = f"{rates} on the same {len(pairs)} prompts, difference {low:+.3f} to {high:+.3f} (95 %)"
     counts = f"{won} solved only {names[1]}, {lost} only {names[0]}"
     if low > 0:
-        return f"Better: {found}; {counts}."
+        return f"{better}: {found}; {counts}."
     if high < 0:
-        return f"Worse: {found}; {counts}."
-    if high < SMALL:
+        return f"{worse}: {found}; {counts}."
+    if names == BEFORE_AND_AFTER and high < SMALL:
         return f"Not better: {found}, so a gain of {SMALL:g} or more is ruled out; {counts}."
     return f"Cannot tell: {found}, which includes 0; {counts}. More held-out prompts would tell."
 
@@ -70,13 +87,3 @@ def _pairs(first: Score, second: Score) -> list[tuple[bool, bool]]:
         return []
     both = zip(first.passed, second.passed, strict=True)
     return [(bool(a), bool(b)) for a, b in both if a is not None and b is not None]
-
-
-def _by_intervals(first: tuple[float, float], second: tuple[float, float], rates: str) -> str:
-    if second[0] > first[1]:
-        return f"Better: {rates}; the 95 % intervals do not overlap."
-    if second[1] < first[0]:
-        return f"Worse: {rates}; the 95 % intervals do not overlap."
-    if second[1] < first[0] + SMALL:
-        return f"Not better: {rates}; a gain of {SMALL:g} or more is ruled out."
-    return f"Cannot tell: {rates}; the 95 % intervals overlap. More held-out prompts would tell."

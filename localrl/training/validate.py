@@ -9,6 +9,7 @@ from localrl.records import Example
 from localrl.rollouts.groups import Shape
 from localrl.tasks.base import Task
 
+
 def reused_roots(config: RunConfig, shape: Shape) -> int:
     """Return how many roots of a prompt may reuse earlier completions; at least one stays fresh.
 
