@@ -47,7 +47,7 @@ class Drawing:
     limit: float | None
     """Height of the limit line."""
     every: int
-    """Number of steps in each column of the drawing: a line shows their lowest and highest value."""
+    """Number of steps in each column: a line shows their lowest and highest value."""
 
 
 def draw(chart: Chart) -> Drawing:

@@ -62,7 +62,7 @@ class LivePage:
             return self._stamp, self._page
 
     def _stamp_of(self, run: Run) -> str:
-        """Return the times and sizes of the run's files, and its state, in characters of an ETag."""
+        """Return an ETag from the run's state and the times and sizes of its files."""
         found = [file.stat() for file in sorted(self._path.iterdir()) if file.is_file()]
         times = "-".join(f"{stat.st_mtime_ns:x}.{stat.st_size:x}" for stat in found)
         return f'"{id(self):x}-{run.state}-{times}"'

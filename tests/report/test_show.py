@@ -139,7 +139,8 @@ def test_the_newest_run_is_shown(tree_run, tmp_path):
         shutil.copytree(tree_run, tmp_path / "runs" / name)
         files = [*(tmp_path / "runs" / name).iterdir()]
         for file in files:
-            os.utime(file, (1e9 + (name == "new"),) * 2)
+            when = 1e9 + (name == "new")
+            os.utime(file, (when, when))
     shown = localrl("show", cwd=tmp_path)
     assert shown.stdout.split("\n")[0].split()[1] == "runs/new,"
 
