@@ -57,6 +57,9 @@ SELFCHECKS = ("strict", "warn")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """KL estimators defined in `localrl.learning.objective`."""
 
+KAPPA = 4.0
+"""Default of `learning.kappa`; with two siblings, one alone is a poor baseline: see
+docs/strategies.md."""
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
@@ -325,6 +328,15 @@ class RunConfig:
         """Evaluation temperature: that of training unless `task.eval_temperature` is set."""
         wish = self.task.eval_temperature
         return self.rollout.temperature if wish is None else wish
+
+    @property
+    def tracker_weight(self) -> float:
+        """Weight of the tracker in baselines: `learning.kappa`, or 4 where completions of a prompt
+        are too few, or too dependent, to be a baseline for each other."""
+        if self.learning.kappa is not None:
+            return self.learning.kappa
+        plain = self.rollout.strategy == "flat" and self.rollout.completions > 2
+        return 0.0 if plain else KAPPA
 
     def replace(self, key: str, value: Any) -> RunConfig:
         """Return a copy with one `section.key` set to a checked value."""

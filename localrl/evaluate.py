@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,10 +13,17 @@ from localrl.rollouts.decode import DecodeCounts, Decoder
 from localrl.rollouts.groups import ONE, sample_groups
 from localrl.rollouts.pace import Pace
 from localrl.rollouts.turns import Turns
+from localrl.runs.logs import to_json
 from localrl.utils.intervals import wilson
 
 EVALUATION_SEED = 0x5EED
 """Fixed seed of evaluations, independent of the run's: they compare policies, not luck."""
+SHOWN = 6
+"""Number of prompts, the first ones, whose completions are kept for people to read."""
+
+
+DETAILS = ("prompts", "passed", "shown")
+"""Fields of an evaluation that are not numbers of it as a whole."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,23 @@ class Evaluation:
     shown: tuple[Shown, ...]
     temperature: float = 1.0
     """Sampling temperature; 0 means greedy. Checkpoints without this field were made at 1."""
-    prompts: int = 0
-    """Number of prompts asked; 0 in older checkpoints."""
+    passed: tuple[bool | None, ...] = ()
+    """The verdict on each prompt, in order; None where there is none. Empty in old checkpoints."""
+    prompts: str = ""
+    """Digest of the prompts and answers: evaluations with the same one can be compared in pairs."""
 
     def summary(self) -> dict[str, Any]:
         """Return only the numbers, under the names used in `eval.json`."""
         fields = asdict(self)
-        del fields["shown"]
+        for name in DETAILS:
+            del fields[name]
         fields["pass@1"] = fields.pop("pass_at_1")
         return fields
+
+    def details(self) -> dict[str, Any]:
+        """Return the rest: what was asked, which prompts passed, and completions to read."""
+        fields = asdict(self)
+        return {name: fields[name] for name in DETAILS}
 
 
 def judge(
@@ -92,16 +108,18 @@ def summarise(scored: Sequence[ScoredGroup], *, passing: str, temperature: float
     known = [reward for reward in rewards if reward is not None]
     verdicts = [group.parts[passing][0] for group in scored]
     judged = [verdict for verdict in verdicts if verdict is not None]
-    passed = sum(verdict >= 1 - 1e-9 for verdict in judged)
+    passes = tuple(None if verdict is None else verdict >= 1 - 1e-9 for verdict in verdicts)
+    passed = passes.count(True)
     return Evaluation(
         n=len(judged),
         pass_at_1=passed / len(judged) if judged else None,
         ci95=wilson(passed, len(judged)) if judged else None,
         mean_reward=mean_or_none(known),
         mean_completion_tokens=mean_or_none([sampled_tokens(group) for group in scored]),
-        shown=tuple(_show(group) for group in scored[:3]),
+        shown=tuple(_show(group) for group in scored[:SHOWN]),
         temperature=temperature,
-        prompts=len(scored),
+        passed=passes,
+        prompts=_digest([group.group.example for group in scored]),
     )
 
 
@@ -113,6 +131,11 @@ def sampled_tokens(scored: ScoredGroup) -> int:
 def at_temperature(decoder: Decoder, temperature: float) -> Decoder:
     """Copy a decoder with another temperature and its own counts and pace."""
     return replace(decoder, temperature=temperature, counts=DecodeCounts(), pace=Pace())
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    asked = [[example.messages, example.answer] for example in examples]
+    return hashlib.sha256(to_json(asked)).hexdigest()[:16]
 
 
 def _show(scored: ScoredGroup) -> Shown:

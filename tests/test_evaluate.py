@@ -50,7 +50,8 @@ def test_a_first_reward_of_one_or_more_passes(policy):
     assert evaluation.pass_at_1 == 0.5
     assert evaluation.mean_reward == pytest.approx(3.5 / 4)
     assert evaluation.n == 4
-    assert len(evaluation.shown) == 3
+    assert evaluation.passed == (True, False, False, True)
+    assert len(evaluation.shown) == 4
 
 
 def test_a_missing_reward_is_not_a_zero(policy):

@@ -116,7 +116,6 @@ def test_evaluations_come_before_after_and_between(result):
     for side in ("base", "adapter"):
         assert set(written[side]) == {
             "n", "pass@1", "ci95", "mean_reward", "mean_completion_tokens", "temperature",
-            "prompts",
         }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from localrl.display.line import PATIENCE_S, Picture, StatusLine, WorkClock, ela
 from localrl.embedded import EMBEDDED_MODEL
 from localrl.processes.heartbeat import Heartbeat
 from localrl.records import MemoryPlan, Work
+from localrl.report.reading import read_run
+from localrl.report.verdict import verdict
 from localrl.utils.text import printable, sampled_at
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 STEP_EVERY_S = 10.0
 """Seconds between plain lines of steps where there is no terminal."""
+SHOWN = 3
+"""Number of held-out prompts whose completions are printed at the end."""
 LONG_S = 3600.0
 """Expected duration of a run from which on the head says how to make it shorter."""
 
@@ -119,11 +123,12 @@ class Console:
         """Print the result: before and after, three completions of each, next commands."""
         if result.base and result.adapter:
             click.echo("\n" + comparison(result.base, result.adapter))
+        click.echo(verdict(read_run(result.folder)))
         click.echo(
             f"{result.steps} steps in {result.train_s:.0f} s; everything is in {result.folder}"
         )
         click.echo(memory(result))
-        click.echo(next_command(result))
+        click.echo("\n" + next_command(result))
 
     def _begin_part(self) -> None:
         assert self._clock is not None
@@ -219,7 +224,7 @@ def comparison(base: Evaluation, adapter: Evaluation) -> str:
             f"{name:10}{_number(side.pass_at_1):>8}{interval:>18}"
             f"{_number(side.mean_reward):>14}{_number(side.mean_completion_tokens, 1):>9}"
         )
-    for before, after in zip(base.shown, adapter.shown, strict=True):
+    for before, after in zip(base.shown[:SHOWN], adapter.shown, strict=False):
         lines += ["", f"prompt    {printable(before.prompt)}   (answer: {before.answer})"]
         lines += [f"  before  {_completion(before)}", f"  after   {_completion(after)}"]
     return "\n".join(lines) + "\n"
@@ -236,11 +241,13 @@ def memory(result: RunResult) -> str:
 
 def next_command(result: RunResult) -> str:
     """Suggest the next commands to run."""
-    adapter = result.folder / "adapter"
+    folder = shlex.quote(str(result.folder))
     return (
-        f"adapter: {adapter} (mlx-lm format)\n"
-        f"next: localrl export {shlex.quote(str(result.folder))} --fused  a complete model\n"
-        "      localrl train --print-config  all settings"
+        f"adapter: {result.folder / 'adapter'} (mlx-lm format)\n"
+        f"next: localrl chat {folder}             ask the trained model\n"
+        f"      localrl show {folder} --report    curves, groups and answers as a page\n"
+        f"      localrl export {folder} --fused   a complete model\n"
+        f"      localrl push {folder} USER/NAME   the adapter on the Hub"
     )
 
 

@@ -17,6 +17,8 @@ WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 156
 """Edges of the drawing area, in SVG coordinates."""
 COLOURS = 5
+FEW_EVALUATIONS = 2
+"""Number of evaluations up to which no line joins them: two points are no trend."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Drawing:
     """x, upper end and lower end of each interval."""
     limit: float | None
     """Height of the limit line."""
+    every: int
+    """Number of steps in each column: a line shows their lowest and highest value."""
 
 
 def draw(chart: Chart) -> Drawing:
@@ -58,6 +62,7 @@ def draw(chart: Chart) -> Drawing:
     def y(value: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low), 1)
 
+    parts = columns(len(chart.steps))
     spans = zip(chart.steps, chart.spans, strict=False)
     return Drawing(
         chart=chart,
@@ -66,18 +71,48 @@ def draw(chart: Chart) -> Drawing:
                 line.label,
                 "faint" if line.faint else f"s{_strong(chart, i) % COLOURS}",
                 [
-                    None if value is None else (x(step), y(value))
-                    for step, value in zip(chart.steps, line.values, strict=True)
+                    [(x(chart.steps[at]), y(line.values[at] or 0.0)) for at in ends]
+                    for ends in (extremes(line.values, part) for part in parts)
                 ],
                 next(value for value in reversed(line.values) if value is not None),
+                joined=not chart.spans or len(chart.steps) > FEW_EVALUATIONS,
             )
             for i, line in enumerate(chart.lines)
         ),
-        x_ticks=tuple((x(step), str(step)) for step in dict.fromkeys((first, last))),
+        x_ticks=tuple((x(step), tick_text(step)) for step in step_ticks(first, last)),
         y_ticks=tuple((y(tick), tick_text(tick)) for tick in ticks),
         whiskers=tuple((x(step), y(span[1]), y(span[0])) for step, span in spans if span),
         limit=y(chart.limit) if chart.limit else None,
+        every=parts[0].stop,
     )
+
+
+def columns(count: int) -> list[slice]:
+    """Divide `count` steps into at most `RIGHT - LEFT` equal parts: one for each unit of width."""
+    every = -(-count // (RIGHT - LEFT))
+    return [slice(start, min(count, start + every)) for start in range(0, count, every)]
+
+
+def extremes(values: Sequence[float | None], part: slice) -> list[int]:
+    """Return the places of the lowest and the highest value in a part, in order; once if equal."""
+    known = [at for at in range(part.start, part.stop) if values[at] is not None]
+    if not known:
+        return []
+    ends = {
+        min(known, key=lambda at: values[at] or 0.0),
+        max(known, key=lambda at: values[at] or 0.0),
+    }
+    if len({values[at] for at in ends}) == 1:
+        ends = {known[-1]}
+    return sorted(ends)
+
+
+def step_ticks(first: int, last: int) -> list[int]:
+    """Return three to six round steps between the first and the last; fewer if there are fewer."""
+    if last <= first:
+        return [first]
+    every = max(1, math.ceil(_round_up((last - first) / 5)))
+    return list(range(-(-first // every) * every, last + 1, every))
 
 
 def tick_text(tick: float) -> str:
@@ -93,18 +128,24 @@ def _strong(chart: Chart, before: int) -> int:
 
 
 def _stroke(
-    label: str, style: str, points: Sequence[tuple[float, float] | None], last: float
+    label: str,
+    style: str,
+    points: Sequence[Sequence[tuple[float, float]]],
+    last: float,
+    *,
+    joined: bool,
 ) -> Stroke:
+    """Return the line through the points of each column; a column without any is a gap."""
     pieces: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if point is None:
-            pieces.append([])
+    for column in points:
+        if column:
+            pieces[-1].extend(column)
         else:
-            pieces[-1].append(point)
+            pieces.append([])
     paths = tuple(" ".join(f"{x},{y}" for x, y in piece) for piece in pieces if len(piece) > 1)
-    few = sum(map(len, pieces)) <= 12
+    few = not joined or sum(map(len, pieces)) <= 12
     dots = tuple(point for piece in pieces if few or len(piece) == 1 for point in piece)
-    return Stroke(label, style, paths, dots, last)
+    return Stroke(label, style, paths if joined else (), dots, last)
 
 
 def _ticks(chart: Chart) -> list[float]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from localrl.report import facts
 from localrl.report.curves import column, mean, sparkline, tokens_so_far
 from localrl.report.reading import Run
+from localrl.report.verdict import compare
 from localrl.runs.metrics import METRICS
-from localrl.utils.text import one_line, sampled_at
+from localrl.utils.text import one_line
 
 LABEL, COLUMN = 36, 20
 PLACE = ("run.out",)
@@ -35,7 +36,8 @@ LAST = 5
 
 def comparison(one: Run, other: Run, width: int = 80) -> Iterator[str]:
     """Compare states, evaluations, settings, last steps, and curves over steps and tokens."""
-    yield _row("", str(one.path), str(other.path))
+    yield one_line(f"A is {one.path}, B is {other.path}")
+    yield _row("", "A", "B")
     yield _row("state", *(f"{run.state}, step {run.step}" for run in (one, other)))
     yield _row("model", facts.model(one), facts.model(other))
     yield _row("task", *(str(run.settings.get("task.name", "unknown")) for run in (one, other)))
@@ -79,17 +81,9 @@ def _evaluations(one: Run, other: Run) -> Iterator[str]:
 
 def _difference(one: Run, other: Run) -> str:
     if one.settings.get("task.name") != other.settings.get("task.name"):
-        return "The tasks differ, so these pass rates cannot be compared."
-    drawn = [sampled_at(run.scores[-1].temperature) for run in (one, other)]
-    if drawn[0] != drawn[1]:
-        return f"Sampled differently ({drawn[0]}, {drawn[1]}), so these rates cannot be compared."
-    first, second = one.scores[-1].interval, other.scores[-1].interval
-    if first is None or second is None:
-        return "One of the pass rates is unknown."
-    if first[0] > second[1] or second[0] > first[1]:
-        better = one if first[0] > second[1] else other
-        return f"{better.path} is better: the last intervals do not overlap."
-    return "No clear difference: the last intervals overlap."
+        return "Cannot tell which is better: the tasks differ."
+    names = ("A", "B")
+    return compare(one.scores[-1], other.scores[-1], names)
 
 
 def _settings(one: Run, other: Run) -> Iterator[str]:
@@ -116,8 +110,6 @@ def _curves(one: Run, other: Run, width: int) -> Iterator[str]:
             for run, line, name in zip((one, other), values, "AB", strict=True):
                 spread = _over(_positions(run, axis), line, max(ends), room)
                 yield f"    {name} {sparkline(spread, room, low, high)}".rstrip()
-    yield ""
-    yield one_line(f"A is {one.path}, B is {other.path}")
 
 
 def _end(run: Run, axis: str) -> float:

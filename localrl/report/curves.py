@@ -15,6 +15,9 @@ Step = Mapping[str, Any]
 MIB = 2**20
 MOST_PARTS = 4
 """Number of reward functions that get a line of their own."""
+FLAT, FAR_BELOW = 0.05, 0.1
+"""Share of its highest value within which a line is flat; share of a limit far below which it is
+not in sight."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Chart:
     """A horizontal line that the others should stay below."""
     share: bool = False
     """True if the values are shares of 1."""
-    every: int = 1
-    """Number of steps averaged in each point."""
+    cost: bool = False
+    """True if it shows what the run costs, and not what the model learns."""
     spans: tuple[tuple[float, float] | None, ...] = ()
     """An interval around each value of the only line."""
 
@@ -55,30 +58,14 @@ def _known(chart: Chart) -> tuple[Line, ...]:
     return tuple(line for line in chart.lines if any(v is not None for v in line.values))
 
 
-def charts(run: Run, most: int = 400) -> list[Chart]:
-    """Return all charts of a run, most important first; those without values are left out.
-
-    most: largest number of points of a line; with more steps, each point is the mean of several.
-    """
+def charts(run: Run) -> list[Chart]:
+    """Return all charts of a run, most important first; those that say nothing are left out."""
     steps = tuple(step["step"] for step in run.steps)
-    made = [make(run.steps) for make in CHARTS] + [_memory(run)]
+    made = [make(run.steps) for make in CHARTS]
+    made += [memory] if not _says_little(memory := _memory(run)) else []
     found = [replace(chart, steps=steps, lines=_known(chart)) for chart in made if chart.known]
-    found[1:1] = [chart] if (chart := _passed(run)).known else []
-    return [thin(chart, most) for chart in found]
-
-
-def thin(chart: Chart, most: int) -> Chart:
-    """Return the chart with at most `most` points, each the mean of the steps around it."""
-    every = -(-len(chart.steps) // most)
-    if every < 2 or chart.spans:
-        return chart
-    parts = [slice(i, i + every) for i in range(0, len(chart.steps), every)]
-    lines = [
-        replace(line, values=tuple(mean(line.values[part]) for part in parts))
-        for line in chart.lines
-    ]
-    steps = tuple(chart.steps[part][-1] for part in parts)
-    return replace(chart, steps=steps, lines=tuple(lines), every=every)
+    found[1:1] = [chart] if len(run.scores) > 1 and (chart := _passed(run)).known else []
+    return found
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -89,8 +76,16 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def smoothed(values: Values) -> Values:
     """Return the mean of each value and its neighbours, over a tenth of all values."""
-    reach = len(values) // 20
-    return tuple(mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values)))
+    reach, count = len(values) // 20, len(values)
+    sums = [0.0, *accumulate(value or 0.0 for value in values)]
+    known = [0, *accumulate(int(value is not None) for value in values)]
+    around = ((max(0, i - reach), min(count, i + reach + 1)) for i in range(count))
+    return tuple(
+        (sums[end] - sums[start]) / (known[end] - known[start])
+        if known[end] > known[start]
+        else None
+        for start, end in around
+    )
 
 
 def column(steps: Sequence[Step], name: str, scale: float = 1.0) -> Values:
@@ -157,7 +152,7 @@ def _learned(steps: Sequence[Step]) -> Chart:
         "share",
         "Groups with something to learn from, and groups whose rewards are all equal.",
         (),
-        (Line("teach", share), Line("all rewards equal", equal)),
+        (Line("teach", share), Line("all equal", equal)),
         share=True,
     )
 
@@ -194,7 +189,8 @@ def _tokens(steps: Sequence[Step]) -> Chart:
     )
     if not any(lines[2].values):
         lines = lines[:2]
-    return Chart("Tokens of a step", "tokens", "Sampled, and learned from.", (), lines)
+    about = "Sampled, and learned from."
+    return Chart("Tokens of a step", "tokens", about, (), lines, cost=True)
 
 
 def _time(steps: Sequence[Step]) -> Chart:
@@ -206,12 +202,13 @@ def _time(steps: Sequence[Step]) -> Chart:
         Line("update", update),
         Line("whole step", whole, faint=True),
     )
-    return Chart("Time of a step", "s", "By phase.", (), lines)
+    return Chart("Time of a step", "s", "By phase.", (), lines, cost=True)
 
 
 def _gradient(steps: Sequence[Step]) -> Chart:
     about = "Global norm before clipping; none if nothing was learned."
-    return Chart("Gradient", "", about, (), (Line("norm", column(steps, "grad_norm")),))
+    lines = (Line("norm", column(steps, "grad_norm")),)
+    return Chart("Gradient", "", about, (), lines, cost=True)
 
 
 def _passed(run: Run) -> Chart:
@@ -233,7 +230,15 @@ def _memory(run: Run) -> Chart:
         Line("process", column(run.steps, "memory/resident_bytes", MIB)),
     )
     about = "Compared with the plan's limit." if limit else "The plan set no limit."
-    return Chart("Memory", "MiB", about, (), lines, limit)
+    return Chart("Memory", "MiB", about, (), lines, limit, cost=True)
+
+
+def _says_little(chart: Chart) -> bool:
+    """Return True if all lines are flat, or far below the limit: a number says as much."""
+    known = [[v for v in line.values if v is not None] for line in chart.lines]
+    flat = all(max(line) - min(line) <= FLAT * max(line) for line in known if line)
+    highest = max((max(line) for line in known if line), default=0.0)
+    return flat or (chart.limit is not None and highest < FAR_BELOW * chart.limit)
 
 
 CHARTS: tuple[Callable[[Sequence[Step]], Chart], ...] = (

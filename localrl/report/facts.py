@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from localrl.config import RunConfig
+from localrl.errors import ConfigError
 from localrl.report.curves import column, mean
 from localrl.report.reading import Run, Score
 from localrl.runs.metrics import METRICS
@@ -33,23 +36,6 @@ def model(run: Run) -> str:
     return str(path) if path else "the embedded model"
 
 
-def verdict(run: Run) -> str:
-    """Say whether the evaluations show that something was learned."""
-    if not run.scores:
-        wanted = run.settings.get("task.eval_prompts") != 0
-        return "No evaluation yet." if wanted else "No evaluation: task.eval_prompts is 0."
-    first, last = run.scores[0], run.scores[-1]
-    if len(run.scores) == 1:
-        return "One evaluation so far: nothing to compare it with."
-    if first.interval is None or last.interval is None:
-        return "Unknown: an evaluation has no judged completion."
-    if last.interval[0] > first.interval[1]:
-        return "Better than before: the intervals do not overlap."
-    if last.interval[1] < first.interval[0]:
-        return "Worse than before: the intervals do not overlap."
-    return "No clear change: the intervals overlap."
-
-
 def first_and_last(run: Run) -> list[Score]:
     """Return the evaluations that show the effect of training: first and last, or fewer."""
     return [*run.scores[:1], *run.scores[1:][-1:]]
@@ -69,6 +55,128 @@ def score_words(score: Score) -> str:
 def moment(score: Score) -> str:
     """Say when an evaluation was made."""
     return f"after step {score.step}" if score.step else "before training"
+
+
+def equal_groups(run: Run) -> str:
+    """Say whether a group whose rewards are all equal can teach, and why; empty if unknown."""
+    try:
+        weight = RunConfig.create(run.settings).tracker_weight
+    except ConfigError:  # settings of another version
+        return ""
+    if not weight:
+        return (
+            "A group whose rewards are all equal teaches nothing here: a completion is compared "
+            "only with the others of its group (learning.kappa is 0)."
+        )
+    return (
+        "A group whose rewards are all equal can still teach here: a completion is also compared "
+        "with the reward expected of its prompt, from earlier steps (learning.kappa is "
+        f"{weight:g}), so a group that does better or worse than expected as a whole counts."
+    )
+
+
+def seconds_left(run: Run) -> float | None:
+    """Estimate the seconds that a run still needs for its steps; None if nothing tells.
+
+    From the mean of the last steps, bounded by run.minutes. Evaluations are not counted.
+    """
+    mean_s = mean(column(run.steps[-RECENT:], "step_time"))
+    if not run.planned_steps or mean_s is None or run.state == "finished":
+        return None
+    left, minutes = mean_s * max(0, run.planned_steps - run.step), run.settings.get("run.minutes")
+    if isinstance(minutes, int | float):
+        left = min(left, max(0.0, 60 * minutes - seconds_spent(run)))
+    return left
+
+
+def seconds_spent(run: Run) -> float:
+    """Return the seconds spent in steps, without evaluations."""
+    return sum(value or 0.0 for value in column(run.steps, "step_time"))
+
+
+def duration(seconds: float) -> str:
+    """Format a time for readers, in two units at most."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def glance(run: Run) -> list[tuple[str, str, str]]:
+    """Return the numbers that say how a run stands: name, value, and a note on it."""
+    if not run.steps:
+        return []
+    first, last = run.steps[:RECENT], run.steps[-RECENT:]
+    found = [("step", number(run.step), f"of {number(run.planned_steps)}")]
+    left, without = seconds_left(run), "" if not run.scores else ", evaluations not counted"
+    if run.state == "running" and left is not None:
+        found.append(("time left", f"about {duration(left)}", f"of steps{without}"))
+    found.append(("time", duration(seconds_spent(run)), f"in steps{without}"))
+    rewards = [mean(column(part, "reward")) for part in (last, first)]
+    if len(run.steps) >= 2 * RECENT:
+        found.append(("reward", number(rewards[0]), f"first {RECENT} steps: {number(rewards[1])}"))
+    else:
+        found.append(("reward", number(rewards[0]), "mean of the last steps"))
+    taken = sum(value or 0.0 for value in column(last, "step_time"))
+    if taken:
+        found.append(("speed", f"{_sum(last, 'rollout/tokens') / taken:,.0f}", "tokens a second"))
+    return [*found, *_memory(run)]
+
+
+def _memory(run: Run) -> list[tuple[str, str, str]]:
+    names = ("memory/resident_bytes", "memory/peak_bytes")
+    peaks = [
+        max((v for v in column(run.steps, name) if v is not None), default=0) for name in names
+    ]
+    if not any(peaks):
+        return []
+    limit = run.plan.get("limit_bytes")
+    note = f"limit {size(limit)}" if limit else "no limit"
+    return [("memory", size(max(peaks)), f"at most, {note}")]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out prompt with the answers before training and at the last evaluation."""
+
+    prompt: str
+    answer: str
+    before: str
+    before_reward: float | None
+    after: str | None
+    """None as long as there was one evaluation."""
+    after_reward: float | None
+
+
+def answers(run: Run) -> list[Answer]:
+    """Return answers to the same prompts before and after; empty if the run stores none."""
+    if not run.scores:
+        return []
+    before, after = run.scores[0], run.scores[-1]
+    known = after.prompts == before.prompts and len(run.scores) > 1
+    later = {str(one.get("prompt")): one for one in after.shown} if known else {}
+    return [_answer(one, later.get(str(one.get("prompt")))) for one in before.shown]
+
+
+def rated(reward: float | None) -> str:
+    """Return the class in which a page shows a reward: full, some, or quiet for none."""
+    return "quiet" if not reward or reward < 0 else "full" if reward >= 1 else "some"
+
+
+def _answer(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Answer:
+    return Answer(
+        prompt=str(before.get("prompt")),
+        answer=str(before.get("answer")),
+        before=str(before.get("completion")),
+        before_reward=_reward(before),
+        after=None if after is None else str(after.get("completion")),
+        after_reward=None if after is None else _reward(after),
+    )
+
+
+def _reward(shown: Mapping[str, Any]) -> float | None:
+    reward = shown.get("reward")
+    return reward if isinstance(reward, int | float) else None
 
 
 def warnings(run: Run) -> list[str]:

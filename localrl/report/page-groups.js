@@ -1,12 +1,14 @@
-// Shows the groups: a table to choose from, and the chosen group with its completions.
-function openGroups(groups) {
+// Shows the groups: the chosen one with its completions, and a table to choose from.
+function openGroups() {
+  let [groups, rows, filters] = [[], [], {}];
   const rewardsOf = (group) => group.leaves.map((leaf) => leaf.r).filter((r) => r !== null);
   const fate = (group) => (group.kept ? "learned from" : group.reason || "not learned from");
-  const rows = groups.map((group, place) => {
+  const summary = (group) => {
     const rewards = rewardsOf(group);
     const prompt = group.messages.length ? group.messages[group.messages.length - 1].content : "";
     return {
-      place,
+      group,
+      place: group.o,
       step: group.step,
       prompt: visible(prompt).replace(/\s+/g, " ").slice(0, 80),
       completions: group.leaves.length,
@@ -16,16 +18,11 @@ function openGroups(groups) {
       tokens: group.nodes.reduce((sum, node) => sum + node.n, 0),
       outcome: fate(group) + (group.replayed ? ", replayed" : ""),
     };
-  });
+  };
   const columns = ["step", "prompt", "completions", "reward", "lowest", "highest", "tokens", "outcome"];
   const wide = ["completions", "lowest", "highest", "tokens"];
-  const filters = { "all": () => true };
-  for (const why of new Set(groups.map(fate))) filters[why] = (group) => fate(group) === why;
-  filters["rewards that differ"] = (group) => new Set(rewardsOf(group)).size > 1;
-  if (groups.some(isForked)) filters["with forks"] = isForked;
-  if (groups.some((group) => group.replayed)) filters["replayed"] = (group) => group.replayed;
-
-  let [sort, up, shown, open] = ["step", false, [], 0];
+  let [sort, up, shown, open] = ["step", false, [], null];
+  const byPlace = (place) => groups.find((group) => group.o === place);
 
   const head = $("table").querySelector("thead tr");
   for (const name of columns) {
@@ -40,7 +37,6 @@ function openGroups(groups) {
     cell.append(button);
     head.append(cell);
   }
-  for (const name of Object.keys(filters)) $("filter").append(new Option(name, name));
   $("filter").addEventListener("change", list);
 
   function kindOf(name, isText) {
@@ -48,14 +44,14 @@ function openGroups(groups) {
   }
 
   function list() {
-    const wanted = filters[$("filter").value];
+    const wanted = filters[$("filter").value] || filters.all;
     const order = (a, b) => {
       const [x, y] = [a[sort], b[sort]];
       if (x === y) return a.place - b.place;
       if (x === null || y === null) return x === null ? 1 : -1;
       return (x < y ? -1 : 1) * (up ? 1 : -1);
     };
-    shown = rows.filter((row) => wanted(groups[row.place])).sort(order);
+    shown = rows.filter((row) => wanted(row.group)).sort(order);
     head.querySelectorAll("th").forEach((cell, i) => {
       cell.setAttribute("aria-sort", columns[i] !== sort ? "none" : up ? "ascending" : "descending");
     });
@@ -78,23 +74,29 @@ function openGroups(groups) {
       }
       tr.append(cell);
     }
-    tr.addEventListener("click", () => show(row.place));
+    tr.addEventListener("click", () => choose(row.place));
     return tr;
   }
 
   function step(by) {
     const at = shown.findIndex((row) => row.place === open);
     const next = shown[Math.min(Math.max(at + by, 0), shown.length - 1)];
-    if (next) show(next.place);
+    if (next) choose(next.place);
   }
   $("previous").addEventListener("click", () => step(-1));
   $("next").addEventListener("click", () => step(1));
-  for (const button of document.querySelectorAll("[data-open]")) {
-    button.addEventListener("click", () => {
-      show(Number(button.dataset.open));
-      $("detail").scrollIntoView();
-      $("detail").focus({ preventScroll: true });
-    });
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-open]");
+    if (!button) return;
+    choose(Number(button.dataset.open));
+    $("detail").scrollIntoView();
+    $("detail").focus({ preventScroll: true });
+  });
+
+  // Shows a group because someone wants it, so that newer ones do not take its place.
+  function choose(place) {
+    if ($("follow")) $("follow").checked = false;
+    show(place);
   }
 
   // Shows one group.
@@ -126,7 +128,7 @@ function openGroups(groups) {
 
   function show(place) {
     open = place;
-    const group = groups[place];
+    const group = byPlace(place);
     for (const tr of $("table").querySelectorAll("tbody tr")) {
       tr.classList.toggle("open", Number(tr.dataset.place) === place);
     }
@@ -181,7 +183,7 @@ function openGroups(groups) {
   function tell(event) {
     const { node: n, token: t } = event.target.dataset;
     if (t === undefined) return;
-    const node = groups[open].nodes[n];
+    const node = byPlace(open).nodes[n];
     const told = Object.entries(NAMES).map(([key, name]) => `${name} ${number(value(node, t, key))}`);
     const heard = node.s && !node.s[t] ? ", not written by the model" : `, ${told.join(", ")} (nats)`;
     $("token").textContent = `token \u201c${event.target.textContent}\u201d${heard}`;
@@ -190,7 +192,7 @@ function openGroups(groups) {
   $("completions").addEventListener("click", tell);
 
   function colour() {
-    const [group, key] = [groups[open], mode()];
+    const [group, key] = [byPlace(open), mode()];
     const all = group.nodes.flatMap((node) => node.e.map((_, i) => value(node, i, key)));
     const most = Math.max(0, ...group.nodes.map((_, n) => strongest(group.nodes[n], key)));
     for (const span of $("completions").querySelectorAll("span[data-token]")) {
@@ -215,7 +217,40 @@ function openGroups(groups) {
     return node.e.reduce((most, _, i) => Math.max(most, Math.abs(value(node, i, key) || 0)), 0);
   }
 
-  const telling = rows.filter((row) => row.lowest !== row.highest);
-  list();
-  show((telling.length ? telling : rows)[(telling.length || rows.length) - 1].place);
+  function listFilters() {
+    filters = { "all": () => true };
+    for (const why of new Set(groups.map(fate))) filters[why] = (group) => fate(group) === why;
+    filters["rewards that differ"] = (group) => new Set(rewardsOf(group)).size > 1;
+    if (groups.some(isForked)) filters["with forks"] = isForked;
+    if (groups.some((group) => group.replayed)) filters["replayed"] = (group) => group.replayed;
+    const chosen = $("filter").value;
+    $("filter").replaceChildren(...Object.keys(filters).map((name) => new Option(name, name)));
+    $("filter").value = chosen in filters ? chosen : "all";
+  }
+
+  // The last group whose rewards differ tells most; else the last one.
+  function newest() {
+    const telling = rows.filter((row) => row.lowest !== row.highest);
+    const last = rows[rows.length - 1];
+    const from = telling.filter((row) => !$("follow") || row.step === last.step);
+    return (from.length ? from[from.length - 1] : last).place;
+  }
+
+  // Takes the groups of a page, and keeps the open one even if the new page has it no more.
+  function update(found) {
+    const kept = byPlace(open);
+    groups = kept && !found.some((group) => group.o === open) ? [...found, kept] : found;
+    groups.sort((a, b) => a.o - b.o);
+    rows = groups.map(summary);
+    $("explorer").hidden = !groups.length;
+    if (!groups.length) return;
+    listFilters();
+    list();
+    const following = $("follow") ? $("follow").checked : open === null;
+    if (following && newest() !== open) show(newest());
+    else reveal();
+  }
+  if ($("follow")) $("follow").addEventListener("change", () => $("follow").checked && show(newest()));
+
+  return { update };
 }

@@ -1,7 +1,7 @@
 "use strict";
 // The page's interaction: reading charts, choosing groups, colouring tokens. Text of models and users
-// only becomes text nodes; nothing here writes markup or makes requests.
-const data = JSON.parse(document.getElementById("data").textContent);
+// only becomes text nodes; nothing here writes markup, and only page-live.js makes requests.
+let data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -42,32 +42,45 @@ function mean(values) {
   return values.length ? values.reduce((a, b) => a + b) / values.length : null;
 }
 
-// Charts: shows the value under the pointer, or under a cursor that the arrow keys move.
+// Charts: shows the value under the pointer, or under a cursor that the arrow keys move. Where a column
+// stands for several steps, it shows the lowest and the highest value of these.
 
-for (const svg of document.querySelectorAll("svg.chart")) {
-  const { steps, lines } = data.charts[svg.dataset.chart];
+const cursors = {};
+function span(pair) {
+  if (!Array.isArray(pair)) return number(pair);
+  return `${number(pair[0])} to ${number(pair[1])}`;
+}
+
+function readable(svg) {
+  const { title, steps, lines } = data.charts[svg.dataset.chart];
   const key = svg.closest("figure").querySelector(".key");
   const cursor = svg.querySelector(".cursor");
   const [left, right] = [46, 350];
-  const span = steps[steps.length - 1] - steps[0] || 1;
-  let place = steps.length - 1;
+  const ends = steps.map((step) => (Array.isArray(step) ? step : [step, step]));
+  const [first, last] = [ends[0][0], ends[ends.length - 1][1]];
+  let place = ends.length - 1;
   const move = (to) => {
-    place = Math.min(Math.max(to, 0), steps.length - 1);
-    const x = left + ((right - left) * (steps[place] - steps[0])) / span;
+    place = Math.min(Math.max(to, 0), ends.length - 1);
+    const [from, until] = ends[place];
+    const x = left + ((right - left) * ((from + until) / 2 - first)) / (last - first || 1);
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
     cursor.setAttribute("visibility", "visible");
-    key.querySelector(".at").textContent = `step ${steps[place]}`;
+    key.querySelector(".at").textContent =
+      from === until ? `step ${from}` : `steps ${from} to ${until}`;
     for (const b of key.querySelectorAll("[data-line]")) {
-      b.textContent = number(lines[b.dataset.line][place]);
+      b.textContent = span(lines[b.dataset.line][place]);
     }
+    cursors[title] = from;
+  };
+  const nearest = (step) => {
+    const far = ends.map(([from, until]) => Math.abs((from + until) / 2 - step));
+    return far.indexOf(Math.min(...far));
   };
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * 360;
-    const step = steps[0] + ((x - left) / (right - left)) * span;
-    const far = steps.map((s) => Math.abs(s - step));
-    move(far.indexOf(Math.min(...far)));
+    move(nearest(first + ((x - left) / (right - left)) * (last - first)));
   });
   svg.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -75,6 +88,10 @@ for (const svg of document.querySelectorAll("svg.chart")) {
     event.preventDefault();
     move(place + by);
   });
+  if (title in cursors) move(nearest(cursors[title]));
 }
 
-if (data.groups.length) openGroups(data.groups);
+document.querySelectorAll("svg.chart").forEach(readable);
+const explorer = openGroups();
+explorer.update(data.groups);
+if (document.body.classList.contains("live")) follow();

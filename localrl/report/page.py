@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -20,10 +20,11 @@ import jinja2
 
 from localrl.errors import ConfigError
 from localrl.report import facts
-from localrl.report.charts import draw
+from localrl.report.charts import Drawing, columns, draw, extremes
 from localrl.report.curves import Chart, charts
 from localrl.report.reading import Run, Score
 from localrl.report.samples import ReportGroups, best_middle_worst, markup_free, sample
+from localrl.report.verdict import verdict
 from localrl.runs.logs import to_json, write_atomic
 from localrl.utils.text import one_line, printable
 
@@ -32,6 +33,7 @@ GROUP_BYTES = 3_000_000
 MOST_ROWS = 200
 """Most rows in the tables of events, evaluations and metrics; the last ones of the first two."""
 SCRIPTS = ("page.js", "page-groups.js", "page-tree.js")
+LIVE_SCRIPTS = ("page-live.js",)
 """Script files that are joined into the page's one script."""
 MARK = '<meta name="generator" content="localrl">'
 """Marks a report, so that no other file is overwritten."""
@@ -70,22 +72,25 @@ def write_report(run: Run, path: Path, *, group_bytes: int = GROUP_BYTES) -> Wri
     return WrittenReport(path, len(page), groups_note(sampled))
 
 
-def make_page(run: Run, sampled: ReportGroups) -> str:
-    """Render the HTML of a report."""
-    styles, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
-    shown = charts(run)
+def make_page(run: Run, sampled: ReportGroups, *, live: bool = False) -> str:
+    """Render the HTML of a report; a live one asks its server again and again for a newer page."""
+    styles, script = _file("page.css"), _script(live)
+    drawings = [draw(chart) for chart in charts(run)]
     return _template().render(
         run=run,
+        live=live,
         name=one_line(run.path.resolve().name),
         now=datetime.now(UTC).isoformat(" ", "minutes").removesuffix("+00:00"),
         styles=styles,
         script=script,
-        policy=_policy(styles, script),
+        policy=policy(live),
         mark=MARK,
-        data=_data(run, sampled, shown),
-        drawings=[draw(chart) for chart in shown],
+        data=_data(sampled, drawings),
+        drawings=drawings,
         sampled=sampled,
         note=groups_note(sampled),
+        verdict=verdict(run),
+        answers=facts.answers(run),
         cards=_cards(sampled),
         bars=[_bar(score) for score in facts.first_and_last(run) if score.interval],
         last=_last_step(run),
@@ -96,6 +101,23 @@ def make_page(run: Run, sampled: ReportGroups) -> str:
         colours=COLOURS,
         facts=facts,
     )  # fmt: skip
+
+
+def policy(live: bool = False) -> str:
+    """Return the content security policy of a report: its own script and styles, by their hashes.
+
+    A live one may also ask its own server; nothing else can be requested.
+    """
+    server = "connect-src 'self'; " if live else ""
+    return (
+        f"default-src 'none'; style-src '{_hash(_file('page.css'))}'; "
+        f"script-src '{_hash(_script(live))}'; {server}"
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _script(live: bool) -> str:
+    return "\n".join(map(_file, (*SCRIPTS, *(LIVE_SCRIPTS if live else ()))))
 
 
 def groups_note(sampled: ReportGroups) -> str:
@@ -118,30 +140,37 @@ def _check_place(path: Path) -> None:
         )
 
 
-def _data(run: Run, sampled: ReportGroups, shown: list[Chart]) -> str:
+def _data(sampled: ReportGroups, drawings: Sequence[Drawing]) -> str:
     """Return the script's data, as JSON that no HTML reader takes for markup."""
-    values = {
-        "groups": sampled.groups,
-        "charts": [
-            {
-                "steps": chart.steps,
-                "lines": [[_digits(value) for value in line.values] for line in chart.lines],
-            }
-            for chart in shown
+    return markup_free(
+        {"groups": sampled.groups, "charts": [_numbers(drawing.chart) for drawing in drawings]}
+    )
+
+
+def _numbers(chart: Chart) -> dict[str, Any]:
+    """Return the numbers of a chart by column: one number, or the lowest and highest of several."""
+    parts = columns(len(chart.steps))
+    return {
+        "title": chart.title,
+        "steps": [_ends(chart.steps[part.start], chart.steps[part.stop - 1]) for part in parts],
+        "lines": [
+            [
+                _ends(*sorted(_digits(line.values[at]) for at in (ends[0], ends[-1])))
+                if (ends := extremes(line.values, part))
+                else None
+                for part in parts
+            ]
+            for line in chart.lines
         ],
     }
-    return markup_free(values)
 
 
-def _digits(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def _ends(low: float, high: float) -> float | list[float]:
+    return low if low == high else [low, high]
 
 
-def _policy(styles: str, script: str) -> str:
-    return (
-        f"default-src 'none'; style-src '{_hash(styles)}'; script-src '{_hash(script)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
+def _digits(value: float | None) -> float:
+    return float(f"{value or 0.0:.6g}")
 
 
 def _hash(text: str) -> str:
@@ -205,7 +234,7 @@ def _event(event: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _template() -> jinja2.Template:
-    kinds = {"line": one_line, "number": facts.number}
+    kinds = {"line": one_line, "text": printable, "number": facts.number}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

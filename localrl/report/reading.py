@@ -7,7 +7,6 @@ stops it: unreadable lines are counted.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import socket
@@ -19,8 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from localrl.errors import ConfigError
+from localrl.report.growing import GrowingFile, JsonLog, group_of, parsed
 from localrl.runs.folder import LOCK, MARKER
 from localrl.utils.intervals import wilson
+
+EVALUATION = "evaluation"
+"""Kind of the events that hold the answers of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class Score:
     mean_tokens: float | None
     temperature: float = 1.0
     """Sampling temperature; older runs do not record it and sampled at 1; 0 means greedy."""
+    prompts: str = ""
+    """Digest of the prompts; empty in older runs."""
+    passed: Sequence[bool | None] = ()
+    """The verdict on each prompt, in order; empty in older runs."""
+    shown: Sequence[Mapping[str, Any]] = ()
+    """Some prompts with their completions, the same ones in every evaluation of a run."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -85,80 +94,84 @@ class Run:
         return self.steps[-1]["step"] if self.steps else 0
 
 
+class RunReader:
+    """Reads a run folder again and again, each time only what was added to its logs."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: ConfigError if there is no run in the folder."""
+        if not (path / MARKER).is_file():
+            raise ConfigError(
+                f"There is no run in {path} (no {MARKER}). Name the folder that `localrl train` "
+                "wrote, for example runs/steps-1."
+            )
+        self.path = path
+        self._metrics = JsonLog(path / "metrics.jsonl")
+        self._events = JsonLog(path / "events.jsonl")
+
+    def read(self) -> Run:
+        """Read everything in the folder except its rollouts."""
+        path, lines, events = self.path, self._metrics.read(), self._events.read()
+        unread = {"metrics.jsonl": self._metrics.unread, "events.jsonl": self._events.unread}
+        holder, held = _holder(path / LOCK)
+        return Run(
+            path=path,
+            marker=_object(path / MARKER),
+            settings=_settings(path / "config.toml"),
+            plan=_object(path / "plan.json"),
+            steps=[line for line in lines if _is_step(line)],
+            scores=_scores(lines, events),
+            events=[event for event in events if event.get("kind") != EVALUATION],
+            unread={name: count for name, count in unread.items() if count},
+            holder=holder,
+            held=held,
+            has_adapter=(path / "adapter" / "adapters.safetensors").is_file(),
+        )
+
+
 def read_run(path: Path) -> Run:
     """Read everything in a run folder except its rollouts.
 
     Raises: ConfigError if there is no run in it.
     """
-    if not (path / MARKER).is_file():
+    return RunReader(path).read()
+
+
+def newest_run(folder: Path) -> Path:
+    """Return the run under a folder that was written to last.
+
+    Raises: ConfigError if there is none.
+    """
+    runs = [marker.parent for marker in folder.glob(f"*/{MARKER}")]
+    if not runs:
         raise ConfigError(
-            f"There is no run in {path} (no {MARKER}). Name the folder that `localrl train` wrote, "
-            "for example runs/steps-1."
+            f"There is no run under {folder}. Name the folder of one, or start one with "
+            "`localrl train`."
         )
-    unread: dict[str, int] = {}
-    lines = _records(path, "metrics", unread)
-    holder, held = _holder(path / LOCK)
-    return Run(
-        path=path,
-        marker=_object(path / MARKER),
-        settings=_settings(path / "config.toml"),
-        plan=_object(path / "plan.json"),
-        steps=[line for line in lines if _is_step(line)],
-        scores=[_score(line) for line in lines if _is_score(line)],
-        events=_records(path, "events", unread),
-        unread=unread,
-        holder=holder,
-        held=held,
-        has_adapter=(path / "adapter" / "adapters.safetensors").is_file(),
-    )
+    return max(runs, key=lambda run: (_written(run), run.name))
 
 
 def read_groups(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield every readable line of a run's rollouts.jsonl with its byte offset."""
-    for offset, record in _lines(path / "rollouts.jsonl"):
-        if record is not None and _is_group(record):
+    file = GrowingFile(path / "rollouts.jsonl")
+    for offset, line in file.added(lambda: None):
+        record = group_of(line)
+        if record is not None:
             yield offset, record
 
 
 def read_groups_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any] | None]:
     """Yield the groups that begin at these bytes; None for one that no longer exists."""
+    if not offsets:
+        return
     with (path / "rollouts.jsonl").open("rb") as file:
         for offset in offsets:
             file.seek(offset)
-            record = _parsed(file.readline())
-            yield record if record is not None and _is_group(record) else None
-
-
-def _records(path: Path, name: str, unread: dict[str, int]) -> list[dict[str, Any]]:
-    lines = [record for _, record in _lines(path / f"{name}.jsonl")]
-    found = [record for record in lines if record is not None]
-    if len(found) < len(lines):
-        unread[f"{name}.jsonl"] = len(lines) - len(found)
-    return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield offset and object of each line, None for other values; skips an incomplete last
-    line."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        offset = 0
-        for line in file:
-            record = _parsed(line)
-            if record is not None or line.endswith(b"\n"):
-                yield offset, record
-            offset += len(line)
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):
-        record = json.loads(line)
-        return record if isinstance(record, dict) else None
-    return None
+            yield group_of(file.readline())
 
 
 def _object(path: Path) -> dict[str, Any]:
     with suppress(FileNotFoundError):
-        return _parsed(path.read_bytes()) or {}
+        return parsed(path.read_bytes()) or {}
     return {}
 
 
@@ -182,11 +195,14 @@ def _is_score(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int) and "eval/n" in line
 
 
-def _is_group(record: Mapping[str, Any]) -> bool:
-    return all(isinstance(record.get(name), list) for name in ("messages", "nodes", "leaves"))
+def _scores(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> list[Score]:
+    """Return the evaluations; events hold their answers, also those of lines cut by a resume."""
+    details = {event.get("step"): event for event in events if event.get("kind") == EVALUATION}
+    return [_score(line, details.get(line["step"], {})) for line in lines if _is_score(line)]
 
 
-def _score(line: Mapping[str, Any]) -> Score:
+def _score(line: Mapping[str, Any], details: Mapping[str, Any]) -> Score:
+    shown, passed = details.get("shown"), details.get("passed")
     return Score(
         step=line["step"],
         pass_at_1=line.get("eval/pass@1"),
@@ -194,7 +210,18 @@ def _score(line: Mapping[str, Any]) -> Score:
         mean_reward=line.get("eval/mean_reward"),
         mean_tokens=line.get("eval/mean_completion_tokens"),
         temperature=_number(line.get("eval/temperature"), 1.0),
+        prompts=str(details.get("prompts") or ""),
+        passed=tuple(passed) if isinstance(passed, list) else (),
+        shown=tuple(one for one in shown if isinstance(one, dict))
+        if isinstance(shown, list)
+        else (),
     )
+
+
+def _written(run: Path) -> float:
+    """Return when a run was last written to, in seconds since the epoch."""
+    names = (MARKER, LOCK, "metrics.jsonl", "events.jsonl")
+    return max(path.stat().st_mtime for name in names if (path := run / name).exists())
 
 
 def _number(value: Any, unknown: float) -> float:

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from localrl.report.curves import mean
-from localrl.report.reading import read_groups, read_groups_at
+from localrl.report.growing import GroupIndex
+from localrl.report.reading import read_groups_at
 from localrl.runs.logs import to_json
 
 MOST_TOKENS = 3000
 """Most tokens of a node shown in a report."""
 MOST_TEXT = 20_000
 """Most characters of a message shown in a report."""
-KEPT = "learned from"
+MOST_OF_LAST = 256
+"""Most groups of the last step among which the best and the worst are looked for."""
 
 Group = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A summary of a group: enough to choose from without reading its tokens."""
-
-    offset: int
-    """Byte offset in rollouts.jsonl."""
-    step: int
-    reward: float | None
-    """Mean over its completions that have a reward."""
-    kept: bool
-    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -48,51 +37,61 @@ class ReportGroups:
     """True if the texts of tokens are known; runs of old versions only have ids."""
 
 
-def entries(path: Path) -> list[Entry]:
-    """Return summaries of all groups of a run."""
-    return [
-        Entry(
-            offset,
-            record.get("step") or 0,
-            mean([leaf.get("reward") for leaf in record["leaves"]]),
-            bool(record.get("kept")),
-            record.get("reason"),
-        )
-        for offset, record in read_groups(path)
-    ]
+class GroupSampler:
+    """Chooses groups of a run for a report, again and again while it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._index = GroupIndex(path)
+        self._short: dict[int, tuple[dict[str, Any], int]] = {}
+        """Groups of the last choice with their bytes of JSON, by offset: most are chosen again."""
+
+    def sample(self, budget: int) -> ReportGroups:
+        """Choose groups whose JSON fits into `budget` bytes.
+
+        The last step's best, median and worst group come first, then groups spread evenly over the
+        run.
+        """
+        cuts, offsets = self._index.cuts, self._index.read().offsets
+        if self._index.cuts > cuts:
+            self._short = {}
+        chosen: dict[int, tuple[dict[str, Any], int]] = {}
+        left = budget
+        for place in chain(_telling(self._path, offsets), _spread(len(offsets))):
+            if offsets[place] in chosen:
+                continue
+            known = self._short_group(offsets[place])
+            if known is not None and known[1] <= left:
+                chosen[offsets[place]] = known
+                left -= known[1]
+            elif left < budget / 20:
+                break
+        self._short = chosen
+        groups = tuple(chosen[offset][0] for offset in sorted(chosen))
+        has_pieces = all("t" in node for node in _nodes(groups))
+        reasons = dict(self._index.reasons.most_common())
+        return ReportGroups(groups, len(offsets), reasons, has_pieces)
+
+    def _short_group(self, offset: int) -> tuple[dict[str, Any], int] | None:
+        """Return a group in short form with its bytes of JSON; None if it no longer exists."""
+        if offset in self._short:
+            return self._short[offset]
+        record = next(read_groups_at(self._path, [offset]))
+        if record is None:
+            return None
+        group = short(record) | {"o": offset}
+        return group, len(markup_free(group).encode()) + 2
 
 
 def sample(path: Path, budget: int) -> ReportGroups:
-    """Choose groups whose JSON fits into `budget` bytes.
-
-    The last step's best, median and worst group come first, then groups spread evenly over the run.
-    """
-    known = entries(path)
-    order = dict.fromkeys([*_telling(known), *_spread(len(known))])
-    chosen: dict[int, dict[str, Any]] = {}
-    left = budget
-    found = read_groups_at(path, [known[i].offset for i in order]) if known else iter(())
-    for index, record in zip(order, found, strict=True):
-        if record is None:
-            continue
-        group = short(record)
-        size = len(markup_free(group).encode()) + 2
-        if size <= left:
-            chosen[index], left = group, left - size
-        elif left < budget / 20:
-            break
-    groups = tuple(chosen[i] for i in sorted(chosen))
-    return ReportGroups(groups, len(known), reasons(known), all("t" in g for g in _nodes(groups)))
-
-
-def reasons(known: Sequence[Entry]) -> dict[str, int]:
-    """Count the groups that were learned from, and for each reason those that were not."""
-    whats = [KEPT if entry.kept else entry.reason or "not learned from" for entry in known]
-    return dict(Counter(whats).most_common())
+    """Choose groups of a run whose JSON fits into `budget` bytes, see `GroupSampler`."""
+    return GroupSampler(path).sample(budget)
 
 
 def short(record: Group) -> dict[str, Any]:
     """Convert a line of rollouts.jsonl for the page: short names, three digits.
+
+    A group also has o (its offset in the file), added by `GroupSampler`.
 
     A node has p (parent), n (length), t (text of each token) or i (its id), l (surprisals), e
     (entropies), a (advantage) and, if the model did not write all of it, s (1 where it did); a leaf
@@ -132,17 +131,22 @@ def best_middle_worst(rewards: Sequence[float | None]) -> list[tuple[str, int]]:
     return [(name, i) for name, (_, i) in told.items()]
 
 
-def _telling(known: Sequence[Entry]) -> list[int]:
-    last = max((entry.step for entry in known), default=0)
-    of_last = [i for i, entry in enumerate(known) if entry.step == last]
-    return [of_last[i] for _, i in best_middle_worst([known[i].reward for i in of_last])]
+def _telling(path: Path, offsets: Sequence[int]) -> list[int]:
+    """Return the places of the best, a typical and the worst group of the last step."""
+    last: list[Group] = []
+    for record in read_groups_at(path, offsets[: -MOST_OF_LAST - 1 : -1]):
+        if record is None or (last and record.get("step") != last[0].get("step")):
+            break
+        last.append(record)
+    rewards = [mean([leaf.get("reward") for leaf in record["leaves"]]) for record in last]
+    return [len(offsets) - 1 - i for _, i in best_middle_worst(rewards)]
 
 
-def _spread(count: int) -> list[int]:
-    """Return the numbers below `count` in an order whose every prefix is spread evenly."""
+def _spread(count: int) -> Iterator[int]:
+    """Yield the numbers below `count` in an order whose every prefix is spread evenly."""
     bits = max(1, (count - 1).bit_length())
     turned = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
-    return [i for i in turned if i < count]
+    return (i for i in turned if i < count)
 
 
 def _nodes(groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from localrl.report import facts
 from localrl.report.curves import Chart, charts, sparkline
 from localrl.report.reading import Run, read_groups, read_groups_at
+from localrl.report.verdict import verdict
 from localrl.utils.text import one_line, printable
 
 LABEL = 29
@@ -33,7 +34,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
     yield _row("task", str(run.settings.get("task.name", "unknown")))
     for score in facts.first_and_last(run):
         yield _row(facts.moment(score), facts.score_words(score))
-    yield _row("learned?", facts.verdict(run))
+    yield _row("learned?", verdict(run))
     for warning in facts.warnings(run):
         yield _row("warning", warning)
     if not run.steps:
@@ -44,7 +45,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
         yield from curve(chart, max(10, width - LABEL - 32))
     yield f"\nstep {run.step}"
     for key in KEYS:
-        if key in run.steps[-1]:
+        if run.steps[-1].get(key) is not None:
             yield _row("  " + key, facts.with_unit(key, run.steps[-1][key]))
 
 

@@ -122,7 +122,6 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "eval/pass@1": ("share", "held-out completions with the highest reward"),
     "eval/n": ("completions", "held-out completions that have a reward"),
-    "eval/prompts": ("prompts", "held-out prompts evaluated"),
     "eval/mean_reward": ("reward", "mean over these completions"),
     "eval/mean_completion_tokens": ("tokens", "mean length of held-out completions"),
     "eval/temperature": ("", "sampling temperature of the evaluation; 0 means greedy decoding"),

@@ -37,7 +37,6 @@ from localrl.training.components import Components
 from localrl.training.evaluating import evaluate
 from localrl.training.forecast import Forecast
 from localrl.training.memory_plan import for_longer_prompts
-from localrl.training.validate import tracker_weight
 from localrl.utils.rng import keyed_uniforms
 
 WAITED = "waited_s"
@@ -116,7 +115,7 @@ class Session(Components):
         if value is None:
             credit = assign_credit(scored)
         else:
-            credit = assign_credit(scored, kappa=tracker_weight(self.config), prior=value)
+            credit = assign_credit(scored, kappa=self.config.tracker_weight, prior=value)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
             return credit
@@ -180,6 +179,7 @@ class Session(Components):
         numbers = evaluation.summary()
         del numbers["ci95"]
         self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
+        self.run.event("evaluation", step=step, **evaluation.details())
         self.progress.evaluated(step, evaluation)
         self.evaluations[step] = evaluation
         return evaluation

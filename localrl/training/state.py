@@ -188,7 +188,7 @@ def restore(state: State, session: Session) -> None:
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
     session.evaluations = dict(values["evaluations"])
     if base := session.evaluations.get(0):
-        session.held_out = session.held_out[: base.prompts or None]
+        session.held_out = session.held_out[: len(base.passed) or None]
     # In place, because the sampler uses the same tracker.
     vars(session.tracker).update(vars(values["tracker"]))
     sampler.rule = values["rule"]

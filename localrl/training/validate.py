@@ -11,17 +11,6 @@ from localrl.records import Example
 from localrl.rollouts.groups import Shape
 from localrl.tasks.base import Task
 
-KAPPA = 4.0
-"""Default weight; with two siblings, one alone is a poor baseline: see docs/strategies.md."""
-
-
-def tracker_weight(config: RunConfig) -> float:
-    """Return the tracker's weight in baselines; single completions have no other baseline."""
-    if config.learning.kappa is not None:
-        return config.learning.kappa
-    plain = config.rollout.strategy == "flat" and config.rollout.completions > 2
-    return 0.0 if plain else KAPPA
-
 
 def reused_roots(config: RunConfig, shape: Shape) -> int:
     """Return how many roots of a prompt may reuse earlier completions; at least one stays fresh.
@@ -49,7 +38,7 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
     Raises: ConfigError.
     """
     rollout = config.rollout
-    if rollout.completions == 1 and not tracker_weight(config):
+    if rollout.completions == 1 and not config.tracker_weight:
         raise ConfigError(
             "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "
             "be compared with. Leave kappa out, or raise the group size."
@@ -111,7 +100,7 @@ def _check_weights(config: RunConfig, shape: Shape) -> None:
             f"learning.objective={name} divides by the number of sampled tokens; with rounds, that "
             "number depends on the rewards. Choose clipped or rloo, or rollout.strategy=flat."
         )
-    if shape.rounds > 1 and shape.leaves == 1 and not tracker_weight(config):
+    if shape.rounds > 1 and shape.leaves == 1 and not config.tracker_weight:
         raise ConfigError(
             "learning.kappa is 0 and a round has one completion: the first has nothing to be "
             "compared with. Leave kappa out, or lower rollout.rounds."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from localrl.report.samples import best_middle_worst, entries, markup_free, reasons, sample, short
+from localrl.report.samples import GroupSampler, best_middle_worst, markup_free, sample, short
 
 
 def lines(folder):
@@ -65,7 +65,11 @@ def test_what_fits_is_spread_over_the_run(run_copy):
     assert len(markup_free(list(some.groups)).encode()) <= size // 8 + 2
     steps = {group["step"] for group in some.groups}
     assert all(steps & {step, step + 1, step + 2} for step in range(1, 15))
-    rewards = [entry.reward for entry in entries(folder) if entry.step == 16]
+    rewards = [
+        sum(leaf["reward"] for leaf in line["leaves"]) / len(line["leaves"])
+        for line in lines(folder)
+        if line["step"] == 16
+    ]
     shown = [
         sum(leaf["r"] for leaf in group["leaves"]) / len(group["leaves"])
         for group in some.groups
@@ -107,9 +111,22 @@ def test_best_typical_and_worst():
 
 
 def test_reasons(tree_run):
-    known = entries(tree_run)
+    found = sample(tree_run, 1000).reasons
     kept = sum(line["kept"] for line in lines(tree_run))
-    assert reasons(known).get("learned from", 0) == kept
+    assert found.get("learned from", 0) == kept
+    assert sum(found.values()) == 16
+
+
+def test_a_growing_run_is_followed_and_a_cut_one_read_again(run_copy):
+    sampler, budget = GroupSampler(run_copy), 100_000_000
+    assert sampler.sample(budget).total == 16
+    grown(run_copy, 2)
+    more = sampler.sample(budget)
+    assert [group["step"] for group in more.groups] == [1] * 8 + [2] * 8 + [3] * 16 + [4] * 16
+    path = run_copy / "rollouts.jsonl"
+    again = [json.dumps(line | {"step": 9}) + "\n" for line in lines(run_copy)[16:24]]
+    path.write_text("".join([*path.read_text().splitlines(keepends=True)[:16], *again]))
+    assert [group["step"] for group in sampler.sample(budget).groups][16:] == [9] * 8
 
 
 def test_no_markup_in_the_data():

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from waiting import DEADLINE_S
 
 from localrl.report import facts
 from localrl.report.compare import comparison, differing
-from localrl.report.curves import Chart, Line, smoothed, sparkline, thin, tokens_so_far
+from localrl.report.curves import smoothed, sparkline, tokens_so_far
 from localrl.report.reading import Score, read_run
 from localrl.report.terminal import overview, samples
+from localrl.report.verdict import SMALL, compare, verdict
 
 
-def localrl(*arguments):
+def localrl(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "localrl", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
 
 
@@ -38,7 +43,7 @@ def test_the_first_thing_is_how_it_went(tree_run):
     assert lines[0].endswith("finished after step 2 of 2")
     assert text.index("learned?") < text.index("Reward") < text.index("grad_norm")
     assert "on 4 held-out prompts" in text
-    assert "No clear change: the intervals overlap." in text
+    assert "Cannot tell: pass@1" in text
     assert is_plain(text)
 
 
@@ -93,21 +98,65 @@ def test_two_runs_side_by_side(tree_run, tmp_path):
 def test_runs_of_other_tasks_are_not_ranked(tree_run):
     run = read_run(tree_run)
     other = replace(run, settings={**run.settings, "task.name": "sorting"})
-    assert "these pass rates cannot be compared" in "\n".join(comparison(run, other))
+    assert "Cannot tell which is better: the tasks differ." in "\n".join(comparison(run, other))
 
 
 @pytest.mark.parametrize(
     ("first", "last", "words"),
     [
-        (0.3, 0.9, "Better than before"),
-        (0.9, 0.3, "Worse than before"),
-        (0.5, 0.55, "No clear change"),
-        (None, 0.5, "Unknown"),
+        (0.3, 0.9, "Better: pass@1 0.300 before, 0.900 after; the 95 % intervals do not"),
+        (0.9, 0.3, "Worse: "),
+        (0.5, 0.55, "Cannot tell: "),
+        (None, 0.5, "Cannot tell: an evaluation has no judged completion."),
     ],
 )
 def test_the_verdict(tree_run, first, last, words):
     scores = [Score(step, share, 100, None, None) for step, share in ((0, first), (5, last))]
-    assert facts.verdict(replace(read_run(tree_run), scores=scores)).startswith(words)
+    assert verdict(replace(read_run(tree_run), scores=scores)).startswith(words)
+
+
+def asked(passed, prompts="same"):
+    """An evaluation with these verdicts."""
+    return Score(1, sum(passed) / len(passed), len(passed), None, None, 1.0, prompts, passed)
+
+
+def test_pairs_tell_more_than_intervals():
+    before, after = [True] * 40 + [False] * 60, [True] * 50 + [False] * 50
+    told = compare(asked(before), asked(after))
+    assert told.startswith("Better: pass@1 0.400 before, 0.500 after on the same 100 prompts")
+    assert told.endswith("10 solved only after, 0 only before.")
+    assert compare(asked(before), asked(after, "other")).endswith("asked different prompts.")
+    assert compare(asked(after), asked(before)).startswith("Worse")
+    assert compare(asked(before), asked(after), ("A", "B")).startswith("B is better: ")
+    assert compare(asked(before), asked(before)).startswith(f"Not better: {'pass@1'} 0.400")
+    assert f"a gain of {SMALL:g} or more is ruled out" in compare(asked(before), asked(before))
+    assert "different size (100 and 8 prompts)" in compare(asked(before), asked([True] * 8))
+
+
+def test_the_newest_run_is_shown(tree_run, tmp_path):
+    assert "There is no run under runs" in localrl("show", cwd=tmp_path).stderr
+    for name in ("old", "new"):
+        shutil.copytree(tree_run, tmp_path / "runs" / name)
+        files = [*(tmp_path / "runs" / name).iterdir()]
+        for file in files:
+            when = 1e9 + (name == "new")
+            os.utime(file, (when, when))
+    shown = localrl("show", cwd=tmp_path)
+    assert shown.stdout.split("\n")[0].split()[1] == "runs/new,"
+
+
+def test_equal_groups_teach_where_the_tracker_counts(tree_run):
+    run = read_run(tree_run)
+    assert "can still teach here" in facts.equal_groups(run)
+    alone = replace(run, settings={**run.settings, "learning.kappa": 0.0})
+    assert "teaches nothing here" in facts.equal_groups(alone)
+
+
+def test_answers_before_and_after_are_of_the_same_prompts(tree_run):
+    found = facts.answers(read_run(tree_run))
+    assert len(found) == 4
+    assert all(one.after is not None for one in found)
+    assert len({one.prompt for one in found}) == 4
 
 
 def test_warnings(tree_run):
@@ -165,11 +214,6 @@ def test_curves_by_hand():
     assert sparkline([0.0, None, 0.5, 1.0], 4, 0.0, 1.0) == "▁ ▅█"
     assert sparkline([0.0, 1.0, 1.0, 1.0], 2, 0.0, 1.0) == "▅█"
     assert sparkline([], 5, 0.0, 1.0) == ""
-    chart = Chart("t", "", "", (1, 2, 3, 4, 5), (Line("x", (1.0, 3.0, None, 5.0, None)),))
-    thinned = thin(chart, 3)
-    assert thinned.steps == (2, 4, 5)
-    assert thinned.lines[0].values == (2.0, 5.0, None)
-    assert thinned.every == 2
     assert smoothed((0.0,) * 20 + (3.0,) * 20)[19:21] == (1.2, 1.8)
     assert tokens_so_far([{"rollout/tokens": 5}, {}, {"rollout/tokens": 2}]) == [5, 5, 7]
 
@@ -202,4 +246,4 @@ def test_an_evaluation_says_how_it_was_sampled_and_other_ways_are_not_ranked(tre
     other = replace(run, scores=[replace(score, temperature=0.0) for score in run.scores])
     assert facts.score_words(other.scores[0]).endswith("held-out prompts, greedy")
     text = "\n".join(comparison(run, other))
-    assert "Sampled differently (temperature 1, greedy), so these rates cannot be compared." in text
+    assert "Cannot tell: they were sampled differently (temperature 1, greedy)." in text
