@@ -292,7 +292,7 @@ def components():
 def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):
     found, gradient = [], Updater.gradient
 
-    def watched(self, batch, plan, first):
+    def watched(self, batch, plan, first=None):
         found.append(gradient(self, batch, plan, first))
         return found[-1]
 

@@ -42,7 +42,9 @@ def evaluate(session: Session, step: int) -> Evaluation:
     judging = _judge(session, may_reduce=step == 0)
     session.drop_logs()  # logs of held-out completions do not belong to a step
     session.forecast.evaluation_s = judging.seconds
-    if session.forecast.step_s is None and session.config.run.steps:
+    # Later a timed gradient would change what the next step is computed from: by rounding, since
+    # adapters prepared for decoding would be prepared anew.
+    if step == 0 and session.config.run.steps:
         session.forecast.step_s = _expected_step_s(session, judging)
     return summarise(
         judging.scored,

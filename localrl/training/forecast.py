@@ -75,13 +75,15 @@ def time_gradient(
 ) -> float:
     """Seconds of the gradient of one completion, timed on a micro-batch.
 
-    paths: completions of a step. lengths: mean tokens of prompts and completions.
-    The adapters stay as they are.
+    paths: completions of a step. lengths: mean tokens of prompts and completions. Rows are timed,
+    with the part of a prompt that each of its completions costs in a forest: how the family is
+    scored is only decided on the first real batch. The adapters stay as they are.
     """
     prompt, tokens = (max(1, length) for length in lengths)
     rows = min(paths, plan.micro_rows, TIMED_ROWS)
-    shape = replace(plan, max_prompt_tokens=prompt, max_completion_tokens=tokens)
-    shared = updater.shared
+    part = -(-prompt // plan.group_size)
+    shape = replace(plan, max_prompt_tokens=part, max_completion_tokens=tokens)
+    shared, updater.shared = updater.shared, False
     try:
         warm = replace(shape, max_completion_tokens=min(WARM, tokens))
         updater.gradient(probe_batch(plan.group_size, warm, vocabulary), plan)
