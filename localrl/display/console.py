@@ -40,6 +40,11 @@ class Console:
         self._evaluating: str | None = None
         self._since = self._last_line = time.monotonic()
 
+    @property
+    def began(self) -> bool:
+        """True if the run has been opened."""
+        return self._session is not None
+
     def start(self, heartbeat: Heartbeat) -> None:
         """Begin to show what the heartbeat names."""
         self._clock = WorkClock(heartbeat)
