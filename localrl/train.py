@@ -83,7 +83,7 @@ def train_step(session: Session, step: int) -> None:
     """Run one iteration of the loop."""
     sampler, updater, clock = session.sampler, session.updater, Stopwatch()
     before, learning_rate = session.counters(), updater.learning_rate
-    version = updater.updates
+    version, sampled = updater.updates, session.tokens
     session.tell_rewards(step)
 
     examples = sampler.choose(step)
@@ -118,7 +118,7 @@ def train_step(session: Session, step: int) -> None:
         },
     )
     session.trained_s += clock.total()
-    session.forecast.stepped(clock.total())
+    session.forecast.stepped(clock.total(), session.tokens - sampled)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,11 +11,12 @@ import click
 from localrl.cli.train import FLAGS, train
 
 if TYPE_CHECKING:
+    from localrl.config import RunConfig
     from localrl.training.memory_plan import Outlook
 
 SHARED = (
-    "config", "model", "quantize", "adapter", "task", "columns", "environment", "tools", "rollouts",
-    "device", "memory_limit", "settings",
+    "config", "model", "quantize", "adapter", "task", "columns", "rewards", "environment", "tools",
+    "rollouts", "device", "memory_limit", "settings",
 )  # fmt: skip
 """Parameters shared with `localrl train`."""
 
@@ -57,12 +58,49 @@ def plan(
         prompts = find(wish)  # before the machine is read, as in a run: what it loads stays
     here = machine.read_machine() if mac is None else machine.mac(mac)
     found = outlook(wish, here, prompts)
-    click.echo(json.dumps(_fields(found), indent=2) if as_json else _page(found, mac))
+    duration = Duration.of(wish, found, elsewhere=mac is not None)
+    if as_json:
+        click.echo(json.dumps(_fields(found, duration), indent=2))
+    else:
+        click.echo(_page(found, duration, mac))
 
 
-def _fields(found: Outlook) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Duration:
+    """The tokens and the time of a run."""
+
+    tokens: str
+    seconds: float | None
+    """Expected from the last run of this model here; None if there was none."""
+    elsewhere: bool
+    """True if the plan is for another machine."""
+
+    @classmethod
+    def of(cls, config: RunConfig, found: Outlook, *, elsewhere: bool) -> Duration:
+        """Return tokens and time of the planned run."""
+        from localrl.display.console import amount
+        from localrl.training import speeds
+        from localrl.training.memory_plan import shape_of
+
+        plan, sizes = found.plan, found.request.sizes
+        tokens = amount(config, shape_of(config, plan), plan)
+        if elsewhere:
+            return cls(tokens, None, elsewhere)
+        engine = found.request.workloads[plan.group_size].engine(sizes, dense=plan.dequantise)
+        speed = speeds.recall(sizes, engine.name)
+        seconds = speed and speeds.expected_s(config, plan, sizes, speed)
+        return cls(tokens, seconds, elsewhere)
+
+    def __str__(self) -> str:
+        from localrl.display.console import expectation
+
+        return "not known: measured where it runs" if self.elsewhere else expectation(self.seconds)
+
+
+def _fields(found: Outlook, duration: Duration) -> dict[str, Any]:
     return {
         "plan": asdict(found.plan),
+        "expected_seconds": duration.seconds,
         "wanted": asdict(found.request.plan),
         "prompts": asdict(found.request.prompts) if found.request.prompts else None,
         "bytes": {**vars(found.estimate), "peak": found.estimate.peak},
@@ -72,7 +110,7 @@ def _fields(found: Outlook) -> dict[str, Any]:
     }
 
 
-def _page(found: Outlook, mac: int | None) -> str:
+def _page(found: Outlook, duration: Duration, mac: int | None) -> str:
     from localrl.memory.estimate import told
     from localrl.memory.limit import LATER, show
 
@@ -88,6 +126,7 @@ def _page(found: Outlook, mac: int | None) -> str:
     if found.machine.resident_bytes:
         held, later = show(found.machine.resident_bytes), show(LATER)
         lines.append(f"process  holds {held} besides MLX's memory, later about {later} more")
+    lines += [f"tokens   {duration.tokens}", f"time     {duration}"]
     lines += ["", f"{'':34}{'bytes at most':>14}"]
     lines += [f"{name:34}{show(size):>14}" for name, size in told(found.estimate) if size]
     basis = "measured on this machine" if plan.measured else "priors, not measured here"
@@ -118,5 +157,7 @@ def _verdict(found: Outlook) -> str:
         return "This machine's memory could not be read; no limit is applied."
     if not found.is_reduced:
         return "It fits, and nothing is reduced."
-    more = f"With --memory-limit {write_limit(found.enough)} ({show(found.enough)})"
-    return f"It fits with reduced sizes. {more} nothing would be reduced."
+    return (
+        "It fits with reduced sizes. Nothing would be reduced with --memory-limit "
+        f"{write_limit(found.enough)} ({show(found.enough)})."
+    )
