@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localrl.cli.train import FLAGS, train
+from localrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from localrl.config import RunConfig
@@ -28,9 +29,15 @@ SHARED = (
     metavar="GB",
     help="Plan for a Mac with this much memory.",
 )
+@click.option("--models", is_flag=True, help="Rank the models that localrl knows.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
-    config: str | None, settings: tuple[str, ...], mac: int | None, as_json: bool, **flags: Any
+    config: str | None,
+    settings: tuple[str, ...],
+    mac: int | None,
+    models: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Check that a run fits into memory, at what sizes, and what has to be reduced.
 
@@ -42,6 +49,7 @@ def plan(
       localrl plan
       localrl plan my.toml --memory-limit 6GB
       localrl plan --model mlx-community/Qwen3-0.6B-4bit --mac 8
+      localrl plan --models --mac 16
     """
     from localrl import backend
     from localrl.config import RunConfig, parse_setting
@@ -52,6 +60,9 @@ def plan(
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
+    if models:
+        _rank(given, config, mac, as_json)
+        return
     wish = RunConfig.create(given, file=config)
     backend.compute_on_cpu(wish.model.on_cpu)
     with showing("reading the task's prompts"):
@@ -63,6 +74,30 @@ def plan(
         click.echo(json.dumps(_fields(found, duration), indent=2))
     else:
         click.echo(_page(found, duration, mac))
+
+
+def _rank(given: dict[str, Any], file: str | None, mac: int | None, as_json: bool) -> None:
+    """Print what the known models do on the machine, with these settings."""
+    from localrl import backend
+    from localrl.cli.plan_models import fields_of, page
+    from localrl.config import RunConfig
+    from localrl.display.line import showing
+    from localrl.embedded import EMBEDDED_MODEL
+    from localrl.memory import machine
+    from localrl.memory.limit import memory_limit
+    from localrl.training.model_choice import rank
+
+    if "model.path" in given:
+        raise ConfigError(f"--models ranks all models. Remove --model {given['model.path']}.")
+    wish = RunConfig.create({**given, "model.path": EMBEDDED_MODEL}, file=file)
+    backend.compute_on_cpu(wish.model.on_cpu)
+    here = machine.read_machine() if mac is None else machine.mac(mac)
+    with showing("planning every known model"):
+        ranked = rank(given, file, here)
+    limit = memory_limit(wish.memory.limit, here)
+    click.echo(
+        json.dumps(fields_of(ranked, limit), indent=2) if as_json else page(ranked, limit, mac)
+    )
 
 
 @dataclass(frozen=True)
