@@ -80,6 +80,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"localrl.{_HOMES[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing the module localrl.train would otherwise put it in the function's place.

@@ -83,7 +83,7 @@ def train_step(session: Session, step: int) -> None:
     """Run one iteration of the loop."""
     sampler, updater, clock = session.sampler, session.updater, Stopwatch()
     before, learning_rate = session.counters(), updater.learning_rate
-    version = updater.updates
+    version, sampled = updater.updates, session.tokens
     session.tell_rewards(step)
 
     examples = sampler.choose(step)
@@ -118,7 +118,7 @@ def train_step(session: Session, step: int) -> None:
         },
     )
     session.trained_s += clock.total()
-    session.forecast.stepped(clock.total())
+    session.forecast.stepped(clock.total(), session.tokens - sampled)
 
 
 @contextmanager
@@ -130,11 +130,11 @@ def _explain_exit(session: Session) -> Iterator[None]:
         if not session.ranks.is_main:
             raise Stopped(f"Rank {session.ranks.rank} was stopped by {stopped}.") from None
         steps = session.checkpoints.steps()
-        done = f"after step {steps[-1]}" if steps else ""
+        done = f"and saved after step {steps[-1]}" if steps else "before anything was saved"
         session.run.event("stopped", reason=str(stopped))
         again = "" if session.ranks.size == 1 else " (with any number of ranks)"
         raise Stopped(
-            f"Stopped by {stopped} {done}. Resume with: localrl train --resume --out "
+            f"Stopped by {stopped}, {done}. Resume with: localrl train --resume --out "
             f"{shlex.quote(str(session.folder))}{again}"
         ) from None
     except LocalRLError as error:

@@ -98,6 +98,14 @@ def test_the_public_names_are_there_in_any_order():
     )
 
 
+def test_dir_shows_the_public_names_alone():
+    run_python(
+        "import localrl\n"
+        "shown = {name for name in dir(localrl) if not name.startswith('__')}\n"
+        "assert shown == set(localrl.__all__), shown\n"
+    )
+
+
 def test_every_folder_of_modules_is_installed():
     listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("__init__.py")}

@@ -177,7 +177,7 @@ def test_the_best_and_the_last_two_and_every_nth_stay(tiny_folder, tmp_path):
 
 def test_a_run_that_never_got_to_a_checkpoint_begins_again(tiny_folder, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(Stopped, match="Stopped by the test says so"):
+    with pytest.raises(Stopped, match="Stopped by the test says so, and saved after step 0"):
         train(config(tiny_folder, out), heartbeat=StopAt(1))
     shutil.rmtree(out / "checkpoints")
     assert train(config(tiny_folder, out), resume=True).steps == 6

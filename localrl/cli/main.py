@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -21,7 +21,7 @@ from localrl.cli.push import push
 from localrl.cli.show import show
 from localrl.cli.tasks import tasks
 from localrl.cli.train import train
-from localrl.errors import LocalRLError
+from localrl.errors import LocalRLError, Stopped
 from localrl.memory.failures import failure_of
 from localrl.processes.child import DISPLAY, RELAX
 
@@ -34,6 +34,13 @@ class Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.status = exit_code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message; a run that was stopped on request did not fail."""
+        if self.status == Stopped.exit_code:
+            click.echo(self.format_message(), file=file, err=file is None)
+        else:
+            super().show(file)
 
 
 class CommandGroup(click.Group):

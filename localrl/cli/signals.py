@@ -37,17 +37,22 @@ def stop_on_signals(heartbeat: Heartbeat, *, patience_s: float = 0.0) -> Iterato
                 os._exit(AT_ONCE)
             return
         asked = now
-        name = signal.Signals(number).name
+        name = _spoken(number)
         heartbeat.stop(name)
         with contextlib.suppress(OSError):  # the terminal may be gone
             # Not print: the signal may interrupt another print.
             os.write(
                 sys.stderr.fileno(),
-                f"\n{name}: saving; send it again to end immediately\n".encode(),
+                f"\n{name}: saving; once more ends the run immediately\n".encode(),
             )
 
     with _handled_by(ask):
         yield
+
+
+def _spoken(number: int) -> str:
+    """Name a signal as the person who sent it would."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from localrl.cli.signals import stop_on_signals
 from localrl.config import RunConfig
 from localrl.display.console import Console
+from localrl.errors import Stopped
 from localrl.memory.failures import failure_of
 from localrl.processes.child import OUT_OF_MEMORY, WATCHDOG, Supervisor
 from localrl.processes.heartbeat import Heartbeat
@@ -54,6 +55,13 @@ def run_here(
                 heartbeat=heartbeat,
                 restart=restart,
             )
+    except Stopped as stopped:
+        if console.began:
+            raise
+        raise Stopped(
+            f"Stopped by {stopped} while the run was being opened. Nothing was computed; give the "
+            "same command again."
+        ) from None
     except (MemoryError, RuntimeError) as error:
         failure = failure_of(error)
         if supervisor is None or failure is None:

@@ -44,6 +44,11 @@ class Console:
         self._evaluating: str | None = None
         self._since = self._last_line = time.monotonic()
 
+    @property
+    def began(self) -> bool:
+        """True if the run has been opened."""
+        return self._session is not None
+
     def start(self, heartbeat: Heartbeat) -> None:
         """Begin to show what the heartbeat names."""
         self._clock = WorkClock(heartbeat)
@@ -70,6 +75,8 @@ class Console:
         if note := experts_note(session.policy.model):
             self._write(f"adapters {note}")
         self._write(f"tokens   {amount(config, session.sampler.shape, plan)}")
+        if not session.step:
+            self._write(f"time     {_expected(session)}")
         threads = f", BLAS threads: {plan.threads}" if plan.threads else ""
         self._write(f"machine  {plan.reason}{threads}")
         if session.step:
@@ -166,8 +173,8 @@ class Console:
         forecast, config = self._session.forecast, self._session.config
         assert forecast.step_s is not None
         count = forecast.evaluations_left(0)
-        rest = f", {count} evaluation{'s' if count > 1 else ''} of {_about(forecast.evaluation_s)}"
-        text = f"about {_about(left)}: {config.run.steps} steps of {_about(forecast.step_s)}"
+        rest = f", {count} evaluation{'s' if count > 1 else ''} of {about(forecast.evaluation_s)}"
+        text = f"about {about(left)}: {config.run.steps} steps of {about(forecast.step_s)}"
         text += rest if count else ""
         if left < LONG_S:
             return text
@@ -187,7 +194,22 @@ def amount(config: RunConfig, shape: Shape, plan: MemoryPlan) -> str:
     return f"at most {step:,} a step, {step * config.run.steps:,} in {config.run.steps} steps"
 
 
-def _about(seconds: float) -> str:
+def expectation(seconds: float | None) -> str:
+    """Say how long a run takes at the speed of an earlier one; None: there was none."""
+    if seconds is None:
+        return "not known yet: the base evaluation of a run measures this model's speed here"
+    return f"about {about(seconds)} at the speed of the last run of this model here"
+
+
+def _expected(session: Session) -> str:
+    from localrl.training import speeds
+
+    sizes = session.request.sizes
+    speed = speeds.recall(sizes, session.policy.engine.name)
+    return expectation(speed and speeds.expected_s(session.config, session.plan, sizes, speed))
+
+
+def about(seconds: float) -> str:
     """Write a duration in words, with two digits or so."""
     if seconds < 1:
         return f"{seconds:.2g} s"

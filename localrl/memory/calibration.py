@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from localrl.backend import mx
 from localrl.memory.estimate import Coefficients, Estimate, Workload
 from localrl.memory.sizes import Sizes
 from localrl.records import MemoryPlan
+from localrl.utils import stored
 from localrl.utils.cache import cache_folder
 
 TRUST = (0.05, 0.15, 0.05)
@@ -80,30 +80,17 @@ def key_of(sizes: Sizes, workload: Workload, plan: MemoryPlan) -> str:
 
 def recall(key: str, file: Path | None = None) -> Coefficients | None:
     """Load stored coefficients; None if there are none or they cannot be read."""
+    found = stored.recall(file or store(), key)
     try:
-        found = json.loads((file or store()).read_bytes())[key]
-        return _checked(*(float(found[name]) for name in FACTORS))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _checked(*(float(found[name]) for name in FACTORS)) if found else None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def remember(key: str, coefficients: Coefficients, file: Path | None = None) -> str | None:
     """Store coefficients; return the reason if that failed, else None."""
-    path = file or store()
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        known = {}
     entry = {name: getattr(coefficients, name) for name in FACTORS}
-    text = json.dumps({**(known if isinstance(known, dict) else {}), key: entry}, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(text)
-        beside.replace(path)
-    except OSError as error:
-        return f"{path} cannot be written ({error.strerror})"
-    return None
+    return stored.remember(file or store(), key, entry)
 
 
 def store() -> Path:

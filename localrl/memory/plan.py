@@ -345,11 +345,14 @@ def _refusal(
 ) -> MemoryBudgetError:
     found = request.estimate(least, coefficients)
     limit = request.limit
-    enough = write_limit(limit.setting(request.needed(least, coefficients)))
+    needed = request.needed(least, coefficients)
+    enough = write_limit(limit.setting(needed))
+    packed = "" if request.sizes.bits else "--quantize 4, "
     return MemoryBudgetError(
-        f"This run does not fit in memory: even the smallest batches need {show(found.peak)}, "
-        f"including {show(found.weights)} for the weights, and only part of the limit of "
-        f"{show(limit.bytes or 0)} ({limit.reason}) may be used. The smallest sufficient limit is "
-        f"--memory-limit {enough}. Or choose a smaller model, --quantize 4, or shorter prompts "
-        f"(now up to {least.max_prompt_tokens} tokens)."
+        f"This run does not fit in memory. MLX's memory is limited to {show(limit.bytes or 0)} "
+        f"({limit.reason}). Even with the smallest batches {show(found.peak)} are predicted, "
+        f"{show(found.weights)} of them for the weights, and because predictions err, that takes a "
+        f"limit of {show(needed)}. The smallest sufficient limit is --memory-limit {enough}, which "
+        f"is for the whole process. Or choose {packed}a smaller model, or shorter prompts (now up "
+        f"to {least.max_prompt_tokens} tokens)."
     )

@@ -35,6 +35,7 @@ class Forecast:
     """Expected seconds of a step: from the base evaluation, later from steps."""
     evaluation_s: float = 0.0
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT + 1))
+    _tokens: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT + 1))
 
     @classmethod
     def of(cls, config: RunConfig, *, evaluates: bool) -> Forecast:
@@ -43,12 +44,19 @@ class Forecast:
         limit_s = None if run.minutes is None else 60 * run.minutes
         return cls(run.steps, run.eval_every, limit_s, evaluates)
 
-    def stepped(self, seconds: float) -> None:
-        """Add the duration of a step."""
+    def stepped(self, seconds: float, tokens: int = 0) -> None:
+        """Add the duration of a step, and the tokens sampled in it."""
         self._recent.append(seconds)
+        self._tokens.append(tokens)
         known = list(self._recent)
         known = known[1:] if len(known) >= ENOUGH else known
         self.step_s = sum(known) / len(known)
+
+    def measured(self) -> tuple[int, float, int] | None:
+        """Number, seconds and tokens of recent steps; None before `ENOUGH`: the first warms up."""
+        if len(self._recent) < ENOUGH:
+            return None
+        return len(self._recent) - 1, sum(list(self._recent)[1:]), sum(list(self._tokens)[1:])
 
     def evaluations_left(self, step: int) -> int:
         """Number of evaluations that come after this step's."""

@@ -41,10 +41,10 @@ def sizes_of(folder: Path, quantize: int, dtype: str = "auto") -> Sizes:
     """
     config = check_folder(folder)
     stored = sum(path.stat().st_size for path in folder.glob(WEIGHTS))
-    return _as_loaded(read_sizes(config, weight_bytes=stored), quantize, dtype)
+    return as_loaded(read_sizes(config, weight_bytes=stored), quantize, dtype)
 
 
-def _as_loaded(sizes: Sizes, quantize: int, dtype: str) -> Sizes:
+def as_loaded(sizes: Sizes, quantize: int, dtype: str) -> Sizes:
     """Return the sizes after `--quantize` and `model.dtype`."""
     sizes = quantised(sizes, quantize)
     return replace(sizes, float_bytes=2) if dtype in ("fp16", "bf16") else sizes
@@ -139,14 +139,21 @@ class Outlook:
         return self.request.limit.setting(self.request.needed(self.request.plan))
 
 
-def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = None) -> Outlook:
+def outlook(
+    config: RunConfig,
+    machine: Machine,
+    prompts: PromptLength | None = None,
+    sizes: Sizes | None = None,
+) -> Outlook:
     """Return the plan for a machine, from the settings and the model's config.json alone.
 
-    prompts: if None, the longest allowed prompts are assumed.
+    prompts: if None, the longest allowed prompts are assumed. sizes: those of the model, if they
+    are known, so that it is not looked for.
 
     Raises: ConfigError if the model is not known; MemoryBudgetError if nothing fits.
     """
-    sizes, name = _find_sizes(config)
+    name = config.model.path or EMBEDDED_MODEL
+    sizes = sizes or _find_sizes(config)
     request = plan_request(config, sizes, machine, prompts=prompts)
     plan = make_plan(config, request)
     known = _known_for(config, request, plan) if plan.measured else None
@@ -154,7 +161,7 @@ def outlook(config: RunConfig, machine: Machine, prompts: PromptLength | None = 
     return Outlook(name, parameters(sizes).total, machine, request, plan, found)
 
 
-def _find_sizes(config: RunConfig) -> tuple[Sizes, str]:
+def _find_sizes(config: RunConfig) -> Sizes:
     """Return the sizes of a local model, of a config.json file, or of a well-known model."""
     name, quantize, dtype = config.model.path, config.model.quantize, config.model.dtype
     file = Path(name) if name else None
@@ -163,12 +170,12 @@ def _find_sizes(config: RunConfig) -> tuple[Sizes, str]:
     else:
         try:
             folder = find_model(name)
-            return sizes_of(folder, quantize, dtype), name or EMBEDDED_MODEL
+            return sizes_of(folder, quantize, dtype)
         except ConfigError:
             found = find_known(name or "")
             if found is None:
                 raise
-    return _as_loaded(read_sizes(found), quantize, dtype), str(name)
+    return as_loaded(read_sizes(found), quantize, dtype)
 
 
 def worth_measuring(config: RunConfig, request: PlanRequest, plan: MemoryPlan) -> bool:

@@ -24,6 +24,7 @@ from localrl.runs.folder import RunFolder, default_run_path, open_run, package_v
 from localrl.runs.health import Health
 from localrl.runs.logs import read_jsonl
 from localrl.runs.null_folder import NullRunFolder
+from localrl.training import speeds
 from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.training.forecast import Forecast
 from localrl.training.session import Progress, Session
@@ -107,6 +108,7 @@ def open_session(
         if note := backend.describe().note:
             warn(note)
         progress.begin(session)
+        stack.callback(speeds.remember, session)
         yield session
 
 

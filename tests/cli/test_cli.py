@@ -187,3 +187,63 @@ def test_control_characters_do_not_reach_the_terminal():
 
 def test_the_installed_command_is_there():
     assert Path(sys.executable).with_name("localrl").exists()
+
+
+PRESSING = """
+import os, signal
+def score(completions, trainer_state=None, **columns):
+    if trainer_state is not None and trainer_state.global_step == 1:
+        if not os.path.exists({marker!r}):
+            open({marker!r}, "w").close()
+            os.kill(os.getppid(), signal.SIGINT)
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_ctrl_c_is_no_error(tiny_folder, tmp_path):
+    rewards, out = tmp_path / "rewards.py", tmp_path / "run"
+    rewards.write_text(PRESSING.format(marker=str(tmp_path / "pressed")))
+    reward = ("--reward", f"{rewards}:score", "--task", "sorting")
+    run = ("--model", tiny_folder, "--steps", 3, "--out", out, "--no-supervise")
+    done = localrl("train", *run, *reward, *settings())
+    assert done.returncode == 75, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Stopped by Ctrl-C, and saved after step ")
+    assert last.endswith(f". Resume with: localrl train --resume --out {out}")
+    assert "Error" not in done.stderr
+    assert localrl("train", "--resume", "--out", out, "--no-supervise").returncode == 0
+
+
+OPENING = """
+import os, signal
+os.kill(os.getppid(), signal.SIGINT)
+def score(completions, **columns):
+    return [0.0 for text in completions]
+"""
+
+
+def test_ctrl_c_before_the_run_is_open(tiny_folder, tmp_path):
+    rewards, out = tmp_path / "rewards.py", tmp_path / "run"
+    rewards.write_text(OPENING)
+    reward = ("--reward", f"{rewards}:score", "--task", "sorting")
+    done = localrl(
+        "train", "--model", tiny_folder, "--out", out, "--no-supervise", *reward, *settings()
+    )
+    assert done.returncode == 75, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Stopped by Ctrl-C while the run was being opened.")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_completion(shell):
+    code = "from localrl.cli.main import main; main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "_LOCALRL_COMPLETE": f"{shell}_source"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "_LOCALRL_COMPLETE" in done.stdout
+    assert "localrl" in done.stdout.splitlines()[0]

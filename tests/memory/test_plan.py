@@ -213,7 +213,7 @@ def test_then_the_dense_base_then_the_group_then_the_length(
 def test_a_refusal_names_a_limit_that_does():
     short = by_hand(11, decode=4, dense=True, tree=True)
     with pytest.raises(
-        MemoryBudgetError, match=r"need 13 MB, including 8 MB for the weights"
+        MemoryBudgetError, match=r"13 MB are predicted, 8 MB of them for the weights"
     ) as it:
         fit(short)
     assert it.value.exit_code == 3

@@ -23,6 +23,7 @@ import numpy as np
 
 from localrl.backend import describe, kernels
 from localrl.errors import ConfigError
+from localrl.utils import stored
 from localrl.utils.cache import cache_folder
 
 VARIABLE = "LOCALRL_KERNELS"
@@ -250,30 +251,20 @@ def store() -> Path:
 
 
 def _recall(sizes: KernelSizes) -> Choice | None:
+    found = stored.recall(store(), _key(sizes))
+    if found is None:
+        return None
     try:
-        found = json.loads(store().read_bytes())[_key(sizes)]
         choice = Choice(found["bytes"], tuple(found["columns"]), dict(found["gains"]))
         known = choice.bytes == 0 or (kernels is not None and choice.bytes in kernels.builds())
         return choice if known and set(choice.columns) <= set(COLUMNS) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def _remember(sizes: KernelSizes, choice: Choice) -> None:
     """Store the choice; if that fails, the next run times again."""
-    path = store()
-    try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps({**known, _key(sizes): asdict(choice)}, indent=1))
-        beside.replace(path)
-    except OSError:
-        pass
+    stored.remember(store(), _key(sizes), asdict(choice))
 
 
 with suppress(ConfigError):  # reported when a model is opened
