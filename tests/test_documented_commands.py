@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parent / "gguf"))
 from written import TEMPLATE, write_model
 
 NETWORK = "needs the network; tests/export has a Hub of its own"
+ENDLESS = "serves until Ctrl-C; tests/report has it"
 REAL = "measures whole steps of a real model's size: minutes on a CPU"
 EXTRA = "needs packages that the tests do not install"
 NOT_RUN = {
@@ -32,12 +33,17 @@ NOT_RUN = {
     "localrl pull --data user/problems:train.jsonl --out problems.jsonl": NETWORK,
     "localrl push runs/problems-1 you/my-skill": NETWORK,
     "localrl push runs/steps-1 you/steps": NETWORK,
+    "localrl push runs/extraction-1-3-1 you/facts": NETWORK,
+    "localrl show runs/extraction-1-3-1 --live": ENDLESS,
     "localrl bench --shape qwen3-0.6b": REAL,
     "localrl bench --shape qwen3.5-0.8b": REAL,
     "localrl train --set run.report_to=tensorboard": EXTRA,
     'localrl train --set run.report_to=["tensorboard", "wandb"]': EXTRA,
 }
 """Commands that are shown and not run here, with the reason."""
+
+COMING = {"localrl plan --models --mac 16"}
+"""Commands whose options are still to come: one that works must leave this list."""
 
 TRAIN = (
     *("--steps", "1", "--no-supervise", "--set", "task.eval_prompts=2"),
@@ -73,7 +79,11 @@ FILES = {
 WRITTEN = {"runs", "RUN", "ADAPTER"}
 """What commands may write into: each gets a copy."""
 COMMANDS = documented()
-RUN = [command for command in COMMANDS if str(command) not in NOT_RUN]
+RUN = [
+    pytest.param(command, marks=[pytest.mark.xfail(strict=True)] * (str(command) in COMING))
+    for command in COMMANDS
+    if str(command) not in NOT_RUN
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +121,7 @@ def make_runs(folder: Path) -> None:
         run("train", *words, *TRAIN, folder=folder)
     for name in ("runs/try", "runs/mac-killed", "RUN"):
         shutil.copytree(folder / "runs" / "steps-1", folder / name)
+    shutil.copytree(folder / "runs" / "problems-1", folder / "runs" / "extraction-1-3-1")
     adapter = folder / "runs" / "problems-1" / "adapter"
     shutil.copytree(adapter, folder / "ADAPTER")
     for name in ("adapter_config.json", "adapters.safetensors"):
@@ -124,7 +135,7 @@ def place(command: Command, world: Path, folder: Path) -> None:
     if words[1] == "show" or "--resume" in words:
         named.add("runs")
     if "runs" in named:
-        named.add("path")  # the model of runs/problems-1
+        named |= {"path", "problems.jsonl"}  # of runs/problems-1
     if "train.toml" in words or words[1] == "init":
         named = set()
     if "train.toml" in words:  # what `init` has written before
@@ -162,7 +173,7 @@ def test_a_command_runs_as_shown(command, world, tmp_path, monkeypatch, capfd):
 
 
 def test_a_command_that_is_not_run_is_still_shown():
-    assert set(NOT_RUN) <= {str(command) for command in COMMANDS}
+    assert set(NOT_RUN) | COMING <= {str(command) for command in COMMANDS}
 
 
 def test_commands_are_found_in_all_three_places_and_read_as_a_shell_would():
