@@ -88,7 +88,7 @@ def export(
 
     \b
       localrl export runs/steps-1                    its adapter, for mlx-lm and PEFT
-      localrl export runs/steps-1 --gguf             one file, for Ollama and LM Studio
+      localrl export runs/problems-1 --gguf          one file, for Ollama and LM Studio
       localrl export runs/steps-1 --fused            a complete model, for everything else
       localrl export ADAPTER --model DIR --out new   an adapter from elsewhere
     """

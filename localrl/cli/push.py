@@ -40,12 +40,15 @@ def push(run: Path, repo: str, dry_run: bool, public: bool, yes: bool, **telling
     from localrl.export.push import push as send
     from localrl.export.staging import stage
 
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
     check_repo_id(repo)
     if public and not yes and not dry_run:
         _ask_public(repo)
     with tempfile.TemporaryDirectory(prefix="localrl-push-") as name:
         folder = Path(name)
-        click.echo(_listing(stage(run, folder, repo, **telling)))
+        click.echo(_listing(stage(run, folder, repo, tell=tell if dry_run else None, **telling)))
         if dry_run:
             return
         with explained(f"The run is unchanged; push it later with: {this_command()}"):

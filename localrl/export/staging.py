@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +47,9 @@ CONFIG_KEYS = (
 )
 NOTE_KEYS = ("format", "sha256", "rank", "scale", "model_type", "peft_left_out", "versions")
 
+STAND_IN = "user/name"
+"""Base model's id in a dry run that knows none."""
+
 SAMPLES = 3
 
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
@@ -68,21 +71,23 @@ def stage(
     base_id: str | None = None,
     task_name: str | None = None,
     with_samples: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> list[Staged]:
     """Fill an empty folder with the files of a run that may be pushed; the run is only read.
 
     base_id: Hub id of the base model, if the adapter does not know it. task_name: name of the task
-    in the card. with_samples: show some rollouts in the card.
+    in the card. with_samples: show some rollouts in the card. tell: receives a note if the base is
+    unknown, and `STAND_IN` is used in its place.
 
-    Raises: ConfigError if the run has no adapter or its base is unknown; CheckpointError if the
-    adapter is damaged; DataError if a file cannot be read, or contains a token or a path of this
-    machine.
+    Raises: ConfigError if the run has no adapter, or its base is unknown without `tell`;
+    CheckpointError if the adapter is damaged; DataError if a file cannot be read, or contains a
+    token or a path of this machine.
     """
     facts = read_facts(run)
     adapter = run / "adapter"
     left_out = peft_note(adapter)
     known = read_adapter(adapter).base_id  # always read: this checks that the adapter is intact
-    base = _base(run, base_id or known)
+    base = _base(run, base_id or known, tell)
     if task_name:
         facts = replace(facts, task=" ".join(task_name.split()), about=None)
     card = make_card(
@@ -102,17 +107,23 @@ def stage(
     return [Staged(file.name, file.stat().st_size) for file in staged]
 
 
-def _base(run: Path, base_id: str | None) -> str:
+def _base(run: Path, base_id: str | None, tell: Callable[[str], None] | None) -> str:
     """Check the base model's Hub id.
 
-    Raises: ConfigError if it is not one.
+    Raises: ConfigError if it is not one, unless it is unknown and there is `tell`.
     """
     if is_hub_id(base_id):
         return base_id
+    if base_id is None and tell is not None:
+        tell(
+            f"note: the base model of {run} has no known Hub id; {STAND_IN} stands for it here. "
+            f"A push needs the unquantised model: --base-id {STAND_IN}"
+        )
+        return STAND_IN
     raise ConfigError(
         f"The base model of {run} has no known Hub id, and without it nobody can use the "
         f"adapter{f' ({base_id!r} is not one)' if base_id else ''}. Pass the unquantised model "
-        "with --base-id user/name."
+        f"with --base-id {STAND_IN}."
     )
 
 

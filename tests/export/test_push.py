@@ -358,6 +358,10 @@ def test_a_run_without_a_base_on_the_hub_names_the_flag(push, run, tmp_path):
     assert status == 2
     assert "--base-id user/name" in printed
     assert push("me/tiny", "--base-id", str(tmp_path), folder=other)[0] == 2
+    status, printed = push("me/tiny", "--dry-run", folder=other)
+    assert status == 0
+    assert all(name in printed for name in NAMES)
+    assert "no known Hub id; user/name stands for it here. A push needs" in printed
     assert push("me/tiny", "--base-id", "acme/tiny", "--dry-run", folder=other)[0] == 0
 
 
