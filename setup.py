@@ -2,7 +2,8 @@
 
 import sys
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = ["kernels.c", "steps16.c", "steps32.c", "steps64.c"]
 HEADERS = ["steps.h", "team.h", "matmul.h", "build.h", "arithmetic.h", "columns.h"]
@@ -21,4 +22,24 @@ extensions = [
     ),
 ]
 
-setup(ext_modules=extensions if sys.platform == "linux" else [])
+
+class OneSystem(Distribution):
+    """A distribution whose wheel is for the system that it is built on."""
+
+    def has_ext_modules(self) -> bool:
+        """Return True: a wheel for any system would be taken by Linux, which compiles its own."""
+        return True
+
+
+class AnyPython(bdist_wheel):
+    """A wheel without compiled parts: for every Python 3 on its system."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tags of Python, ABI and system."""
+        return "py3", "none", super().get_tag()[2]
+
+
+if sys.platform == "linux":
+    setup(ext_modules=extensions)
+else:
+    setup(distclass=OneSystem, cmdclass={"bdist_wheel": AnyPython})

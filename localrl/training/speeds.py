@@ -116,7 +116,7 @@ def _evaluation_token_s(session: Session) -> float:
     if not session.evaluations:
         return 0.0
     last = session.evaluations[max(session.evaluations)]
-    tokens = last.prompts * (last.mean_completion_tokens or 0.0)
+    tokens = len(last.passed) * (last.mean_completion_tokens or 0.0)
     return session.forecast.evaluation_s / tokens if tokens else 0.0
 
 
