@@ -84,7 +84,7 @@ def session(steps=4, **changes):
     forecast.evaluation_s = 6.4
     for n in range(steps):
         forecast.stepped(99.0 if n == 0 else 4.0, 400)
-    evaluation = SimpleNamespace(prompts=32, mean_completion_tokens=100.0)
+    evaluation = SimpleNamespace(passed=(True,) * 32, mean_completion_tokens=100.0)
     made = {
         "forecast": forecast,
         "ranks": SimpleNamespace(size=1),
