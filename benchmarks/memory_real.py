@@ -27,11 +27,9 @@ import json, resource, sys
 from localrl import RunConfig, train
 from localrl.errors import MemoryBudgetError
 settings = json.loads(sys.argv[1])
-class Told:
+from localrl.training.session import NullProgress
+class Told(NullProgress):
     def __init__(self): self.lines = []
-    def begin(self, session): pass
-    def evaluated(self, step, evaluation): pass
-    def stepped(self, metrics): pass
     def warn(self, line): self.lines.append(line)
 told = Told()
 try:

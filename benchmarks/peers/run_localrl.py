@@ -23,8 +23,17 @@ class Marks:
         """The run is open."""
         self.record.start(self.job)
 
+    def start(self, heartbeat: Any) -> None:
+        """Nothing is shown."""
+
+    def evaluating(self, step: int) -> None:
+        """Nothing is evaluated."""
+
     def evaluated(self, step: int, evaluation: Any) -> None:
         """Nothing is evaluated."""
+
+    def end(self) -> None:
+        """Nothing was shown."""
 
     def warn(self, line: str) -> None:
         """Show it."""
