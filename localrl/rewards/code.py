@@ -131,7 +131,7 @@ def check_code_rewards() -> str:
         )
     return (
         f"programs run in {sandbox.name}: a test program could not read or write your files, "
-        "reach the network or leave a process behind"
+        "reach the network, start processes without limit or leave one behind"
     )
 
 
