@@ -1,4 +1,4 @@
-"""Measures a program from outside: its processes, their memory, and its folder."""
+"""Measures a program from outside: its memory and its folder."""
 
 from __future__ import annotations
 
@@ -11,26 +11,6 @@ from pathlib import Path
 from localrl.processes.worker import resident_bytes
 
 ENTRY_LIMIT = 10_000
-
-
-def children(pid: int) -> list[int]:
-    """Process ids of the direct children of a process, on Linux; empty elsewhere."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                text = Path(f"/proc/{pid}/task/{task}/children").read_text()
-                found += map(int, text.split())
-    return found
-
-
-def family(pid: int, limit: int) -> list[int]:
-    """Process ids of a process and of its descendants; those found so far at the limit."""
-    found = queue = [pid]
-    while queue and len(found) < limit:
-        queue = [child for parent in queue for child in children(parent)]
-        found = [*found, *queue]
-    return found
 
 
 def memory_bytes(pids: list[int]) -> int:

@@ -23,9 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from localrl.processes.process_limit import counted_per_namespace, tasks_of_user
+from localrl.processes.process_limit import (
+    children,
+    counted_per_namespace,
+    family,
+    tasks_of_user,
+)
 from localrl.processes.worker import MEMORY_POLL_S
-from localrl.rewards.sandbox_measures import children, family, folder_is_full, memory_bytes
+from localrl.rewards.sandbox_measures import folder_is_full, memory_bytes
 
 Status = Literal["ok", "failed", "timeout", "memory", "output"]
 
@@ -72,8 +77,12 @@ class SandboxLimits:
     processes: int = PROCESS_LIMIT
     """Number of processes and threads alive at any moment."""
 
-    def words(self, others: int) -> list[str]:
-        """Arguments for `sandbox_child.py`; others: processes that the kernel counts with them."""
+    def words(self, others: int | None) -> list[str]:
+        """Arguments for `sandbox_child.py`.
+
+        others: number of processes that the kernel counts with the program's; None if unknown, and
+            then their number is not limited.
+        """
         seconds = math.ceil(self.time_s) + 1
         values = {
             "CPU": seconds,
@@ -82,8 +91,9 @@ class SandboxLimits:
             "NOFILE": FILE_LIMIT,
             "CORE": 0,
             "ALARM": seconds + 1,
-            "NPROC": self.processes + others,
         }
+        if others is not None:
+            values["NPROC"] = self.processes + others
         return [f"{name}={value}" for name, value in values.items()]
 
 
@@ -259,7 +269,7 @@ def remove_folder(folder: Path) -> None:
             subprocess.run([*command, str(folder)], capture_output=True, check=False)
 
 
-def _others(own_processes: bool) -> int:
+def _others(own_processes: bool) -> int | None:
     """Number of processes that the kernel counts together with those of a program."""
     if own_processes and (os.geteuid() == 0 or counted_per_namespace()):
         return 0  # root gives each program a user id of its own
@@ -267,7 +277,9 @@ def _others(own_processes: bool) -> int:
 
 
 def _environment(work: Path, own_root: bool) -> dict[str, str]:
-    return {"PATH": PATH, "TMPDIR": "/work" if own_root else os.fspath(work)}
+    # An arena of glibc takes 64 MB of the address space: with one for each, there were six threads.
+    place = "/work" if own_root else os.fspath(work)
+    return {"PATH": PATH, "TMPDIR": place, "MALLOC_ARENA_MAX": "1"}
 
 
 def _write(path: Path, text: str) -> None:
