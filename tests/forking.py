@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from localrl.processes import worker as module
 from localrl.rewards.sandbox import Sandbox, candidates
 from localrl.rewards.sandbox_process import SandboxLimits
 from localrl.rewards.sandbox_proof import prove
@@ -122,9 +123,19 @@ def attempt(sandbox: Sandbox, name: str, *, count: int, limit: int) -> tuple[int
         return len(alive.read()), time.monotonic() - begun
 
 
+def attempt_in_a_worker() -> list[object]:
+    """Return how a function ended that starts too many processes, and the answer of a pool."""
+    functions = Path(__file__).with_name("worker_functions.py")
+    module.worker_room = lambda: 40
+    with module.Worker(time_limit_s=60.0, memory_limit_bytes=None) as worker:
+        many = {"count": 80, "path": os.devnull}
+        failure = worker.call(f"{functions}:start_processes", many).failure
+        return [failure, worker.call(f"{functions}:pool", {"processes": 3}).value]
+
+
 def main() -> None:
-    """Print what each sandbox proves here, and the outcome of one attempt in it."""
-    found: dict[str, object] = {}
+    """Print what each sandbox proves here, and the outcome of one attempt in it and in a worker."""
+    found: dict[str, object] = {"worker": attempt_in_a_worker()}
     for sandbox in candidates():
         if isinstance(sandbox, Sandbox):
             with outer_limit(sandbox) as walled:

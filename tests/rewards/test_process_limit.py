@@ -101,6 +101,9 @@ def test_it_holds_for_root_and_for_others(user: int) -> None:
     if done.returncode != 0 and re.search(rb"not found|No module|denied", done.stderr):
         pytest.skip(f"{SYSTEM_PYTHON} cannot be used here: {done.stderr.decode()[-200:]}")
     found = json.loads(done.stdout)
+    ended, pool = found.pop("worker")
+    assert ended in ("raised", "processes")
+    assert pool == [3, 2, 1]
     tried = [outcome for outcome in found.values() if isinstance(outcome, list)]
     if not tried:
         pytest.skip(f"no sandbox holds here: {found}")
