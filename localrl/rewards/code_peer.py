@@ -16,6 +16,7 @@ import builtins
 import importlib
 import json
 import math
+import operator
 import os
 import struct
 import sys
@@ -368,6 +369,11 @@ def by_order(function: Callable[..., Any]) -> Callable[..., Any]:
     return refusing
 
 
+def in_order(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`operator.lt` or its like, but refusing NaN."""
+    return lambda left, right: function(ordered(left), ordered(right))
+
+
 def for_effect(function: Any) -> Any:
     """The function, for a call whose result is not used: it may change its first argument."""
     if not isinstance(function, Remote):
@@ -393,24 +399,32 @@ def run_tests(asked: dict[str, Any]) -> None:
     os.dup2(silence, 2)
     peer = Peer(asked["read"], asked["write"], allow_calls)
     module = types.ModuleType(TESTS)
-    module.__dict__.update(GUARDS)
     sys.modules[TESTS] = module
-    hello = peer.receive()
+    module.__dict__.update(GUARDS)
+    for compare in (operator.lt, operator.le, operator.gt, operator.ge):
+        setattr(operator, compare.__name__, in_order(compare))
+    take_names(peer.receive(), peer, module, attributes_used(asked["tests"]))
+    for source, counted in asked["tests"]:
+        passed = run_test(source, module)
+        if counted:
+            os.write(results, b"1" if passed else b"0")
+
+
+def take_names(
+    hello: dict[str, Any], peer: Peer, module: types.ModuleType, used: set[tuple[str, str]]
+) -> None:
+    """Give the tests the program's names; what they use of a standard module is never its own."""
     for name, target in hello["modules"]:
         if is_free(name) and target.partition(".")[0] in sys.stdlib_module_names:
             setattr(module, name, importlib.import_module(target))
     for name, value in hello["names"].items():
         if is_free(name):
             setattr(module, name, peer.decode(value))
-    for name, attribute in attributes_used(asked["tests"]):
+    for name, attribute in used:
         if name in hello["names"] and name in sys.stdlib_module_names:
             meant = importlib.import_module(name)
-            if hasattr(meant, attribute):  # `math.isclose` is never the program's
+            if hasattr(meant, attribute):
                 setattr(module, name, meant)
-    for source, counted in asked["tests"]:
-        passed = run_test(source, module)
-        if counted:
-            os.write(results, b"1" if passed else b"0")
 
 
 def attributes_used(tests: Sequence[tuple[str, bool]]) -> set[tuple[str, str]]:

@@ -45,6 +45,7 @@ PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executab
 BOOTSTRAP = Path(__file__).with_name("sandbox_child.py")
 START_LIMIT_S = 30.0
 END_LIMIT_S = 30.0
+KILL_AGAIN_S = 0.5
 PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 FIRST_TO_END = ["sh", "-c", '{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', "sh"]
 """Runs a command as the first that Linux ends when the machine's memory is exhausted."""
@@ -193,14 +194,15 @@ class Process:
 
     def kill(self) -> None:
         """Kill the program and everything it started; does nothing if it has ended."""
-        if self._own_processes and self._process.poll() is None:
+        deadline = time.monotonic() + END_LIMIT_S
+        while self._own_processes and self._process.poll() is None and time.monotonic() < deadline:
             # The kernel ends everything in such a sandbox when its first process ends, and the
-            # process that we started returns only then.
+            # process that we started returns only then. It may not have got so far as to start it.
             for pid in children(self._process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_LIMIT_S)
+                self._process.wait(KILL_AGAIN_S)
         if self._process.poll() is None or not self._own_processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -265,6 +265,7 @@ CHEATS = {
             "assert not [1.0, 2.0] < both(2)",
             "assert not any(abs(a - b) > 1e-6 for a, b in zip(both(2), [1.0, 2.0]))",
             "assert 3 < f(2) < 5 or not 3 < f(2)",
+            "import operator\nassert not any(map(operator.gt, map(f, [1, 2]), [1, 4]))",
         ],
     ),
     "StopIteration": (
@@ -352,6 +353,7 @@ def test_the_same_kinds_of_tests_pass_what_is_right(sandbox: Sandbox) -> None:
         "assert max(map(square, [1, -3]), key=abs) == 9 and sorted(map(square, [2, 1])) == [1, 4]",
         "assert max([], default=square(1)) == 1 and min(square(2), 3) == 3",
         "assert sorted([(1, 'b'), (1, 'a')], key=lambda p: p[0])[0] == (1, 'b')",
+        "from operator import lt\nassert lt(square(2), 5) and not lt(5, square(2))",
         "assert math.isnan(nothing()) and nothing() != nothing()",
         "import math\nassert math.isclose(square(0.1), 0.01)",
         "assert [a for a, _ in zip(map(square, [1, 2]), 'ab', strict=True)] == [1, 4]",
