@@ -17,9 +17,11 @@ from pathlib import Path
 
 from localrl.errors import ConfigError
 from localrl.rewards.sandbox_linux import (
+    SYSTEM,
     UNSHARE_TOOLS,
     Wrap,
     bubblewrap,
+    readable_folders,
     spare_ids,
     under_another_id,
     unshare,
@@ -182,7 +184,12 @@ def advice(platform: str, tried: Sequence[str]) -> str:
             "start localrl as a user other than root: the kernel limits the processes of every "
             "other user, and here root may not give programs a user id of their own"
         )
-    if any("denied" in line or "not permitted" in line for line in tried):
+    python = [folder for folder in readable_folders() if folder not in SYSTEM]
+    unreadable = [line for line in tried if any(folder in line for folder in python)]
+    if unreadable:
+        steps.append(f"let every user read {python[0]} and pass through the folders above it")
+    refused = [line for line in tried if "denied" in line or "not permitted" in line]
+    if any(line not in unreadable for line in refused):
         steps.append(
             "allow user namespaces: on Ubuntu 23.10 and later an AppArmor profile for bwrap "
             "(apt install apparmor-profiles, then link bwrap-userns-restrict from "

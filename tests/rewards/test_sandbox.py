@@ -355,6 +355,14 @@ def test_what_is_missing_is_named() -> None:
         "sandbox-exec: there is no /usr/bin/sandbox-exec"
     ]
     assert "nothing to install" in advice("darwin", [])
+    denied = advice("linux", ["bubblewrap: no new namespace: Permission denied"])
+    assert "user namespaces" in denied
+    assert "let every user read" not in denied
+    python = os.path.realpath(sys.base_prefix)
+    if not python.startswith(("/usr", "/nix")):
+        unreadable = advice("linux", [f"bubblewrap: Can't find source path {python}: denied"])
+        assert f"let every user read {python}" in unreadable
+        assert "user namespaces" not in unreadable
 
 
 def test_profile_of_macos_denies_by_default() -> None:
