@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOM = 512
+ROOM = 1024
 ROOM_PER_CORE = 64
 
 

@@ -75,7 +75,7 @@ class Worker:
     memory_limit_bytes: resident memory of the child itself, checked every few milliseconds while
         a call runs; None for no limit. Processes that the function starts are not counted.
 
-    The child and all that it starts may be some hundred processes, enough for pools. The kernel
+    The child and all that it starts may be some thousand processes, enough for pools. The kernel
     enforces this for every user but root; for root it is checked, on Linux, while a call runs.
     """
 
