@@ -7,6 +7,7 @@ runs under a user id of its own, which nobody else on the machine has.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import secrets
 import sys
@@ -20,7 +21,8 @@ LINKER_CACHE = "/etc/ld.so.cache"
 UNSHARE_TOOLS = ("unshare", "setpriv", "mount", "umount", "pivot_root")
 SPARE_IDS = (range(0x7000_0000, 0x7010_0000), range(60_578, 61_184))
 """User ids that no distribution gives to anyone; the second range is for containers of 65536 ids.
-Each program draws one, so that its processes are counted alone."""
+Each program gets another one, so that its processes are counted alone."""
+_TURN = itertools.count(secrets.randbelow(1 << 20))
 
 
 def spare_ids(maps: Sequence[str] | None = None) -> range | None:
@@ -40,6 +42,10 @@ def _holds(id_map: str, ids: range) -> bool:
     return any(first <= ids[0] and ids[-1] < first + count for first, _, count in lines)
 
 
+def _next_of(ids: range) -> int:
+    return ids[next(_TURN) % len(ids)]
+
+
 def _hand_over(folder: Path, user: int) -> None:
     for path in (folder, *folder.rglob("*")):
         os.chown(path, user, user)
@@ -53,7 +59,7 @@ def under_another_id(wrap: Wrap, ids: range) -> Wrap:
     """The command under an id of its own from the start, for a root that may not mount."""
 
     def wrapped(folder: Path, command: Sequence[str]) -> list[str]:
-        user, inner = secrets.choice(ids), wrap(folder, command)
+        user, inner = _next_of(ids), wrap(folder, command)
         _hand_over(folder, user)
         return [*_become(user), "--", *inner]
 
@@ -82,7 +88,7 @@ def _bubblewrap(program: str, ids: range | None, folder: Path, command: Sequence
         mounts += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
     spaces, become = ["--unshare-all", "--cap-drop", "ALL"], []
     if ids is not None:
-        user = secrets.choice(ids)
+        user = _next_of(ids)
         _hand_over(folder / "work", user)
         spaces = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
         spaces += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
@@ -149,7 +155,7 @@ def _unshare(ids: range | None, folder: Path, command: Sequence[str]) -> list[st
     root.mkdir(exist_ok=True)
     spaces, user = ["--user", "--map-root-user"], "self"
     if ids is not None:
-        spaces, user = [], str(secrets.choice(ids))
+        spaces, user = [], str(_next_of(ids))
         _hand_over(work, int(user))
     return [
         *("setpriv", "--pdeathsig", "KILL", "unshare", *spaces),
