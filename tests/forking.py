@@ -128,9 +128,9 @@ def attempt_in_a_worker() -> list[object]:
     functions = Path(__file__).with_name("worker_functions.py")
     module.worker_room = lambda: 40
     with module.Worker(time_limit_s=60.0, memory_limit_bytes=None) as worker:
+        answer = worker.call(f"{functions}:pool", {"processes": 3}).value
         many = {"count": 80, "path": os.devnull}
-        failure = worker.call(f"{functions}:start_processes", many).failure
-        return [failure, worker.call(f"{functions}:pool", {"processes": 3}).value]
+        return [worker.call(f"{functions}:start_processes", many).failure, answer]
 
 
 def main() -> None:
