@@ -106,6 +106,7 @@ def capture(session: Session, step: int) -> State:
     values = {
         "tokens": session.tokens,
         "trained_s": session.trained_s,
+        "evaluation_s": session.forecast.evaluation_s,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
         "watch": copy.copy(session.watch),
@@ -187,6 +188,7 @@ def restore(state: State, session: Session) -> None:
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
     session.evaluations = dict(values["evaluations"])
+    session.forecast.evaluation_s = values.get("evaluation_s", 0.0)  # not in older checkpoints
     if base := session.evaluations.get(0):
         session.held_out = session.held_out[: len(base.passed) or None]
     # In place, because the sampler uses the same tracker.
