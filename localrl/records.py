@@ -86,6 +86,9 @@ class Node:
     """(n,) float32, under the policy that sampled the tokens, in a forward pass as the update makes
     it; only where that differs from `sampled_logprobs` by 16-bit rounding and the group may be kept
     for later steps, else None."""
+    expected_reward: float | None = None
+    """Reward that the tracker expected of the prompt before these tokens were drawn, so that it had
+    learned nothing from them. Only roots have it, and none if the tracker had seen no reward."""
 
     @property
     def written_logprobs(self) -> np.ndarray:

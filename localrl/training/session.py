@@ -108,14 +108,9 @@ class Session(Components):
         return self.run.path
 
     def credit(self, step: int, scored: ScoredGroup) -> Credit:
-        """Return the group's credit, from the tracker's earlier values, weighted by the
-        objective."""
+        """Return the group's credit, weighted by the objective."""
         learning, example = self.config.learning, scored.group.example
-        value = self.tracker.value(example.tracker_key)
-        if value is None:
-            credit = assign_credit(scored)
-        else:
-            credit = assign_credit(scored, kappa=self.config.tracker_weight, prior=value)
+        credit = assign_credit(scored, kappa=self.config.tracker_weight)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
             return credit
