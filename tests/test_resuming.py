@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from localrl.config import RunConfig
 from localrl.errors import CheckpointError, ConfigError, Stopped
 from localrl.processes.heartbeat import Heartbeat
+from localrl.runs.checkpoints import damage
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
 
@@ -164,6 +166,65 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, 
     (newest / "weights.safetensors").write_bytes(data)
     train(config(tiny_folder, out, **settings), resume=True)
     assert outcome(out) == expected
+
+
+KEPT = {"run.eval_every": 0, "run.checkpoint_every": 1, "run.keep_every": 2}
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_folder, tmp_path_factory):
+    """A finished run with the checkpoints of steps 0, 2, 4, 5 and 6."""
+    out = tmp_path_factory.mktemp("kept") / "run"
+    train(config(tiny_folder, out, **KEPT))
+    return out
+
+
+def lose(file, step):
+    """Cut a log within the first line of this step."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if json.loads(line)["step"] == step)
+    file.write_bytes(b"".join(lines[:first]) + lines[first][:9])
+
+
+def resumed(out):
+    (event,) = [e for e in read_jsonl(out / "events.jsonl") if e["kind"] == "resumed"]
+    return event["step"], event["unused"], event["lost"]
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(
+    ("name", "step", "begins", "unused"),
+    [("metrics", 6, 5, [6]), ("rollouts", 5, 4, [5, 6]), ("metrics", 3, 2, [4, 5, 6])],
+)
+def test_a_run_whose_logs_have_lost_lines_goes_on_from_a_checkpoint_that_fits(
+    tiny_folder, tmp_path, kept, name, step, begins, unused
+):
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    lose(out / f"{name}.jsonl", step)
+    train(config(tiny_folder, out, **KEPT), resume=True)
+    assert outcome(out) == outcome(kept)
+    names = [f"unused-step-{number:06d}" for number in reversed(unused)]
+    assert resumed(out) == (begins, names, [])
+    assert [damage(out / "checkpoints" / name) for name in names] == [None] * len(names)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(("name", "left"), [("metrics", [1, 2]), ("rollouts", [])])
+def test_whole_checkpoints_are_used_even_if_none_fits(tiny_folder, tmp_path, kept, name, left):
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    for step in (0, 2, 4, 6):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+    if left:
+        lose(out / f"{name}.jsonl", left[-1] + 1)
+    else:
+        (out / f"{name}.jsonl").unlink()
+    train(config(tiny_folder, out, **KEPT), resume=True)
+    assert outcome(out)[0] == outcome(kept)[0]
+    assert resumed(out) == (5, [], [f"{name}.jsonl"])
+    lines = read_jsonl(out / f"{name}.jsonl")
+    assert sorted({line["step"] for line in lines if "eval/n" not in line}) == [*left, 6]
 
 
 def test_the_best_and_the_last_two_and_every_nth_stay(tiny_folder, tmp_path):

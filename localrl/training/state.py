@@ -263,9 +263,11 @@ class PreviousRun:
 
     run: RunFolder
     state: State | None
-    """The state of its newest checkpoint; None if it has none: then the run starts over."""
+    """The state that it continues from; None if it has no checkpoint: then the run starts over."""
     changed: Mapping[str, tuple[Any, Any]]
     """Settings whose values have changed."""
+    unused: Sequence[int] = ()
+    """Steps of intact checkpoints after that state, whose lines the logs have lost."""
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -289,10 +291,24 @@ class PreviousRun:
         if self.state is not None:
             restore(self.state, session)
             step = self.state.step
-        self.run.cut(self.state.values["offsets"] if self.state else dict.fromkeys(STEP_LOGS, 0))
+        offsets = self.state.values["offsets"] if self.state else dict.fromkeys(STEP_LOGS, 0)
+        lost = self.run.shorter(offsets)
+        unused = [path.name for path in session.checkpoints.set_aside(self.unused)]
+        self.run.cut(offsets)
         session.step = step
         changed = {key: {"was": old, "is": new} for key, (old, new) in self.changed.items()}
-        self.run.event("resumed", step=step, changed=changed)
+        self.run.event("resumed", step=step, changed=changed, unused=unused, lost=lost)
+        if unused:
+            session.progress.warn(
+                f"the logs have lost lines that were there at the checkpoint of step "
+                f"{max(self.unused)}: the run continues from step {step}. Newer checkpoints are "
+                f"kept in {session.checkpoints.folder}, as {', '.join(unused)}"
+            )
+        if lost:
+            session.progress.warn(
+                f"{' and '.join(lost)} no longer has all lines of the steps up to {step}, and no "
+                "checkpoint fits what is left: the run continues from there without them"
+            )
 
 
 def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> dict[str, str]:
@@ -318,8 +334,24 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousR
         changed = changed_settings(RunConfig.of_run(folder / "config.toml"), config)
         checkpoints = Checkpoints(folder / "checkpoints", warn)
         checkpoints.sweep()
-        newest = checkpoints.newest()
-        yield PreviousRun(run, read(newest) if newest else None, changed)
+        state, unused = _to_continue(checkpoints, run)
+        yield PreviousRun(run, state, changed, unused)
+
+
+def _to_continue(checkpoints: Checkpoints, run: RunFolder) -> tuple[State | None, list[int]]:
+    """Return the newest intact state whose log lines are all there, and the steps of newer ones.
+
+    If no state has all of its lines, it is the newest.
+    """
+    newest: State | None = None
+    newer: list[int] = []
+    for path in checkpoints.intact():
+        state = read(path)
+        if not run.shorter(state.values["offsets"]):
+            return state, newer
+        newest = newest or state
+        newer.append(state.step)
+    return newest, []
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
