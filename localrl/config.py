@@ -229,7 +229,9 @@ class LearningConfig:
         None, "clip the ratio at 1 + this; unset: as in the paper", low=0.0
     )
     kl_coef: float = setting(
-        0.0, "weight of the KL to the model without adapters; 0: not computed", low=0.0
+        0.0,
+        "weight of the KL to the adapter given, or the base without one; 0: not computed",
+        low=0.0,
     )
     kl_estimator: str = setting("k3", "KL estimator", choices=KL_ESTIMATORS)
     kappa: float | None = setting(

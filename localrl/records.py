@@ -305,7 +305,7 @@ class StepStats:
     truncated: float | None
     """Share of trained tokens whose correction for the sampler was truncated."""
     kl: float | None
-    """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
+    """Mean KL to its reference, weighted as in the loss; None without a KL term."""
     drift: float | None
     """Mean |change of log-probability| by the step, in nats, over some trained tokens."""
     trained_tokens: int

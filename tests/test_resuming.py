@@ -8,13 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 
 from localrl.config import RunConfig
 from localrl.errors import CheckpointError, ConfigError, Stopped
+from localrl.export.adapters import adapter_of, write_adapter
 from localrl.processes.heartbeat import Heartbeat
 from localrl.runs.checkpoints import damage
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
+from localrl.training.state import check_sources
 
 HERE = Path(__file__).parent
 SMALL = {
@@ -151,6 +154,40 @@ def test_another_model_or_other_data_are_another_run(tiny_folder, tmp_path):
     rows.write_text("".join(lines[:-1]))
     with pytest.raises(CheckpointError, match="The data of this run has changed"):
         train(same, resume=True)
+
+
+@pytest.mark.exact
+def test_the_kl_of_a_resumed_run_is_still_measured_from_the_adapter_given(tiny_folder, tmp_path):
+    given, out = tmp_path / "given", tmp_path / "run"
+    model = tiny.make_tiny_policy(tmp_path / "model", seed=3).model
+    write_adapter(adapter_of(model), given)
+    settings = {
+        "lora.adapter": str(given),
+        "learning.kl_coef": 0.1,
+        "task.eval_prompts": 0,
+        "task.rewards": f"{HERE / 'worker_functions.py'}:short",
+    }
+    train(config(tiny_folder, tmp_path / "whole", **settings))
+    whole = list(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert whole[-1]["kl"] > 1e-4
+    with pytest.raises(Stopped):
+        train(config(tiny_folder, out, **settings), heartbeat=StopAt(60))
+    given.rename(tmp_path / "aside")
+    tiny.stir(model, 4)
+    write_adapter(adapter_of(model), given)
+    with pytest.raises(CheckpointError, match="The starting adapter of this run has changed"):
+        train(config(tiny_folder, out, **settings), resume=True)
+    shutil.rmtree(given)
+    (tmp_path / "aside").rename(given)
+    train(config(tiny_folder, out, **settings), resume=True)
+    assert [m["kl"] for m in read_jsonl(out / "metrics.jsonl")] == [m["kl"] for m in whole]
+
+
+def test_a_checkpoint_of_a_run_whose_kl_was_measured_from_the_base_is_refused():
+    check_sources({"model": "a", "data": "b"}, {"model": "a", "data": "b"})
+    with pytest.raises(CheckpointError, match="by an earlier version of localrl"):
+        check_sources({"model": "a"}, {"model": "a", "starting adapter": "b"})
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, tmp_path, whole):

@@ -20,7 +20,6 @@ from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums, sam
 from localrl.learning.objectives import make_objective
 from localrl.learning.pass_logprobs import PassLogprobs
 from localrl.learning.totals import Totals
-from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
@@ -231,10 +230,10 @@ class Updater:
         return sums.loss, sums, own
 
     def _reference(self, micro: MicroBatch, head_chunk: int) -> mx.array | None:
-        """Log-probabilities (N,) without the adapters; None if all KL weights are 0."""
+        """Log-probabilities (N,) under the KL's reference; None if all KL weights are 0."""
         if not micro.kl_weights.any():
             return None
-        with adapters_off(self.policy.model):
+        with self.policy.as_reference():
             logprobs = self._logprobs(micro, head_chunk)
         # Evaluated now so that this pass's activations are freed before the next pass.
         mx.eval(logprobs)

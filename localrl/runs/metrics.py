@@ -33,8 +33,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "entropy": ("nats", "mean over sampled tokens, of the whole distribution"),
     "kl": (
         "nats",
-        "mean over trained tokens, from the model without adapters, weighted as in the loss; "
-        "null if learning.kl_coef is 0",
+        "mean over trained tokens, from the adapter given or else the base, weighted as in the "
+        "loss; null if learning.kl_coef is 0",
     ),
     "loss": (
         "",

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from localrl import backend
-from localrl.backend import mx
+from localrl.backend import mx, tree_flatten
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.engines.choose import choose_engine
@@ -378,7 +379,7 @@ def _policy(
     start: Adapter | None,
     prompts: Prompts,
 ) -> Policy:
-    return make_policy(
+    policy = make_policy(
         loaded,
         rank=config.lora.rank,
         scale=config.lora.scale,
@@ -392,3 +393,7 @@ def _policy(
         dtype=config.model.dtype,
         prompts=prompts,
     )
+    if start is None or not config.learning.kl_coef:
+        return policy
+    given: Any = tree_flatten(policy.model.trainable_parameters())
+    return replace(policy, reference=dict(given))

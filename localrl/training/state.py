@@ -34,10 +34,10 @@ from localrl.rollouts.replay import Replay, ReplayCounts, Stored
 from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
-from localrl.tasks.base import Task
 from localrl.utils.codec import decode, encode, from_bytes, to_bytes
 
 if TYPE_CHECKING:
+    from localrl.training.components import Components
     from localrl.training.session import Session
 
 TYPES: dict[str, type] = {
@@ -86,6 +86,8 @@ MAY_CHANGE = (
 
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
+ADAPTER_SOURCE = "starting adapter"
+"""Name of the adapter given among the sources of a run whose KL is measured from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,12 +173,7 @@ def restore(state: State, session: Session) -> None:
 
     Raises: CheckpointError if its model or its data differ from the session's.
     """
-    for name, was in state.values["sources"].items():
-        if session.sources[name] != was:
-            raise CheckpointError(
-                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
-                "new run (--adapter starts from this run's adapter)."
-            )
+    check_sources(state.values["sources"], session.sources)
     values, sampler, updater = state.values, session.sampler, session.updater
     adapter, optimizer = _part(state, ADAPTER), _part(state, OPTIMIZER)
     session.policy.model.load_weights(list(adapter.items()), strict=False)
@@ -197,6 +194,25 @@ def restore(state: State, session: Session) -> None:
     session.scorer.restore(values["rewards"])
     session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]
     _compute_as(values.get("kernels"), session)
+
+
+def check_sources(was: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that a run's sources are those of its checkpoint.
+
+    Raises: CheckpointError if they are not.
+    """
+    for name in was:
+        if now.get(name) != was[name]:
+            raise CheckpointError(
+                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
+                "new run (--adapter starts from this run's adapter)."
+            )
+    if ADAPTER_SOURCE in now.keys() - was.keys():
+        raise CheckpointError(
+            "This run's KL was measured from the model without adapters, by an earlier version of "
+            "localrl; it would now be measured from the adapter that the run began with. Continue "
+            "with that version, or start a new run (--adapter starts from this run's adapter)."
+        )
 
 
 def _compute_as(kernels: Choice | None, session: Session) -> None:
@@ -291,7 +307,8 @@ class PreviousRun:
         if self.state is not None:
             restore(self.state, session)
             step = self.state.step
-        offsets = self.state.values["offsets"] if self.state else dict.fromkeys(STEP_LOGS, 0)
+        nothing: Mapping[str, int] = dict.fromkeys(STEP_LOGS, 0)
+        offsets = self.state.values["offsets"] if self.state else nothing
         lost = self.run.shorter(offsets)
         unused = [path.name for path in session.checkpoints.set_aside(self.unused)]
         self.run.cut(offsets)
@@ -311,15 +328,20 @@ class PreviousRun:
             )
 
 
-def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> dict[str, str]:
-    """Return SHA-256 hashes of a run's sources: the model's files by name and size, and its
-    data."""
+def sources_of(components: Components) -> dict[str, str]:
+    """Return SHA-256 hashes of a run's sources: the model's files by name and size, its data, and
+    the adapter that its KL is measured from, if there is one."""
+    task, model_folder = components.task, components.model_folder
     weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
     model = (model_folder / "config.json").read_bytes() + repr(weights).encode()
-    examples = [*map(task.train, range(task.train_size)), *held_out]
+    examples = [*map(task.train, range(task.train_size)), *components.held_out]
     rows = [[e.id, list(map(dict, e.messages)), repr(e.answer)] for e in examples]
     data = json.dumps([task.name, rows]).encode()
-    return {"model": hashlib.sha256(model).hexdigest(), "data": hashlib.sha256(data).hexdigest()}
+    parts = {"model": model, "data": data}
+    if (reference := components.policy.reference) is not None:
+        arrays = [np.array(array).tobytes() for _, array in sorted(reference.items())]
+        parts[ADAPTER_SOURCE] = b"".join(arrays)
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 
 
 @contextmanager
