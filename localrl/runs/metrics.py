@@ -78,6 +78,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "left out: as good as expected, teach nothing",
     ),
     "selection/down_sampled": ("completions", "left out by learning.keep_completions"),
+    "selection/truncated": ("completions", "left out by learning.mask_truncated"),
     "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
     "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
     "rollout/decode_positions": ("positions", "rows decoded, summed over the calls"),

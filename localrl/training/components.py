@@ -182,7 +182,8 @@ def open_components(
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat)
+        planned = config.run.steps * config.learning.updates_per_step
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat, planned)
         if trains:
             _check_rounding(updater, warn)
         may_checkpoint = trains and _may_recompute(policy, warn)

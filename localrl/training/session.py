@@ -127,7 +127,9 @@ class Session(Components):
         z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
         keep = config.learning.keep_completions
         weights = [self._leaf_weights(step, group, keep) for group in scored] if keep else None
-        return select(scored, credits, z, objective, weights)
+        return select(
+            scored, credits, z, objective, weights, mask_truncated=config.learning.mask_truncated
+        )
 
     def _leaf_weights(self, step: int, scored: ScoredGroup, keep: int) -> np.ndarray:
         address = (self.config.run.seed, step, scored.group.example.id, "keep")

@@ -82,7 +82,8 @@ MAY_CHANGE = (
     "task.tool_timeout_s",
     "model.selfcheck",
 )
-"""Settings that may change when a run is resumed: none of them changes the result of a step."""
+"""Settings that may change when a run is resumed: none of them changes the result of a step, except
+that `learning.lr_schedule` may depend on the number of steps."""
 
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
@@ -386,11 +387,13 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
         for key in keys()
         if key != "run.out" and (was := old.value(key)) != (now := new.value(key))
     }
-    wrong = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+    scheduled = new.learning.lr_schedule != "constant"
+    free = [key for key in MAY_CHANGE if not (scheduled and key == "run.steps")]
+    wrong = {key: pair for key, pair in changed.items() if key not in free}
     if wrong:
         told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
         raise ConfigError(
             f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
-            f"Settings that may change: {', '.join(MAY_CHANGE)}."
+            f"Settings that may change: {', '.join(free)}."
         )
     return changed
