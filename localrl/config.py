@@ -200,7 +200,9 @@ class RolloutConfig:
     stop_text: str | None = setting(None, "end a completion after this text, e.g. </answer>")
     replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
     replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)
-    replay_drift: float = setting(0.02, "maximum drift of a replayed group, in nats", low=0.0)
+    replay_drift: float = setting(
+        0.02, "maximum drift of a replayed group, in nats: a bias, as its tokens decide", low=0.0
+    )
     reuse: float = setting(
         0.0, "share of completions that continue a prefix of an earlier one", low=0.0, high=1.0
     )
@@ -249,7 +251,9 @@ class LearningConfig:
         low=0.0,
     )
     keep_completions: int = setting(
-        0, "completions trained per flat group, by greatest reward variance; 0: all", low=0
+        0,
+        "completions trained per flat group, by variance; over 2 different rewards: a bias; 0: all",
+        low=0,
     )
     mask_truncated: bool = setting(
         False, "leave completions cut off for length out of the update: they teach nothing, a bias"
