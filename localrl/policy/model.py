@@ -6,6 +6,7 @@ Loading goes through mlx-lm and never touches the network: a model is a folder o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
+from localrl.policy.lora import adapters_off, other_adapters
 from localrl.policy.precision import float_kinds, match_embeddings, quantise
 from localrl.policy.rope import rope_settings
 from localrl.policy.selfcheck import Check
@@ -34,6 +36,14 @@ class Policy:
     """The format of the base's floats; None if nothing was chosen."""
     checks: list[Check] = field(default_factory=list)
     """The self-checks made so far: one may be made as late as in the first update."""
+    reference: Mapping[str, mx.array] | None = None
+    """Adapters of the KL's reference, by parameter; None: the model without adapters."""
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Turn the model into the KL's reference within a context."""
+        if self.reference is None:
+            return adapters_off(self.model)
+        return other_adapters(self.model, self.reference)
 
     @property
     def sixteen_bit(self) -> bool:

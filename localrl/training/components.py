@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from localrl import backend
-from localrl.backend import mx
+from localrl.backend import mx, tree_flatten
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.engines.choose import choose_engine
@@ -181,7 +182,8 @@ def open_components(
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat)
+        planned = config.run.steps * config.learning.updates_per_step
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat, planned)
         if trains:
             _check_rounding(updater, warn)
         may_checkpoint = trains and _may_recompute(policy, warn)
@@ -378,7 +380,7 @@ def _policy(
     start: Adapter | None,
     prompts: Prompts,
 ) -> Policy:
-    return make_policy(
+    policy = make_policy(
         loaded,
         rank=config.lora.rank,
         scale=config.lora.scale,
@@ -392,3 +394,7 @@ def _policy(
         dtype=config.model.dtype,
         prompts=prompts,
     )
+    if start is None or not config.learning.kl_coef:
+        return policy
+    given: Any = tree_flatten(policy.model.trainable_parameters())
+    return replace(policy, reference=dict(given))

@@ -108,14 +108,9 @@ class Session(Components):
         return self.run.path
 
     def credit(self, step: int, scored: ScoredGroup) -> Credit:
-        """Return the group's credit, from the tracker's earlier values, weighted by the
-        objective."""
+        """Return the group's credit, weighted by the objective."""
         learning, example = self.config.learning, scored.group.example
-        value = self.tracker.value(example.tracker_key)
-        if value is None:
-            credit = assign_credit(scored)
-        else:
-            credit = assign_credit(scored, kappa=self.config.tracker_weight, prior=value)
+        credit = assign_credit(scored, kappa=self.config.tracker_weight)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
             return credit
@@ -132,7 +127,9 @@ class Session(Components):
         z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
         keep = config.learning.keep_completions
         weights = [self._leaf_weights(step, group, keep) for group in scored] if keep else None
-        return select(scored, credits, z, objective, weights)
+        return select(
+            scored, credits, z, objective, weights, mask_truncated=config.learning.mask_truncated
+        )
 
     def _leaf_weights(self, step: int, scored: ScoredGroup, keep: int) -> np.ndarray:
         address = (self.config.run.seed, step, scored.group.example.id, "keep")

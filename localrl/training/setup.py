@@ -88,7 +88,7 @@ def open_session(
             run=run,
             progress=progress,
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
-            sources=sources_of(components.model_folder, components.task, components.held_out),
+            sources=sources_of(components),
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
             forecast=Forecast.of(config, evaluates=bool(components.held_out)),
