@@ -12,7 +12,8 @@ import pytest
 from localrl.rewards.accuracy import accuracy_reward, choice_reward, reasoning_accuracy_reward
 from localrl.rewards.extract import last_boxed
 from localrl.rewards.json_answers import get_json_reward, json_reward
-from localrl.rewards.rational import last_number, read_number
+from localrl.rewards.rational import read_number
+from localrl.rewards.statements import last_number
 
 SIZE = 10_000
 

@@ -1,0 +1,229 @@
+"""Reads the number that a statement gives, or that a text ends with. Plain Python.
+
+A number counts only if it stands alone: what is stated but cannot be read as a number, such as
+`2*5`, `x > 5` or `not 5`, is no number, and nothing inside it or before it is taken instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+from localrl.rewards.measures import CHANGES, known_unit, read_unit
+from localrl.rewards.notation import CURRENCIES, MAX_ANSWER, plain, simplify
+from localrl.rewards.rational import UNSIGNED, Number, parse, value_of
+
+MAX_TAIL = 4000
+"""Characters at the end of a text in which its last number is looked for."""
+NEAR = 80
+"""Characters before and after a number that decide if it stands alone."""
+
+_IN_TEXT = re.compile(
+    r"(?:(?<![\w)\]}%^])(?<!\^\{)(?P<sign>[+-])|(?<![\w^\\])(?<!\^\{)(?<!\^-)(?<!\^\{-))"
+    rf"(?>{UNSIGNED})(?! ?\^|[²³\u2070-\u2079])"
+)
+_BOLD = re.compile(r"(?<![\w*)])(\*{1,3}|_{1,3}|`)(?=[^\s*_`])([^*_`]{1,200})(?<=\S)\1(?![\w*(])")
+_CUT_BOX = re.compile(r"\\boxed ?\{")
+
+_RETRACTED = re.compile(
+    r"\W*(?:no|not|but|or|however|hmm|maybe|perhaps|alternatively)\b"
+    r"|.*\b(?:wait|actually|wrong|incorrect|mistaken?|oops|sorry|correction|instead)\b",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"[.;] +(?=[A-Z\"'(])")
+_REASON = re.compile(r"[,;]? \(?(?:because|since|as|which|given that|i\.e\.)(?: |$)")
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|hence|then|simply|just|exactly|precisely|clearly|indeed|obviously"
+    r"|now|also|only|equal to|equals|equal|is|are|was|given by|an?|the|final|correct|answer|number"
+    r"|value|integer|fraction|total of|in total|about|approximately|around|roughly|\u2248|:|=>|=)"
+    r"(?![A-Za-z])[ ,:]*)+",
+    re.IGNORECASE,
+)
+_SUBJECT = re.compile(
+    r"(?:[A-Za-z][A-Za-z'-]* ){1,10}?"
+    r"(?:is|are|was|were|equals|has|have|had|costs?|makes?) (?=[-+0-9.$€£])"
+)
+_NEGATED = frozenset(
+    """
+    not no never neither nor none nobody nothing cannot than least most between either if unless
+    except or and half double triple twice root square cube power log minus negative plus times
+    product difference quotient remainder factorial mod digit digits base exponent
+    """.split()
+)
+_BEFORE = frozenset(
+    """
+    not or than minus negative plus times by log ln sin cos tan exp sqrt mod twice double triple
+    half except between neither nor never cannot and/or
+    """.split()
+)
+_OF = frozenset(
+    """
+    total cost price amount number value answer result distance length area volume speed rate age
+    average mean maximum minimum weight height width perimeter profit sum consists
+    """.split()
+)
+_NAME = re.compile(r"\\?[A-Za-z]\w{0,20}'?(?:_\{?\w{1,9}\}?)?|[A-Za-z]\([^()]{1,20}\)")
+_ARITHMETIC = re.compile(r"[0-9+\-*/() .,%$€£\u00f7]*")
+_WORD = re.compile(r"[A-Za-z][A-Za-z'-]+[,.]?")
+_LIST = re.compile(r"[0-9%)] ?(?:,|;|,? and|,? or)$")
+
+
+def read_statement(text: str) -> Number | None:
+    """The number that a statement is, perhaps in a few words; None if it is anything else.
+
+    Read are: a number with its unit; words such as "therefore" or "a total of" before it; a
+    sentence that ends in "is 5 apples"; the right side of an equation whose left side is a name
+    or plain arithmetic. A reason may follow, or other sentences that do not take it back.
+    """
+    if len(text) > MAX_ANSWER:
+        return None
+    line = simplify(_undecorated(text))
+    number = parse(line.rstrip(".") if not line.endswith("..") else line)
+    if number is not None:
+        return number
+    clause = _clause(line)
+    if clause is None:
+        return None
+    lead = _LEAD.match(clause)
+    body = clause[lead.end() :] if lead else clause
+    number = parse(body)
+    if number is not None or not body:
+        return number
+    left, equals, right = body.rpartition("=")
+    if equals:
+        return parse(right.strip()) if _equals(left, whole=True) else None
+    return _of_sentence(body)
+
+
+def last_number(text: str) -> Number | None:
+    """The last number in the last `MAX_TAIL` characters of a text, with its unit if it is known.
+
+    Digits inside a word (x2), exponents and their bases are skipped; powers of ten count. None if
+    the last number is a part of something else: of a sum, a list, a range, or "not 5".
+    """
+    for line in reversed(plain(_undecorated(text[-MAX_TAIL:])).split("\n")):
+        line = " ".join(line.split())
+        found = deque(_IN_TEXT.finditer(line), maxlen=1)
+        if found:
+            number = parse(line.rstrip(".") if not line.endswith("..") else line)
+            return number or _alone(found[0])
+    return None
+
+
+def _undecorated(text: str) -> str:
+    """Drop the signs of bold text, italics and code, and a box that was cut off."""
+    return _CUT_BOX.sub(" ", _BOLD.sub(r"\2", text.strip(" \t\n`")))
+
+
+def _clause(line: str) -> str | None:
+    """The first sentence of a statement without its reason; None if what follows takes it back."""
+    ends = [found for pattern in (_SENTENCE, _REASON) if (found := pattern.search(line))]
+    if not ends:
+        return line.rstrip(" .") if not line.endswith("..") else line
+    end = min(ends, key=re.Match.start)
+    return None if _RETRACTED.match(line[end.end() :]) else line[: end.start()]
+
+
+def _of_sentence(clause: str) -> Number | None:
+    subject = _SUBJECT.match(clause)
+    if subject is None or _NEGATED & {*re.split(r"[ '-]", subject[0].lower())}:
+        return None
+    return None if "n't" in subject[0] else parse(clause[subject.end() :])
+
+
+def _alone(match: re.Match[str]) -> Number | None:
+    line, sign = match.string, match["sign"]
+    before, after = line[max(match.start() - NEAR, 0) : match.start()], line[match.end() :][:NEAR]
+    currency = before[-1:] if before[-1:] and before[-1:] in CURRENCIES else ""
+    before = before.removesuffix(currency) if currency else before
+    if not (_free_before(before, after) and _free_after(after)):
+        return None
+    value = value_of(match)
+    unit = known_unit(after, currency)
+    return None if value is None else Number(-value if sign == "-" else value, unit)
+
+
+def _free_before(before: str, after: str) -> bool:
+    """True if what stands before a number leaves it what it is."""
+    text = before.rstrip()
+    if not text:
+        return True
+    if _LIST.search(text) and not re.match(r" ?[A-Za-z%$€]{2}", after):
+        return False
+    last, touching = text[-1], text == before
+    if last.isalpha() or last == "'":
+        return _word_before(text)
+    if last == "=":
+        return _equals(text[:-1])
+    if last in "-+":
+        return last == "-" and re.search(r"(?:^|[A-Za-z]{2}|[.:,;]) ?-$", text) is not None
+    if last == "(":
+        return not re.search(r"[\w)]\($", text) and _word_before(text[:-1].rstrip())
+    if last == ">":
+        return text == ">" or text[-2:] in ("=>", "->")
+    if last in ".:)" and touching:
+        return last == ":" and not text[-2:-1].isdigit()
+    return last in ",;:.?\"'\u2014\u201c\u201d\u2026\u2192\u2248#)]~&"
+
+
+def _word_before(text: str) -> bool:
+    words = re.findall(r"[A-Za-z'/]+", re.split(r"[^A-Za-z'/ -]", text)[-1].lower())[-4:]
+    if not words:
+        return True
+    last = words[-1]
+    if len(last) == 1 and last not in ("a", "i") or last in _BEFORE:
+        return False
+    if "not" in words or any(word.endswith("n't") for word in words) or last == "no":
+        return False
+    return last != "of" or (len(words) > 1 and words[-2] in _OF)
+
+
+def _equals(left: str, *, whole: bool = False) -> bool:
+    """True if the number after `left =` is what the left side is worth.
+
+    whole: True if the left side may be no list of equations, as in a statement.
+    """
+    left = left.rstrip()
+    if left[-1:] and left[-1:] in "!<>\u2260~":
+        return False
+    if whole and re.search(r",(?![0-9]{3})|;|\b(?:or|and|not)\b|[<>\u2260\u2264\u2265]", left):
+        return False
+    side = re.split(r"[,;:=](?![0-9])", left)[-1].split()
+    taken: deque[str] = deque()
+    while side and not _WORD.fullmatch(side[-1]):
+        taken.appendleft(side.pop())
+    term = " ".join(taken)
+    if side and not term and not _word_before(side[-1]):
+        return False
+    return bool(_NAME.fullmatch(term) or _ARITHMETIC.fullmatch(term))
+
+
+def _free_after(after: str) -> bool:
+    """True if what follows a number leaves it what it is."""
+    text = after.lstrip()
+    if not text:
+        return True
+    first, touching = text[0], text == after
+    if first.isalpha():
+        return _word_after(text, touching)
+    if first in ".,:":
+        return not (touching and text[1:2].isdigit()) and not text.startswith("..")
+    if first == "-":
+        return re.match(r"- ?[A-Za-z]{2}", text) is not None
+    if first == "(":
+        return not touching and re.match(r"\([A-Za-z]{2}", text) is not None
+    return first in "%°;?\"'\u2014\u201d)]$€£¥₹&#"
+
+
+def _word_after(text: str, touching: bool) -> bool:
+    words = re.findall(r"[A-Za-zµ']+", text)
+    if not words:
+        return False
+    word = words[0].lower()
+    if touching:
+        return read_unit(re.match(r"[A-Za-zµ]+(?:/[a-z]+)?[²³]?", text)[0]) is not None  # type: ignore[index]
+    if text.lower().startswith(("or so", "and so")):
+        return True
+    if word in CHANGES or "than" in (w.lower() for w in words[:2]):
+        return False
+    return len(words[0]) > 1 or words[0] in ("a", "I", "m", "g", "s", "h", "l", "L")
