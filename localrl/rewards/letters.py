@@ -18,12 +18,14 @@ _ANNOUNCED = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"(?:[\s:*_`\[\"'$]|\\(?:boxed|text|textbf|mathrm|mathbf) ?\{|(?:clearly|therefore|thus|simply"
+    r"(?:[\s:*_`\[\"$]|\\(?:boxed|text|textbf|mathrm|mathbf) ?\{|(?:clearly|therefore|thus|simply"
     r"|obviously|definitely|the|correct|right|best|option|choice|letter|answer|alternative)\b)*",
     re.IGNORECASE,
 )
 _LEADING = re.compile(
-    r"\(\s?([A-Za-z])\s?\)|([A-Z])(?![\w'\u2019^(]|\s?[-+=<>/*]\s?\w|-\w)", re.ASCII
+    r"\(\s?([A-Za-z])\s?\)|'([A-Z])'"
+    r"|([A-Z])(?![\w'\u2019^(]|\s?[-+=<>/*]\s?(?:[0-9+]|\w\b))",
+    re.ASCII,
 )
 _ARTICLE = re.compile(
     r" (?!(?:because|since|as|is|was|for|which|with|that|and|but|due|given|so|in|by)\b)[a-z]"
@@ -68,7 +70,7 @@ def chosen(text: str) -> str | None:
     text = without_thought(text)
     boxed = last_boxed(text)
     if boxed is not None:
-        return _leading(boxed)
+        return _leading(simplify(boxed))
     statement = _statement(text)
     return _of_line(last_line(text)) if statement is None else _leading(statement)
 
@@ -86,14 +88,14 @@ def _leading(text: str) -> str | None:
     text = text[:MAX_ANSWER]
     lead = _LEAD.match(text)
     text = text[lead.end() :] if lead else text
-    alone = _ALONE.fullmatch(text.rstrip("}$\"' "))
+    alone = _ALONE.fullmatch(text.rstrip("}$\" "))
     if alone:
         return alone[1].upper()
     match = _LEADING.match(text)
     if match is None:
         return None
-    letter, rest = (match[1] or match[2]).upper(), text[match.end() :].lstrip("}")
-    word = match[2] is not None and letter in "AI" and _ARTICLE.match(rest)
+    letter, rest = next(filter(None, match.groups())).upper(), text[match.end() :].lstrip("}")
+    word = match[3] is not None and letter in "AI" and _ARTICLE.match(rest)
     return None if word or _undecided(rest) else letter
 
 

@@ -17,7 +17,7 @@ _COMMANDS = {
     **dict.fromkeys(("quad", "qquad", "space"), " "),
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
     **dict.fromkeys(("times", "cdot", "ast"), "*"),
-    **dict.fromkeys(("implies", "Rightarrow", "Longrightarrow", "to", "rightarrow"), " => "),
+    **dict.fromkeys(("implies", "Rightarrow", "Longrightarrow"), " => "),
     **dict.fromkeys(("ne", "neq"), "\u2260"),
     **dict.fromkeys(("le", "leq", "leqslant"), "\u2264"),
     **dict.fromkeys(("ge", "geq", "geqslant"), "\u2265"),
@@ -37,7 +37,7 @@ _COMMANDS = {
     "pounds": "£",
 }
 """Commands that have a plain character; others stay as they are."""
-_COMMAND = re.compile(r"\\([A-Za-z]+) ?")
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
 _SYMBOLS = (
     *(("\\!", ""), ("\\,", ""), ("\\;", ""), ("\\:", ""), ("\\ ", " "), ("~", " ")),
     *(("{,}", ","), ("^{°}", "°"), ("^°", "°"), ("\\%", "%")),
@@ -61,14 +61,16 @@ _DOLLAR = re.compile(r"\$(?= ?-?[0-9])")
 _STYLED = re.compile(
     r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mathsf|operatorname|mbox) ?\{([^{}]*)\}"
 )
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered)\*?\}")
+_CROSS = re.compile(r"(?<=[0-9]) ?x ?(?=\$?[0-9])")
 _ARGUMENT = r"(?:\{([^{}]*)\}|([0-9A-Za-z\u03c0]))"
 _FRACTION = re.compile(rf"\\frac ?{_ARGUMENT} ?{_ARGUMENT}")
 _ROOT = re.compile(rf"\\sqrt ?(?:\[([^\[\]{{}}]{{1,9}})\] ?)?{_ARGUMENT}")
 _PLAIN_ROOT = re.compile(r"\u221a ?([0-9]+(?:\.[0-9]+)?|[A-Za-z\u03c0])")
 _NAMED_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt ?\(")
-_ATOM = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|[A-Za-z\u03c0]")
+_ATOM = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|[A-Za-z\u03c0]|\u221a\([^()]*\)")
 _FACTOR = re.compile(r" ?(?:[A-Za-z\u03c0](?![A-Za-z])|[0-9(\\\u221a])")
-_TIMES_POWER = re.compile(r"(?<=[0-9.]) ?[*x] ?10 ?\^ ?(?:\{([+-]?[0-9]+)\}|([+-]?[0-9]+))")
+_TIMES_POWER = re.compile(r"(?<=[0-9.]) ?\* ?10 ?\^ ?(?:\{([+-]?[0-9]+)\}|([+-]?[0-9]+))")
 _POWER = re.compile(r"(?<![\w.^{])10\^(?:\{([+-]?[0-9]+)\}|([+-]?[0-9]+))")
 
 
@@ -92,6 +94,8 @@ def plain(text: str) -> str:
         text = _without_latex(text)
     if "sqrt" in text:
         text = _NAMED_ROOT.sub("\u221a(", text)
+    if "x" in text:
+        text = _CROSS.sub("*", text)
     if "10" in text:
         text = _TIMES_POWER.sub(r"e\1\2", text)
         text = _POWER.sub(r"1e\1\2", text)
@@ -111,7 +115,7 @@ def _ascii_digit(match: re.Match[str]) -> str:
 
 
 def _without_latex(text: str) -> str:
-    text = _COMMAND.sub(_command, text)
+    text = _COMMAND.sub(_command, _ENVIRONMENT.sub(" ", text))
     for old, new in _SYMBOLS:
         text = text.replace(old, new)
     text = _STYLED.sub(r" \1", text)

@@ -21,7 +21,7 @@ _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
 _SCALED = rf"{_DECIMAL}(?: ?[eE][+-]?[0-9]+)?"
 _BRACKETED = rf"\( ?[+-]? ?{_SCALED} ?\)"
 UNSIGNED = (
-    r"(?:(?P<whole>[0-9]+) (?P<part>[1-9][0-9]*) ?/ ?(?P<parts>[0-9]+)(?![.0-9])"
+    r"(?:(?P<whole>[0-9]+) (?P<part>[1-9][0-9]*) ?/ ?(?P<parts>[0-9]+)(?!\.?[0-9])"
     rf"|(?P<top>{_SCALED}|{_BRACKETED})(?: ?/ ?(?P<bottom>[+-]?{_SCALED}|{_BRACKETED}))?)"
 )
 """Pattern of a number without a sign; `value_of` takes a match of it."""

@@ -23,6 +23,8 @@ _IN_TEXT = re.compile(
     rf"(?>{UNSIGNED})(?! ?\^|[²³\u2070-\u2079])"
 )
 _BOLD = re.compile(r"(?<![\w*)])(\*{1,3}|_{1,3}|`)(?=[^\s*_`])([^*_`]{1,200})(?<=\S)\1(?![\w*(])")
+_CLOSING = re.compile(r"(?<=[\w%)}\]\u00b0$€.])(?:\*{1,3}|`|_{1,3})(?=[\s.,;:)]|$)")
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _CUT_BOX = re.compile(r"\\boxed ?\{")
 
 _RETRACTED = re.compile(
@@ -31,17 +33,18 @@ _RETRACTED = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.;] +(?=[A-Z\"'(])")
-_REASON = re.compile(r"[,;]? \(?(?:because|since|as|which|given that|i\.e\.)(?: |$)")
+_REASON = re.compile(r"[,;]? \(?(?:because|since|as|which|given that|i\.e\.)(?: |$)|, an? ")
 _LEAD = re.compile(
     r"(?:(?:so|thus|therefore|hence|then|simply|just|exactly|precisely|clearly|indeed|obviously"
     r"|now|also|only|equal to|equals|equal|is|are|was|given by|an?|the|final|correct|answer|number"
-    r"|value|integer|fraction|total of|in total|about|approximately|around|roughly|\u2248|:|=>|=)"
+    r"|value|integer|fraction|total of|in total|about|approximately|around|roughly|\u2248|~|:|=>|=)"
     r"(?![A-Za-z])[ ,:]*)+",
     re.IGNORECASE,
 )
 _SUBJECT = re.compile(
     r"(?:[A-Za-z][A-Za-z'-]* ){1,10}?"
-    r"(?:is|are|was|were|equals|has|have|had|costs?|makes?) (?=[-+0-9.$€£])"
+    r"(?:is|are|was|were|equals|has|have|had|[a-z]+ed|sold|bought|spent|made|got|paid|took"
+    r"|costs?|makes?|takes?|needs?|gets?|earns?) (?=[-+0-9.$€£])"
 )
 _NEGATED = frozenset(
     """
@@ -53,7 +56,7 @@ _NEGATED = frozenset(
 _BEFORE = frozenset(
     """
     not or than minus negative plus times by log ln sin cos tan exp sqrt mod twice double triple
-    half except between neither nor never cannot and/or
+    half except between neither nor never cannot least most and/or
     """.split()
 )
 _OF = frozenset(
@@ -63,8 +66,9 @@ _OF = frozenset(
     """.split()
 )
 _NAME = re.compile(r"\\?[A-Za-z]\w{0,20}'?(?:_\{?\w{1,9}\}?)?|[A-Za-z]\([^()]{1,20}\)")
-_ARITHMETIC = re.compile(r"[0-9+\-*/() .,%$€£\u00f7]*")
+_ARITHMETIC = re.compile(r"[0-9+\-*/() .,%$€£\u00f7^{}²³!\u221a]*")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+[,.]?")
+_RATIO = re.compile(r"[0-9%)] (?:to|in|per|for every)$|\\[A-Za-z]+$")
 _LIST = re.compile(r"[0-9%)] ?(?:,|;|,? and|,? or)$")
 
 
@@ -78,7 +82,7 @@ def read_statement(text: str) -> Number | None:
     if len(text) > MAX_ANSWER:
         return None
     line = simplify(_undecorated(text))
-    number = parse(line.rstrip(".") if not line.endswith("..") else line)
+    number = parse(line)
     if number is not None:
         return number
     clause = _clause(line)
@@ -105,21 +109,21 @@ def last_number(text: str) -> Number | None:
         line = " ".join(line.split())
         found = deque(_IN_TEXT.finditer(line), maxlen=1)
         if found:
-            number = parse(line.rstrip(".") if not line.endswith("..") else line)
-            return number or _alone(found[0])
+            return parse(line) or _alone(found[0])
     return None
 
 
 def _undecorated(text: str) -> str:
     """Drop the signs of bold text, italics and code, and a box that was cut off."""
-    return _CUT_BOX.sub(" ", _BOLD.sub(r"\2", text.strip(" \t\n`")))
+    text = _CALCULATOR.sub("", text)  # GSM8K's notes: 48/2 = <<48/2=24>>24
+    return _CUT_BOX.sub(" ", _CLOSING.sub("", _BOLD.sub(r"\2", text.strip())))
 
 
 def _clause(line: str) -> str | None:
     """The first sentence of a statement without its reason; None if what follows takes it back."""
     ends = [found for pattern in (_SENTENCE, _REASON) if (found := pattern.search(line))]
     if not ends:
-        return line.rstrip(" .") if not line.endswith("..") else line
+        return line.rstrip(" .,;") if not line.endswith("..") else line
     end = min(ends, key=re.Match.start)
     return None if _RETRACTED.match(line[end.end() :]) else line[: end.start()]
 
@@ -135,7 +139,10 @@ def _alone(match: re.Match[str]) -> Number | None:
     line, sign = match.string, match["sign"]
     before, after = line[max(match.start() - NEAR, 0) : match.start()], line[match.end() :][:NEAR]
     currency = before[-1:] if before[-1:] and before[-1:] in CURRENCIES else ""
-    before = before.removesuffix(currency) if currency else before
+    if currency:
+        before = before[:-1]
+        if before[-2:] in ("-", " -"):
+            before, sign = before[:-1], "-"
     if not (_free_before(before, after) and _free_after(after)):
         return None
     value = value_of(match)
@@ -152,16 +159,16 @@ def _free_before(before: str, after: str) -> bool:
         return False
     last, touching = text[-1], text == before
     if last.isalpha() or last == "'":
-        return _word_before(text)
+        return not _RATIO.search(text) and _word_before(text)
     if last == "=":
         return _equals(text[:-1])
     if last in "-+":
-        return last == "-" and re.search(r"(?:^|[A-Za-z]{2}|[.:,;]) ?-$", text) is not None
+        return text == "-"  # a list's item
     if last == "(":
-        return not re.search(r"[\w)]\($", text) and _word_before(text[:-1].rstrip())
+        return not re.search(r"[\w)\]]\($", text) and _word_before(text[:-1].rstrip())
     if last == ">":
         return text == ">" or text[-2:] in ("=>", "->")
-    if last in ".:)" and touching:
+    if last in ".:)]" and touching:
         return last == ":" and not text[-2:-1].isdigit()
     return last in ",;:.?\"'\u2014\u201c\u201d\u2026\u2192\u2248#)]~&"
 
@@ -183,11 +190,13 @@ def _equals(left: str, *, whole: bool = False) -> bool:
 
     whole: True if the left side may be no list of equations, as in a statement.
     """
-    left = left.rstrip()
     if left[-1:] and left[-1:] in "!<>\u2260~":
         return False
+    left = left.rstrip()
     if whole and re.search(r",(?![0-9]{3})|;|\b(?:or|and|not)\b|[<>\u2260\u2264\u2265]", left):
         return False
+    if re.search(r"=[^=]*(?:,(?![0-9]{3})|;|\b(?:or|and)\b)[^=]*$", left):
+        return False  # x = 3 or x = 5
     side = re.split(r"[,;:=](?![0-9])", left)[-1].split()
     taken: deque[str] = deque()
     while side and not _WORD.fullmatch(side[-1]):
@@ -208,11 +217,15 @@ def _free_after(after: str) -> bool:
         return _word_after(text, touching)
     if first in ".,:":
         return not (touching and text[1:2].isdigit()) and not text.startswith("..")
+    if first == "/":
+        return bool(known_unit(text))
     if first == "-":
         return re.match(r"- ?[A-Za-z]{2}", text) is not None
     if first == "(":
         return not touching and re.match(r"\([A-Za-z]{2}", text) is not None
-    return first in "%°;?\"'\u2014\u201d)]$€£¥₹&#"
+    if first in "%°":
+        return _free_after(re.sub(r"^[%°](?: ?[CF]\b)?", "", text))
+    return first in ";\"'\u2014\u201d)]$€£¥₹&#"
 
 
 def _word_after(text: str, touching: bool) -> bool:
