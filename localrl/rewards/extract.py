@@ -13,7 +13,8 @@ GSM8K = "####"
 
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _ANSWER_IS = re.compile(
-    r"answer[\s*_`\"]{0,4}(?:is\b(?! (?:correct|right|reasonable|valid|verified|consistent)\b)|:|=)",
+    r"answer[\s*_`\"]{0,4}"
+    r"(?:is\b(?! (?:correct|right|reasonable|valid|verified|consistent)\b)|:|=)",
     re.IGNORECASE,
 )
 _DECORATION = re.compile(r"(?:[\s:*_`]|\$\$?(?=\s)|\\[\[(])*")

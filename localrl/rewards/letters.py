@@ -31,7 +31,8 @@ _ARTICLE = re.compile(
     r" (?!(?:because|since|as|is|was|for|which|with|that|and|but|due|given|so|in|by)\b)[a-z]"
 )
 _SEVERAL = re.compile(
-    r"[)\]*_`\"'} .:]*(?:[,;/&]|\b(?:or|and|nor)\b)[ (*]*(?:(?:or|and|nor|maybe)\b[ (*]*)?[A-Z]\b(?!')"
+    r"[)\]*_`\"'} .:]*(?:[,;/&]|\b(?:or|and|nor)\b)[ (*]*"
+    r"(?:(?:or|and|nor|maybe)\b[ (*]*)?[A-Z]\b(?!')"
 )
 _TAKEN_BACK = re.compile(
     r"\W*(?:(?:no|or|hmm)\b|(?:is|was) (?:not|wrong|incorrect|false|n't)\b)"
@@ -88,7 +89,7 @@ def _leading(text: str) -> str | None:
     text = text[:MAX_ANSWER]
     lead = _LEAD.match(text)
     text = text[lead.end() :] if lead else text
-    alone = _ALONE.fullmatch(text.rstrip("}$\" "))
+    alone = _ALONE.fullmatch(text.rstrip('}$" '))
     if alone:
         return alone[1].upper()
     match = _LEADING.match(text)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from localrl.rewards.vocabulary import NO_NOUNS
+
 LONGEST = 60
 """Maximum characters in a unit."""
 
@@ -87,25 +89,6 @@ _APART = frozenset(["m", "l", "h", "in"])
 _LARGE = re.compile(r"[MKBTG]\b")
 """Capitals that alone stand for millions and the like."""
 
-CHANGES = frozenset(
-    """
-    hundred hundreds thousand thousands million millions billion billions trillion trillions
-    quadrillion dozen dozens gross lakh lakhs crore crores mln bln bn mn tn half halves third thirds quarter
-    quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths
-    tenth tenths twelfths hundredth hundredths thousandth thousandths millionth millionths
-    and or to than plus minus times over divided multiplied mod modulo choose root roots power
-    squared cubed factorial pi tau phi theta infinity sqrt log sin cos tan exp not no never nor
-    neither wrong incorrect false out unless except if but versus until through twice double
-    triple fold point
-    """.split()
-)
-"""Words after a number that make another one of it, or none."""
-_NO_NOUNS = CHANGES | frozenset(
-    """
-    because since as which where when who that this is are was were will would can could should may
-    might must has have had be been if then else
-    """.split()
-)
 _ALTOGETHER = re.compile(
     r"(?:in total|in all|altogether|total|overall|left|remaining|each|more|short)\b ?"
 )
@@ -127,7 +110,7 @@ def read_unit(rest: str, currency: str = "") -> str | None:
     unit, words = _measure(text)
     if unit in _APART and not (apart and (unit != "in" or not words)):
         return None
-    if words and not (unit or apart) or _NO_NOUNS & {*re.split("[ '-]", words)}:
+    if (words and not (unit or apart)) or NO_NOUNS & {*re.split("[ '-]", words)}:
         return None
     if words and not (_WORDS if unit else _NOUNS).fullmatch(words):
         return None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import deque
 
-from localrl.rewards.measures import CHANGES, known_unit, read_unit
+from localrl.rewards.measures import known_unit, read_unit
 from localrl.rewards.notation import CURRENCIES, MAX_ANSWER, plain, simplify
 from localrl.rewards.rational import UNSIGNED, Number, parse, value_of
+from localrl.rewards.vocabulary import AMOUNTS, CHANGES, REFUSED_BEFORE, REFUSED_IN_SUBJECT
 
 MAX_TAIL = 4000
 """Characters at the end of a text in which its last number is looked for."""
@@ -45,25 +46,6 @@ _SUBJECT = re.compile(
     r"(?:[A-Za-z][A-Za-z'-]* ){1,10}?"
     r"(?:is|are|was|were|equals|has|have|had|[a-z]+ed|sold|bought|spent|made|got|paid|took"
     r"|costs?|makes?|takes?|needs?|gets?|earns?) (?=[-+0-9.$€£])"
-)
-_NEGATED = frozenset(
-    """
-    not no never neither nor none nobody nothing cannot than least most between either if unless
-    except or and half double triple twice root square cube power log minus negative plus times
-    product difference quotient remainder factorial mod digit digits base exponent
-    """.split()
-)
-_BEFORE = frozenset(
-    """
-    not or than minus negative plus times by log ln sin cos tan exp sqrt mod twice double triple
-    half except between neither nor never cannot least most and/or
-    """.split()
-)
-_OF = frozenset(
-    """
-    total cost price amount number value answer result distance length area volume speed rate age
-    average mean maximum minimum weight height width perimeter profit sum consists
-    """.split()
 )
 _NAME = re.compile(r"\\?[A-Za-z]\w{0,20}'?(?:_\{?\w{1,9}\}?)?|[A-Za-z]\([^()]{1,20}\)")
 _ARITHMETIC = re.compile(r"[0-9+\-*/() .,%$€£\u00f7^{}²³!\u221a]*")
@@ -130,7 +112,7 @@ def _clause(line: str) -> str | None:
 
 def _of_sentence(clause: str) -> Number | None:
     subject = _SUBJECT.match(clause)
-    if subject is None or _NEGATED & {*re.split(r"[ '-]", subject[0].lower())}:
+    if subject is None or REFUSED_IN_SUBJECT & {*re.split(r"[ '-]", subject[0].lower())}:
         return None
     return None if "n't" in subject[0] else parse(clause[subject.end() :])
 
@@ -178,11 +160,11 @@ def _word_before(text: str) -> bool:
     if not words:
         return True
     last = words[-1]
-    if len(last) == 1 and last not in ("a", "i") or last in _BEFORE:
+    if (len(last) == 1 and last not in ("a", "i")) or last in REFUSED_BEFORE:
         return False
     if "not" in words or any(word.endswith("n't") for word in words) or last == "no":
         return False
-    return last != "of" or (len(words) > 1 and words[-2] in _OF)
+    return last != "of" or (len(words) > 1 and words[-2] in AMOUNTS)
 
 
 def _equals(left: str, *, whole: bool = False) -> bool:
