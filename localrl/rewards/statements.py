@@ -49,9 +49,15 @@ _SUBJECT = re.compile(
 )
 _NAME = re.compile(r"\\?[A-Za-z]\w{0,20}'?(?:_\{?\w{1,9}\}?)?|[A-Za-z]\([^()]{1,20}\)")
 _ARITHMETIC = re.compile(r"[0-9+\-*/() .,%$€£\u00f7^{}²³!\u221a]*")
+_TOUCHING = re.compile(r"[A-Za-zµ]+(?:/[a-z]+)?[²³]?")
+_REFUSED_AFTER = re.compile(
+    r"(?:[a-z]+ )?than\b|at (?:the )?(?:least|most)\b"
+    r"|(?:is|was) (?:[a-z]+ )?(?:not|wrong|incorrect)\b|(?:is|was)n't\b",
+    re.IGNORECASE,
+)
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+[,.]?")
-_RATIO = re.compile(r"[0-9%)] (?:to|in|per|for every)$|\\[A-Za-z]+$")
-_LIST = re.compile(r"[0-9%)] ?(?:,|;|,? and|,? or)$")
+_RATIO = re.compile(r"(?:[0-9%)] (?:to|in|per|for every)|\bup to|or equal to)$|\\[A-Za-z]+$")
+_LIST = re.compile(r"(?:[0-9%)\u221e\u2026]|\.\.|dots) ?(?:,|;|,? and|,? or)$")
 
 
 def read_statement(text: str) -> Number | None:
@@ -125,6 +131,8 @@ def _alone(match: re.Match[str]) -> Number | None:
         before = before[:-1]
         if before[-2:] in ("-", " -"):
             before, sign = before[:-1], "-"
+    if match["top"] and match["top"][0] == "(":
+        before += "("
     if not (_free_before(before, after) and _free_after(after)):
         return None
     value = value_of(match)
@@ -147,11 +155,11 @@ def _free_before(before: str, after: str) -> bool:
     if last in "-+":
         return text == "-"  # a list's item
     if last == "(":
-        return not re.search(r"[\w)\]]\($", text) and _word_before(text[:-1].rstrip())
+        return not re.search(r"[\w)\]}'\u221a^]\($", text) and _word_before(text[:-1].rstrip())
     if last == ">":
         return text == ">" or text[-2:] in ("=>", "->")
-    if last in ".:)]" and touching:
-        return last == ":" and not text[-2:-1].isdigit()
+    if last in ".:)]?~" and touching:
+        return last in ":~" and not text[-2:-1].isdigit()
     return last in ",;:.?\"'\u2014\u201c\u201d\u2026\u2192\u2248#)]~&"
 
 
@@ -202,7 +210,7 @@ def _free_after(after: str) -> bool:
     if first == "/":
         return bool(known_unit(text))
     if first == "-":
-        return re.match(r"- ?[A-Za-z]{2}", text) is not None
+        return re.match(r"- ?(?!fold)[A-Za-z]{2}", text) is not None
     if first == "(":
         return not touching and re.match(r"\([A-Za-z]{2}", text) is not None
     if first in "%°":
@@ -211,14 +219,11 @@ def _free_after(after: str) -> bool:
 
 
 def _word_after(text: str, touching: bool) -> bool:
-    words = re.findall(r"[A-Za-zµ']+", text)
-    if not words:
-        return False
-    word = words[0].lower()
+    unit = _TOUCHING.match(text)
     if touching:
-        return read_unit(re.match(r"[A-Za-zµ]+(?:/[a-z]+)?[²³]?", text)[0]) is not None  # type: ignore[index]
-    if text.lower().startswith(("or so", "and so")):
-        return True
-    if word in CHANGES or "than" in (w.lower() for w in words[:2]):
+        return unit is not None and read_unit(unit[0]) is not None
+    if _REFUSED_AFTER.match(text):
         return False
-    return len(words[0]) > 1 or words[0] in ("a", "I", "m", "g", "s", "h", "l", "L")
+    word = re.split(r"[^A-Za-z']", text, maxsplit=1)[0]
+    known = len(word) > 1 or word in ("a", "m", "g", "s", "h", "l", "L")
+    return known and (word.lower() not in CHANGES or text.lower().startswith("or so"))

@@ -9,7 +9,8 @@ def _set(words: str) -> frozenset[str]:
 
 CHANGES = _set("""
     hundred hundreds thousand thousands million millions billion billions trillion trillions
-    quadrillion dozen dozens gross lakh lakhs crore crores mln bln bn mn tn half halves third thirds
+    quadrillion dozen dozens gross grand score pair
+    pairs lakh lakhs crore crores mln bln bn mn tn mil mio half halves third thirds
     quarter quarters fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth
     ninths tenth tenths twelfths hundredth hundredths thousandth thousandths millionth millionths
     and or to than plus minus times over divided multiplied mod modulo choose root roots power
@@ -27,7 +28,10 @@ NO_NOUNS = CHANGES | _set("""
 
 REFUSED_BEFORE = _set("""
     not or than minus negative plus times by log ln sin cos tan exp sqrt mod twice double triple
-    half except between neither nor never cannot least most
+    half except between neither nor never cannot least most thrice over under above below almost
+    nearly hardly exceeds exceed like unlike but lg lb arcsin arccos arctan sinh cosh tanh page step
+    chapter problem equation figure section exercise question base digit case january february march
+    april june july august september october november december
 """)
 """Words directly before a number that make another one of it, or none."""
 
