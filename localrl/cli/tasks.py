@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from localrl.cli.options import columns
+from localrl.errors import DataError
 
 if TYPE_CHECKING:
     from localrl.diagnostics.inspect_task import TaskReport
@@ -72,6 +73,8 @@ def show(name: str, count: int, **options: Any) -> None:
 def check(name: str, count: int, **options: Any) -> None:
     """Check a task before training on it: prompts, held-out rows, gold answers, reward time.
 
+    Ends with exit code 4 if no gold answer scores.
+
     \b
       localrl tasks check problems.jsonl --reward my_rewards.py:score --model path/to/model
     """
@@ -96,6 +99,12 @@ def check(name: str, count: int, **options: Any) -> None:
         for line in _lines(report, rollout.max_prompt_tokens):
             click.echo(line)
         _examples(opened, count)
+    if report.learns_nothing:
+        raise DataError(
+            f"A run on {name} would learn nothing: {report.learns_nothing}. If another column has "
+            "the answers, name it with --columns answer=COLUMN; if a completion has to say more "
+            "than the answer, accept the answer alone too, or choose another --reward."
+        )
 
 
 class _Opened(NamedTuple):

@@ -162,6 +162,7 @@ def open_components(
         held_out = task.evaluation(config.task.held_out)
         check_columns(task, held_out, scorer)
         tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
+        scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
         _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         if trains and plan is None and environments is None:
             beat(Work("trying the rewards on gold answers"))
