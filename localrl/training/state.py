@@ -84,6 +84,11 @@ MAY_CHANGE = (
 )
 """Settings that may change when a run is resumed: none of them changes the result of a step."""
 
+MAY_RISE = ("rollout.max_prompt_tokens",)
+"""Settings that may only be raised: what they allowed before stays as it was."""
+SINCE = ("model.template_date",)
+"""Settings that older runs have no value of, and every run gets one."""
+
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
 
@@ -324,6 +329,13 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousR
         yield PreviousRun(run, read(newest) if newest else None, changed)
 
 
+def day_of_run(config: RunConfig) -> str | None:
+    """Return the day that chat templates see in the run of `config.run.out`; None if it says none,
+    or if there is no run."""
+    file = Path(config.run.out or "") / "config.toml"
+    return RunConfig.of_run(file).model.template_date if file.is_file() else None
+
+
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ, by key.
 
@@ -334,11 +346,16 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
         for key in keys()
         if key != "run.out" and (was := old.value(key)) != (now := new.value(key))
     }
-    wrong = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+    wrong = {key: pair for key, pair in changed.items() if not _may_change(key, *pair)}
     if wrong:
         told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
         raise ConfigError(
             f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
-            f"Settings that may change: {', '.join(MAY_CHANGE)}."
+            f"Settings that may change: {', '.join(MAY_CHANGE)}; "
+            f"that may be raised: {', '.join(MAY_RISE)}."
         )
     return changed
+
+
+def _may_change(key: str, was: Any, now: Any) -> bool:
+    return key in MAY_CHANGE or (key in MAY_RISE and now > was) or (key in SINCE and was is None)
