@@ -5,7 +5,8 @@ Pure functions of rendered texts and of a tokenizer's own encoding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from localrl.errors import ConfigError
@@ -46,21 +47,28 @@ def begins_with(inner: Any) -> tuple[int, ...]:
     return tuple(whole[: starts[0]]) if starts else ()
 
 
-def end_of_turn(text: str, inner: Any) -> int | None:
-    """Return the token that ends the model's turn in a rendered `EXCHANGE`.
+def end_of_turn(last: str, middle: str, inner: Any, named: Collection[int]) -> int | None:
+    """Return the token that ends the model's turn, as the chat template writes it.
 
-    inner: the tokenizer. None if the template ends a turn with plain text or with nothing. A token
-    that opens the turn does not end it: some templates always write the beginning of another one.
+    last: a rendered `EXCHANGE`. middle: one that goes on with another question. inner: the
+    tokenizer. named: tokens known to end a turn; one of them is preferred.
+
+    None if the template ends a turn with plain text or with nothing.
     """
-    head, _, after = text.rpartition(STAND_IN)
-    added = inner.added_tokens_decoder
 
     def encode(part: str) -> list[int]:
         return inner.encode(part, add_special_tokens=False)
 
-    ids = encode(after.lstrip())
-    opening = [token for token in encode(head.rpartition(ASKED)[2]) if token in added]
-    return ids[0] if ids and ids[0] in added and ids[0] not in opening[-1:] else None
+    ids, others = (
+        encode(text.rpartition(STAND_IN)[2].lstrip()) if STAND_IN in text else []
+        for text in (last, middle)
+    )
+    # What follows only the last turn ends the text, or begins the model's next turn.
+    pairs = zip(ids, others or ids, strict=False)
+    ending = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    known = [token for token in ending if token in named]
+    added = [token for token in ending[:1] if token in inner.added_tokens_decoder]
+    return next(iter([*known, *added]), None)
 
 
 def named_ends(inner: Any, texts: Sequence[str]) -> Iterator[int]:

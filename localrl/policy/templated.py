@@ -30,7 +30,8 @@ def turn_marks(tokenizer: Tokenizer) -> tuple[str, ...]:
         text = tokenizer.render(EXCHANGE)
     except DataError:
         return FOREIGN
-    special = [token for token in tokenizer.inner.all_special_tokens if token in text]
+    added = tokenizer.inner.added_tokens_decoder.values()
+    special = [token.content for token in added if token.special and token.content in text]
     opening = text.partition(ASKED)[0].strip().rpartition("\n")[2]
     plain = [opening] if len(opening) >= SHORTEST and not opening.isalnum() else []
     return tuple(dict.fromkeys(mark for mark in (*special, *plain, *FOREIGN) if len(mark) > 1))

@@ -266,11 +266,13 @@ def _rendered_end(tokenizer: Tokenizer) -> int | None:
     """
     if tokenizer.chat is None:
         return None
-    try:
-        text = tokenizer.render(EXCHANGE, add_generation_prompt=False)
-    except DataError:  # it renders no such turn
+    last, middle = tokenizer.attempt(
+        [EXCHANGE, (*EXCHANGE, EXCHANGE[0])], add_generation_prompt=False
+    )
+    if isinstance(last, DataError):  # it renders no such turn
         return None
-    return end_of_turn(text, tokenizer.inner)
+    more = "" if isinstance(middle, DataError) else middle
+    return end_of_turn(last, more, tokenizer.inner, tokenizer.end_ids)
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Exampl
     if own is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": read_text(place, "system", own)}, *messages)
     answer, tools = _answer(row), _tools(place, row)
-    _check_unicode(place, messages, answer, tools)
+    _check_unicode(place, messages, answer, tools, row.get("id"))
     given = row.get("id")
     made = prompt_hash(messages, answer)[:12]
     return Example(
