@@ -48,10 +48,17 @@ def check_prompts(
     if bad:
         raise DataError(tell_bad(bad, len(examples)))
     _check_vocabulary(unread, len(examples), tokenizer, name)
+    warn_of_prompts(examples, tokenizer, warn)
+    return lengths
+
+
+def warn_of_prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, warn: Callable[[str], None]
+) -> None:
+    """Warn of prompts that are probably not what they should be."""
     _warn_of_templated(examples, tokenizer, warn)
     _warn_of_begun(examples, warn)
     _warn_of_tools(examples, tokenizer, warn)
-    return lengths
 
 
 def tell_overlong(examples: Sequence[Example], long: Mapping[str, int], most: int) -> str:
