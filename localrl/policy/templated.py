@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from localrl.errors import DataError
 from localrl.policy.prompt_format import ASKED, EXCHANGE
 from localrl.policy.tokenizer import Tokenizer
+from localrl.records import Example
 
 FOREIGN = (
     "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|start|>", "[INST]", "<|user|>",
@@ -37,10 +38,16 @@ def turn_marks(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(dict.fromkeys(mark for mark in (*special, *plain, *FOREIGN) if len(mark) > 1))
 
 
-def find_mark(contents: Sequence[str], marks: Sequence[str]) -> str | None:
-    """Return the first of these marks in the contents; None if there is none."""
+def find_templated(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[Example, str]]:
+    """Return the examples whose prompts are in a template's format, each with what shows it."""
+    marks = turn_marks(tokenizer)
     if not marks:
-        return None
-    pattern = re.compile("|".join(map(re.escape, marks)))  # compiled once, by re's own cache
-    found = next(filter(None, map(pattern.search, contents)), None)
-    return found and found.group()
+        return []
+    search = re.compile("|".join(map(re.escape, marks))).search
+    found = []
+    for example in examples:
+        contents = (str(message.get("content", "")) for message in example.messages)
+        match = next(filter(None, map(search, contents)), None)
+        if match:
+            found.append((example, match.group()))
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from localrl.errors import ConfigError, DataError
-from localrl.policy.templated import find_mark, turn_marks
+from localrl.policy.templated import find_templated
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example
 from localrl.tasks.rows import LISTED, tell_bad
@@ -92,12 +92,7 @@ def _check_vocabulary(
 def _warn_of_templated(
     examples: Sequence[Example], tokenizer: Tokenizer, warn: Callable[[str], None]
 ) -> None:
-    marks = turn_marks(tokenizer)
-    found = [
-        (example, mark)
-        for example in examples
-        if (mark := find_mark([str(m.get("content", "")) for m in example.messages], marks))
-    ]
+    found = find_templated(examples, tokenizer)
     if found:
         example, mark = found[0]
         warn(

@@ -16,7 +16,7 @@ from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.policy.prompt_format import continued
 from localrl.policy.roundtrip import check_tokenizer, find_faults
-from localrl.policy.templated import find_mark, turn_marks
+from localrl.policy.templated import find_templated
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.policy.turns import read_calls
 from localrl.records import Example
@@ -128,7 +128,7 @@ def test_prompts_as_they_are(opened):
     raw = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n"
     text = tokenizer.inner.decode(list(tokenizer.encode([{"role": "user", "content": raw}])))
     assert text == f"<s>{raw}"
-    assert turn_marks(tokenizer) == ()
+    assert find_templated([Example("e", ({"role": "user", "content": raw},))], tokenizer) == []
     with pytest.raises(DataError, match="Without a chat template"):
         tokenizer.encode([USER], tools=[{"type": "function"}])
     with pytest.raises(ConfigError, match="no enable_thinking"):
@@ -246,7 +246,9 @@ def test_the_day_that_templates_see_is_fixed(opened):
     ],
 )
 def test_prompts_in_a_templates_format_are_noticed(opened, template, content, mark):
-    assert find_mark([content], turn_marks(opened(template))) == mark
+    example = Example("e", (USER, {"role": "user", "content": content}))
+    found = find_templated([Example("fine", (USER,)), example], opened(template))
+    assert found == ([(example, mark)] if mark else [])
 
 
 HERMES = "{% if tools %}<tool_call>{{ tool_call.name }}{% endif %}" + CHATML
