@@ -14,6 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ docs/strategies.md."""
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
+DATE = r"\d{4}-\d\d-\d\d"
 LIMIT_FORM = r"(?i)\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB|%)\s*"
 """Pattern of a size or a share, as `localrl.memory.limit` reads it."""
 
@@ -97,6 +99,13 @@ class ModelConfig:
     path: str | None = setting(None, "model folder, GGUF file, or user/name; unset: embedded")
     quantize: int = setting(0, "quantise to 4 or 8 bits when loading; 0: as stored")
     thinking: str = setting("auto", "thinking mode of models that have one", choices=THINKING)
+    chat_template: str = setting(
+        "auto", "off: prompts are texts given to the model as they are", choices=("auto", "off")
+    )
+    template_date: str | None = setting(
+        None, "the date that chat templates see, YYYY-MM-DD; unset: the run's first day", form=DATE
+    )
+    end_tokens: tuple[str, ...] = setting((), "more tokens that end a turn, e.g. <|im_end|>")
     device: str = setting(
         "auto", "MLX's own choice (Metal on a Mac), or the CPU of any machine", choices=DEVICES
     )
@@ -145,6 +154,9 @@ class TaskConfig:
     rewards: tuple[str, ...] = setting((), "rewards, as file.py:name; unset: the task's own")
     reward_weights: tuple[float, ...] = setting((), "one weight per reward; unset: all 1")
     system: str | None = setting(None, "system message for data without one")
+    filter_overlong_prompts: bool = setting(
+        False, "leave out rows with prompts above rollout.max_prompt_tokens, and say how many"
+    )
     environment: str | None = setting(
         None, "environment to interact with, as file.py:Name; unset: the task's own"
     )
@@ -206,7 +218,9 @@ class RolloutConfig:
     reuse: float = setting(
         0.0, "share of completions that continue a prefix of an earlier one", low=0.0, high=1.0
     )
-    max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
+    max_prompt_tokens: int = setting(
+        512, "a longer prompt is an error, see task.filter_overlong_prompts", low=1
+    )
     max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
     max_turns: int = setting(8, "maximum model turns per completion, with environments", low=1)
     temperature: float = setting(1.0, "temperature of sampling and scoring", low=0.01, high=100.0)
@@ -466,8 +480,12 @@ def _spec(key: str) -> dataclasses.Field[Any]:
 
 
 def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
-    """Check a value against the field's type and range; only an int is converted, to float."""
+    """Check a value against the field's type and range.
+
+    Only an int is converted, to float, and a date of TOML, to text.
+    """
     kind = str(spec.type).split(" | ")[0]
+    value = value.isoformat() if isinstance(value, date) else value
     if value is None and "None" in str(spec.type):
         return None
     if kind.startswith("tuple["):

@@ -42,8 +42,9 @@ class Example:
 
     id: str
     """Identifier, stable across runs and machines; unique within a task."""
-    messages: tuple[Mapping[str, str], ...]
-    """Chat messages, each with `role` and `content`."""
+    messages: tuple[Mapping[str, Any], ...]
+    """Chat messages, each with `role` and mostly `content`. If the last is the assistant's, it is
+    the beginning of a turn that the model continues."""
     answer: Any = None
     """Gold answer that rewards compare with."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -53,10 +54,20 @@ class Example:
     text, as in TRL, not as chat messages."""
     tracker_key: str = ""
     """Key under which the tracker counts: the id, or family/difficulty for endless tasks."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of functions, which the chat template shows to the model."""
+    place: str = field(default="", compare=False)
+    """Place of the row in the user's data, for messages: `file, line n`."""
 
     def __post_init__(self) -> None:
         if not self.tracker_key:
             object.__setattr__(self, "tracker_key", self.id)
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the model's turn that the prompt gives; empty if it gives none."""
+        last = self.messages[-1]
+        return last["content"] if last["role"] == "assistant" else ""
 
 
 @dataclass(frozen=True, eq=False)

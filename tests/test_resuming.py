@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,26 @@ def test_settings_that_would_make_another_run_may_not_change(tiny_folder, tmp_pa
     assert event["changed"] == {"run.steps": {"was": 6, "is": 7}}
     steps = [m["step"] for m in read_jsonl(tmp_path / "run/metrics.jsonl") if "reward" in m]
     assert steps == list(range(1, 8))
+
+
+def test_a_resumed_run_keeps_its_day_and_may_allow_longer_prompts(
+    tiny_folder, tmp_path, monkeypatch
+):
+    same = stopped(tiny_folder, tmp_path / "run")
+    began = RunConfig.of_run(tmp_path / "run" / "config.toml").model.template_date
+    assert began == date.today().isoformat()
+
+    class Later(date):
+        @classmethod
+        def today(cls):
+            return date(2099, 1, 1)
+
+    monkeypatch.setattr("localrl.training.setup.date", Later)
+    train(same.replace("rollout.max_prompt_tokens", 4000), resume=True)
+    now = RunConfig.of_run(tmp_path / "run" / "config.toml")
+    assert (now.model.template_date, now.rollout.max_prompt_tokens) == (began, 4000)
+    other = train(config(tiny_folder, tmp_path / "other", **{"run.steps": 0}))
+    assert RunConfig.of_run(other.folder / "config.toml").model.template_date == "2099-01-01"
 
 
 def test_another_model_or_other_data_are_another_run(tiny_folder, tmp_path):

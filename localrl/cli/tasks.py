@@ -81,6 +81,7 @@ def check(name: str, count: int, **options: Any) -> None:
     from localrl.config import RunConfig
     from localrl.diagnostics.inspect_task import inspect_task
     from localrl.tasks.loading import is_data
+    from localrl.training.prompt_checks import warn_of_prompts
     from localrl.training.reward_checks import check_columns
 
     rollout = RunConfig().rollout
@@ -95,6 +96,7 @@ def check(name: str, count: int, **options: Any) -> None:
             gold=is_data(name),
             environments=opened.environments,
         )
+        warn_of_prompts(_shown(opened.task, report.training), opened.tokenizer, _warn)
         _head(opened)
         for line in _lines(report, rollout.max_prompt_tokens):
             click.echo(line)

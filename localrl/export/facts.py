@@ -21,12 +21,14 @@ from localrl.tasks.builtin import list_tasks
 
 SETTINGS = (
     "model.quantize",
+    "model.chat_template",
     "lora.rank",
     "lora.scale",
     "lora.layers",
     "lora.keys",
     "task.train_prompts",
     "task.eval_prompts",
+    "task.filter_overlong_prompts",
     "task.cut_reward",
     "task.eval_temperature",
     "task.reward_weights",

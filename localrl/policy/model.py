@@ -105,13 +105,12 @@ def load_model(
     folder: Path,
     *,
     quantize: int = 0,
-    thinking: str = "auto",
     tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """Load a model folder through mlx-lm; weights are read when first used.
 
-    quantize: bits per weight; 0 leaves them as stored. thinking: see `load_tokenizer`.
-    tokenizer: the folder's tokenizer, if it has already been loaded.
+    quantize: bits per weight; 0 leaves them as stored. tokenizer: the folder's tokenizer, if it has
+    already been loaded.
 
     Raises: ConfigError if the folder is refused or cannot be read as a model.
     """
@@ -123,7 +122,7 @@ def load_model(
     def read() -> Any:
         return _read(folder, config, quantize)
 
-    return LoadedModel(read(), tokenizer or load_tokenizer(folder, thinking=thinking), read)
+    return LoadedModel(read(), tokenizer or load_tokenizer(folder), read)
 
 
 def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:

@@ -28,6 +28,7 @@ from localrl.memory.plan import PlanRequest, PromptLength, cache_bytes
 from localrl.memory.sizes import Sizes
 from localrl.policy.loading import find_model
 from localrl.policy.model import LoadedModel, Policy, load_model, read_shape
+from localrl.policy.roundtrip import check_tokenizer
 from localrl.policy.scoring import group_logprobs
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.processes.heartbeat import Heartbeat
@@ -50,13 +51,11 @@ from localrl.training.memory_plan import (
     with_engine,
     worth_measuring,
 )
-from localrl.training.prompt_lengths import measure
+from localrl.training.prompt_lengths import read_prompts
 from localrl.training.reward_checks import check_columns, check_rewards
 from localrl.training.sampler import Rescore, Sampler
 from localrl.training.validate import check, fit_prompts
 
-SOME = 8
-"""Number of examples checked before a run."""
 ROUNDING = 0.01
 """Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in
 bfloat16, over 25 tokens."""
@@ -153,24 +152,32 @@ def open_components(
         memory_limit_bytes=config.task.reward_memory_mb * 2**20,
     ) as worker:
         task = open_task(config.task, resolved.rewards, worker)
-        if trains:
-            config = fit_prompts(config, task, warn)
-            resolved = replace(resolved, config=config)
         check(config, resolved.shape, task)
         task, environments = with_environments(config.task, task, worker, warn)
         scorer = Scorer(task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=beat)
         held_out = task.evaluation(config.task.held_out)
         check_columns(task, held_out, scorer)
-        tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
+        tokenizer = _tokenizer(resolved, warn)
         scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
-        _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         if trains and plan is None and environments is None:
             beat(Work("trying the rewards on gold answers"))
             trial = Scorer(task.rewards, worker, warn)  # the run's own counts stay at zero
             gold = is_data(config.task.name)
             check_rewards(task, trial, tokenizer, warn, gold=gold)
         beat(Work("reading the task's prompts"))
-        prompts = measure(config, task, held_out, tokenizer, trains=trains)
+        task, prompts = read_prompts(
+            config,
+            task,
+            tokenizer,
+            warn,
+            trains=trains,
+            environments=environments,
+            beat=lambda: beat(Work("reading the task's prompts")),
+        )
+        held_out = task.evaluation(config.task.held_out)
+        if trains:
+            config = fit_prompts(config, task, warn)
+            resolved = replace(resolved, config=config)
         turns = environments is not None
         request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
@@ -233,7 +240,9 @@ def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> Loaded
     wish = resolved.config.model
     mx.reset_peak_memory()  # the peak of an earlier run in this process does not count
     return load_model(
-        resolved.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
+        resolved.model_folder,
+        quantize=wish.quantize,
+        tokenizer=tokenizer or load_tokenizer(resolved.model_folder, wish),
     )
 
 
@@ -286,7 +295,7 @@ def _trial_prompts(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Promp
     if dtype in ("bf16", "fp32") or (dtype == "auto" and backend.describe().device == "cpu"):
         return ()
     size = min(TRIED, task.train_size or TRIED)
-    return tokenizer.encode_all([task.train(i).messages for i in range(size)])
+    return tokenizer.encode_prompts([task.train(i) for i in range(size)])
 
 
 def _may_recompute(policy: Policy, warn: Callable[[str], None]) -> bool:
@@ -312,24 +321,6 @@ def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) ->
     if found.startswith("UNSAFE"):
         warn(found)
     return found
-
-
-def _check_vocabulary(
-    tokenizer: Tokenizer, task: Task, held_out: Sequence[Example], folder: Path
-) -> None:
-    """Check that the model has tokens for the task's first prompts.
-
-    Raises: ConfigError if it does not.
-    """
-    size = min(SOME, task.train_size or SOME)
-    examples = [*map(task.train, range(size)), *held_out[:SOME]]
-    unknown = dict.fromkeys(c for e in examples for c in tokenizer.unknown(e.messages))
-    if unknown:
-        raise ConfigError(
-            f"The model in {folder} has no token for {''.join(unknown)!r}, which prompts of "
-            f"{task.name!r} contain. Choose another model with --model; the embedded one can read "
-            "the tasks steps, sums and sorting."
-        )
 
 
 def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Heartbeat) -> Decoder:
@@ -372,6 +363,16 @@ def _rescore(updater: Updater) -> Rescore:
         )
 
     return rescore
+
+
+def _tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
+    """Load the tokenizer; warn of what it does not give back, or refuse it if checks are strict."""
+    settings = resolved.config.model
+    tokenizer = load_tokenizer(resolved.model_folder, settings)
+    strict = settings.selfcheck == "strict"
+    for fault in check_tokenizer(tokenizer, resolved.model_folder, strict=strict):
+        warn(fault)
+    return tokenizer
 
 
 def _policy(

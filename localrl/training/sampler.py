@@ -214,7 +214,7 @@ class Sampler:
         if self.environments is not None:
             prompts = self.environments.prompts(examples)
         else:
-            prompts = tokenizer.encode_all([example.messages for example in examples])
+            prompts = tokenizer.encode_prompts(examples)
         for example, prompt in zip(examples, prompts, strict=True):
             check_prompt(example, len(prompt), most)
         return prompts

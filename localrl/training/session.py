@@ -280,10 +280,13 @@ class Session(Components):
 
         Every rank checks all prompts, because it may have to learn from any of them.
         """
-        # An environment may start differently on every call; the longest allowed was planned for.
-        if self.sampler.environments is not None or self.config.memory.pin:
+        if self.config.memory.pin:
             return
-        tokens = max(map(len, self.sampler.encode(examples)))
+        if self.sampler.environments is not None:
+            # Each may start differently on every call; a resumed run may allow more than before.
+            tokens = self.config.rollout.max_prompt_tokens
+        else:
+            tokens = max(map(len, self.sampler.encode(examples)))
         if tokens <= self.plan.max_prompt_tokens:
             return
         self.request, plan = for_longer_prompts(self.config, self.request, self.plan, tokens)

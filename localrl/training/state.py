@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,11 @@ MAY_CHANGE = (
 )
 """Settings that may change when a run is resumed: none of them changes the result of a step, except
 that `learning.lr_schedule` may depend on the number of steps."""
+
+MAY_RISE = ("rollout.max_prompt_tokens",)
+"""Settings that may only be raised: what they allowed before stays as it was."""
+SINCE = ("model.template_date",)
+"""Settings that older runs have no value of, and every run gets one."""
 
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
@@ -379,6 +384,13 @@ def _to_continue(checkpoints: Checkpoints, run: RunFolder) -> tuple[State | None
     return newest, []
 
 
+def day_of_run(config: RunConfig) -> str | None:
+    """Return the day that chat templates see in the run of `config.run.out`; None if it says none,
+    or if there is no run."""
+    file = Path(config.run.out or "") / "config.toml"
+    return RunConfig.of_run(file).model.template_date if file.is_file() else None
+
+
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ, by key.
 
@@ -391,11 +403,16 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
     }
     scheduled = new.learning.lr_schedule != "constant"
     free = [key for key in MAY_CHANGE if not (scheduled and key == "run.steps")]
-    wrong = {key: pair for key, pair in changed.items() if key not in free}
+    wrong = {key: pair for key, pair in changed.items() if not _may_change(key, *pair, free)}
     if wrong:
         told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
         raise ConfigError(
             f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
-            f"Settings that may change: {', '.join(free)}."
+            f"Settings that may change: {', '.join(free)}; that may be raised: "
+            f"{', '.join(MAY_RISE)}."
         )
     return changed
+
+
+def _may_change(key: str, was: Any, now: Any, free: Collection[str]) -> bool:
+    return key in free or (key in MAY_RISE and now > was) or (key in SINCE and was is None)
