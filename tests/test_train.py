@@ -223,7 +223,7 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
             "rollout.replay_groups is 1, but only groups with unequal",
         ),
         ({"rollout.reuse": 0.1}, "rollout.reuse is 0.1, but of 4 completions"),
-        ({"rollout.stop_text": "a" * 99}, "stop text may have at most"),
+        ({"rollout.stop_text": "a" * 99}, "stop text may have 1 to"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -367,13 +367,14 @@ def test_a_completion_alone_is_compared_with_what_was_known(tiny_folder, tmp_pat
             assert group["nodes"][0]["advantage"] == pytest.approx(expected, abs=0.02)
 
 
-def test_the_stop_text_ends_completions_and_stays_in_them(tiny_folder, tmp_path):
-    told = groups(run(tiny_folder, tmp_path / "run", **{"rollout.stop_text": "a"}).folder)
+def test_stop_texts_end_completions_and_stay_in_them(tiny_folder, tmp_path):
+    told = groups(run(tiny_folder, tmp_path / "run", **{"rollout.stop_text": ["a", "7"]}).folder)
     leaves = [leaf for group in told for leaf in group["leaves"]]
     closed = [leaf["text"] for leaf in leaves if leaf["finish_reason"] == "closed"]
-    assert closed
-    assert all(text.index("a") == len(text) - 1 for text in closed)
-    assert not any("a" in leaf["text"] for leaf in leaves if leaf["finish_reason"] != "closed")
+    assert {text[-1] for text in closed} == {"a", "7"}
+    assert not {"a", "7"} & set("".join(text[:-1] for text in closed))
+    free = "".join(leaf["text"] for leaf in leaves if leaf["finish_reason"] != "closed")
+    assert not {"a", "7"} & set(free)
 
 
 def test_down_sampled_completions_are_not_trained(tiny_folder, tmp_path):

@@ -331,7 +331,7 @@ def _check_vocabulary(
 
 def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Heartbeat) -> Decoder:
     rollout = config.rollout
-    stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, text=rollout.stop_text)
+    stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, texts=rollout.stop_text)
     return Decoder(
         policy,
         rollout.temperature,

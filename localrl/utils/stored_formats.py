@@ -154,8 +154,8 @@ def _more(names: Collection[str]) -> str:
 def _foreign(config: Mapping[str, Any], settings: Mapping[str, Any]) -> StoredFormat:
     """The format that mlx-lm makes of another tool's method."""
     method = settings.get("quant_method")
-    if method in TENSORS:
-        _check_family(config, str(method))
+    if isinstance(method, str) and method in TENSORS:
+        _check_family(config, method)
     blocks = settings.get("weight_block_size")
     if method == "fp8" and settings.get("scale_fmt") == "ue8m0" and blocks == [32, 32]:
         method = "mxfp8"

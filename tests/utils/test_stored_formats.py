@@ -33,6 +33,8 @@ UNREAD = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
     },
+    "'FP8', which mlx-lm": {"quant_method": "FP8"},
+    "['fp8'], which mlx-lm": {"quant_method": ["fp8"]},
     "None (bits 4), which mlx-lm": {"bits": 4, "group_size": 64},
 }
 """Settings by what is said about them."""
