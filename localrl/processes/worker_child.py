@@ -23,6 +23,7 @@ import threading
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
@@ -33,6 +34,8 @@ TRACEBACK_LIMIT = 8000
 MESSAGE_LIMIT = 300
 SHOWN_LIMIT = 1000
 FACTORY_CALL = re.compile(r"(.+?:[A-Za-z_][\w.]*)\((.*)\)", re.DOTALL)
+OURS = (__file__, importlib.__file__, "<frozen importlib")
+"""Files whose frames say nothing about an error in the user's code."""
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -67,24 +70,51 @@ class CappedOutput(io.RawIOBase):
 
 
 def load_file(path: Path) -> ModuleType:
-    """Load the module in a Python file, which is run once and may import its neighbours."""
+    """Load the module in a Python file, which is run once and may import its neighbours.
+
+    Its name is one that processes started by the functions can import, as multiprocessing needs
+    where it does not fork: the file's, or one of `FileFinder` if another module has that name.
+    """
     if not path.is_file():
         raise NotFound(f"there is no file {path}")
-    name = f"{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"  # a name may occur in two folders
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise NotFound(f"{path} is not a Python file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    importlib.invalidate_caches()
+    return importlib.import_module(path.stem if is_found(path) else own_name(path))
+
+
+def is_found(path: Path) -> bool:
+    """Return True if importing the file's name would load this very file."""
+    name = path.stem
+    if name in sys.modules:
+        found = getattr(sys.modules[name], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        found = spec.origin if spec else None
+    return found is not None and Path(found).resolve() == path
+
+
+def own_name(path: Path) -> str:
+    """Return a module's name that no file in another folder has."""
+    return f"{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{zlib.crc32(os.fsencode(path)):08x}"
+
+
+class FileFinder:
+    """Finds the modules that `own_name` names, in the folders that are searched anyway.
+
+    A process that multiprocessing starts without forking runs this file again, has the same
+    folders, and then imports the functions that it is to call.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the module's file, None if the name is no such name."""
+        if re.fullmatch(r"\w+_[0-9a-f]{8}", name):
+            for folder in map(Path, sys.path):
+                for file in folder.glob("*.py"):
+                    if own_name(file) == name:
+                        return importlib.util.spec_from_file_location(name, file)
+        return None
 
 
 def load_module(name: str) -> ModuleType:
@@ -284,7 +314,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     if isinstance(error, NotFound):
         return {"failure": "raised", "message": str(error)}
     frames: TracebackType | None = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OURS):
         frames = frames.tb_next
     details = traceback.TracebackException(type(error), error, frames)
     line = " ".join(f"{type(error).__name__}: {details}".split())
@@ -354,5 +384,7 @@ def main() -> None:
             os._exit(0)  # the parent is gone
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the second in a process of multiprocessing
+    sys.meta_path.append(FileFinder)
 if __name__ == "__main__":
     main()
