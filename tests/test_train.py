@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from localrl import RunConfig, backend, train
-from localrl.errors import ConfigError, DataError
+from localrl.errors import ConfigError, DataError, RewardError
 from localrl.runs.logs import read_jsonl
 from localrl.runs.metrics import METRICS
 
@@ -189,6 +189,19 @@ def test_no_steps_and_no_evaluation_are_fine(tiny_folder, tmp_path):
     result = run(tiny_folder, tmp_path / "run", **{"run.steps": 0, "task.eval_prompts": 0})
     assert (result.steps, result.base, result.adapter) == (0, None, None)
     assert not (result.folder / "eval.json").exists()
+
+
+def test_steps_without_any_reward_are_counted_over_a_resume(tiny_folder, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def first(completions, trainer_state):\n"
+        "    return [None if trainer_state.global_step else 0.0] * len(completions)\n"
+    )
+    changes = {"task.rewards": [f"{tmp_path}/mine.py:first"], "task.eval_prompts": 0}
+    out = run(tiny_folder, tmp_path / "run", **changes).folder  # the last two steps have none
+    config = RunConfig.of_run(out / "config.toml", {"run.out": str(out), "run.steps": 9})
+    with pytest.raises(RewardError, match="of the last 3 steps got a reward: first gave None"):
+        train(config, resume=True, progress=False)
+    assert [line["reward"] for line in steps(out)] == [0.0, None, None, None]
 
 
 def test_minutes_end_the_training(tiny_folder, tmp_path):

@@ -106,6 +106,7 @@ def capture(session: Session, step: int) -> State:
     values = {
         "tokens": session.tokens,
         "trained_s": session.trained_s,
+        "unrewarded": session.unrewarded,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
         "watch": copy.copy(session.watch),
@@ -186,6 +187,7 @@ def restore(state: State, session: Session) -> None:
     updater.updates, updater.skipped = values["updates"], values["skipped"]
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
+    session.unrewarded = values.get("unrewarded", 0)
     session.evaluations = dict(values["evaluations"])
     if base := session.evaluations.get(0):
         session.held_out = session.held_out[: len(base.passed) or None]

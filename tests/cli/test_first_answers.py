@@ -209,7 +209,9 @@ def test_a_run_without_any_reward_ends_after_three_steps(localrl, tmp_path):
     run = tmp_path / "runs" / "problems-1"
     steps = [r["step"] for r in read_jsonl(run / "metrics.jsonl") if "reward" in r]
     assert steps == [1, 2, 3]
-    assert list(read_jsonl(run / "events.jsonl"))[-1]["kind"] == "failed"
+    events = list(read_jsonl(run / "events.jsonl"))
+    assert [e["step"] for e in events if e.get("name") == "no_reward"] == [1]
+    assert events[-1]["kind"] == "failed"
 
 
 def test_a_task_that_the_model_cannot_spell_is_told(localrl):
