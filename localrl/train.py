@@ -19,6 +19,7 @@ from localrl.errors import LocalRLError, Stopped
 from localrl.processes.child import Restart
 from localrl.processes.heartbeat import Heartbeat
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
+from localrl.runs.schedule import evaluation_due
 from localrl.training.checkpointer import Checkpointer
 from localrl.training.result import RunResult
 from localrl.training.session import NullProgress, Progress, Session
@@ -61,7 +62,7 @@ def train(
         step = session.step
         while True:
             checkpointer.commit(step)
-            if _evaluation_due(session.config, step):
+            if evaluation_due(step, config.run.steps, config.run.eval_every):
                 checkpointer.run_with_retry(Session.evaluate, step)
                 checkpointer.commit(step)
             if step >= config.run.steps or _time_is_up(session):
@@ -165,9 +166,3 @@ def _time_is_up(session: Session) -> bool:
         return False
     # Only rank 0's time counts: that of other ranks includes waiting for evaluations.
     return gather(session.ranks, session.trained_s)[0] >= 60 * limit
-
-
-def _evaluation_due(config: RunConfig, step: int) -> bool:
-    """True before the first step, after the last, and every `eval_every` steps."""
-    every = config.run.eval_every
-    return step in (0, config.run.steps) or (every > 0 and step % every == 0)

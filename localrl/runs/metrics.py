@@ -104,6 +104,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/rollout_s": ("s", "sampling, including the rewards that it needs"),
     "time/reward_s": ("s", "part of it spent in reward functions"),
     "time/update_s": ("s", "gradient and optimizer"),
+    "time/evaluation_s": ("s", "an evaluation, on the line of its `eval/` keys"),
     "step_time": ("s", "the whole step"),
     "ranks/<rank>/tokens": (
         "tokens",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from localrl.config import RunConfig
 from localrl.learning.update import Updater
 from localrl.records import MemoryPlan
+from localrl.runs.schedule import evaluations_after
 from localrl.training.calibrate import probe_batch
 
 RECENT = 20
@@ -60,10 +61,7 @@ class Forecast:
 
     def evaluations_left(self, step: int) -> int:
         """Number of evaluations that come after this step's."""
-        if not self.evaluates or step >= self.steps:
-            return 0
-        every = self.eval_every
-        return 1 + ((self.steps - 1) // every - step // every if every else 0)
+        return evaluations_after(step, self.steps, self.eval_every) if self.evaluates else 0
 
     def left_s(self, step: int, trained_s: float) -> float | None:
         """Seconds from the end of this step to the end of the run; None if nothing is known yet.

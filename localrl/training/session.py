@@ -180,7 +180,8 @@ class Session(Components):
         evaluation = evaluate(self, step)
         numbers = evaluation.summary()
         del numbers["ci95"]
-        self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}})
+        spent = {"time/evaluation_s": self.forecast.evaluation_s}
+        self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}, **spent})
         self.run.event("evaluation", step=step, **evaluation.details())
         self.progress.evaluated(step, evaluation)
         self.evaluations[step] = evaluation

@@ -107,6 +107,7 @@ def capture(session: Session, step: int) -> State:
         "tokens": session.tokens,
         "trained_s": session.trained_s,
         "unrewarded": session.unrewarded,
+        "evaluation_s": session.forecast.evaluation_s,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
         "watch": copy.copy(session.watch),
@@ -189,6 +190,7 @@ def restore(state: State, session: Session) -> None:
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
     session.unrewarded = values.get("unrewarded", 0)
     session.evaluations = dict(values["evaluations"])
+    session.forecast.evaluation_s = values.get("evaluation_s", 0.0)  # not in older checkpoints
     if base := session.evaluations.get(0):
         session.held_out = session.held_out[: len(base.passed) or None]
     # In place, because the sampler uses the same tracker.
