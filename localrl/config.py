@@ -150,7 +150,9 @@ class TaskConfig:
     )
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
     eval_prompts: int | None = setting(
-        None, "held-out prompts per evaluation; 0: none; unset: 256, fewer on a slow machine", low=0
+        None,
+        "held-out prompts per evaluation; 0: none held out; unset: 256, fewer on a slow machine",
+        low=0,
     )
     eval_temperature: float | None = setting(
         None,

@@ -204,6 +204,18 @@ def test_steps_without_any_reward_are_counted_over_a_resume(tiny_folder, tmp_pat
     assert [line["reward"] for line in steps(out)] == [0.0, None, None, None]
 
 
+@pytest.mark.parametrize("copies", [1, 5])
+def test_one_problem_can_be_trained_on(tiny_folder, tmp_path, copies, capsys):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "sum 1 2", "answer": "3"}\n' * copies)
+    changes = {"task.name": str(tmp_path / "one.jsonl"), "task.rewards": ["accuracy"]}
+    with pytest.raises(DataError, match=rf"has {copies} rows? with 1 different prompt"):
+        run(tiny_folder, tmp_path / "run", **changes)
+    done = run(tiny_folder, tmp_path / "run", **changes, **{"task.eval_prompts": 0})
+    assert (done.steps, done.base) == (3, None)
+    assert "none held out" in capsys.readouterr().err
+    assert len(groups(done.folder)) == 3 * min(copies, 4)
+
+
 def test_minutes_end_the_training(tiny_folder, tmp_path):
     result = run(tiny_folder, tmp_path / "run", **{"run.steps": 10_000, "run.minutes": 0.02})
     assert 0 < result.steps < 10_000

@@ -13,7 +13,7 @@ from localrl.processes.worker import Worker
 from localrl.tasks.base import RewardSpec
 from localrl.tasks.builtin import BuiltinTask, list_tasks, load_task
 from localrl.tasks.environments import Environments, open_environments
-from localrl.tasks.files import HELD_OUT_OF, FileTask, load_file_task, make_file_task
+from localrl.tasks.files import HELD_OUT_OF, FileTask, HoldOut, load_file_task, make_file_task
 from localrl.tasks.formats import check_table
 from localrl.tasks.sources import find_source
 
@@ -26,11 +26,12 @@ FUNCTION = "examples"
 
 
 def open_task(
-    config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker
+    config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker, *, whole: bool = False
 ) -> BuiltinTask | FileTask:
     """Open a built-in task, or the user's data: a table, a folder, a data set, a Python file.
 
-    `rewards` replace the task's own; data require some. A Python file runs in the worker.
+    `rewards` replace the task's own; data require some. A Python file runs in the worker. Data are
+    all trained on if `task.eval_prompts` is 0. whole: True to hold all of them out.
 
     Raises: ConfigError if there is no such task, or data have no rewards; DataError for data that
     cannot be used.
@@ -45,6 +46,7 @@ def open_task(
     if not is_data(config.name):
         task = load_task(config.name, train_prompts=config.train_prompts)
         return replace(task, rewards=tuple(rewards)) if rewards else task
+    hold_out: HoldOut = "all" if whole else "some" if config.held_out else "none"
     script = path.suffix == ".py" and not path.is_dir()
     if not rewards and not config.environment:
         if not script:
@@ -62,6 +64,7 @@ def open_task(
             config.train_prompts,
             system=config.system,
             columns=config.columns,
+            hold_out=hold_out,
         )
     return load_file_task(
         config.name,
@@ -69,6 +72,7 @@ def open_task(
         train_prompts=config.train_prompts,
         system=config.system,
         columns=config.columns,
+        hold_out=hold_out,
     )
 
 

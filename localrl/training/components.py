@@ -138,9 +138,12 @@ def open_components(
     heartbeat: Heartbeat,
     plan: MemoryPlan | None = None,
     trains: bool = True,
+    whole: bool = False,
     ranks: Ranks = ALONE,
 ) -> Iterator[Components]:
     """Open the task, its rewards and the model. plan: the plan of a resumed run.
+
+    trains: False to evaluate only. whole: True to evaluate on all rows of the task's data.
 
     Raises: ConfigError or DataError for what cannot work; MemoryBudgetError if memory is too small,
     before weights are loaded.
@@ -151,11 +154,13 @@ def open_components(
         time_limit_s=config.task.reward_timeout_s,
         memory_limit_bytes=config.task.reward_memory_mb * 2**20,
     ) as worker:
-        task = open_task(config.task, resolved.rewards, worker)
+        task = open_task(config.task, resolved.rewards, worker, whole=whole)
         if trains:
             config = fit_prompts(config, task, warn)
-            resolved = replace(resolved, config=config)
-        check(config, resolved.shape, task)
+            check(config, resolved.shape, task)
+        elif whole and config.task.eval_prompts is None:
+            config = config.replace("task.eval_prompts", task.train_size)
+        resolved = replace(resolved, config=config)
         task, environments = with_environments(config.task, task, worker, warn)
         scorer = Scorer(task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=beat)
         held_out = task.evaluation(config.task.held_out)
