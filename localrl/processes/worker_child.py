@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, TracebackType
@@ -160,10 +160,15 @@ def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...]
     """Return the function a target names or makes, and its parameters; None if they are unknown."""
     place, arguments = split_call(target)
     function = find(place) if arguments is None else make(find(place), target, arguments)
+    return function, parameters_of(function)
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
+    """Return the function's parameters; None if they are unknown."""
     try:
-        return function, tuple(inspect.signature(function).parameters.values())
+        return tuple(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return function, None
+        return None
 
 
 def make(factory: Callable[..., Any], target: str, arguments: dict[str, Any]) -> Callable[..., Any]:
@@ -208,9 +213,10 @@ def load_place(target: str) -> Any:
     return found
 
 
-def signature(target: str) -> dict[str, list[str] | None]:
+def signature(
+    parameters: Collection[inspect.Parameter] | None,
+) -> dict[str, list[str] | None]:
     """Return `required`: the required arguments; `named`: all named ones, None if it takes any."""
-    parameters = load(target)[1]
     named = [p for p in parameters or () if p.kind in NAMED]
     takes_any = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {
@@ -257,17 +263,31 @@ def showable(value: Any) -> Any:
 def call(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the reply to a call: the function's result for the arguments that the parent chose.
 
-    With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
-    names them or takes any argument. Arguments named in `through` are first converted by the
-    functions given there.
+    Arguments named in `through` are first converted by the functions given there.
     """
     function, parameters = load(request["target"])
-    kwargs, book = request["kwargs"], Logbook()
+    kwargs = request["kwargs"]
     for name, target in request.get("through", {}).items():
         kwargs[name] = load(target)[0](kwargs[name])
-    if request.get("state") is not None and parameters is not None:
+    return invoke(function, parameters, kwargs, request.get("state"), wait_for)
+
+
+def invoke(
+    function: Callable[..., Any],
+    parameters: Collection[inspect.Parameter] | None,
+    kwargs: dict[str, Any],
+    state: Mapping[str, Any] | None,
+    wait: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """Call a function; return its result and what it logged, as fields of the reply.
+
+    With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
+    names them or takes any argument. wait: returns the result of an async function.
+    """
+    book = Logbook()
+    if state is not None and parameters is not None:
         hooks = {
-            "trainer_state": SimpleNamespace(**request["state"]),
+            "trainer_state": SimpleNamespace(**state),
             "log_extra": book.log_extra,
             "log_metric": book.log_metric,
         }
@@ -275,7 +295,7 @@ def call(request: Mapping[str, Any]) -> dict[str, Any]:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         kwargs |= {name: hook for name, hook in hooks.items() if takes_any or name in names}
     result = function(**kwargs)
-    value = wait_for(result) if inspect.isawaitable(result) else result
+    value = wait(result) if inspect.isawaitable(result) else result
     return {"value": value, **book.entries()}
 
 
@@ -304,7 +324,7 @@ def handle(request: Mapping[str, Any]) -> dict[str, Any]:
             sys.path[:] = [os.getcwd(), *request["sys_path"]]
             return {"value": os.getpid()}
         case "resolve":
-            return {"value": signature(request["target"])}
+            return {"value": signature(load(request["target"])[1])}
         case _:
             return call(request)
 

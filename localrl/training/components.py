@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from localrl.processes.worker import Worker
 from localrl.records import Example, Group, MemoryPlan, RewardSpec, Work
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.code import allow_unsafe_code, check_code_rewards
+from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, make_shape
@@ -41,6 +43,7 @@ from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
 from localrl.tasks.loading import is_data, open_task, with_environments
 from localrl.training.calibrate import calibrate_plan
+from localrl.training.given import NOTHING, Given
 from localrl.training.memory_plan import (
     make_plan,
     plan_request,
@@ -139,11 +142,13 @@ def open_components(
     plan: MemoryPlan | None = None,
     trains: bool = True,
     whole: bool = False,
+    given: Given = NOTHING,
     ranks: Ranks = ALONE,
 ) -> Iterator[Components]:
     """Open the task, its rewards and the model. plan: the plan of a resumed run.
 
-    trains: False to evaluate only. whole: True to evaluate on all rows of the task's data.
+    trains: False to evaluate only. whole: True to evaluate on all rows of the task's data. given:
+    rows and rewards that the settings cannot name.
 
     Raises: ConfigError or DataError for what cannot work; MemoryBudgetError if memory is too small,
     before weights are loaded.
@@ -154,7 +159,7 @@ def open_components(
         time_limit_s=config.task.reward_timeout_s,
         memory_limit_bytes=config.task.reward_memory_mb * 2**20,
     ) as worker:
-        task = open_task(config.task, resolved.rewards, worker, whole=whole)
+        task = open_task(config.task, resolved.rewards, worker, whole=whole, rows=given.rows)
         if trains:
             config = fit_prompts(config, task, warn)
             check(config, resolved.shape, task)
@@ -162,16 +167,17 @@ def open_components(
             config = config.replace("task.eval_prompts", task.train_size)
         resolved = replace(resolved, config=config)
         task, environments = with_environments(config.task, task, worker, warn)
-        scorer = Scorer(task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=beat)
+        judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
+        scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
         held_out = task.evaluation(config.task.held_out)
         check_columns(task, held_out, scorer)
         tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
         _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         if trains and plan is None and environments is None:
             beat(Work("trying the rewards on gold answers"))
-            trial = Scorer(task.rewards, worker, warn)  # the run's own counts stay at zero
-            gold = is_data(config.task.name)
-            check_rewards(task, trial, tokenizer, warn, gold=gold)
+            own = given.rows is not None or is_data(config.task.name)
+            # By another scorer, so that the run's counts stay at zero.
+            check_rewards(task, judge(), tokenizer, warn, gold=own)
         beat(Work("reading the task's prompts"))
         prompts = measure(config, task, held_out, tokenizer, trains=trains)
         turns = environments is not None
