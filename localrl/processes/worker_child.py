@@ -34,8 +34,6 @@ TRACEBACK_LIMIT = 8000
 MESSAGE_LIMIT = 300
 SHOWN_LIMIT = 1000
 FACTORY_CALL = re.compile(r"(.+?:[A-Za-z_][\w.]*)\((.*)\)", re.DOTALL)
-OURS = (__file__, importlib.__file__, "<frozen importlib")
-"""Files whose frames say nothing about an error in the user's code."""
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -327,6 +325,10 @@ def handle(request: Mapping[str, Any]) -> dict[str, Any]:
             return {"value": signature(load(request["target"])[1])}
         case _:
             return call(request)
+
+
+OURS = (__file__, importlib.__file__, "<frozen importlib")
+"""Files whose frames say nothing about an error in the user's code."""
 
 
 def describe(error: BaseException) -> dict[str, Any]:
