@@ -166,7 +166,9 @@ class TaskConfig:
     )
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
     eval_prompts: int | None = setting(
-        None, "held-out prompts per evaluation; 0: none; unset: 256, fewer on a slow machine", low=0
+        None,
+        "held-out prompts per evaluation; 0: none held out; unset: 256, fewer on a slow machine",
+        low=0,
     )
     eval_temperature: float | None = setting(
         None,
@@ -209,7 +211,7 @@ class RolloutConfig:
     fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
     fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
     stop_loops: bool = setting(False, "end a completion that repeats itself")
-    stop_text: str | None = setting(None, "end a completion after this text, e.g. </answer>")
+    stop_text: tuple[str, ...] = setting((), "end a completion after these texts, e.g. </answer>")
     replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
     replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)
     replay_drift: float = setting(

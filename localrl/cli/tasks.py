@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -137,6 +138,7 @@ def _opened(
     from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards
     from localrl.rewards.scoring import Scorer
+    from localrl.tasks.files import OnePrompt
     from localrl.tasks.loading import is_data, open_task, with_environments
 
     config = TaskConfig(name=name, columns=columns, environment=environment, tools=tools)
@@ -146,9 +148,12 @@ def _opened(
         time_limit_s=config.reward_timeout_s,
         memory_limit_bytes=config.reward_memory_mb * 2**20,
     ) as worker:
-        task, environments = with_environments(
-            config, open_task(config, specs, worker), worker, _warn
-        )
+        try:
+            found = open_task(config, specs, worker)
+        except OnePrompt as error:
+            _warn(str(error))
+            found = open_task(replace(config, eval_prompts=0), specs, worker)
+        task, environments = with_environments(config, found, worker, _warn)
         tokenizer = load_tokenizer(find_model(model))
         if environments is not None:
             environments.connect(tokenizer)

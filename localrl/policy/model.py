@@ -16,10 +16,13 @@ from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
 from localrl.policy.lora import adapters_off, other_adapters
-from localrl.policy.precision import float_kinds, match_embeddings, quantise
+from localrl.policy.precision import check_weights, float_kinds, match_embeddings, quantise
 from localrl.policy.rope import rope_settings
 from localrl.policy.selfcheck import Check
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
+
+SHOWN = 4
+"""Lines shown of an error."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:
         raise
     except Exception as error:  # a family's own code reads an unchecked configuration
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
+    check_weights(model)
     if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
     match_embeddings(model)
@@ -150,6 +154,9 @@ def _stored_bits(config: Mapping[str, Any]) -> int:
 
 def _told(error: Exception, config: Mapping[str, Any]) -> str:
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    lines = text.splitlines()
+    if len(lines) > SHOWN + 1:  # mlx-lm names every tensor that does not fit, one a line
+        text = " ".join([*lines[:SHOWN], f"and {len(lines) - SHOWN} more."])
     if "auto_map" in config and "not supported" in text:
         return f"{text} It needs its own code (auto_map); localrl runs no code from models."
     return text

@@ -114,6 +114,7 @@ def capture(session: Session, step: int) -> State:
     values = {
         "tokens": session.tokens,
         "trained_s": session.trained_s,
+        "unrewarded": session.unrewarded,
         "evaluation_s": session.forecast.evaluation_s,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
@@ -190,6 +191,7 @@ def restore(state: State, session: Session) -> None:
     updater.updates, updater.skipped = values["updates"], values["skipped"]
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
+    session.unrewarded = values.get("unrewarded", 0)
     session.evaluations = dict(values["evaluations"])
     session.forecast.evaluation_s = values.get("evaluation_s", 0.0)  # not in older checkpoints
     if base := session.evaluations.get(0):

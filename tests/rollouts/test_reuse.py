@@ -359,7 +359,7 @@ def test_trees_begin_with_prefixes_too(policies):
 
 @pytest.mark.parametrize("kept", [10, 40])
 def test_a_loop_begun_in_the_prefix_ends_the_completion(policy, kept):
-    stops = make_stops(policy.tokenizer, loops=True, text=None)
+    stops = make_stops(policy.tokenizer, loops=True, texts=())
     assert stops is not None
     decoder = Decoder(policy, 0.001, 16, stops=stops)
     before = complete(decoder, [()] * 3, step=1, shape=Shape(1, 1), lmax=100)
