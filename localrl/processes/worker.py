@@ -130,7 +130,7 @@ class Worker:
             return resolved
         given = {name: kwargs[name] for name in kwargs if self._named(target, name)}
         made = {name: by for name, by in (through or {}).items() if name in given}
-        return self._request(_encode_call(target, given, state, made), limit_s or self.time_limit_s)
+        return self._request(encode_call(target, given, state, made), limit_s or self.time_limit_s)
 
     def wants(self, target: str, name: str) -> bool:
         """Return True if the function would be given an argument of this name, or is not known."""
@@ -319,12 +319,16 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, default=plain).encode()
 
 
-def _encode_call(
+def encode_call(
     target: str,
     kwargs: Mapping[str, Any],
     state: Mapping[str, Any] | None,
     through: Mapping[str, str],
 ) -> bytes:
+    """Return the message of a call.
+
+    Raises: DataError for an argument that JSON cannot hold.
+    """
     message: dict[str, Any] = {"op": "call", "target": target, "kwargs": dict(kwargs)}
     if through:
         message["through"] = dict(through)

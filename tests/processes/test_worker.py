@@ -254,6 +254,51 @@ def test_interrupted_call_leaves_no_answer_behind() -> None:
         signal.signal(signal.SIGALRM, old)
 
 
+POOL = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+class Scorer:
+    def __init__(self, size):
+        self.size = size
+
+def one(text):
+    return len(text), __file__
+
+def score(completions, method):
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return list(pool.map(one, completions)), pool.submit(Scorer, 3).result().size
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "method"),
+    [
+        ("rewards.py", "spawn"),
+        ("rewards.py", "forkserver"),
+        ("rewards.py", "fork"),
+        ("json.py", "spawn"),  # a name of the standard library's
+        ("my-rewards.v2.py", "spawn"),
+        ("site/rewards.py", "spawn"),  # the second file of that name
+    ],
+)
+def test_process_pools_work_however_they_are_started(worker, tmp_path, file, method):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(POOL)
+    reply = worker.call(f"{path}:score", {"completions": ["ab", "abcd"], "method": method})
+    assert reply == Reply(value=[[[2, str(path)], [4, str(path)]], 3])
+
+
+def test_files_of_one_name_in_two_folders_stay_two(worker, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.py").write_text(f"def f():\n    return {folder!r}\n")
+    places = [f"{tmp_path}/{folder}/same.py:f" for folder in "abab"]
+    assert [worker.call(place, {}).value for place in places] == ["a", "b", "a", "b"]
+
+
 def start_script(path: Path, text: str) -> subprocess.Popen[str]:
     path.write_text(text)
     environment = os.environ | {"PYTHONPATH": str(PACKAGE_PARENT)}
