@@ -55,6 +55,10 @@ def everything(**kwargs):
     return [1.0] * count
 
 
+def prompt_lengths(rendered_prompts):
+    return [float(len(text)) for text in rendered_prompts]
+
+
 def needs_a_column(completions, ground_truth):
     return [1.0] * len(completions)
 
