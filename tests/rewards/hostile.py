@@ -43,8 +43,8 @@ def numpy_floats(completions):
 def everything(**kwargs):
     """Fails unless each argument is what TRL's documentation promises."""
     count = len(kwargs["completions"])
-    hooks = {"trainer_state", "log_extra", "log_metric"}
-    assert set(kwargs) - hooks == {"prompts", "completions", "completion_ids", "answer", "level"}, (
+    ours = {"trainer_state", "log_extra", "log_metric", "rendered_prompts"}
+    assert set(kwargs) - ours == {"prompts", "completions", "completion_ids", "answer", "level"}, (
         kwargs
     )
     assert kwargs["prompts"] == [[{"role": "user", "content": "sort"}]] * count
