@@ -27,10 +27,12 @@ ALIASES = {
     "max_completion_length": "rollout.max_completion_tokens",
     "temperature": "rollout.temperature",
     "learning_rate": "learning.lr",
+    "lr_scheduler_type": "learning.lr_schedule",
     "loss_type": "learning.objective",
     "beta": "learning.kl_coef",
     "epsilon": "learning.clip_low",
     "epsilon_high": "learning.clip_high",
+    "mask_truncated_completions": "learning.mask_truncated",
     "num_iterations": "learning.updates_per_step",
     "max_grad_norm": "learning.max_grad_norm",
     "lora_r": "lora.rank",
@@ -55,6 +57,8 @@ DEVICES = ("auto", "cpu")
 ENGINES = ("auto", "mlx", "cpu")
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 SELFCHECKS = ("strict", "warn")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+"""Schedules defined in `localrl.learning.schedule`."""
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """KL estimators defined in `localrl.learning.objective`."""
 
@@ -162,7 +166,9 @@ class TaskConfig:
     )
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
     eval_prompts: int | None = setting(
-        None, "held-out prompts per evaluation; 0: none; unset: 256, fewer on a slow machine", low=0
+        None,
+        "held-out prompts per evaluation; 0: none held out; unset: 256, fewer on a slow machine",
+        low=0,
     )
     eval_temperature: float | None = setting(
         None,
@@ -205,10 +211,12 @@ class RolloutConfig:
     fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
     fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
     stop_loops: bool = setting(False, "end a completion that repeats itself")
-    stop_text: str | None = setting(None, "end a completion after this text, e.g. </answer>")
+    stop_text: tuple[str, ...] = setting((), "end a completion after these texts, e.g. </answer>")
     replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
     replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)
-    replay_drift: float = setting(0.02, "maximum drift of a replayed group, in nats", low=0.0)
+    replay_drift: float = setting(
+        0.02, "maximum drift of a replayed group, in nats: a bias, as its tokens decide", low=0.0
+    )
     reuse: float = setting(
         0.0, "share of completions that continue a prefix of an earlier one", low=0.0, high=1.0
     )
@@ -232,6 +240,11 @@ class LearningConfig:
 
     lr: float = setting(5e-5, "learning rate after warm-up", low=0.0)
     warmup_steps: int = setting(5, "updates over which the learning rate rises", low=0)
+    lr_schedule: str = setting(
+        "constant",
+        "learning rate after warm-up; linear, cosine: falls to 0 at run.steps",
+        choices=LR_SCHEDULES,
+    )
     objective: str = setting("clipped", "loss function, see docs/papers.md", choices=OBJECTIVES)
     prompt_weight: str | None = setting(
         None, "weighting of prompts; unset: as in the objective's paper", choices=PROMPT_WEIGHTS
@@ -243,7 +256,9 @@ class LearningConfig:
         None, "clip the ratio at 1 + this; unset: as in the paper", low=0.0
     )
     kl_coef: float = setting(
-        0.0, "weight of the KL to the model without adapters; 0: not computed", low=0.0
+        0.0,
+        "weight of the KL to the adapter given, or the base without one; 0: not computed",
+        low=0.0,
     )
     kl_estimator: str = setting("k3", "KL estimator", choices=KL_ESTIMATORS)
     kappa: float | None = setting(
@@ -252,7 +267,12 @@ class LearningConfig:
         low=0.0,
     )
     keep_completions: int = setting(
-        0, "completions trained per flat group, by greatest reward variance; 0: all", low=0
+        0,
+        "completions trained per flat group, by variance; over 2 different rewards: a bias; 0: all",
+        low=0,
+    )
+    mask_truncated: bool = setting(
+        False, "leave completions cut off for length out of the update: they teach nothing, a bias"
     )
     min_advantage: float = setting(0.0, "round smaller advantages at random to this or 0", low=0.0)
     max_grad_norm: float = setting(1.0, "clip the gradient to this global norm", low=0.0)

@@ -32,7 +32,7 @@ FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
 """Reasons a completion ended: end token, stop text, maximum length, repetition, last turn of an
 environment, failure."""
 
-DropReason = Literal["no reward", "no coefficient", "down-sampled"]
+DropReason = Literal["no reward", "no coefficient", "down-sampled", "truncated"]
 """Reasons a completion is not trained on."""
 
 
@@ -97,6 +97,9 @@ class Node:
     """(n,) float32, under the policy that sampled the tokens, in a forward pass as the update makes
     it; only where that differs from `sampled_logprobs` by 16-bit rounding and the group may be kept
     for later steps, else None."""
+    expected_reward: float | None = None
+    """Reward that the tracker expected of the prompt before these tokens were drawn, so that it had
+    learned nothing from them. Only roots have it, and none if the tracker had seen no reward."""
 
     @property
     def written_logprobs(self) -> np.ndarray:
@@ -313,7 +316,7 @@ class StepStats:
     truncated: float | None
     """Share of trained tokens whose correction for the sampler was truncated."""
     kl: float | None
-    """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
+    """Mean KL to its reference, weighted as in the loss; None without a KL term."""
     drift: float | None
     """Mean |change of log-probability| by the step, in nats, over some trained tokens."""
     trained_tokens: int

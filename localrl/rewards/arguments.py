@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from localrl.records import Example, Group
 
+Render = Callable[[Sequence[int]], str]
 
-def call_arguments(groups: Sequence[Group], *, ids: bool = True) -> dict[str, list[Any]]:
+
+def call_arguments(
+    groups: Sequence[Group], *, ids: bool = True, render: Render | None = None
+) -> dict[str, list[Any]]:
     """The keyword arguments of a reward function, each a list with one entry per leaf.
 
     `prompts` are lists of chat messages and `completions` lists with one assistant message, or
@@ -16,6 +20,7 @@ def call_arguments(groups: Sequence[Group], *, ids: bool = True) -> dict[str, li
     completion, as in TRL; `completion_ids`, with `ids`, are lists of
     tokens; then `answer` and the examples' columns, None where an example lacks one. A completion
     that talked to an environment is its whole message list; `environments` names conversations.
+    `rendered_prompts`, with `render`, are the prompts as the model saw them.
     """
     leaves = [(group, index) for group in groups for index in range(len(group.leaves))]
     columns = dict.fromkeys(name for group in groups for name in group.example.columns)
@@ -27,6 +32,11 @@ def call_arguments(groups: Sequence[Group], *, ids: bool = True) -> dict[str, li
         given["completion_ids"] = [_token_ids(group, index) for group, index in leaves]
     else:
         given.pop("completion_ids", None)
+    if render is not None:
+        shown = [render(group.prompt_ids) for group in groups]
+        given["rendered_prompts"] = [
+            text for text, group in zip(shown, groups, strict=True) for _ in group.leaves
+        ]
     conversations = [group.leaves[index].conversation for group, index in leaves]
     if any(number is not None for number in conversations):
         given["environments"] = conversations

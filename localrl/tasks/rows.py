@@ -243,7 +243,7 @@ def _check_unicode(place: str, *parts: Any) -> None:
 
 def _answer(row: Mapping[str, Any]) -> Any:
     """The gold answer, None if the row has none; in GSM8K's format the part after `####`."""
-    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    answer = next((row[name] for name in ANSWERS if row.get(name) not in (None, "", [])), None)
     if isinstance(answer, str) and GSM8K in answer:
         return answer.rpartition(GSM8K)[2].strip()
     return answer

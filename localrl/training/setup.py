@@ -28,6 +28,7 @@ from localrl.runs.null_folder import NullRunFolder
 from localrl.training import speeds
 from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.training.forecast import Forecast
+from localrl.training.given import NOTHING, Given
 from localrl.training.session import Progress, Session
 from localrl.training.state import PreviousRun, broadcast, day_of_run, reopen, sources_of
 
@@ -46,10 +47,12 @@ def open_session(
     heartbeat: Heartbeat,
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
+    given: Given = NOTHING,
 ) -> Iterator[Session]:
     """Open everything that the run needs. restart: the supervisor's note on the previous process.
 
-    Only rank 0 opens or resumes a run folder; the others start with its state.
+    Only rank 0 opens or resumes a run folder; the others start with its state. given: rows and
+    rewards that the settings cannot name.
 
     Raises: ConfigError or DataError for what cannot work; CheckpointError if a run cannot be
     resumed.
@@ -65,7 +68,9 @@ def open_session(
         before = stack.enter_context(reopen(config, warn)) if resumes else None
         plan = before.plan_after(restart, resolved.shape) if before else None
         components = stack.enter_context(
-            open_components(resolved, warn=warn, heartbeat=heartbeat, plan=plan, ranks=ranks)
+            open_components(
+                resolved, warn=warn, heartbeat=heartbeat, plan=plan, given=given, ranks=ranks
+            )
         )
         config = components.config  # with what the task changed
         plans = _agree_on_plan(components, ranks)
@@ -90,7 +95,7 @@ def open_session(
             run=run,
             progress=progress,
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
-            sources=sources_of(components.model_folder, components.task, components.held_out),
+            sources=sources_of(components),
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
             forecast=Forecast.of(config, evaluates=bool(components.held_out)),
