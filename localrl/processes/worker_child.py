@@ -7,6 +7,7 @@ started it is not imported again, and heavy modules load only if the called func
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,6 +17,7 @@ import json
 import os
 import queue
 import re
+import resource
 import socket
 import struct
 import sys
@@ -34,6 +36,7 @@ TRACEBACK_LIMIT = 8000
 MESSAGE_LIMIT = 300
 SHOWN_LIMIT = 1000
 FACTORY_CALL = re.compile(r"(.+?:[A-Za-z_][\w.]*)\((.*)\)", re.DOTALL)
+NO_LIMIT = (None, resource.RLIM_INFINITY)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -314,12 +317,22 @@ def wait_for(awaitable: Any) -> Any:
     return event_loop().run(main())
 
 
+def limit_processes(count: int | None) -> None:
+    """Keep this process and all that it starts from raising the user's processes above a count."""
+    limits = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = min((value for value in (count, *limits) if value not in NO_LIMIT), default=None)
+    if limit is not None:
+        with contextlib.suppress(OSError, ValueError):  # macOS refuses some values
+            resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+
+
 def handle(request: Mapping[str, Any]) -> dict[str, Any]:
     """Run one request and return the reply."""
     match request["op"]:
         case "start":
             # The user's folder comes first, as for a script; then the parent's import path.
             sys.path[:] = [os.getcwd(), *request["sys_path"]]
+            limit_processes(request["processes"])
             return {"value": os.getpid()}
         case "resolve":
             return {"value": signature(load(request["target"])[1])}

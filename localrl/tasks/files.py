@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from localrl.errors import ConfigError, DataError
 from localrl.records import Example
 from localrl.tasks.base import RewardSpec
-from localrl.tasks.rows import parse_columns, prompt_hash, read_examples
+from localrl.tasks.rows import parse_columns, prompt_hash, read_examples, with_all_columns
 from localrl.tasks.sources import find_source
 from localrl.tasks.tables import Rows, read_rows
 
@@ -148,6 +148,7 @@ def _task(
             f"task.train_prompts is {train_prompts}, but {source} has {len(training)} rows to "
             "train on. Lower it, or leave it out to use all."
         )
+    training, held_out = with_all_columns(training, held_out), with_all_columns(held_out, training)
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(
         name=name,
@@ -156,6 +157,21 @@ def _task(
         training=used,
         held_out=tuple(sorted(held_out, key=_hash)),
     )
+
+
+def without(task: FileTask, ids: Collection[str]) -> FileTask:
+    """Return the task without the examples of these ids.
+
+    Raises: DataError if none is left to train on.
+    """
+    training = tuple(example for example in task.training if example.id not in ids)
+    if task.training and not training:
+        raise DataError(
+            f"task.filter_overlong_prompts leaves out all {len(task.training)} rows of "
+            f"{task.name}. Raise rollout.max_prompt_tokens."
+        )
+    held_out = tuple(example for example in task.held_out if example.id not in ids)
+    return replace(task, training=training, held_out=held_out)
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

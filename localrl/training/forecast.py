@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -74,6 +74,18 @@ class Forecast:
         if self.limit_s is not None:
             training = min(training, max(0.0, self.limit_s - trained_s))
         return training + self.evaluation_s * self.evaluations_left(step)
+
+
+def informative_share(rewards: Sequence[float], group: int, *, tracked: bool) -> float:
+    """Expected share of the completions that a step trains, from rewards of single completions.
+
+    tracked: a completion is also compared with other prompts' rewards; otherwise only with the
+    others of its group of this size, which teach nothing if all are equal.
+    """
+    counts = Counter(rewards).values()
+    if len(counts) < 2 or tracked:
+        return float(len(counts) > 1)
+    return 1 - sum((count / len(rewards)) ** group for count in counts)
 
 
 def time_gradient(

@@ -110,14 +110,9 @@ class Session(Components):
         return self.run.path
 
     def credit(self, step: int, scored: ScoredGroup) -> Credit:
-        """Return the group's credit, from the tracker's earlier values, weighted by the
-        objective."""
+        """Return the group's credit, weighted by the objective."""
         learning, example = self.config.learning, scored.group.example
-        value = self.tracker.value(example.tracker_key)
-        if value is None:
-            credit = assign_credit(scored)
-        else:
-            credit = assign_credit(scored, kappa=self.config.tracker_weight, prior=value)
+        credit = assign_credit(scored, kappa=self.config.tracker_weight)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
             return credit
@@ -134,7 +129,9 @@ class Session(Components):
         z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
         keep = config.learning.keep_completions
         weights = [self._leaf_weights(step, group, keep) for group in scored] if keep else None
-        return select(scored, credits, z, objective, weights)
+        return select(
+            scored, credits, z, objective, weights, mask_truncated=config.learning.mask_truncated
+        )
 
     def _leaf_weights(self, step: int, scored: ScoredGroup, keep: int) -> np.ndarray:
         address = (self.config.run.seed, step, scored.group.example.id, "keep")
@@ -302,10 +299,13 @@ class Session(Components):
 
         Every rank checks all prompts, because it may have to learn from any of them.
         """
-        # An environment may start differently on every call; the longest allowed was planned for.
-        if self.sampler.environments is not None or self.config.memory.pin:
+        if self.config.memory.pin:
             return
-        tokens = max(map(len, self.sampler.encode(examples)))
+        if self.sampler.environments is not None:
+            # Each may start differently on every call; a resumed run may allow more than before.
+            tokens = self.config.rollout.max_prompt_tokens
+        else:
+            tokens = max(map(len, self.sampler.encode(examples)))
         if tokens <= self.plan.max_prompt_tokens:
             return
         self.request, plan = for_longer_prompts(self.config, self.request, self.plan, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from localrl.training.components import Components, check_sandbox, open_componen
 from localrl.training.forecast import Forecast
 from localrl.training.given import NOTHING, Given
 from localrl.training.session import Progress, Session
-from localrl.training.state import PreviousRun, broadcast, reopen, sources_of
+from localrl.training.state import PreviousRun, broadcast, day_of_run, reopen, sources_of
 
 AGREED = ("group_size", "max_completion_tokens")
 """Plan fields that the machine with the least memory decides for all."""
@@ -60,6 +61,7 @@ def open_session(
     with ExitStack() as stack:
         progress.start(heartbeat)
         stack.callback(progress.end)
+        config = _dated(config, ranks, resume=resume)
         resolved = resolve(config)
         config, warn = resolved.config, progress.warn
         resumes = resume and ranks.is_main
@@ -93,7 +95,7 @@ def open_session(
             run=run,
             progress=progress,
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
-            sources=sources_of(components.model_folder, components.task, components.held_out),
+            sources=sources_of(components),
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
             forecast=Forecast.of(config, evaluates=bool(components.held_out)),
@@ -115,6 +117,15 @@ def open_session(
         progress.begin(session)
         stack.callback(speeds.remember, session)
         yield session
+
+
+def _dated(config: RunConfig, ranks: Ranks, *, resume: bool) -> RunConfig:
+    """Fix the day that chat templates see: that on which the run began, on rank 0."""
+    day = config.model.template_date
+    if day is None and resume and ranks.is_main:
+        day = day_of_run(config)
+    day = gather(ranks, day or date.today().isoformat())[0]
+    return config.replace("model.template_date", day)
 
 
 def _restore(before: PreviousRun, session: Session, restart: Restart | None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from waiting import DEADLINE_S, FOREVER_S, until
 
 import localrl
 from localrl.errors import DataError
+from localrl.processes import worker as module
+from localrl.processes.process_limit import tasks_of_user
 from localrl.processes.worker import Reply, Worker, _resident_bytes_by_ps, resident_bytes
 
 FUNCTIONS = Path(__file__).parent.parent / "worker_functions.py"
@@ -170,6 +173,28 @@ def test_memory_is_measured_alike_in_both_ways() -> None:
     assert by_ps is not None
     assert resident_bytes(os.getpid()) == pytest.approx(by_ps, rel=0.1)
     assert resident_bytes(2**22 + 1) is None
+
+
+def test_too_many_processes_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, which fails the function, or by the parent, for the kernel lets root be."""
+    monkeypatch.setattr(module, "worker_room", lambda: 30)
+    note = tmp_path / "pids"
+    with make_worker() as worker:
+        reply = worker.call(target("start_processes"), {"count": 60, "path": str(note)})
+        assert reply.failure in ("raised", "processes")
+        if reply.failure == "processes":
+            assert reply.message == "started more than 30 processes"
+        assert worker.call(target("echo"), {"value": 1}).ok
+    until(lambda: not any(is_alive(int(pid)) for pid in note.read_text().split()))
+
+
+def test_the_limit_of_processes_is_relative_and_leaves_room_for_pools(worker: Worker) -> None:
+    soft, hard = worker.call(target("process_limit"), {}).value
+    tasks, inherited = tasks_of_user(), resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    assert tasks is not None
+    assert soft == hard
+    assert soft == inherited or tasks < soft < tasks + 2 * module.worker_room()
+    assert worker.call(target("pool"), {"processes": 8}).value == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
 def test_timeout_kills_what_the_function_started(tmp_path: Path) -> None:
