@@ -20,10 +20,9 @@ def check_prompts(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     name: str,
-    warn: Callable[[str], None],
     beat: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Return the number of tokens of each prompt, and warn of what is probably not meant.
+    """Return the number of tokens of each prompt.
 
     name: the task's, for messages. beat: called before each batch.
 
@@ -48,7 +47,6 @@ def check_prompts(
     if bad:
         raise DataError(tell_bad(bad, len(examples)))
     _check_vocabulary(unread, len(examples), tokenizer, name)
-    warn_of_prompts(examples, tokenizer, warn)
     return lengths
 
 
