@@ -160,7 +160,8 @@ class Tokenizer:
         Raises: DataError if it is not valid Unicode.
         """
         try:
-            return tuple(self.inner.encode(text, add_special_tokens=False))
+            # Not verbose: transformers would tell of texts above a length that it has from a file.
+            return tuple(self.inner.encode(text, add_special_tokens=False, verbose=False))
         except (TypeError, UnicodeEncodeError):
             raise DataError(
                 f"A text holds half of a character, which no tokenizer can read: {text!a:.80}."
