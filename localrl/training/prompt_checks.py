@@ -20,10 +20,9 @@ def check_prompts(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     name: str,
-    warn: Callable[[str], None],
     beat: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Return the number of tokens of each prompt, and warn of what is probably not meant.
+    """Return the number of tokens of each prompt.
 
     name: the task's, for messages. beat: called before each batch.
 
@@ -48,14 +47,13 @@ def check_prompts(
     if bad:
         raise DataError(tell_bad(bad, len(examples)))
     _check_vocabulary(unread, len(examples), tokenizer, name)
-    warn_of_prompts(examples, tokenizer, warn)
     return lengths
 
 
 def warn_of_prompts(
     examples: Sequence[Example], tokenizer: Tokenizer, warn: Callable[[str], None]
 ) -> None:
-    """Warn of prompts that are probably not what they should be."""
+    """Warn of prompts, as the task's rows have them, that are probably not what they should be."""
     _warn_of_templated(examples, tokenizer, warn)
     _warn_of_begun(examples, warn)
     _warn_of_tools(examples, tokenizer, warn)

@@ -12,7 +12,7 @@ from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.records import Example
 from localrl.tasks.files import load_file_task
-from localrl.training.prompt_checks import check_prompts
+from localrl.training.prompt_checks import check_prompts, warn_of_prompts
 from localrl.training.prompt_lengths import read_prompts
 from localrl.training.state import _may_change, changed_settings, day_of_run
 
@@ -41,7 +41,9 @@ def tokenizer(tmp_path_factory):
 
 def checked(tokenizer, rows):
     warned: list[str] = []
-    return check_prompts(rows, tokenizer, "mine", warned.append), warned
+    lengths = check_prompts(rows, tokenizer, "mine")
+    warn_of_prompts(rows, tokenizer, warned.append)
+    return lengths, warned
 
 
 def test_rows_are_counted_one_by_one(tokenizer):
