@@ -77,7 +77,6 @@ def evaluate(
     \b
       localrl eval runs/steps-1                      a run's adapter against its base
       localrl eval runs/steps-1 -k 8 --prompts 100   pass@1 to pass@8
-      localrl eval runs/steps-1 --task test.jsonl    all rows of another file
       localrl eval --model DIR --adapter DIR --task test.jsonl --reward accuracy
     """
     from localrl.display.line import showing
