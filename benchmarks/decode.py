@@ -93,10 +93,14 @@ def draw(steps: dict[int, np.ndarray], fitted: Fit, prompt: int) -> None:
         size = max(1, len(seconds) // 64)
         cut = len(seconds) // size * size
         smooth = 1e3 * seconds[:cut].reshape(-1, size).mean(axis=1)
-        axes.plot(places[:cut:size], smooth, color=f"C{n}", label=f"{rows} rows")
+        axes.plot(
+            places[:cut:size], smooth, color=f"C{n}", label=f"{rows} row{'s' if rows > 1 else ''}"
+        )
         line = fitted.a_ms + fitted.b_ms * rows + (fitted.c_ms or 0.0) * rows * places
         axes.plot(places, line, color=f"C{n}", linestyle=":")
-    axes.set(xlabel="tokens before it", ylabel="ms a token of all rows", ylim=(0, None))
+    axes.set(
+        xlabel="tokens before it", ylabel="milliseconds for one token of every row", ylim=(0, None)
+    )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE, dpi=110)

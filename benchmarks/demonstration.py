@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -76,17 +77,20 @@ def table(runs: list[Run]) -> str:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Reward and entropy over training time."""
+    """Rewards and lengths of the steps: each faintly, the mean of the last five boldly."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for each in runs:
+    for n, each in enumerate(runs):
         numbers = [step["step"] for step in each.steps]
-        left.plot(numbers, [step["reward"] for step in each.steps], label=f"seed {each.seed}")
-        right.plot(numbers, [step["completions/mean_length"] for step in each.steps])
+        for axes, name in ((left, "reward"), (right, "completions/mean_length")):
+            values = [step[name] for step in each.steps]
+            axes.plot(numbers, values, color=f"C{n}", alpha=0.25, linewidth=1)
+            smooth = [fmean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+            axes.plot(numbers, smooth, color=f"C{n}", label=f"seed {each.seed}", linewidth=2)
     left.set(xlabel="step", ylabel="mean reward of the step", ylim=(0, 1), title="Right answers")
     right.set(xlabel="step", ylabel="tokens", title="Length of completions")
     left.legend(frameon=False, loc="lower right")
@@ -109,6 +113,8 @@ Made by `benchmarks/demonstration.py`.
 {table(runs)}
 
 ![Mean reward and completion length over training](demonstration.png)
+
+Thin lines are single steps of 32 completions, thick ones the mean of the last five steps.
 
 Completions grow because the model stops guessing and works every step. "Training" is the sum of the
 step times; "command" also holds the start, both evaluations and writing the adapter; "process" is

@@ -179,12 +179,12 @@ def versions(results: list[dict[str, Any]]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Seconds a step, on a logarithmic axis."""
+    """Seconds a step, as points on a logarithmic axis, with the range of the rounds' medians."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     jobs = [job for job in TITLES if any(r["job"] == job for r in results)]
     figure, axes = pyplot.subplots(
@@ -197,12 +197,24 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         ]
         bars = [(line, note) for line, note in bars if not line.problem][::-1]
         names = [line.tool + note for line, note in bars]
-        colours = ["C0" if line.tool == "localrl" else "0.7" for line, _ in bars]
-        drawn = place.barh(names, [line.step_s for line, _ in bars], color=colours)
-        place.bar_label(drawn, fmt="%.2f", padding=3)
-        place.set(xscale="log", xlabel="seconds a step", title=TITLES[job])
-        place.margins(x=0.2)
-        place.xaxis.set_minor_formatter(NullFormatter())
+        for name, (line, _) in zip(names, bars, strict=True):
+            colour = "C0" if line.tool == "localrl" else "0.35"
+            place.plot([line.low_s, line.high_s], [name, name], color=colour, linewidth=2)
+            place.plot(line.step_s, name, "o", color=colour)
+            place.annotate(
+                f"{line.step_s:.2f}", (line.step_s, name), (0, 6), textcoords="offset points",
+                ha="center", fontsize=8, color=colour,
+            )  # fmt: skip
+        place.set(
+            xscale="log", xlim=(0.4, 40), xlabel="seconds a step, each gridline twice the last",
+            title=TITLES[job],
+        )  # fmt: skip
+        ticks = [0.5 * 2**n for n in range(7)]
+        place.xaxis.set_major_locator(FixedLocator(ticks))
+        place.xaxis.set_minor_locator(NullLocator())
+        place.set_xticklabels([f"{tick:g}" for tick in ticks])
+        place.margins(y=0.12)
+        place.grid(axis="x", alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 

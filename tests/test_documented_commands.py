@@ -8,7 +8,10 @@ import json
 import re
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,6 @@ sys.path.append(str(Path(__file__).parent / "gguf"))
 from written import TEMPLATE, write_model
 
 NETWORK = "needs the network; tests/export has a Hub of its own"
-ENDLESS = "serves until Ctrl-C; tests/report has it"
 REAL = "measures whole steps of a real model's size: minutes on a CPU"
 EXTRA = "needs packages that the tests do not install"
 NOT_RUN = {
@@ -31,10 +33,10 @@ NOT_RUN = {
     "localrl pull mlx-community/Qwen3-0.6B-4bit": NETWORK,
     "localrl pull mlx-community/Qwen3.5-0.8B-4bit": NETWORK,
     "localrl pull --data user/problems:train.jsonl --out problems.jsonl": NETWORK,
+    "localrl pull --data openai/gsm8k:main": NETWORK,
     "localrl push runs/problems-1 you/my-skill": NETWORK,
     "localrl push runs/steps-1 you/steps": NETWORK,
     "localrl push runs/extraction-1-3-1 you/facts": NETWORK,
-    "localrl show runs/extraction-1-3-1 --live": ENDLESS,
     "localrl bench --shape qwen3-0.6b": REAL,
     "localrl bench --shape qwen3.5-0.8b": REAL,
     "localrl train --set run.report_to=tensorboard": EXTRA,
@@ -99,7 +101,9 @@ def world(tmp_path_factory) -> Path:
     game = page.partition("```python\n")[2].partition("```")[0]  # the page's own example
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "data").mkdir()
-    data = dict.fromkeys(("problems.jsonl", "data.jsonl", "rows.jsonl", "data/train.jsonl"), lines)
+    data = dict.fromkeys(
+        ("problems.jsonl", "data.jsonl", "rows.jsonl", "test.jsonl", "data/train.jsonl"), lines
+    )
     for name, text in {**FILES, **data, "game.py": game}.items():
         (folder / name).write_text(text)
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -168,8 +172,25 @@ def test_a_command_runs_as_shown(command, world, tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", list(command.words[1:]))
         runpy.run_path(str(ROOT / command.words[1]), run_name="__main__")
         return
+    if "--live" in command.words:
+        serves(command, tmp_path)
+        return
     done = within.localrl(capfd, *shortened(command), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def serves(command: Command, folder: Path) -> None:
+    """Hold a command that serves a page to doing so until Ctrl-C."""
+    words = (sys.executable, "-um", *command.words)
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = server.stdout.readline().split()[0]
+            with urllib.request.urlopen(url, timeout=30) as page:
+                assert b"<title>" in page.read()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
 
 
 def test_a_command_that_is_not_run_is_still_shown():

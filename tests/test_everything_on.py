@@ -126,6 +126,7 @@ def counted(groups, fresh_groups):
         "selection/no_reward": reasons["no reward"],
         "selection/no_coefficient": reasons["no coefficient"],
         "selection/down_sampled": reasons["down-sampled"],
+        "selection/truncated": reasons["truncated"],
         "reward": pytest.approx(
             np.mean([leaf["reward"] for group in fresh for leaf in group["leaves"]])
         ),

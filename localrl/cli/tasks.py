@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -81,6 +82,7 @@ def check(name: str, count: int, **options: Any) -> None:
     from localrl.config import RunConfig
     from localrl.diagnostics.inspect_task import inspect_task
     from localrl.tasks.loading import is_data
+    from localrl.training.prompt_checks import warn_of_prompts
     from localrl.training.reward_checks import check_columns
 
     rollout = RunConfig().rollout
@@ -95,6 +97,7 @@ def check(name: str, count: int, **options: Any) -> None:
             gold=is_data(name),
             environments=opened.environments,
         )
+        warn_of_prompts(_shown(opened.task, report.training), opened.tokenizer, _warn)
         _head(opened)
         for line in _lines(report, rollout.max_prompt_tokens):
             click.echo(line)
@@ -135,6 +138,7 @@ def _opened(
     from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards
     from localrl.rewards.scoring import Scorer
+    from localrl.tasks.files import OnePrompt
     from localrl.tasks.loading import is_data, open_task, with_environments
 
     config = TaskConfig(name=name, columns=columns, environment=environment, tools=tools)
@@ -144,9 +148,12 @@ def _opened(
         time_limit_s=config.reward_timeout_s,
         memory_limit_bytes=config.reward_memory_mb * 2**20,
     ) as worker:
-        task, environments = with_environments(
-            config, open_task(config, specs, worker), worker, _warn
-        )
+        try:
+            found = open_task(config, specs, worker)
+        except OnePrompt as error:
+            _warn(str(error))
+            found = open_task(replace(config, eval_prompts=0), specs, worker)
+        task, environments = with_environments(config, found, worker, _warn)
         tokenizer = load_tokenizer(find_model(model))
         if environments is not None:
             environments.connect(tokenizer)

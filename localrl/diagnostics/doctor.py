@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from localrl import backend
+from localrl.config import RolloutConfig
 from localrl.diagnostics.doctor_machine import (
     SAME_VERSION,
     CheckResult,
@@ -23,12 +24,14 @@ from localrl.diagnostics.doctor_machine import (
     memory_rows,
     pair_rows,
 )
+from localrl.diagnostics.doctor_text import template_rows, tokenizer_row
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu.kernel_choice import KernelSizes, choose
 from localrl.engines.cpu.memory import fits
 from localrl.engines.cpu.model import FAMILIES
 from localrl.engines.open import make_policy
 from localrl.errors import LocalRLError
+from localrl.memory.limit import show
 from localrl.memory.machine import read_machine
 from localrl.memory.sizes import read_sizes
 from localrl.policy.folder import WEIGHTS, check_folder
@@ -54,7 +57,8 @@ LOWEST = {
 FEW_BYTES, NO_BYTES = 2_000_000_000, 100_000_000
 """Free disk space in bytes below which a run may not fit, and below which none does."""
 
-EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
+USUAL, GROUP = RolloutConfig(), 8
+"""Lengths and group for which the cost of what a family lacks is given."""
 
 
 def look_at_machine() -> Iterator[CheckResult]:
@@ -86,15 +90,13 @@ def look_at_machine() -> Iterator[CheckResult]:
     yield from map(packaged_row, PACKAGED_MODELS.values())
 
 
-def look_at_model(
-    name: str | None, quantize: int = 0, thinking: str = "auto"
-) -> Iterator[CheckResult]:
+def look_at_model(name: str | None, quantize: int = 0) -> Iterator[CheckResult]:
     """Load and check the model that `--model` names; ends at the first row that fails."""
     try:
         folder = find_model(name)
         yield from _folder(folder)
         yield from _kernels(folder)
-        loaded = load_model(folder, quantize=quantize, thinking=thinking)
+        loaded = load_model(folder, quantize=quantize)
         yield from _weights(loaded)
         policy = _policy(loaded)
     except LocalRLError as error:
@@ -104,10 +106,11 @@ def look_at_model(
     yield from _adapters(policy)
     policy, row = _engine(policy)
     yield row
-    yield _head(policy)
+    yield _head(policy, read_shape(folder).vocabulary)
     yield _shared(policy)
     yield from _selfchecks(policy)
-    yield from _template(loaded)
+    yield tokenizer_row(loaded.tokenizer, folder)
+    yield from template_rows(loaded.tokenizer)
 
 
 def package_row(name: str, version: str | None) -> CheckResult:
@@ -249,12 +252,16 @@ def _policy(loaded: LoadedModel) -> Policy:
     return make_policy(loaded, rank=1, scale=1.0, seed=0, for_cpu=on_cpu, dense=False, dtype="auto")
 
 
-def _head(policy: Policy) -> CheckResult:
+def _head(policy: Policy, vocabulary: int) -> CheckResult:
     if policy.engine.splits_head:
         return CheckResult(
             "head", "ok", "body and head are separate: logits only where a token is trained"
         )
-    text = "body and head cannot be separated: all logits are computed, which takes more memory"
+    prompt, completion = USUAL.max_prompt_tokens, USUAL.max_completion_tokens
+    text = (
+        "body and head cannot be separated: all logits are computed, for a row of "
+        f"{prompt} + {completion} tokens {show(4 * (prompt + completion) * vocabulary)} of them"
+    )
     return CheckResult(
         "head", "warn", text, "keep rollout.max_completion_tokens and memory.micro_rows low"
     )
@@ -263,7 +270,12 @@ def _head(policy: Policy) -> CheckResult:
 def _shared(policy: Policy) -> CheckResult:
     if forest_agrees(policy, _fork(), temperature=1.0, head_chunk=64):
         return CheckResult("shared_prefix", "ok", "shared tokens are trained once")
-    text = "every completion is trained separately, shared tokens included, which is slower"
+    prompt, completion, rows = USUAL.max_prompt_tokens, USUAL.max_completion_tokens, GROUP
+    times = rows * (prompt + completion) / (prompt + rows * completion)
+    text = (
+        "every completion is trained separately, shared tokens included: for a group of "
+        f"{rows} x {completion} tokens behind a prompt of {prompt}, {times:.1f} times the positions"
+    )
     return CheckResult("shared_prefix", "warn", text, "nothing is wrong; other families are faster")
 
 
@@ -282,23 +294,3 @@ def _fork() -> Batch:
         node(0, True, 12, 13, 14),
     )
     return Batch(((1, 2, 3, 4),), nodes, 1.0)
-
-
-def _template(loaded: LoadedModel) -> Iterator[CheckResult]:
-    if not loaded.tokenizer.inner.has_chat_template:
-        mend = "this is a base model: use tasks whose prompts are plain text"
-        yield CheckResult(
-            "template", "warn", "no chat template: messages are joined with newlines", mend
-        )
-        return
-    try:
-        text = loaded.tokenizer.render(EXAMPLE)
-    except LocalRLError as error:
-        yield CheckResult(
-            "template", "fail", str(error), "use another model, or fix its chat_template"
-        )
-        return
-    yield CheckResult("template", "ok", "rendered in a process with limits")
-    yield CheckResult(
-        "prompt", "ok", f"{text!r} ({len(loaded.tokenizer.encode_text(text))} tokens)"
-    )

@@ -101,7 +101,7 @@ def encode(
     """Encode the examples' prompts as a run would."""
     if environments is not None:
         return environments.prompts(examples)
-    return tokenizer.encode_all([example.messages for example in examples])
+    return tokenizer.encode_prompts(examples)
 
 
 def unknown(tokenizer: Tokenizer, examples: Sequence[Example]) -> str:

@@ -11,6 +11,7 @@ from localrl.errors import ConfigError
 from localrl.report.curves import column, mean
 from localrl.report.reading import Run, Score
 from localrl.runs.metrics import METRICS
+from localrl.runs.schedule import evaluation_due, evaluations_after
 from localrl.utils.text import sampled_at
 
 RECENT = 10
@@ -76,9 +77,9 @@ def equal_groups(run: Run) -> str:
 
 
 def seconds_left(run: Run) -> float | None:
-    """Estimate the seconds that a run still needs for its steps; None if nothing tells.
+    """Estimate the seconds that a run still needs; None if nothing tells.
 
-    From the mean of the last steps, bounded by run.minutes. Evaluations are not counted.
+    From the mean of the last steps, bounded by run.minutes, and the last evaluation's duration.
     """
     mean_s = mean(column(run.steps[-RECENT:], "step_time"))
     if not run.planned_steps or mean_s is None or run.state == "finished":
@@ -86,7 +87,17 @@ def seconds_left(run: Run) -> float | None:
     left, minutes = mean_s * max(0, run.planned_steps - run.step), run.settings.get("run.minutes")
     if isinstance(minutes, int | float):
         left = min(left, max(0.0, 60 * minutes - seconds_spent(run)))
-    return left
+    return left + _evaluating_s(run)
+
+
+def _evaluating_s(run: Run) -> float:
+    """Estimate the seconds of the evaluations to come; 0 if the run records no durations."""
+    last = run.scores[-1].seconds if run.scores else None
+    every = run.settings.get("run.eval_every", 0)
+    if last is None or not run.planned_steps or not isinstance(every, int):
+        return 0.0
+    due = run.step > run.scores[-1].step and evaluation_due(run.step, run.planned_steps, every)
+    return last * (due + evaluations_after(run.step, run.planned_steps, every))
 
 
 def seconds_spent(run: Run) -> float:
@@ -108,9 +119,10 @@ def glance(run: Run) -> list[tuple[str, str, str]]:
         return []
     first, last = run.steps[:RECENT], run.steps[-RECENT:]
     found = [("step", number(run.step), f"of {number(run.planned_steps)}")]
-    left, without = seconds_left(run), "" if not run.scores else ", evaluations not counted"
+    left = seconds_left(run)
     if run.state == "running" and left is not None:
-        found.append(("time left", f"about {duration(left)}", f"of steps{without}"))
+        found.append(("time left", f"about {duration(left)}", "at the speed of the last steps"))
+    without = "" if not run.scores else ", evaluations not counted"
     found.append(("time", duration(seconds_spent(run)), f"in steps{without}"))
     rewards = [mean(column(part, "reward")) for part in (last, first)]
     if len(run.steps) >= 2 * RECENT:

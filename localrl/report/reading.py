@@ -41,6 +41,8 @@ class Score:
     """Digest of the prompts; empty in older runs."""
     passed: Sequence[bool | None] = ()
     """The verdict on each prompt, in order; empty in older runs."""
+    seconds: float | None = None
+    """Its duration; None in older runs."""
     shown: Sequence[Mapping[str, Any]] = ()
     """Some prompts with their completions, the same ones in every evaluation of a run."""
 
@@ -203,14 +205,16 @@ def _scores(lines: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, An
 
 def _score(line: Mapping[str, Any], details: Mapping[str, Any]) -> Score:
     shown, passed = details.get("shown"), details.get("passed")
+    temperature = _number(line.get("eval/temperature"))
     return Score(
         step=line["step"],
         pass_at_1=line.get("eval/pass@1"),
         n=line["eval/n"] or 0,
         mean_reward=line.get("eval/mean_reward"),
         mean_tokens=line.get("eval/mean_completion_tokens"),
-        temperature=_number(line.get("eval/temperature"), 1.0),
+        temperature=1.0 if temperature is None else temperature,
         prompts=str(details.get("prompts") or ""),
+        seconds=_number(line.get("time/evaluation_s")),
         passed=tuple(passed) if isinstance(passed, list) else (),
         shown=tuple(one for one in shown if isinstance(one, dict))
         if isinstance(shown, list)
@@ -224,8 +228,8 @@ def _written(run: Path) -> float:
     return max(path.stat().st_mtime for name in names if (path := run / name).exists())
 
 
-def _number(value: Any, unknown: float) -> float:
-    return value if isinstance(value, int | float) else unknown
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _holder(lock: Path) -> tuple[str, bool | None]:

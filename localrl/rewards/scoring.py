@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
-from localrl.processes.worker import Reply, Worker
+from localrl.processes.worker import Reply
 from localrl.records import ENVIRONMENT_LOOKUP, Group, Leaf, ScoredGroup, Work
 from localrl.rewards.arguments import Render, call_arguments
 from localrl.rewards.logs import LogCollector, Logs
@@ -54,6 +54,21 @@ class RewardLike(Protocol):
 
     @property
     def weight(self) -> float: ...
+
+
+class Caller(Protocol):
+    """Calls functions by target, as `Worker` does."""
+
+    def resolve(self, target: str) -> Reply: ...
+    def wants(self, target: str, name: str) -> bool: ...
+    def call(
+        self,
+        target: str,
+        kwargs: Mapping[str, Any],
+        *,
+        state: Mapping[str, Any] | None = None,
+        through: Mapping[str, str] | None = None,
+    ) -> Reply: ...
 
 
 class Counts(NamedTuple):
@@ -129,7 +144,7 @@ class Scorer:
     def __init__(
         self,
         specs: Sequence[RewardLike],
-        worker: Worker,
+        worker: Caller,
         warn: Callable[[str], None] = logger.warning,
         *,
         cut_reward: float | None = None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from localrl.config import RunConfig
 from localrl.evaluate import Evaluation, at_temperature, judge, sampled_tokens, summarise
 from localrl.memory.sizes import parameters
 from localrl.records import ScoredGroup
 from localrl.rollouts.pace import Pace
-from localrl.training.forecast import time_gradient
+from localrl.training.forecast import informative_share, time_gradient
 
 if TYPE_CHECKING:
     from localrl.training.session import Session
@@ -107,5 +109,14 @@ def _expected_step_s(session: Session, judging: Judging) -> float:
             lengths=[total // len(groups) for total in means],
             vocabulary=session.request.sizes.vocabulary,
         )
-    updates = config.learning.updates_per_step
+    updates = config.learning.updates_per_step * _trained_share(config, judging.scored)
     return sampling_s + completions * (judging.score_s / len(groups) + updates * update_s)
+
+
+def _trained_share(config: RunConfig, judged: Sequence[ScoredGroup]) -> float:
+    """Expected share of a step's completions that have a gradient; all have one with a KL."""
+    if config.learning.kl_coef:
+        return 1.0
+    rewards = [reward for one in judged if (reward := one.rewards[0]) is not None]
+    tracked = config.tracker_weight > 0
+    return informative_share(rewards, config.rollout.completions, tracked=tracked)

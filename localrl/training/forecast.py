@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from localrl.config import RunConfig
 from localrl.learning.update import Updater
 from localrl.records import MemoryPlan
+from localrl.runs.schedule import evaluations_after
 from localrl.training.calibrate import probe_batch
 
 RECENT = 20
@@ -60,10 +61,7 @@ class Forecast:
 
     def evaluations_left(self, step: int) -> int:
         """Number of evaluations that come after this step's."""
-        if not self.evaluates or step >= self.steps:
-            return 0
-        every = self.eval_every
-        return 1 + ((self.steps - 1) // every - step // every if every else 0)
+        return evaluations_after(step, self.steps, self.eval_every) if self.evaluates else 0
 
     def left_s(self, step: int, trained_s: float) -> float | None:
         """Seconds from the end of this step to the end of the run; None if nothing is known yet.
@@ -76,6 +74,18 @@ class Forecast:
         if self.limit_s is not None:
             training = min(training, max(0.0, self.limit_s - trained_s))
         return training + self.evaluation_s * self.evaluations_left(step)
+
+
+def informative_share(rewards: Sequence[float], group: int, *, tracked: bool) -> float:
+    """Expected share of the completions that a step trains, from rewards of single completions.
+
+    tracked: a completion is also compared with other prompts' rewards; otherwise only with the
+    others of its group of this size, which teach nothing if all are equal.
+    """
+    counts = Counter(rewards).values()
+    if len(counts) < 2 or tracked:
+        return float(len(counts) > 1)
+    return 1 - sum((count / len(rewards)) ** group for count in counts)
 
 
 def time_gradient(

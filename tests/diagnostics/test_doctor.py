@@ -16,7 +16,9 @@ from localrl.cli.doctor import doctor
 from localrl.diagnostics import doctor as checks
 from localrl.diagnostics.doctor import disk_row, look_at_model, package_row
 from localrl.diagnostics.doctor_machine import blas_speed_row, memory_rows, pair_rows, speed_row
+from localrl.engines.mlx.engine import MLXEngine
 from localrl.engines.mlx.forest import LevelState
+from localrl.memory.limit import show
 from localrl.memory.machine import Machine, mac
 
 kernels = backend.describe().device == "cpu"
@@ -157,8 +159,8 @@ def test_a_model_and_its_paths(tiny_folder):
     rows = found(tiny_folder)
     assert [*rows] == [
         "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "dtype",
-        "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "template",
-        "prompt",
+        "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "tokenizer",
+        "template", "end_of_turn", "prompt",
     ]  # fmt: skip
     assert {row.status for row in rows.values()} == {"ok"}
     assert rows["family"].text == "qwen3"
@@ -170,12 +172,23 @@ def test_a_family_with_another_path(tmp_path, monkeypatch):
     monkeypatch.setattr(LevelState, "_begin", lambda self, parents: None)  # a prefix is forgotten
     rows = found(tiny.make_folder(tmp_path / "lfm2", bits=None, **tiny.FAMILIES["lfm2"]))
     assert rows["shared_prefix"].status == rows["check.forest_mean"].status == "warn"
+    cost = 8 * (512 + 256) / (512 + 8 * 256)  # of the default lengths in a group of 8
+    assert f"{cost:.1f} times the positions" in rows["shared_prefix"].text
     assert re.fullmatch(
         r"0\.\d+ \(warns above 0.01, refuses above 0.06\)", rows["check.forest_mean"].text
     )
     assert re.fullmatch(r"\d(\.\d+)?e-0\d \(.*", rows["check.padded_prompts"].text)
     assert rows["batches"].status == "ok"
     assert rows["quantisation"].text == "not quantised"
+
+
+def test_a_head_that_cannot_be_separated_says_what_it_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(MLXEngine, "splits_head", False)
+    folder = tiny.make_folder(tmp_path / "lfm2", bits=None, **tiny.FAMILIES["lfm2"])
+    row = found(folder)["head"]
+    assert row.status == "warn"
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert show(4 * (512 + 256) * vocabulary) in row.text
 
 
 def test_quantising_is_tried(tmp_path):

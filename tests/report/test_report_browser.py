@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from test_live import grow, served
 from waiting import DEADLINE_S
 
 from localrl.report.page import write_report
 from localrl.report.reading import read_run
+from localrl.runs.folder import reopen_run
+from localrl.runs.logs import read_jsonl
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -65,7 +69,7 @@ function look(frame) {
 </script>"""
 
 
-def browse(page: Path, folder: Path) -> tuple[str, list[str], list[str]]:
+def browse(page: str, folder: Path) -> tuple[str, list[str], list[str]]:
     """The document after its scripts ran, lines on the console, and addresses asked for."""
     log = folder / "net.json"
     done = subprocess.run(
@@ -74,13 +78,14 @@ def browse(page: Path, folder: Path) -> tuple[str, list[str], list[str]]:
             *("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
             *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
             *("--disable-sync", "--disable-extensions", "--disable-default-apps"),
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # the browser has habits of its own
+            # The browser has habits of its own.
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             "--allow-file-access-from-files",  # so that the looking page may read the report
             "--virtual-time-budget=8000",
             "--enable-logging=stderr",
             f"--log-net-log={log}",
             f"--user-data-dir={folder / 'profile'}",
-            page.as_uri(),
+            page,
         ],
         capture_output=True,
         text=True,
@@ -104,7 +109,7 @@ def looked(tree_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     write_report(read_run(tree_run), folder / "report.html")
     (folder / "look.html").write_text(LOOK)
-    text, console, asked = browse(folder / "look.html", folder)
+    text, console, asked = browse((folder / "look.html").as_uri(), folder)
     found = re.search(r"FOUND(.*?)END", text, re.DOTALL)
     assert found, text[-2000:]
     unescaped = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
@@ -161,9 +166,30 @@ def test_these_checks_can_fail(tmp_path):
         "<!doctype html><link rel=icon href='data:,'>"
         "<img src='http://127.0.0.1:9/never.png'><script>missing()</script>"
     )
-    _, console, asked = browse(page, tmp_path)
+    _, console, asked = browse(page.as_uri(), tmp_path)
     assert any("missing is not defined" in line for line in console)
     assert asked == ["http://127.0.0.1:9/never.png"]
+
+
+def test_a_served_page_follows_the_run_and_asks_its_server_alone(run_copy, tmp_path):
+    with served(run_copy) as server, reopen_run(run_copy):
+        first = server.page.get
+
+        def once():
+            """The page of now; the run goes on behind the first one."""
+            answer = first()
+            server.page.get = first
+            grow(run_copy, 3, 40)
+            return answer
+
+        server.page.get = once
+        text, console, asked = browse(server.url, tmp_path)
+        assert console == []
+        assert {urlsplit(url).netloc for url in asked} == {urlsplit(server.url).netloc}
+    assert "running, step 40 of 2 done" in text
+    assert "Following the run" in text
+    last = [*read_jsonl(run_copy / "metrics.jsonl")][-1]
+    assert re.search(rf"each step <b data-line=\"0\">{last['reward']:.3f}</b>", text)
 
 
 def parents(line: dict) -> set[int]:

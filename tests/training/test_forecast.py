@@ -12,7 +12,7 @@ from localrl import RunConfig, train
 from localrl.rollouts.pace import Pace
 from localrl.runs.logs import read_jsonl
 from localrl.training import evaluating
-from localrl.training.forecast import Forecast
+from localrl.training.forecast import Forecast, informative_share
 from localrl.training.session import NullProgress
 
 CALL_S, ROW_S, PROMPT_S = 0.01, 0.002, 0.05
@@ -85,6 +85,17 @@ def test_steps_replace_what_was_expected_and_the_first_counts_no_longer():
     made.stepped(3.0)
     made.stepped(3.0)
     assert made.step_s == 3.0
+
+
+def test_groups_of_equal_rewards_cost_no_gradient():
+    assert informative_share([0.0] * 9, 2, tracked=True) == 0
+    assert informative_share([], 2, tracked=True) == 0
+    assert informative_share([1.0, *[0.0] * 9], 2, tracked=True) == 1
+    assert informative_share([0.0] * 9, 8, tracked=False) == 0
+    rewards = [1.0, 0.5, 0.5, 0.0]
+    draws = np.random.default_rng(0).choice(rewards, (4000, 3))
+    drawn = np.mean([len(set(group)) > 1 for group in draws])
+    assert informative_share(rewards, 3, tracked=False) == pytest.approx(drawn, abs=0.02)
 
 
 def test_nothing_is_claimed_before_anything_is_known():
