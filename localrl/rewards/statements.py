@@ -133,6 +133,8 @@ def _alone(match: re.Match[str]) -> Number | None:
             before, sign = before[:-1], "-"
     if match["top"] and match["top"][0] == "(":
         before += "("
+    if "," in match[0] and before.endswith("(") and after.startswith(")"):
+        return None  # (1,200) may be a pair
     if not (_free_before(before, after) and _free_after(after)):
         return None
     value = value_of(match)
