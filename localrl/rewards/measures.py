@@ -9,7 +9,7 @@ import re
 
 from localrl.rewards.vocabulary import NO_NOUNS
 
-LONGEST = 60
+LONGEST = 120
 """Maximum characters in a unit."""
 
 _NAMES = {
