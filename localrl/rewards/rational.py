@@ -18,8 +18,9 @@ MAX_EXPONENT = 1000
 _GROUPS = "|".join(rf"(?:{mark}[0-9]{{3}})+" for mark in (",", " ", "'"))
 _INTEGER = rf"(?:[0-9]{{1,3}}(?:{_GROUPS})(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
-_SCALED = rf"{_DECIMAL}(?: ?[eE][+-]?[0-9]+)?"
-_BRACKETED = rf"\( ?[+-]? ?{_SCALED} ?\)"
+_EXPONENT = r"(?: ?[eE][+-]?[0-9]+)?"
+_SCALED = rf"{_DECIMAL}{_EXPONENT}"
+_BRACKETED = rf"\( ?[+-]? ?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+){_EXPONENT} ?\)"  # (1,200) is a pair
 UNSIGNED = (
     r"(?:(?P<whole>[0-9]+) (?P<part>[1-9][0-9]*) ?/ ?(?P<parts>[0-9]+)(?!\.?[0-9])"
     rf"|(?P<top>{_SCALED}|{_BRACKETED})(?: ?/ ?(?P<bottom>[+-]?{_SCALED}|{_BRACKETED}))?)"
