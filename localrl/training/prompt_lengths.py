@@ -53,11 +53,12 @@ def read_prompts(
     count = config.task.held_out
     if filters and isinstance(task, FileTask):
         count = len(task.held_out)  # those left out are replaced by later ones
-    rows = examples = [*training, *task.evaluation(count)]
+    examples = [*training, *task.evaluation(count)]
+    seen = examples
     if environments is not None:
-        examples = [environments.with_tools(example) for example in rows]
-    lengths = check_prompts(examples, tokenizer, task.name, beat)
-    warn_of_prompts(rows, tokenizer, warn)
+        seen = [environments.with_tools(example) for example in examples]
+    lengths = check_prompts(seen, tokenizer, task.name, beat)
+    warn_of_prompts(examples, tokenizer, warn)
     most = config.rollout.max_prompt_tokens
     long = {e.id: n for e, n in zip(examples, lengths, strict=True) if n > most}
     if long and not (filters and isinstance(task, FileTask)):

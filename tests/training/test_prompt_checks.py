@@ -14,7 +14,7 @@ from localrl.records import Example
 from localrl.tasks.files import load_file_task
 from localrl.training.prompt_checks import check_prompts, warn_of_prompts
 from localrl.training.prompt_lengths import read_prompts
-from localrl.training.state import _may_change, changed_settings, day_of_run
+from localrl.training.state import changed_settings, day_of_run
 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
@@ -160,6 +160,6 @@ def test_the_day_of_a_run_stays_its_own(tmp_path):
     dated = new.replace("model.template_date", "2024-02-29")
     (tmp_path / "config.toml").write_text(dated.to_toml())
     assert day_of_run(new) == "2024-02-29"
-    assert _may_change("model.template_date", None, "2024-03-01")  # an older run's
+    assert changed_settings(new, dated)  # an older run has none, and may be resumed
     with pytest.raises(ConfigError, match=r"template_date was '2024-02-29' and is '2024-03-01'"):
         changed_settings(dated, dated.replace("model.template_date", "2024-03-01"))
