@@ -393,13 +393,13 @@ def test_a_completion_alone_is_compared_with_what_was_known(tiny_folder, tmp_pat
 
 
 def test_stop_texts_end_completions_and_stay_in_them(tiny_folder, tmp_path):
-    told = groups(run(tiny_folder, tmp_path / "run", **{"rollout.stop_text": ["a", "7"]}).folder)
+    told = groups(run(tiny_folder, tmp_path / "run", **{"rollout.stop_text": ["0", "7"]}).folder)
     leaves = [leaf for group in told for leaf in group["leaves"]]
     closed = [leaf["text"] for leaf in leaves if leaf["finish_reason"] == "closed"]
-    assert {text[-1] for text in closed} == {"a", "7"}
-    assert not {"a", "7"} & set("".join(text[:-1] for text in closed))
+    assert {text[-1] for text in closed} == {"0", "7"}
+    assert not {"0", "7"} & set("".join(text[:-1] for text in closed))
     free = "".join(leaf["text"] for leaf in leaves if leaf["finish_reason"] != "closed")
-    assert not {"a", "7"} & set(free)
+    assert not {"0", "7"} & set(free)
 
 
 def test_down_sampled_completions_are_not_trained(tiny_folder, tmp_path):
