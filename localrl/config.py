@@ -210,7 +210,9 @@ class RolloutConfig:
     roots: int = setting(2, "independent roots of a tree", low=1)
     fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
     fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
-    stop_loops: bool = setting(False, "end a completion that repeats itself")
+    stop_loops: bool = setting(
+        False, "end a completion that repeats itself; its repetition is not trained: a bias"
+    )
     stop_text: tuple[str, ...] = setting((), "end a completion after these texts, e.g. </answer>")
     replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
     replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)

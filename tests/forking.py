@@ -31,16 +31,17 @@ fd, count = {fd}, {count}
 assert count <= 200
 
 def live():
-    os.write(fd, b".")
     time.sleep(3)
     os._exit(0)
 
 def fork():
-    try: return os.fork()
+    try: pid = os.fork()
     except OSError: return None
+    if pid: os.write(fd, b".")
+    return pid
 
 """
-"""Each process that comes to life writes one byte."""
+"""For each process that comes to life, and lives for 3 s, one byte is written."""
 
 SETSID = """
 for _ in range(count):
@@ -53,12 +54,14 @@ PROGRAMS = {
     "children in sessions of their own": SETSID,
     "orphans": """
 for _ in range(count // 2):
-    pid = fork()
-    if pid == 0:
-        os.setsid()
-        if fork() == 0: live()
-        os._exit(0)
-    elif pid: os.waitpid(pid, 0)
+    try: pid = os.fork()
+    except OSError: continue
+    if pid:
+        os.waitpid(pid, 0)
+        continue
+    os.setsid()
+    if fork() == 0: live()
+    os._exit(0)
 """,
     "everyone forks": """
 depth = count.bit_length() - 1
@@ -70,8 +73,8 @@ time.sleep(0.2)
     "threads": """
 for _ in range(count):
     try: threading.Thread(target=live, daemon=True).start()
-    except RuntimeError: pass
-time.sleep(0.2)
+    except RuntimeError: continue
+    os.write(fd, b".")
 os._exit(0)
 """,
     "programs": """
@@ -108,19 +111,18 @@ def outer_limit(sandbox: Sandbox) -> Iterator[Sandbox]:
 
 
 def attempt(sandbox: Sandbox, name: str, *, count: int, limit: int) -> tuple[int, float]:
-    """Run a program. Returns how many processes came to life, and the seconds until all were gone.
+    """Run a program. Returns how many processes came to life, and its seconds until all were gone.
 
-    All of them sleep until the program has ended: so many were alive at one moment.
+    All of them sleep until the program has ended, so that they and the program were alive together.
     """
     reading, writing = os.pipe()
     program = BEGIN.format(fd=writing, count=count) + PROGRAMS[name]
-    limits = SandboxLimits(2.0, 256 * MB, MB, processes=limit)
-    begun = time.monotonic()
+    limits = SandboxLimits(2.0, 1024 * MB, MB, processes=limit)
     with open(reading, "rb") as alive, outer_limit(sandbox) as walled:
         with walled.start(program, limits, pass_fds=[writing]) as process:
             os.close(writing)
-            process.wait()
-        return len(alive.read()), time.monotonic() - begun
+            seconds = process.wait().seconds
+        return len(alive.read()) + 1, seconds
 
 
 def attempt_in_a_worker() -> list[object]:
@@ -128,9 +130,9 @@ def attempt_in_a_worker() -> list[object]:
     functions = Path(__file__).with_name("worker_functions.py")
     module.worker_room = lambda: 40
     with module.Worker(time_limit_s=60.0, memory_limit_bytes=None) as worker:
+        answer = worker.call(f"{functions}:pool", {"processes": 3}).value
         many = {"count": 80, "path": os.devnull}
-        failure = worker.call(f"{functions}:start_processes", many).failure
-        return [failure, worker.call(f"{functions}:pool", {"processes": 3}).value]
+        return [worker.call(f"{functions}:start_processes", many).failure, answer]
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class TaskReport:
     gold: tuple[ScoredGroup, ...]
     """Gold answers scored as completions, for the examples that have one."""
     learns_nothing: str
-    """Why a run would learn nothing from the gold answers; empty if it may."""
+    """Reason that a run would learn nothing from the gold answers; empty if there is none."""
     reward_s: float | None
     """Seconds for scoring one step's worth of completions; None if completions would have to talk
     to an environment first."""

@@ -75,12 +75,13 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, *, strict: bool) -> list
 
 
 def _known_part(tokenizer: Tokenizer, text: str) -> str:
-    """Leave out the characters that the model says it has no token for; prompts with them are
-    refused later."""
+    """Leave out the characters that the model says it has no token for; nothing is left if some
+    have one only elsewhere. Prompts with unknown characters are refused for themselves."""
     unknown = _unknown_id(tokenizer)
     if unknown is None or unknown not in tokenizer.encode_text(text):
         return text
-    return "".join(c for c in text if unknown not in tokenizer.encode_text(c))
+    known = "".join(c for c in text if unknown not in tokenizer.encode_text(c))
+    return "" if unknown in tokenizer.encode_text(known) else known
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:

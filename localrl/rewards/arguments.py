@@ -17,10 +17,10 @@ def call_arguments(
 
     `prompts` are lists of chat messages and `completions` lists with one assistant message, or
     both are texts if the prompt was given as text; a turn that the prompt begins is part of the
-    completion, as in TRL; `completion_ids`, with `ids`, are lists of
-    tokens; then `answer` and the examples' columns, None where an example lacks one. A completion
-    that talked to an environment is its whole message list; `environments` names conversations.
-    `rendered_prompts`, with `render`, are the prompts as the model saw them.
+    completion, as in TRL; `completion_ids`, with `ids`, are lists of tokens; then `answer` and the
+    examples' columns, None where an example lacks one. A completion that talked to an environment
+    is its whole message list; `environments` names conversations. `rendered_prompts`, with
+    `render`, are the prompts as the model saw them, up to its turn.
     """
     leaves = [(group, index) for group in groups for index in range(len(group.leaves))]
     columns = dict.fromkeys(name for group in groups for name in group.example.columns)
@@ -33,7 +33,7 @@ def call_arguments(
     else:
         given.pop("completion_ids", None)
     if render is not None:
-        shown = [render(group.prompt_ids) for group in groups]
+        shown = [_up_to_the_turn(render(group.prompt_ids), group.example) for group in groups]
         given["rendered_prompts"] = [
             text for text, group in zip(shown, groups, strict=True) for _ in group.leaves
         ]
@@ -57,6 +57,11 @@ def _completion(group: Group, index: int) -> Any:
         return [dict(message) for message in leaf.messages]
     text = group.example.begun + leaf.text
     return text if group.example.as_text else [{"role": "assistant", "content": text}]
+
+
+def _up_to_the_turn(rendered: str, example: Example) -> str:
+    begun = example.begun.strip()
+    return rendered.rstrip().removesuffix(begun) if begun else rendered
 
 
 def _token_ids(group: Group, index: int) -> list[int]:

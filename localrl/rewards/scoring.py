@@ -166,9 +166,9 @@ class Scorer:
         self._logs = LogCollector(warn)
         self.state = NO_STATE
         """Default for `trainer_state` if `score` is given none."""
-        self.render: Render | None = None
-        """Turns a prompt's tokens into the text that the model saw, special tokens by name; None if
-        no model is known."""
+        self.render: Render = lambda prompt_ids: ""
+        """Turns a prompt's tokens into the text that the model saw, special tokens by name; set by
+        whoever knows the model."""
         self.busy_s = 0.0
         """Seconds spent in `score`."""
         self._histories = {name: _History() for name in names}

@@ -416,5 +416,5 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
     return changed
 
 
-def _may_change(key: str, was: Any, now: Any, free: Collection[str]) -> bool:
+def _may_change(key: str, was: Any, now: Any, free: Collection[str] = MAY_CHANGE) -> bool:
     return key in free or (key in MAY_RISE and now > was) or (key in SINCE and was is None)

@@ -33,11 +33,11 @@ def one(tmp_path, row, system=None):
     return example
 
 
-def completed(example, text):
+def completed(example, text, **more):
     """The arguments of a reward function for one completion with this text."""
     none = np.zeros(0, np.float32)
     node = Node(-1, np.zeros(0, np.int32), np.zeros(0, bool), none, none)
-    return call_arguments([Group(example, (), (node,), (Leaf(0, "stop", text),), 1)])
+    return call_arguments([Group(example, (), (node,), (Leaf(0, "stop", text),), 1)], **more)
 
 
 words = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
@@ -142,6 +142,8 @@ def test_a_turn_that_the_prompt_begins_is_part_of_the_completion(tmp_path, begun
     given = completed(example, "42")
     assert given["prompts"] == [[USER]]
     assert given["completions"] == [[{"role": "assistant", "content": begun + "42"}]]
+    seen = completed(example, "42", render=lambda ids: f"<user>2<model>{begun.rstrip()}")
+    assert seen["rendered_prompts"][0].rstrip() == "<user>2<model>"
 
 
 @pytest.mark.parametrize(
