@@ -83,6 +83,7 @@ def test_the_pages_own_example_runs(tmp_path, monkeypatch, capsys):
     assert task.rewards[0] == "python:ends_with_the_answer"
 
 
+@pytest.mark.exact
 def test_such_a_run_is_resumed_by_who_has_the_objects(tiny_folder, tmp_path, capfd):
     """And ends as if it had not been interrupted."""
 
