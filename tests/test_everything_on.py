@@ -32,6 +32,7 @@ BASE = {
     "learning.lr": 7e-4,
     "learning.warmup_steps": 0,
     "run.steps": 6,
+    "run.seed": 2,
 }
 EVERYTHING = BASE | {
     "rollout.strategy": "adaptive",
