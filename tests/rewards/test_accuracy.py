@@ -72,6 +72,7 @@ def test_trl_s_examples() -> None:
         ("72", "48/2 = <<48/2=24>>24\n#### 72"),
         (r"90^\circ", "90 degrees"),
         ("**7**", "7"),
+        ("{7}", "7"),
         ("\u00bd", "0.5"),
         ("5", r"Some proof. \boxed{4} then \boxed{5}"),
         (r"\sqrt{ 2 }", r"\sqrt{2}"),
