@@ -35,10 +35,10 @@ _SEVERAL = re.compile(
     r"(?:(?:or|and|nor|maybe)\b[ (*]*)?[A-Z]\b(?!')"
 )
 _TAKEN_BACK = re.compile(
-    r"\W*(?:(?:no|or|hmm)\b|not\b(?!\W*(?-i:[A-Z])\b)"
+    r"\W*(?:(?:no|or|hmm|wait|actually|sorry|oops)\b|not\b(?!\W*(?-i:[A-Z])\b)"
     r"|(?:is|was)(?: not| wrong| incorrect| false|n't)\b)"
     r"|[)\]*_\"' ]*\?"
-    r"|(?s:.*)\b(?:wait|actually|sorry|oops|correction)\b",
+    r"|(?s:.*)\b(?:wait|actually|sorry|oops|correction)\s?[,.:!]",
     re.IGNORECASE,
 )
 _CONCLUDED = re.compile(

@@ -88,10 +88,10 @@ def exact(text: str) -> Fraction | None:
 
 def _unbracketed(text: str) -> str | None:
     """The text inside a pair of brackets that encloses all of it; None without one."""
-    if text[:1] != "(" or text[-1:] != ")":
+    if text[:1] + text[-1:] not in ("()", "{}"):
         return None
     inner = text[1:-1].strip()
-    return None if any(sign in inner for sign in "(),") else inner
+    return None if any(sign in inner for sign in "(){},\\") else inner
 
 
 def _ratio(top: str, bottom: str) -> Fraction | None:

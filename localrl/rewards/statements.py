@@ -29,8 +29,9 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _CUT_BOX = re.compile(r"\\boxed ?\{")
 
 _RETRACTED = re.compile(
-    r"\W*(?:no|not|but|or|however|hmm|maybe|perhaps|alternatively)\b"
-    r"|.*\b(?:wait|actually|wrong|incorrect|mistaken?|oops|sorry|correction|instead)\b",
+    r"\W*(?:no|not|but|or|however|hmm|maybe|perhaps|alternatively|wait|actually|sorry|oops)\b"
+    r"|.*\b(?:wait|actually|sorry|oops|correction) ?[,.:!]"
+    r"|.*\b(?:is|was|am) (?:wrong|incorrect|mistaken|a mistake)\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.;] +(?=[A-Z\"'(])")
