@@ -38,8 +38,9 @@ def check_prompts(
         batch = examples[start : start + BATCH]
         for example, ids in zip(batch, tokenizer.attempt_prompts(batch), strict=True):
             if isinstance(ids, DataError) or not ids:
-                told = ids if isinstance(ids, DataError) else "The prompt has no tokens."
-                bad.append((_place(example), f"{_place(example)}: {told}"))
+                place = example.place or example.id
+                empty = f"{place}: The prompt has no tokens."
+                bad.append((place, str(ids) if isinstance(ids, DataError) else empty))
                 continue
             lengths.append(len(ids))
             if unknown in ids:
@@ -125,10 +126,6 @@ def _warn_of_tools(
             f"shows none; the first is {_named(first)}. Choose a model made for tools, or leave "
             "the column out with --columns tools="
         )
-
-
-def _place(example: Example) -> str:
-    return example.place or example.id
 
 
 def _named(example: Example) -> str:

@@ -124,6 +124,7 @@ def test_overlong_prompts_are_left_out_and_counted(tmp_path, tokenizer):
     kept = [*map(fewer.train, range(fewer.train_size)), *fewer.evaluation(99)]
     assert sorted(e.messages[0]["content"] for e in kept) == sorted(TEXTS[:13])
     assert length.tokens == 15
+    assert fewer.description.endswith("; 7 of these left out as too long")
     assert warned == [
         "task.filter_overlong_prompts leaves out 7 of 20 prompts, which have more than 15 tokens "
         "(the longest has 22)"
