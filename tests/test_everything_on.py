@@ -32,13 +32,13 @@ BASE = {
     "learning.lr": 7e-4,
     "learning.warmup_steps": 0,
     "run.steps": 6,
+    "run.seed": 2,
 }
 EVERYTHING = BASE | {
     "rollout.strategy": "adaptive",
     "rollout.reuse": 0.5,
     "learning.keep_completions": 3,
     "learning.min_advantage": 0.3,
-    "run.seed": 2,
 }
 TREES = BASE | {
     "rollout.strategy": "adaptive-tree",
