@@ -39,7 +39,6 @@ EVERYTHING = BASE | {
     "rollout.reuse": 0.5,
     "learning.keep_completions": 3,
     "learning.min_advantage": 0.3,
-    "run.seed": 2,
 }
 TREES = BASE | {
     "rollout.strategy": "adaptive-tree",
