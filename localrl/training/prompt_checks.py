@@ -54,7 +54,7 @@ def check_prompts(
 def warn_of_prompts(
     examples: Sequence[Example], tokenizer: Tokenizer, warn: Callable[[str], None]
 ) -> None:
-    """Warn of prompts that are probably not what they should be."""
+    """Warn of prompts, as the task's rows have them, that are probably not what they should be."""
     _warn_of_templated(examples, tokenizer, warn)
     _warn_of_begun(examples, warn)
     _warn_of_tools(examples, tokenizer, warn)

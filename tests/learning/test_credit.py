@@ -6,6 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 from forests import flat_group, forest, scored
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from localrl.learning.credit import assign_credit, token_coefficients, with_expected_reward
 from localrl.records import ScoredGroup
@@ -145,3 +147,32 @@ def test_rounds_that_depend_on_rewards_stay_unbiased(kappa):
         roots += chance * came
     # The gradient of p by itself is 1.
     assert total == pytest.approx(roots / 4)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    parents=st.lists(st.integers(-1, 8), min_size=1, max_size=9),
+    expected=st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=10, max_size=10),
+    kappa=st.sampled_from([0.0, 1.0, 4.0]),
+    data=st.data(),
+)
+def test_no_baseline_contains_a_reward_of_its_own_node(parents, expected, kappa, data):
+    """Whatever the forest, and whatever was expected of each root."""
+    parents = [-1, *(min(parent, n) for n, parent in enumerate(parents))]
+    leaves = [n for n in range(len(parents)) if n not in parents]
+    plain = forest(parents, leaves, parents.count(-1))
+    nodes = [replace(n, expected_reward=e) for n, e in zip(plain.nodes, expected, strict=False)]
+    group = replace(plain, nodes=tuple(nodes))
+    rewards = data.draw(st.lists(st.floats(0, 1), min_size=len(leaves), max_size=len(leaves)))
+    changed = data.draw(st.integers(0, len(leaves) - 1))
+    more = [reward + (i == changed) for i, reward in enumerate(rewards)]
+    before, after = (
+        assign_credit(ScoredGroup(group, tuple(r), {}), kappa=kappa) for r in (rewards, more)
+    )
+    for n in group.path(leaves[changed]):
+        a, b = before.advantages[n], after.advantages[n]
+        assert a is not None
+        assert b is not None
+        # The advantage rises as the value does, or there is nothing to compare with.
+        rise = before.weights[leaves[changed]] / before.weights[n]
+        assert b - a == pytest.approx(rise) or a == b == 0
