@@ -159,20 +159,19 @@ def _task(
     )
 
 
-def without(task: FileTask, ids: Collection[str]) -> FileTask:
-    """Return the task without the examples of these ids, whose prompts are too long.
+def without(task: FileTask, places: Collection[str]) -> FileTask:
+    """Return the task without the rows at these places, whose prompts are too long.
 
     Raises: DataError if none is left to train on.
     """
-    training = tuple(example for example in task.training if example.id not in ids)
+    training = tuple(example for example in task.training if example.place not in places)
     if task.training and not training:
         raise DataError(
             f"task.filter_overlong_prompts leaves out all {len(task.training)} rows of "
             f"{task.name}. Raise rollout.max_prompt_tokens."
         )
-    held_out = tuple(example for example in task.held_out if example.id not in ids)
-    less = len(task.training) + len(task.held_out) - len(training) - len(held_out)
-    description = f"{task.description}; {less} of these left out as too long"
+    held_out = tuple(example for example in task.held_out if example.place not in places)
+    description = f"{task.description}; {len(places)} of these left out as too long"
     return replace(task, training=training, held_out=held_out, description=description)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from localrl.errors import ConfigError, DataError
 from localrl.policy.templated import find_templated
@@ -60,18 +60,17 @@ def warn_of_prompts(
     _warn_of_tools(examples, tokenizer, warn)
 
 
-def tell_overlong(examples: Sequence[Example], long: Mapping[str, int], most: int) -> str:
-    """Describe prompts that are too long, given by id and length."""
-    found = [example for example in examples if example.id in long]
-    first, others = found[0], found[1 : LISTED + 1]
-    told = f"The prompt of {_named(first)} has {long[first.id]} tokens; 1 to {most} are allowed."
+def tell_overlong(long: Sequence[tuple[Example, int]], total: int, most: int) -> str:
+    """Describe prompts that are too long, given with their lengths, of `total` prompts."""
+    (first, length), others = long[0], long[1 : LISTED + 1]
+    told = f"The prompt of {_named(first)} has {length} tokens; 1 to {most} are allowed."
     if others:
-        listed = ", ".join(f"{_named(example)} ({long[example.id]})" for example in others)
-        more = f" and {len(found) - 1 - LISTED} more" if len(found) > LISTED + 1 else ""
-        told += f" {len(found)} of {len(examples)} are too long; the others: {listed}{more}."
+        listed = ", ".join(f"{_named(example)} ({length})" for example, length in others)
+        more = f" and {len(long) - 1 - LISTED} more" if len(long) > LISTED + 1 else ""
+        told += f" {len(long)} of {total} are too long; the others: {listed}{more}."
     return (
-        f"{told} Raise rollout.max_prompt_tokens to {max(long.values())}, or leave such rows out "
-        "with task.filter_overlong_prompts=true."
+        f"{told} Raise rollout.max_prompt_tokens to {max(length for _, length in long)}, or leave "
+        "such rows out with task.filter_overlong_prompts=true."
     )
 
 

@@ -60,19 +60,18 @@ def read_prompts(
     lengths = check_prompts(seen, tokenizer, task.name, beat)
     warn_of_prompts(examples, tokenizer, warn)
     most = config.rollout.max_prompt_tokens
-    long = {e.id: n for e, n in zip(examples, lengths, strict=True) if n > most}
+    long = [(e, n) for e, n in zip(examples, lengths, strict=True) if n > most]
     if long and not (filters and isinstance(task, FileTask)):
-        raise DataError(tell_overlong(examples, long, most))
+        raise DataError(tell_overlong(long, len(examples), most))
     if long and isinstance(task, FileTask):
-        task = without(task, long)
+        task = without(task, {example.place for example, _ in long})
         warn(
             f"task.filter_overlong_prompts leaves out {len(long)} of {len(examples)} prompts, "
-            f"which have more than {most} tokens (the longest has {max(long.values())})"
+            f"which have more than {most} tokens (the longest has {max(n for _, n in long)})"
         )
     if environments is not None or config.task.environment or config.task.tools or task.environment:
         return task, _allowed(config, "an environment may add to them")
-    kept = [n for e, n in zip(examples, lengths, strict=True) if e.id not in long]
-    return task, _planned(config, kept, complete=complete)
+    return task, _planned(config, [n for n in lengths if n <= most], complete=complete)
 
 
 def _planned(config: RunConfig, lengths: Sequence[int], *, complete: bool) -> PromptLength:

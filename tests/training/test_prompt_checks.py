@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 
 import pytest
 import tiny
 
-from localrl.config import RunConfig
+from localrl.config import RunConfig, parse_setting
 from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.records import Example
@@ -136,6 +137,20 @@ def test_overlong_prompts_are_left_out_and_counted(tmp_path, tokenizer):
         read_prompts(config(2, leave_out=True), task, tokenizer)
 
 
+def test_rows_of_two_tables_may_have_the_same_id(tmp_path, tokenizer):
+    for name, texts in {"train": ["1", "22", "333"], "test": ["4444444", "5", "6"]}.items():
+        rows = [json.dumps({"id": n, "prompt": text}) + "\n" for n, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    task = load_file_task(tmp_path, ())
+    fewer, _ = read_prompts(config(6, leave_out=True), task, tokenizer)
+    assert fewer.train_size == 3
+    assert [e.messages[0]["content"] for e in fewer.evaluation(9)] in (["5", "6"], ["6", "5"])
+    whole = load_file_task(f"{tmp_path}:test", (), hold_out="all")
+    fewer, _ = read_prompts(config(6, leave_out=True), whole, tokenizer, trains=False)
+    assert fewer.description.endswith("; 1 of these left out as too long")
+    assert len(fewer.evaluation(9)) == 2
+
+
 def test_held_out_rows_behind_the_overlong_ones_are_evaluated(tmp_path, tokenizer):
     task = task_of(tmp_path, [*TEXTS, *map(str, range(2, 200))])
     few = config(6, leave_out=True, **{"task.eval_prompts": 9})
@@ -153,6 +168,19 @@ def test_a_resumed_run_may_allow_longer_prompts_but_not_shorter_ones():
         changed_settings(old, old.replace("rollout.max_prompt_tokens", 511))
     with pytest.raises(ConfigError, match=r"max_completion_tokens was 256 and is 300"):
         changed_settings(old, old.replace("rollout.max_completion_tokens", 300))
+
+
+def test_a_day_is_written_as_text_or_as_toml_has_it(tmp_path):
+    for written in ('"2024-02-29"', "2024-02-29"):
+        (tmp_path / "c.toml").write_text(f"[model]\ntemplate_date = {written}\n")
+        read = RunConfig.create(file=tmp_path / "c.toml")
+        assert read.model.template_date == "2024-02-29"
+    assert parse_setting("model.template_date=2024-02-29")[1] == date(2024, 2, 29)
+    assert RunConfig().replace("model.template_date", date(2024, 2, 29)) == RunConfig().replace(
+        "model.template_date", "2024-02-29"
+    )
+    with pytest.raises(ConfigError, match="form is wrong"):
+        RunConfig().replace("model.template_date", "yesterday")
 
 
 def test_the_day_of_a_run_stays_its_own(tmp_path):
