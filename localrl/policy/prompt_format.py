@@ -67,8 +67,17 @@ def end_of_turn(last: str, middle: str, inner: Any, named: Collection[int]) -> i
     pairs = zip(ids, others or ids, strict=False)
     ending = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     known = [token for token in ending if token in named]
-    added = [token for token in ending[:1] if token in inner.added_tokens_decoder]
+    added = [token for token in ending[:1] if token in added_tokens(inner)]
     return next(iter([*known, *added]), None)
+
+
+def added_tokens(inner: Any, *, special: bool = False) -> dict[int, str]:
+    """Return the tokens beside a tokenizer's vocabulary, by id; only special ones if asked for."""
+    try:
+        added = inner.added_tokens_decoder
+    except (AttributeError, NotImplementedError):  # one of transformers' backends has no such list
+        return dict(zip(inner.all_special_ids, inner.all_special_tokens, strict=True))
+    return {id: token.content for id, token in added.items() if token.special or not special}
 
 
 def named_ends(inner: Any, texts: Sequence[str]) -> Iterator[int]:

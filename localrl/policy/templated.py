@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from localrl.errors import DataError
-from localrl.policy.prompt_format import ASKED, EXCHANGE
+from localrl.policy.prompt_format import ASKED, EXCHANGE, added_tokens
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example
 
@@ -31,8 +31,8 @@ def turn_marks(tokenizer: Tokenizer) -> tuple[str, ...]:
         text = tokenizer.render(EXCHANGE)
     except DataError:
         return FOREIGN
-    added = tokenizer.inner.added_tokens_decoder.values()
-    special = [token.content for token in added if token.special and token.content in text]
+    added = added_tokens(tokenizer.inner, special=True).values()
+    special = [token for token in added if token in text]
     opening = text.partition(ASKED)[0].strip().rpartition("\n")[2]
     plain = [opening] if len(opening) >= SHORTEST and not opening.isalnum() else []
     return tuple(dict.fromkeys(mark for mark in (*special, *plain, *FOREIGN) if len(mark) > 1))
