@@ -126,13 +126,15 @@ class Tokenizer:
         ]
 
     def attempt_prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...] | DataError]:
-        """Encode many prompts at once; an error stands in the place of one that cannot be."""
+        """Encode many prompts at once; an error that names the row stands in the place of one that
+        cannot be encoded."""
         found: list[tuple[int, ...] | DataError] = []
-        for text in self.prompt_texts(examples):
+        for example, text in zip(examples, self.prompt_texts(examples), strict=True):
             try:
                 found.append(self.encode_prompt_text(settled(text)))
             except DataError as error:
-                found.append(error)
+                name = example.place or example.id
+                found.append(DataError(f"{name}: {error}") if name else error)
         return found
 
     def encode_prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
@@ -160,7 +162,8 @@ class Tokenizer:
         Raises: DataError if it is not valid Unicode.
         """
         try:
-            return tuple(self.inner.encode(text, add_special_tokens=False))
+            # Not verbose: transformers would tell of texts above a length that it has from a file.
+            return tuple(self.inner.encode(text, add_special_tokens=False, verbose=False))
         except (TypeError, UnicodeEncodeError):
             raise DataError(
                 f"A text holds half of a character, which no tokenizer can read: {text!a:.80}."

@@ -14,7 +14,7 @@ from localrl.rewards.answers import Completion, text_of
 from localrl.rewards.extract import THOUGHT_END, last_boxed, last_line, stated, without_thought
 from localrl.rewards.golds import Gold, accepted, read_gold, text_of_gold
 from localrl.rewards.letters import choice, chosen
-from localrl.rewards.rational import Number, read_number
+from localrl.rewards.rational import Number
 from localrl.rewards.statements import last_number, read_statement
 from localrl.rewards.words import as_words
 
@@ -112,17 +112,10 @@ def _answer(text: str, gold: Gold) -> Number | str | None:
         return chosen(text)
     text = without_thought(text)
     boxed = last_boxed(text)
+    statement = stated(text) if boxed is None else boxed
     if gold.number is not None:
-        return _number(text) if boxed is None else read_number(boxed)
-    if boxed is not None:
-        return as_words(boxed)
-    statement = stated(text)
+        return last_number(text) if statement is None else read_statement(statement)
     return as_words(_formula(last_line(text) if statement is None else statement))
-
-
-def _number(text: str) -> Number | None:
-    statement = stated(text)
-    return last_number(text) if statement is None else read_statement(statement)
 
 
 def _formula(text: str) -> str:

@@ -20,6 +20,8 @@ _ANSWER_IS = re.compile(
 _DECORATION = re.compile(r"(?:[\s:*_`]|\$\$?(?=\s)|\\[\[(])*")
 _HEADING = re.compile(r"[\s*_]*(?:(?:the )?final )?answer[\s*_:]*\n", re.IGNORECASE)
 
+_TAKEN_BACK = re.compile(r"\W*(?:no[,.:]|(?:wait|actually|sorry|oops|correction)\b)", re.IGNORECASE)
+
 
 def last_boxed(text: str) -> str | None:
     """The content of the last closed \\boxed{...}, with balanced braces; None without one.
@@ -41,7 +43,7 @@ def stated(text: str) -> str | None:
     """The text after an <answer> tag, a `####` or the last "answer is" or "answer:", else None.
 
     Only text after the last </think> is searched; after `####` and "answer" only one line is
-    taken, or the next one if that ends with a colon.
+    taken, or the next one if that ends with a colon. It is empty if what follows takes it back.
     """
     text = without_thought(text)
     _, tag, tail = text.rpartition("<answer>")
@@ -67,6 +69,8 @@ def without_thought(text: str) -> str:
 
 def _first_line(text: str) -> str:
     line, _, rest = _undecorated(text).partition("\n")
+    if _TAKEN_BACK.match(rest):
+        return ""
     if line.rstrip(" *_").endswith(":"):
         line = _undecorated(rest).partition("\n")[0]
     return line.strip()

@@ -8,7 +8,7 @@ from localrl.rewards.extract import GSM8K, last_boxed, last_line, stated, withou
 from localrl.rewards.notation import MAX_ANSWER, simplify
 
 _ALONE = re.compile(r"[\s(\[*_`]*([A-Za-z])[\s)\]*_`.:,]*")
-_FIRST = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Z])[).:])")
+_FIRST = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Z])[).:](?![A-Z]\.))")
 _OPTION = re.compile(r"\s*(?:the )?(?:option|choice) {1,3}\(?([A-Za-z])\b", re.IGNORECASE)
 
 _ANNOUNCED = re.compile(
@@ -35,10 +35,16 @@ _SEVERAL = re.compile(
     r"(?:(?:or|and|nor|maybe)\b[ (*]*)?[A-Z]\b(?!')"
 )
 _TAKEN_BACK = re.compile(
-    r"\W*(?:(?:no|or|hmm)\b|(?:is|was) (?:not|wrong|incorrect|false|n't)\b)"
-    r"|(?s:.*)\b(?:wait|actually|sorry|oops|correction)\b",
+    r"\W*(?:(?:no|or|hmm|wait|actually|sorry|oops)\b|not\b(?!\W*(?-i:[A-Z])\b)"
+    r"|(?:is|was)(?: not| wrong| incorrect| false|n't)\b)"
+    r"|[)\]*_\"' ]*\?"
+    r"|(?s:.*)\b(?:wait|actually|sorry|oops|correction)\s?[,.:!]",
     re.IGNORECASE,
 )
+_CONCLUDED = re.compile(
+    r".*\b(?:so|thus|therefore|hence)\b([^()]*\(([A-Z])\)[^()]*)", re.IGNORECASE
+)
+_QUOTED = re.compile(r"(?:\"(.*)\"|'(.*)')\.?", re.DOTALL)
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 _CORRECT = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b,? )?(?:the )?(?:(?:option|choice|answer|letter) )?"
@@ -54,6 +60,8 @@ _THEREFORE = re.compile(
 def choice(text: str) -> str | None:
     """The letter that this text is or begins with: B, (b), B., B) Paris."""
     text = simplify(text[:MAX_ANSWER])
+    quoted = _QUOTED.fullmatch(text)
+    text = (quoted[1] or quoted[2] or "") if quoted else text
     alone = _ALONE.fullmatch(text)
     if alone:
         return alone[1].upper()
@@ -103,6 +111,9 @@ def _leading(text: str) -> str | None:
 def _of_line(line: str) -> str | None:
     """The letter that a line is, begins with, or calls correct; else the only (X) in it."""
     line = simplify(line[-MAX_ANSWER:])
+    concluded = _CONCLUDED.fullmatch(line)
+    if concluded and not _denied(concluded[1]):
+        return concluded[2].upper()
     brackets = set(_IN_BRACKETS.findall(line))
     match = _CORRECT.match(line) or _THEREFORE.fullmatch(line)
     letter = match[1].upper() if match else choice(line)

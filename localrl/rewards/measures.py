@@ -9,7 +9,7 @@ import re
 
 from localrl.rewards.vocabulary import NO_NOUNS
 
-LONGEST = 60
+LONGEST = 120
 """Maximum characters in a unit."""
 
 _NAMES = {
@@ -58,6 +58,8 @@ _NAMES = {
     "kj": "kilojoule kilojoules",
     "kw": "kilowatt kilowatts",
     "kwh": "",
+    "am": "",
+    "pm": "",
 }
 _KNOWN = {name: unit for unit, names in _NAMES.items() for name in (unit.lower(), *names.split())}
 """Every name of a unit, and how it is written when compared."""
@@ -68,23 +70,14 @@ _ONE = (
 )
 _PART = re.compile(_ONE)
 _MEASURE = re.compile(rf"(?:{_ONE})?(?: ?(?:/|\bper) ?{_ONE})*")
-_WHOLE = (
-    ("per cent", "percent"),
-    ("degrees c", "°c"),
-    ("degree c", "°c"),
-    ("° c", "°c"),
-    ("degrees f", "°f"),
-    ("degree f", "°f"),
-    ("° f", "°f"),
-    ("°celsius", "°c"),
-    ("°fahrenheit", "°f"),
-    ("mph", "mi/h"),
-    ("kmph", "km/h"),
-    ("kmh", "km/h"),
-    ("kph", "km/h"),
+_SPELLINGS = (
+    (re.compile(r"(?:\u00b0|degrees?) ?([cf])(?:elsius|ahrenheit)?\b"), "\u00b0\\1"),
+    (re.compile(r"\bper cent\b"), "percent"),
+    (re.compile(r"\bmph\b"), "mi/h"),
+    (re.compile(r"\b(?:kmph|kmh|kph)\b"), "km/h"),
 )
 _POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3", "²": "^2", "³": "^3"}
-_APART = frozenset(["m", "l", "h", "in"])
+_APART = frozenset(["m", "l", "h", "in", "am", "pm"])
 """Units that are read only after a space: 5m is more often five times m."""
 _LARGE = re.compile(r"[MKBTG]\b")
 """Capitals that alone stand for millions and the like."""
@@ -94,6 +87,8 @@ _ALTOGETHER = re.compile(
 )
 _WORDS = re.compile(r"[a-z'-]{2,}(?: [a-z'-]+)*")
 _NOUNS = re.compile(r"[a-z](?=[a-z'-]*[aeiouy])[a-z'-]{2,}(?: [a-z][a-z'-]*)*")
+
+_PLURAL = re.compile(r"(?!always|perhaps|across|besides|less|plus)[a-z]{3,}s\b")
 
 
 def read_unit(rest: str, currency: str = "") -> str | None:
@@ -122,8 +117,12 @@ def read_unit(rest: str, currency: str = "") -> str | None:
 
 
 def known_unit(rest: str, currency: str = "") -> str:
-    """The known unit with which a sentence goes on after a number, "" for none."""
-    unit, _ = _measure(_lower(rest[:LONGEST].strip()))
+    """The known unit, or the noun in the plural, with which a sentence goes on after a number."""
+    text = _lower(rest[:LONGEST].strip())
+    unit, _ = _measure(text)
+    if not unit and rest.startswith(" "):
+        noun = _PLURAL.match(text)
+        unit = noun[0] if noun and noun[0] not in NO_NOUNS else ""
     return read_unit(unit and f" {unit}", currency) or ""
 
 
@@ -142,8 +141,8 @@ def agree(one: str, other: str) -> bool:
 
 def _lower(text: str) -> str:
     text = text.lower()
-    for name, unit in _WHOLE:
-        text = text.replace(name, unit)
+    for spelling, unit in _SPELLINGS:
+        text = spelling.sub(unit, text)
     return text
 
 

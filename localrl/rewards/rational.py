@@ -18,8 +18,9 @@ MAX_EXPONENT = 1000
 _GROUPS = "|".join(rf"(?:{mark}[0-9]{{3}})+" for mark in (",", " ", "'"))
 _INTEGER = rf"(?:[0-9]{{1,3}}(?:{_GROUPS})(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
-_SCALED = rf"{_DECIMAL}(?: ?[eE][+-]?[0-9]+)?"
-_BRACKETED = rf"\( ?[+-]? ?{_SCALED} ?\)"
+_EXPONENT = r"(?: ?[eE][+-]?[0-9]+)?"
+_SCALED = rf"{_DECIMAL}{_EXPONENT}"
+_BRACKETED = rf"\( ?[+-]? ?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+){_EXPONENT} ?\)"  # (1,200) is a pair
 UNSIGNED = (
     r"(?:(?P<whole>[0-9]+) (?P<part>[1-9][0-9]*) ?/ ?(?P<parts>[0-9]+)(?!\.?[0-9])"
     rf"|(?P<top>{_SCALED}|{_BRACKETED})(?: ?/ ?(?P<bottom>[+-]?{_SCALED}|{_BRACKETED}))?)"
@@ -87,10 +88,10 @@ def exact(text: str) -> Fraction | None:
 
 def _unbracketed(text: str) -> str | None:
     """The text inside a pair of brackets that encloses all of it; None without one."""
-    if text[:1] != "(" or text[-1:] != ")":
+    if text[:1] + text[-1:] not in ("()", "{}"):
         return None
     inner = text[1:-1].strip()
-    return None if any(sign in inner for sign in "(),") else inner
+    return None if any(sign in inner for sign in "(){},\\") else inner
 
 
 def _ratio(top: str, bottom: str) -> Fraction | None:

@@ -29,8 +29,9 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _CUT_BOX = re.compile(r"\\boxed ?\{")
 
 _RETRACTED = re.compile(
-    r"\W*(?:no|not|but|or|however|hmm|maybe|perhaps|alternatively)\b"
-    r"|.*\b(?:wait|actually|wrong|incorrect|mistaken?|oops|sorry|correction|instead)\b",
+    r"\W*(?:no|not|but|or|however|hmm|maybe|perhaps|alternatively|wait|actually|sorry|oops)\b"
+    r"|.*\b(?:wait|actually|sorry|oops|correction) ?[,.:!]"
+    r"|.*\b(?:is|was|am) (?:wrong|incorrect|mistaken|a mistake)\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.;] +(?=[A-Z\"'(])")
@@ -133,6 +134,8 @@ def _alone(match: re.Match[str]) -> Number | None:
             before, sign = before[:-1], "-"
     if match["top"] and match["top"][0] == "(":
         before += "("
+    if "," in match[0] and before.endswith("(") and after.startswith(")"):
+        return None  # (1,200) may be a pair
     if not (_free_before(before, after) and _free_after(after)):
         return None
     value = value_of(match)
@@ -155,9 +158,9 @@ def _free_before(before: str, after: str) -> bool:
     if last in "-+":
         return text == "-"  # a list's item
     if last == "(":
-        return not re.search(r"[\w)\]}'\u221a^]\($", text) and _word_before(text[:-1].rstrip())
+        return not re.search(r"[\w)\]{}'\u221a^]\($", text) and _word_before(text[:-1].rstrip())
     if last == ">":
-        return text == ">" or text[-2:] in ("=>", "->")
+        return text[-2:] in ("=>", "->")
     if last in ".:)]?~" and touching:
         return last in ":~" and not text[-2:-1].isdigit()
     return last in ",;:.?\"'\u2014\u201c\u201d\u2026\u2192\u2248#)]~&"
@@ -170,7 +173,7 @@ def _word_before(text: str) -> bool:
     last = words[-1]
     if (len(last) == 1 and last not in ("a", "i")) or last in REFUSED_BEFORE:
         return False
-    if "not" in words or any(word.endswith("n't") for word in words) or last == "no":
+    if {"not", "doubt"} & {*words} or any(word.endswith("n't") for word in words) or last == "no":
         return False
     return last != "of" or (len(words) > 1 and words[-2] in AMOUNTS)
 

@@ -13,6 +13,7 @@ DEPTH = 3
 _DECORATION = " \t\r\n:*_`$"
 _PI = re.compile(r"(?<![a-z])pi(?![a-z])")
 _FACTOR = re.compile(r"(?<=[0-9)])\*(?=[a-z\u03c0\u221a(])")
+_BETWEEN_DIGITS = re.compile(r"(?<=[0-9]) (?=[0-9])")
 _SINGLE = re.compile(r"([\^_])\{(\w)\}")
 _BRACKETS = re.compile(r"[()\[\]{},]")
 _NUMBER = re.compile(r"[-+]?[0-9./()e+-]+")
@@ -27,6 +28,7 @@ def as_words(text: str) -> str:
     bare = simplify(text[:MAX_ANSWER].strip(_DECORATION))
     bare = bare.replace("\\{", "{").replace("\\}", "}").casefold()
     bare = _PI.sub("\u03c0", bare.translate(dict.fromkeys(map(ord, CURRENCIES))))
+    bare = _BETWEEN_DIGITS.sub("_", bare)  # 1 2 is not 12
     bare = _FACTOR.sub("", "".join(bare.split()).strip(".,;\"'*_`"))
     return _elements(_SINGLE.sub(r"\1\2", bare), DEPTH)
 

@@ -160,7 +160,7 @@ def _task(
 
 
 def without(task: FileTask, ids: Collection[str]) -> FileTask:
-    """Return the task without the examples of these ids.
+    """Return the task without the examples of these ids, whose prompts are too long.
 
     Raises: DataError if none is left to train on.
     """
@@ -171,7 +171,9 @@ def without(task: FileTask, ids: Collection[str]) -> FileTask:
             f"{task.name}. Raise rollout.max_prompt_tokens."
         )
     held_out = tuple(example for example in task.held_out if example.id not in ids)
-    return replace(task, training=training, held_out=held_out)
+    less = len(task.training) + len(task.held_out) - len(training) - len(held_out)
+    description = f"{task.description}; {less} of these left out as too long"
+    return replace(task, training=training, held_out=held_out, description=description)
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

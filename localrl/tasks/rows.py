@@ -241,9 +241,13 @@ def _check_unicode(place: str, *parts: Any) -> None:
         ) from None
 
 
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list)) and not value)
+
+
 def _answer(row: Mapping[str, Any]) -> Any:
     """The gold answer, None if the row has none; in GSM8K's format the part after `####`."""
-    answer = next((row[name] for name in ANSWERS if row.get(name) not in (None, "", [])), None)
+    answer = next((row[name] for name in ANSWERS if not _is_empty(row.get(name))), None)
     if isinstance(answer, str) and GSM8K in answer:
         return answer.rpartition(GSM8K)[2].strip()
     return answer

@@ -115,4 +115,5 @@ def _row(number: int, row: Any) -> dict[str, Any]:
                 f"Row {number} of data: the column {column!r} cannot be kept: {error}. Use text, "
                 "numbers, lists and dictionaries with text keys."
             ) from None
-    return found
+    # NaN is what pandas writes where a value is missing.
+    return {column: None if value != value else value for column, value in found.items()}

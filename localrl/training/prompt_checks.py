@@ -20,10 +20,9 @@ def check_prompts(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     name: str,
-    warn: Callable[[str], None],
     beat: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Return the number of tokens of each prompt, and warn of what is probably not meant.
+    """Return the number of tokens of each prompt.
 
     name: the task's, for messages. beat: called before each batch.
 
@@ -39,8 +38,9 @@ def check_prompts(
         batch = examples[start : start + BATCH]
         for example, ids in zip(batch, tokenizer.attempt_prompts(batch), strict=True):
             if isinstance(ids, DataError) or not ids:
-                told = ids if isinstance(ids, DataError) else "The prompt has no tokens."
-                bad.append((_place(example), f"{_place(example)}: {told}"))
+                place = example.place or example.id
+                empty = f"{place}: The prompt has no tokens."
+                bad.append((place, str(ids) if isinstance(ids, DataError) else empty))
                 continue
             lengths.append(len(ids))
             if unknown in ids:
@@ -48,14 +48,13 @@ def check_prompts(
     if bad:
         raise DataError(tell_bad(bad, len(examples)))
     _check_vocabulary(unread, len(examples), tokenizer, name)
-    warn_of_prompts(examples, tokenizer, warn)
     return lengths
 
 
 def warn_of_prompts(
     examples: Sequence[Example], tokenizer: Tokenizer, warn: Callable[[str], None]
 ) -> None:
-    """Warn of prompts that are probably not what they should be."""
+    """Warn of prompts, as the task's rows have them, that are probably not what they should be."""
     _warn_of_templated(examples, tokenizer, warn)
     _warn_of_begun(examples, warn)
     _warn_of_tools(examples, tokenizer, warn)
@@ -127,10 +126,6 @@ def _warn_of_tools(
             f"shows none; the first is {_named(first)}. Choose a model made for tools, or leave "
             "the column out with --columns tools="
         )
-
-
-def _place(example: Example) -> str:
-    return example.place or example.id
 
 
 def _named(example: Example) -> str:

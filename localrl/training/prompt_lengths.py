@@ -21,7 +21,7 @@ from localrl.tasks.environments import Environments
 from localrl.tasks.files import FileTask, without
 from localrl.tasks.loading import open_task
 from localrl.tasks.order import take
-from localrl.training.prompt_checks import check_prompts, tell_overlong
+from localrl.training.prompt_checks import check_prompts, tell_overlong, warn_of_prompts
 
 ENDLESS = 256
 """Number of prompts that represent an endless task: the first ones that the run will use."""
@@ -54,9 +54,11 @@ def read_prompts(
     if filters and isinstance(task, FileTask):
         count = len(task.held_out)  # those left out are replaced by later ones
     examples = [*training, *task.evaluation(count)]
+    seen = examples
     if environments is not None:
-        examples = [environments.with_tools(example) for example in examples]
-    lengths = check_prompts(examples, tokenizer, task.name, warn, beat)
+        seen = [environments.with_tools(example) for example in examples]
+    lengths = check_prompts(seen, tokenizer, task.name, beat)
+    warn_of_prompts(examples, tokenizer, warn)
     most = config.rollout.max_prompt_tokens
     long = {e.id: n for e, n in zip(examples, lengths, strict=True) if n > most}
     if long and not (filters and isinstance(task, FileTask)):

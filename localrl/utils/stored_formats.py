@@ -101,7 +101,9 @@ def check_stored(config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
     if not config.get("quantization") and isinstance(_foreign_settings(config), Mapping):
         return  # mlx-lm reads this method in this family, see `stored_format`
     packed = [name for name, kind in tensors.items() if _is_packed(name, kind)]
-    scaled = {name for name in packed if f"{name.rpartition('.')[0]}.scales" in tensors}
+    scaled = {
+        n for n in packed if tensors[n] == "U32" and f"{n.rpartition('.')[0]}.scales" in tensors
+    }
     lacking = [name for name in packed if name not in scaled]
     if lacking:
         kind = tensors[lacking[0]]
@@ -138,7 +140,7 @@ def _foreign_settings(config: Mapping[str, Any]) -> Any:
     settings = config.get("quantization_config")
     if settings is None and isinstance(inner, Mapping):
         settings = inner.get("quantization_config")
-    return settings
+    return settings or None
 
 
 def _is_packed(name: str, kind: str) -> bool:

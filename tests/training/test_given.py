@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import functools
 from decimal import Decimal
@@ -82,6 +83,7 @@ def test_the_pages_own_example_runs(tmp_path, monkeypatch, capsys):
     assert task.rewards[0] == "python:ends_with_the_answer"
 
 
+@pytest.mark.exact
 def test_such_a_run_is_resumed_by_who_has_the_objects(tiny_folder, tmp_path, capfd):
     """And ends as if it had not been interrupted."""
 
@@ -116,6 +118,20 @@ def test_rows_alone_and_functions_alone_are_fine(tiny_folder, tmp_path):
     assert two.base.n == 5
 
 
+def test_a_notebook_trains_within_its_own_loop(tiny_folder, tmp_path):
+    async def later(completions, **kwargs):
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+    async def cell():
+        settings = config(tiny_folder, tmp_path / "run", **{"run.steps": 1, "task.eval_prompts": 0})
+        return train(settings, data=ROWS, rewards=[later], progress=False)
+
+    done = asyncio.run(cell())
+    (line,) = [r for r in read_jsonl(done.folder / "metrics.jsonl") if "reward" in r]
+    assert line["reward"] == line["rewards/later/mean"] > 0
+
+
 def test_the_embedded_model_takes_all_rows(tmp_path):
     """The number of prompts that suits its own task does not count."""
     settings = {
@@ -147,13 +163,15 @@ def test_localrls_own_functions_go_by_name():
 
 def test_values_of_other_libraries_are_kept_as_plain_ones():
     row = {
+        "missing": np.float64("nan"),
         "prompt": np.str_("a"),
         "n": np.int64(3),
         "list": (1, np.float32(0.5)),
         7: Decimal("0.5"),
     }
     _, given = hand_over(RunConfig(), [row], None)
-    assert given.rows == [{"prompt": "a", "n": 3, "list": [1, 0.5], "7": 0.5}]
+    plain = {"missing": None, "prompt": "a", "n": 3, "list": [1, 0.5], "7": 0.5}
+    assert given.rows == [plain]
 
 
 @pytest.mark.parametrize(

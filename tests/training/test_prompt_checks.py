@@ -12,9 +12,9 @@ from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.records import Example
 from localrl.tasks.files import load_file_task
-from localrl.training.prompt_checks import check_prompts
+from localrl.training.prompt_checks import check_prompts, warn_of_prompts
 from localrl.training.prompt_lengths import read_prompts
-from localrl.training.state import _may_change, changed_settings, day_of_run
+from localrl.training.state import changed_settings, day_of_run
 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
@@ -41,7 +41,9 @@ def tokenizer(tmp_path_factory):
 
 def checked(tokenizer, rows):
     warned: list[str] = []
-    return check_prompts(rows, tokenizer, "mine", warned.append), warned
+    lengths = check_prompts(rows, tokenizer, "mine")
+    warn_of_prompts(rows, tokenizer, warned.append)
+    return lengths, warned
 
 
 def test_rows_are_counted_one_by_one(tokenizer):
@@ -122,6 +124,7 @@ def test_overlong_prompts_are_left_out_and_counted(tmp_path, tokenizer):
     kept = [*map(fewer.train, range(fewer.train_size)), *fewer.evaluation(99)]
     assert sorted(e.messages[0]["content"] for e in kept) == sorted(TEXTS[:13])
     assert length.tokens == 15
+    assert fewer.description.endswith("; 7 of these left out as too long")
     assert warned == [
         "task.filter_overlong_prompts leaves out 7 of 20 prompts, which have more than 15 tokens "
         "(the longest has 22)"
@@ -158,6 +161,6 @@ def test_the_day_of_a_run_stays_its_own(tmp_path):
     dated = new.replace("model.template_date", "2024-02-29")
     (tmp_path / "config.toml").write_text(dated.to_toml())
     assert day_of_run(new) == "2024-02-29"
-    assert _may_change("model.template_date", None, "2024-03-01")  # an older run's
+    assert changed_settings(new, dated)  # an older run has none, and may be resumed
     with pytest.raises(ConfigError, match=r"template_date was '2024-02-29' and is '2024-03-01'"):
         changed_settings(dated, dated.replace("model.template_date", "2024-03-01"))

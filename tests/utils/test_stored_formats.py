@@ -40,6 +40,7 @@ UNREAD = {
 """Settings by what is said about them."""
 READ = [
     ({}, StoredFormat()),
+    ({"quantization_config": {}}, StoredFormat()),
     ({"quantization": {"bits": 3, "group_size": 128}}, StoredFormat(3, 128)),
     ({"quantization": {"mode": "nvfp4"}}, StoredFormat(4, 16, "nvfp4")),
     ({"quantization": {"bits": 4}, "quantization_config": FP8}, StoredFormat(4, 64)),
@@ -232,6 +233,13 @@ def test_what_is_explained_is_read(tensors):
 def test_no_name_hides_a_matrix(name):
     with pytest.raises(ConfigError, match=f"matrix {name} is stored as F8_E4M3"):
         check_stored({}, {"a.weight_scale": "F8_E8M0", name: "F8_E4M3"})
+
+
+@pytest.mark.parametrize("kind", ["I8", "U8", "F8_E4M3", "I32"])
+def test_scales_alone_do_not_explain_a_matrix(kind):
+    """MLX packs into unsigned integers of 32 bits."""
+    with pytest.raises(ConfigError, match=f"matrix a.weight is stored as {kind}, which is neither"):
+        check_stored({"quantization": {"bits": 8}}, {"a.weight": kind, "a.scales": "F16"})
 
 
 def test_a_layer_that_a_family_left_as_bytes_is_refused(tmp_path):
