@@ -42,25 +42,22 @@ PAIRS = {"rollout.group_size": 2}
 TREE = {"rollout.strategy": "tree", "rollout.group_size": 4, "rollout.fork_gap": 1}
 PERIOD = {"rollout.fork_rule": "periodic"}
 REPLAY = {"rollout.replay_age": 1, "rollout.replay_groups": 10_000}
-FRESH: dict[str, tuple[dict[str, Any], int]] = {
-    "flat": ({"rollout.group_size": 4}, 30),
-    "pairs": (PAIRS, 40),
-    "single": ({"rollout.group_size": 1}, 60),
-    "tree by entropy": (TREE, 30),
-    "tree by period": (TREE | PERIOD, 24),
-    "adaptive": ({"rollout.strategy": "adaptive", "rollout.group_size": 4}, 30),
-    "adaptive tree": (
-        TREE | PERIOD | {"rollout.strategy": "adaptive-tree", "rollout.roots": 1},
-        24,
-    ),
-    "early ends": (PAIRS | {"rollout.stop_text": "aa"}, 44),
-    "small advantages": (PAIRS | {"learning.min_advantage": 0.5}, 36),
-    "down-sampling": ({"rollout.group_size": 4, "learning.keep_completions": 2}, 32),
+FRESH: dict[str, dict[str, Any]] = {
+    "flat": {"rollout.group_size": 4},
+    "pairs": PAIRS,
+    "single": {"rollout.group_size": 1},
+    "tree by entropy": TREE,
+    "tree by period": TREE | PERIOD,
+    "adaptive": {"rollout.strategy": "adaptive", "rollout.group_size": 4},
+    "adaptive tree": TREE | PERIOD | {"rollout.strategy": "adaptive-tree", "rollout.roots": 1},
+    "early ends": PAIRS | {"rollout.stop_text": "aa"},
+    "small advantages": PAIRS | {"learning.min_advantage": 0.5},
+    "down-sampling": {"rollout.group_size": 4, "learning.keep_completions": 2},
 }
-"""Strategies for new groups: settings, and prompts of a block."""
-REPLAYED: dict[str, tuple[dict[str, Any], int]] = {
-    "with the tracker": ({"rollout.group_size": 4, "learning.kappa": 20.0} | REPLAY, 64),
-    "leave-one-out": ({"rollout.group_size": 4, "learning.kappa": 0.0} | REPLAY, 30),
+"""Strategies for new groups."""
+REPLAYED: dict[str, dict[str, Any]] = {
+    "with the tracker": {"rollout.group_size": 4, "learning.kappa": 20.0} | REPLAY,
+    "leave-one-out": {"rollout.group_size": 4, "learning.kappa": 0.0} | REPLAY,
 }
 REUSE = PAIRS | {"rollout.reuse": 0.5}
 

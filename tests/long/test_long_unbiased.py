@@ -42,7 +42,7 @@ def check(name: str, measured: Measured) -> None:
 @pytest.mark.parametrize("name", FRESH)
 def test_new_groups(name, files, tmp_path, monkeypatch):
     monkeypatch.setattr(forking, "FIRST_TOKENS", 1)
-    settings, _ = FRESH[name]
+    settings = FRESH[name]
     with opened(files, tmp_path / "run", settings) as session:
         exact, _ = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, PROMPTS)]
@@ -51,8 +51,7 @@ def test_new_groups(name, files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replayed_groups(name, files, tmp_path):
-    settings, _ = REPLAYED[name]
-    with opened(files, tmp_path / "run", settings) as session:
+    with opened(files, tmp_path / "run", REPLAYED[name]) as session:
         exact, reward = exact_gradient(session.policy.model)
         blocks = replayed(session, BLOCKS, PROMPTS, reward)
         found = [(estimate(session, block), block.factor) for block in blocks]
