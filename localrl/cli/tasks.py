@@ -180,7 +180,10 @@ def _lines(report: TaskReport, most: int) -> Iterator[str]:
     yield f"prompts: {training} to train on, {report.held_out} held out"
     yield f"length: {least} to {longest} tokens, median {median}"
     if report.too_long:
-        yield f"  {report.too_long} are longer than {most} tokens: raise rollout.max_prompt_tokens"
+        yield (
+            f"  {report.too_long} are longer than {most} tokens: raise rollout.max_prompt_tokens, "
+            "or set task.filter_overlong_prompts"
+        )
     if report.repeated:
         yield f"repeated: {report.repeated} prompts occur more than once"
     if report.unknown:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ TEXT_LIMIT = 2_000_000
 """Maximum characters of one rendered conversation: more than any model here can read."""
 BATCH = 256
 """Maximum conversations per call."""
+BATCH_CHARACTERS = 4 << 20
+"""Characters of conversations from which on a call takes no more of them."""
 SHOWN = 200
 """Maximum characters of a conversation, or of a template's reason, in an error."""
 KEPT = 8 << 20
@@ -95,10 +97,9 @@ class ChatTemplate:
             for key, messages in zip(keys, conversations, strict=True)
             if key not in found
         }
-        for start in range(0, len(missing), BATCH):
-            some = dict(list(missing.items())[start : start + BATCH])
-            results = self._call(list(some.values()), tools, add_generation_prompt)
-            found |= zip(some, results, strict=True)
+        for batch in _batches(missing):
+            results = self._call([missing[key] for key in batch], tools, add_generation_prompt)
+            found |= zip(batch, results, strict=True)
         self._keep({key: text for key in missing if isinstance(text := found[key], str)})
         return [found[key] for key in keys]
 
@@ -148,6 +149,19 @@ class ChatTemplate:
         while self._size > KEPT:
             key = next(iter(self._texts))
             self._size -= len(key) + len(self._texts.pop(key))
+
+
+def _batches(keys: Iterable[str]) -> Iterator[list[str]]:
+    """Split conversations, given by their JSON, into those of one call each."""
+    batch, size = [], 0
+    for key in keys:
+        if batch and (len(batch) == BATCH or size + len(key) > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(key)
+        size += len(key)
+    if batch:
+        yield batch
 
 
 def settled(result: Value | DataError) -> Value:

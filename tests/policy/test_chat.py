@@ -139,6 +139,18 @@ def test_many_are_rendered_at_once_and_in_order(monkeypatch):
     assert template.render(many) == [f"<user>{n % 7}<assistant>" for n in range(20)]
 
 
+def test_long_conversations_are_rendered_in_calls_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_CHARACTERS", 1000)
+    sizes = [900, 900, 5, 5, 3000, 5, 400, 400]
+    many = [[{"role": "user", "content": f"{n}" + "x" * size}] for n, size in enumerate(sizes)]
+    keys = [json.dumps(messages) for messages in many]
+    calls = list(chat._batches(keys))
+    assert [len(call) for call in calls] == [1, 2, 1, 1, 3]
+    assert [key for call in calls for key in call] == keys
+    texts = ChatTemplate({"default": tiny.TEMPLATE}, {}).render(many)
+    assert texts == [f"<user>{messages[0]['content']}<assistant>" for messages in many]
+
+
 def test_texts_are_kept_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(chat, "KEPT", 1000)
     now = ChatTemplate({"default": "{{ range(99999) | random }}{{ messages[0].content }}"}, {})
