@@ -29,8 +29,9 @@ from localrl.training import speeds
 from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.training.forecast import Forecast
 from localrl.training.given import NOTHING, Given
+from localrl.training.resuming import PreviousRun, day_of_run, reopen
 from localrl.training.session import Progress, Session
-from localrl.training.state import PreviousRun, broadcast, day_of_run, reopen, sources_of
+from localrl.training.state import broadcast, sources_of
 
 AGREED = ("group_size", "max_completion_tokens")
 """Plan fields that the machine with the least memory decides for all."""

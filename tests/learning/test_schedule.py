@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from localrl.config import LR_SCHEDULES, RunConfig
 from localrl.errors import ConfigError
 from localrl.learning.schedule import rate_factor
-from localrl.training.state import changed_settings
+from localrl.training.resuming import changed_settings
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from localrl.records import Example
 from localrl.tasks.files import load_file_task
 from localrl.training.prompt_checks import check_prompts, warn_of_prompts
 from localrl.training.prompt_lengths import read_prompts
-from localrl.training.state import changed_settings, day_of_run
+from localrl.training.resuming import changed_settings, day_of_run
 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
