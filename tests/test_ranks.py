@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,20 +140,14 @@ def test_a_rank_is_killed_and_the_run_goes_on(tiny_folder, tmp_path):
 
 def goes_on(tiny_folder, tmp_path, *, killed, again):
     """A run of two of which one is killed ends soon, and so many ranks go on with it."""
-    # Where rank 0 lives on, it has saved nothing before it stops.
-    every = 10_000 if killed == 1 else 1
-    changes = {"run.steps": 400, "run.eval_every": 0, "run.checkpoint_every": every}
-    processes = together.start(tmp_path, 2, command(tiny_folder, "run", **changes))
-    out = tmp_path / "run"
-    wait_for_steps(out, 2, processes)
-    processes[killed].send_signal(signal.SIGKILL)
-    codes = together.ends(processes)
-    assert codes[1 - killed] == 75
-    told = together.said(tmp_path, 1 - killed)
-    assert f"the death of rank {killed} (" in told
+    for _ in range(5):  # killed at some moments, MLX leaves the other in a collective
+        told = one_is_killed(tiny_folder, tmp_path, killed)
+        if "but hangs. It exits with what is on the disk" not in told or killed == 0:
+            break
     if killed == 1:
         assert "localrl train --resume --out run" in told
 
+    out = tmp_path / "run"
     step = Checkpoints(out / "checkpoints", pytest.fail).steps()[-1]
     assert killed == 0 or step >= 2
     resume = ["-m", "localrl", "train", "--resume", "--out", "run", "--steps", str(step + 2)]
@@ -161,6 +156,22 @@ def goes_on(tiny_folder, tmp_path, *, killed, again):
     else:
         together.run(tmp_path, 2, resume)
     assert [line["step"] for line in metrics(out)] == list(range(1, step + 3))
+
+
+def one_is_killed(tiny_folder, tmp_path, killed):
+    """A new run of two ranks, of which one is killed after two steps; what the other said."""
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    # Where rank 0 lives on, it has saved nothing before it stops.
+    every = 10_000 if killed == 1 else 1
+    changes = {"run.steps": 400, "run.eval_every": 0, "run.checkpoint_every": every}
+    processes = together.start(tmp_path, 2, command(tiny_folder, "run", **changes))
+    wait_for_steps(tmp_path / "run", 2, processes)
+    processes[killed].send_signal(signal.SIGKILL)
+    codes = together.ends(processes)
+    assert codes[1 - killed] == 75
+    told = together.said(tmp_path, 1 - killed)
+    assert f"the death of rank {killed} (" in told
+    return told
 
 
 class Beside(Ranks):
