@@ -209,7 +209,11 @@ def make_cached(folder: Path, home: Path, name: str, commit: str = "a" * 40) -> 
 
 
 def _write_tokenizer(
-    folder: Path, template: str, extra: Sequence[str], special: Sequence[str], characters: str
+    folder: Path,
+    template: str,
+    extra: Sequence[str],
+    special: Sequence[str] = SPECIAL,
+    characters: str = CHARACTERS,
 ) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
