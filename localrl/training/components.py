@@ -50,7 +50,7 @@ from localrl.training.memory_plan import (
     worth_measuring,
 )
 from localrl.training.prompt_lengths import measure
-from localrl.training.reward_checks import check_columns, check_rewards
+from localrl.training.reward_checks import check_columns, check_rewards, find_judges
 from localrl.training.sampler import Rescore, Sampler
 from localrl.training.validate import check, fit_prompts
 
@@ -86,7 +86,9 @@ def resolve(config: RunConfig) -> ResolvedConfig:
             f"{config.model.dtype}. Set model.dtype to auto, or model.engine to mlx."
         )
     backend.compute_on_cpu(config.model.on_cpu)
-    rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
+    rewards = parse_rewards(
+        config.task.rewards, config.task.reward_weights or None, config.task.reward_settings
+    )
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
     config, adapter = starting_adapter(config, read_shape(model_folder).layers)
@@ -116,6 +118,8 @@ class Components:
     updater: Updater
     tracker: Tracker
     held_out: list[Example]
+    judges: Sequence[str]
+    """A line on each model that the rewards ask."""
 
     @property
     def least_rows(self) -> int:
@@ -160,6 +164,7 @@ def open_components(
         scorer = Scorer(task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=beat)
         held_out = task.evaluation(config.task.held_out)
         check_columns(task, held_out, scorer)
+        judges = find_judges(task, worker)
         tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
         _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
         if trains and plan is None and environments is None:
@@ -219,6 +224,7 @@ def open_components(
             updater=updater,
             tracker=tracker,
             held_out=held_out,
+            judges=judges,
         )
 
 
