@@ -186,17 +186,15 @@ class TaskConfig:
 
     @property
     def reward_settings(self) -> dict[str, dict[str, Any]]:
-        """Settings of built-in rewards that are settings of the run, by the reward's name."""
-        given = {
-            "url": self.judge_url,
-            "model": self.judge_model,
-            "prompt": self.judge_prompt,
-            "max_tokens": self.judge_max_tokens,
-            "timeout_s": self.judge_timeout_s,
-            "parallel": self.judge_parallel,
+        """The settings judge_* that are not the default ones, by reward and without the prefix."""
+        prefix = "judge_"
+        changed = {
+            spec.name.removeprefix(prefix): getattr(self, spec.name)
+            for spec in dataclasses.fields(self)
+            if spec.name.startswith(prefix) and getattr(self, spec.name) != spec.default
         }
-        known = {name: value for name, value in given.items() if value is not None}
-        return {"judge": {**known, "scale": self.judge_scale}, "judge_rank": known}
+        ranks = {name: value for name, value in changed.items() if name != "scale"}
+        return {"judge": changed, "judge_rank": ranks}
 
 
 @dataclass(frozen=True)

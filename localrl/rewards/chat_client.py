@@ -34,7 +34,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 class NoAnswer(Exception):
     """A request that gave no text; its message says why.
 
-    again: True if a later attempt may succeed. gone: True if nobody answered at all.
+    again: True if a later attempt may succeed. gone: True if nobody listens, or the answer is late.
     """
 
     def __init__(self, message: str, *, again: bool = False, gone: bool = False) -> None:
@@ -96,7 +96,10 @@ class Server:
         if key := os.environ.get(KEY_VARIABLE):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
+        reached = False
         try:
+            connection.connect()
+            reached = True
             connection.request(method, url.path + path, data, headers)
             response = connection.getresponse()
             text = _read(response, time.monotonic() + timeout_s)
@@ -104,7 +107,7 @@ class Server:
             raise NoAnswer(f"{self.url} did not answer within {timeout_s:g} s", gone=True) from None
         except (OSError, HTTPException, UnicodeError) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise NoAnswer(f"{self.url}: {why}", again=True, gone=True) from None
+            raise NoAnswer(f"{self.url}: {why}", again=True, gone=not reached) from None
         finally:
             connection.close()
         if not 200 <= response.status < 300:
@@ -180,7 +183,7 @@ def _read(response: HTTPResponse, deadline: float) -> bytes:
         if time.monotonic() > deadline:
             raise TimeoutError
     if response.length:  # read1 does not complain of a body that ends early
-        raise NoAnswer("the connection was closed in the middle", again=True, gone=True)
+        raise NoAnswer("the connection was closed in the middle", again=True)
     return b"".join(pieces)
 
 

@@ -40,7 +40,7 @@ class Judge:
     """Earlier answers by the digest of the question."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _silent: int = 0
-    """Number of requests in a row that nobody answered."""
+    """Number of requests in a row for which the server was gone."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "parallel"):
@@ -54,8 +54,8 @@ class Judge:
     def ask(self, questions: Sequence[str | None]) -> list[Answer]:
         """Return the answer to each question.
 
-        Once as many requests in a row as there are at a time have found nobody, the rest are not
-        made.
+        Once the server was gone for as many requests in a row as there are at a time, the rest are
+        not made.
         """
         different = [text for text in dict.fromkeys(questions) if text is not None]
         if not different:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 import threading
@@ -12,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judges import completion, judge_server
+from judges import Answer, completion, judge_server
 from waiting import DEADLINE_S
 
-from localrl.config import TaskConfig
+from localrl.config import RunConfig, TaskConfig
 from localrl.errors import ConfigError, RewardError, Stopped
 from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node
@@ -24,6 +25,8 @@ from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.chat_client import KEY_VARIABLE, NoAnswer, find_server, read_url
 from localrl.rewards.judge import get_judge_rank_reward, get_judge_reward
 from localrl.rewards.scoring import Scorer
+from localrl.runs.logs import read_jsonl
+from localrl.train import train
 
 
 @pytest.fixture(scope="module")
@@ -387,3 +390,73 @@ def test_a_long_call_shows_life_and_can_be_stopped(worker):
         specs = parse_rewards(["judge"], None, config.reward_settings)
         with pytest.raises(Stopped):
             Scorer(specs, own, beat=beat).score([group(["x"])])
+
+
+SMALL = {
+    "rollout.prompts_per_step": 2,
+    "rollout.group_size": 2,
+    "rollout.max_completion_tokens": 4,
+    "task.eval_prompts": 2,
+    "run.steps": 4,
+    "model.engine": "cpu",
+}
+
+
+def test_a_run_goes_on_when_its_judge_fails_for_a_step(tiny_folder, tmp_path):
+    def answer(question: str) -> Answer:
+        if 3 <= len(server.asked) <= 6:  # after two of the first evaluation
+            return 404, b'{"error": "model was unloaded"}'
+        return f"Well.\nScore: {len(question) % 11}"
+
+    out = tmp_path / "run"
+    with judge_server(answer, ("small",)) as server:
+        settings = {
+            **SMALL,
+            "model.path": str(tiny_folder),
+            "task.name": "sums",
+            "task.rewards": ["judge"],
+            "task.judge_url": server.url,
+            "run.out": str(out),
+        }
+        train(RunConfig.create(settings))
+    steps = [line for line in read_jsonl(out / "metrics.jsonl") if "reward" in line]
+    assert len(steps) == 4
+    assert any(line["reward"] is None for line in steps)
+    assert steps[-1]["reward"] is not None
+    leaves = [leaf for line in read_jsonl(out / "rollouts.jsonl") for leaf in line["leaves"]]
+    assert {type(leaf["reward"]) for leaf in leaves} == {float, type(None)}
+    for leaf in leaves:
+        said = leaf["extra"]["judge"]
+        assert said.startswith("Well.\nScore: " if leaf["reward"] is not None else server.url)
+    [event] = [e for e in read_jsonl(out / "events.jsonl") if e["kind"] == "judges"]
+    assert event["found"] == [f"judge_reward asks small at {server.url}"]
+
+
+def test_a_run_without_its_judge_does_not_begin(tiny_folder, tmp_path):
+    url = f"http://127.0.0.1:{closed_port()}/v1"
+    for name in ("judge", "judge_rank"):
+        settings = {
+            **SMALL,
+            "model.path": str(tiny_folder),
+            "task.rewards": [name],
+            "task.judge_url": url,
+            "task.judge_model": "m",
+            "run.out": str(tmp_path / "run"),
+        }
+        with pytest.raises(RewardError, match=r"has no judge: .* refused"):
+            train(RunConfig.create(settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_run_have_the_rewards_defaults():
+    config = TaskConfig()
+    assert config.reward_settings == {"judge": {}, "judge_rank": {}}
+    for make in (get_judge_reward, get_judge_rank_reward):
+        defaults = {name: p.default for name, p in inspect.signature(make).parameters.items()}
+        del defaults["name"]
+        assert all(getattr(config, f"judge_{name}") == value for name, value in defaults.items())
+    changed = TaskConfig(judge_scale="1-5", judge_parallel=9)
+    [spec] = parse_rewards(["judge(parallel=2)"], None, changed.reward_settings)
+    assert spec.target == "localrl.rewards.judge:get_judge_reward(parallel=2, scale='1-5')"
+    [spec] = parse_rewards(["judge_rank"], None, changed.reward_settings)
+    assert spec.target == "localrl.rewards.judge:get_judge_rank_reward(parallel=9)"
