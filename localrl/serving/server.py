@@ -69,7 +69,8 @@ class ChatServer(ThreadingHTTPServer):
         return f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{port}/v1"
 
     def _handle(self, *arguments: Any) -> ChatHandler:
-        return ChatHandler(_Recording(self.generator), *arguments, system_fingerprint="localrl")
+        generator: Any = _Recording(self.generator)
+        return ChatHandler(generator, *arguments, system_fingerprint="localrl")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that went away."""
