@@ -40,7 +40,7 @@ def policy():
     """The model that ships with localrl and calls tools, with an adapter that changes it."""
     loaded = load_model(embedded_model_path("turns-0.1m"))
     policy = make_policy(loaded, rank=2, scale=1.0, seed=0, for_cpu=True, dense=True)
-    tiny.stir(policy.model, 0, 2.0)
+    tiny.stir(policy.model, 0, 10.0)
     mx.eval(policy.model.parameters())
     return policy
 
