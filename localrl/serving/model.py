@@ -17,6 +17,7 @@ from localrl.errors import DataError
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.tokenizer import Tokenizer
+from localrl.serving.requests import ServedFacts
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class ServedModel(ModelProvider):
         self._off = ExitStack()
         self._device = mx.default_device()
         self.model = policy.model
-        self.tokenizer = ServedTokenizer(policy.tokenizer)
+        arguments = getattr(policy.model, "args", None)
+        context = getattr(arguments, "max_position_embeddings", None)
+        self.tokenizer = ServedTokenizer(policy.tokenizer, context)
+        self.facts = ServedFacts(names.all, len(self.tokenizer), context)
         self.is_batchable = all(hasattr(c, "merge") for c in make_prompt_cache(policy.model))
 
     def load_default(self) -> None:
@@ -89,9 +93,9 @@ class ServedTokenizer(TokenizerWrapper):
 
     has_chat_template = True
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: int | None) -> None:
         self.__dict__.update(vars(tokenizer.inner))
-        self._rendering = tokenizer
+        self._rendering, self._context = tokenizer, context
 
     def apply_chat_template(
         self,
@@ -104,8 +108,10 @@ class ServedTokenizer(TokenizerWrapper):
     ) -> Any:
         """Return the token ids of a conversation, or its text.
 
-        Raises: DataError for characters that the model has no token for, or variables for a model
-        without a template; and as `Tokenizer.render` does.
+        variables: switches of the template, besides those of training.
+
+        Raises: DataError for a conversation beyond the model's context, for characters that it has
+        no token for, or for variables without a template; and as `Tokenizer.render` does.
         """
         tokenizer = self._rendering
         if variables:
@@ -118,6 +124,10 @@ class ServedTokenizer(TokenizerWrapper):
         if not tokenize:
             return text
         ids = list(tokenizer.encode_text(text))
+        if self._context is not None and len(ids) >= self._context:
+            raise DataError(
+                f"the conversation has {len(ids)} tokens, and the model's context {self._context}"
+            )
         if tokenizer.inner.unk_token_id in ids and (unknown := tokenizer.unknown(messages)):
             raise DataError(f"the model has no token for {unknown!r}")
         return ids

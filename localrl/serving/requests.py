@@ -7,7 +7,8 @@ not know, and does not survive some values.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 LOADED = ("adapters", "draft_model", "num_draft_tokens", "role_mapping")
@@ -25,11 +26,20 @@ class Refused(Exception):
         self.status = status
 
 
-def read_request(data: bytes, names: Collection[str], default: str, vocabulary: int) -> Body:
-    """Return the body of a chat request in the form that mlx-lm's handler takes.
+@dataclass(frozen=True)
+class ServedFacts:
+    """What a request may ask for."""
 
-    names: the models that may be asked; `default` is asked if none is named.
-    vocabulary: number of tokens of the model.
+    names: tuple[str, ...]
+    """Names of the models; the first one is asked if a request names none."""
+    vocabulary: int
+    """Number of tokens that the model knows."""
+    context: int | None
+    """Longest conversation that the model was made for, in tokens; None if it does not say."""
+
+
+def read_request(data: bytes, facts: ServedFacts) -> Body:
+    """Return the body of a chat request in the form that mlx-lm's handler takes.
 
     Raises: Refused.
     """
@@ -40,11 +50,11 @@ def read_request(data: bytes, names: Collection[str], default: str, vocabulary: 
     if not isinstance(body, dict):
         raise Refused("the body is not a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
-    model = body.setdefault("model", default)
-    if not isinstance(model, str) or model not in names:
-        raise Refused(f"there is no model {model!r:.80} here; ask {' or '.join(names)}", 404)
+    model = body.setdefault("model", facts.names[0])
+    if not isinstance(model, str) or model not in facts.names:
+        raise Refused(f"there is no model {model!r:.80} here; ask {' or '.join(facts.names)}", 404)
     _check_fields(body)
-    _check_tokens(body, vocabulary)
+    _check_tokens(body, facts)
     _check_messages(body.get("messages"))
     if body.pop("tool_choice", "auto") == "none":
         body.pop("tools", None)
@@ -95,8 +105,12 @@ ACCEPTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 """Values of some fields that are accepted, and what a refusal says; mlx-lm checks the numbers."""
 
 
-def _check_tokens(body: Body, vocabulary: int) -> None:
-    """Check numbers that must be tokens of the model, or fewer than these."""
+def _check_tokens(body: Body, facts: ServedFacts) -> None:
+    """Check numbers that must be tokens of the model, or numbers of them that it can handle."""
+    vocabulary, context = facts.vocabulary, facts.context
+    for name in ("max_tokens", "max_completion_tokens"):
+        if context is not None and isinstance(body.get(name), int) and body[name] > context:
+            raise Refused(f"{name} is {body[name]!r:.80}; the model's context is {context} tokens")
     top_k = body.get("top_k", 0)
     if not isinstance(top_k, int) or not 0 <= top_k < vocabulary:
         raise Refused(f"top_k is {top_k!r:.80}; the model has {vocabulary} tokens")

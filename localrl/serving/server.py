@@ -158,9 +158,7 @@ class ChatHandler(APIHandler):
         try:
             if self.path not in CHAT:
                 raise Refused(f"there is no {self.path!r:.80}; post to {CHAT[0]}", 404)
-            model = self.server.model
-            names = model.names.all
-            body = read_request(self._body(), names, names[0], len(model.tokenizer))
+            body = read_request(self._body(), self.server.model.facts)
         except Refused as error:
             self._refuse(str(error), error.status)
             return

@@ -21,7 +21,8 @@ from localrl.engines.open import make_policy
 from localrl.errors import ConfigError, LocalRLError
 from localrl.policy.lora import adapters_off
 from localrl.policy.model import load_model
-from localrl.serving.model import Names, ServedModel, ServeLimits
+from localrl.policy.tokenizer import load_tokenizer
+from localrl.serving.model import Names, ServedModel, ServedTokenizer, ServeLimits
 from localrl.serving.server import ChatServer, serve
 
 NAMES = Names("tiny", "tiny-run")
@@ -169,6 +170,21 @@ def test_characters_that_the_model_lacks_are_told(calling):
     assert "no token for '\u00c9'" in json.loads(said)["error"]
 
 
+def test_prompts_are_rendered_as_in_training_unless_a_request_switches_the_template(tmp_path):
+    switch = "{{ {true: '?', false: '-'}.get(enable_thinking, '+') }}"
+    template = tiny.TEMPLATE + switch
+    for thinking, plain in (("auto", "+"), ("off", "-")):
+        folder = tiny.make_folder(tmp_path / thinking, template=template)
+        tokenizer = load_tokenizer(folder, thinking=thinking)
+        served = ServedTokenizer(tokenizer, None)
+        options = {"add_generation_prompt": True, "tools": None}
+        ids = served.apply_chat_template(user("hi"), **options)
+        assert tuple(ids) == tokenizer.encode(user("hi"))
+        for variables, mark in (({}, plain), ({"enable_thinking": True}, "?")):
+            text = served.apply_chat_template(user("hi"), tokenize=False, **variables, **options)
+            assert text == f"<user>hi<assistant>{mark}"
+
+
 @pytest.fixture
 def loads_nothing(monkeypatch):
     """Fail whatever in mlx-lm's server loads a model or opens an address."""
@@ -227,6 +243,8 @@ BAD = {
     "tokens as a list": {"logit_bias": [1]},
     "huge number": {"repetition_context_size": 10**30},
     "huge length": {"max_tokens": 10**30},
+    "more than the context": {"max_completion_tokens": 4097},
+    "a conversation beyond the context": {"messages": user("x" * 4096)},
     "no length": {"max_tokens": 0},
     "cold": {"temperature": -1},
     "warm as text": {"temperature": "hot"},
