@@ -249,8 +249,8 @@ def _pairs(run: Path, file: str, *, alone: bool) -> None:
         )
     made = export_pairs(run, Path(file) if file else run / "pairs.jsonl")
     click.echo(
-        f"pairs    {made.path}: {made.pairs} of {made.groups} groups gave a pair; in the others "
-        "all completions have one reward"
+        f"pairs    {made.path}: {made.pairs} of {made.groups} groups gave a pair; the others have "
+        "no two completions with different rewards"
     )
 
 

@@ -20,6 +20,8 @@ from localrl.config import RunConfig, TaskConfig
 from localrl.errors import ConfigError, RewardError, Stopped
 from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node
+from localrl.report.reading import read_run
+from localrl.report.terminal import samples
 from localrl.rewards import chat_client
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.chat_client import KEY_VARIABLE, NoAnswer, find_server, read_url
@@ -428,6 +430,9 @@ def test_a_run_goes_on_when_its_judge_fails_for_a_step(tiny_folder, tmp_path):
     for leaf in leaves:
         said = leaf["extra"]["judge"]
         assert said.startswith("Well.\nScore: " if leaf["reward"] is not None else server.url)
+    shown = "".join(samples(read_run(out)))
+    assert "[judge] Well.\n      Score: " in shown
+    assert f"[judge] {server.url}: HTTP 404 model was unloaded" in shown
     [event] = [e for e in read_jsonl(out / "events.jsonl") if e["kind"] == "judges"]
     assert event["found"] == [f"judge_reward asks small at {server.url}"]
 
