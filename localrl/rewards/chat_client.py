@@ -21,7 +21,7 @@ LOCAL = {"Ollama": "http://127.0.0.1:11434/v1", "LM Studio": "http://127.0.0.1:1
 """Addresses tried in turn if none is named."""
 PAUSES_S = (0.5, 2.0)
 """Pauses before the second and third attempt of a request that may succeed later."""
-LOOK_S = 5.0
+LOOK_S = 30.0
 """Seconds allowed to list a server's models."""
 LARGEST = 4 << 20
 """Most bytes of an answer."""

@@ -56,7 +56,9 @@ def find_judges(task: Task, worker: Worker) -> tuple[str, ...]:
         place, settings = split_call(spec.target)
         if not place.startswith(f"{JUDGE}:"):
             continue
-        reply = worker.call("localrl.rewards.judging:find_judge", settings or {})
+        reply = worker.call(
+            "localrl.rewards.judging:find_judge", settings or {}, limit_s=spec.seconds_each
+        )
         judge = reply.value if reply.ok else {"problem": reply.message}
         if "problem" in judge:
             raise RewardError(f"Reward {spec.name!r} has no judge: {judge['problem']}.")

@@ -27,12 +27,16 @@ class JudgeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answer: Callable[[str], Answer], models: tuple[str, ...]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, answer: Callable[[str], Answer], models: tuple[str, ...], port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.models = answer, models
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.pause_s = 0.0
+        self.missing = 0
+        """Bytes that are announced and not sent with the rest."""
+        self.drips = False
+        """True if they are sent one by one."""
         self.together = self.most_together = 0
         self.lock = threading.Lock()
 
@@ -74,9 +78,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, data: bytes) -> None:
         self.send_response(status)
         self.send_header("Location", "/elsewhere")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + self.server.missing))
         self.end_headers()
         self.wfile.write(data)
+        for _ in range(self.server.missing if self.server.drips else 0):
+            self.wfile.write(b" ")  # which ends with an error once the client is gone
+            time.sleep(0.02)
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -84,10 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def judge_server(
-    answer: Callable[[str], Answer], models: tuple[str, ...] = ("judge-1",)
+    answer: Callable[[str], Answer], models: tuple[str, ...] = ("judge-1",), port: int = 0
 ) -> Iterator[JudgeServer]:
-    """Serve on a free port while it is used."""
-    with JudgeServer(answer, models) as server:
+    """Serve while it is used, on a free port unless one is named."""
+    with JudgeServer(answer, models, port) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server

@@ -6,9 +6,7 @@ import inspect
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -93,7 +91,7 @@ def test_a_question_is_asked_once_and_several_are_in_flight(worker):
         texts = ["x" * (i % 8) for i in range(32)]
         assert scoring.score([group(texts)])[0].rewards == tuple((i % 8) / 10 for i in range(32))
         assert len(server.asked) == 8
-        assert server.most_together > 2
+        assert server.most_together > 1
         scoring.score([group(texts[:8])])
         assert len(server.asked) == 8
         assert scoring.score([group(["x"], name="other")])[0].rewards == (0.1,)
@@ -170,24 +168,30 @@ def test_a_server_that_is_busy_is_asked_again(hurry):
         assert len(server.asked) == 3
 
 
-def test_a_server_that_falls_silent_costs_a_few_requests_and_can_come_back(hurry):
+def test_a_server_that_is_gone_costs_a_few_requests_and_can_come_back(hurry):
     """The first completions keep their rewards; of the rest each has none, without a wait."""
+    texts = [f"t{i}" for i in range(40)]
     with judge_server(lambda text: "Score: 5") as server:
-        reward = get_judge_reward(url=server.url, parallel=2, timeout_s=0.3)
-        texts = [f"t{i}" for i in range(40)]
+        reward = get_judge_reward(url=server.url, parallel=2)
         assert reward(prompts=["p"] * 3, completions=texts[:3]) == [0.5] * 3
-        awake = threading.Event()
-        server.answer = lambda text: awake.wait(DEADLINE_S) and "Score: 5"
-        started = time.monotonic()
-        values = reward(prompts=["p"] * 40, completions=texts)
-        assert values[:3] == [0.5] * 3
-        silent = sum("did not answer within 0.3 s" in said for said in values[3:])
-        assert 2 <= silent <= 3  # one may have been begun before the second was given up
-        assert sum("has stopped answering" in said for said in values[3:]) == 37 - silent
-        assert time.monotonic() - started < DEADLINE_S / 10
-        awake.set()
-        server.answer = lambda text: "Score: 10"
+    values = reward(prompts=["p"] * 40, completions=texts)
+    assert values[:3] == [0.5] * 3
+    refused = sum("Connection refused" in said for said in values[3:])
+    assert 2 <= refused <= 3  # one may have been begun before the second was given up
+    assert sum("has stopped answering" in said for said in values[3:]) == 37 - refused
+    with judge_server(lambda text: "Score: 10", port=server.server_address[1]):
         assert reward(prompts=["p"] * 40, completions=texts) == [0.5] * 3 + [1.0] * 37
+
+
+def test_a_server_that_is_silent_is_given_up_too():
+    awake = threading.Event()
+    with judge_server(lambda text: awake.wait(DEADLINE_S) and "Score: 5") as server:
+        reward = get_judge_reward(url=server.url, model="m", parallel=2, timeout_s=0.2)
+        values = reward(prompts=["p"] * 20, completions=[f"t{i}" for i in range(20)])
+        silent = sum("did not answer within 0.2 s" in said for said in values)
+        assert 2 <= silent <= 3
+        assert sum("has stopped answering" in said for said in values) == 20 - silent
+        awake.set()
 
 
 def closed_port() -> int:
@@ -196,26 +200,13 @@ def closed_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("drips", "why"), [(0, "closed in the middle"), (DEADLINE_S, "did not answer within 0.3 s")]
+    ("drips", "limit_s", "why"),
+    [(False, DEADLINE_S, "closed in the middle"), (True, 0.3, "did not answer within 0.3 s")],
 )
-def test_an_answer_that_breaks_off_or_trickles_is_none(drips, why, hurry):
-    def answer() -> None:
-        with suppress(OSError):  # the place is closed, or nobody listens any more
-            while True:
-                taken, _ = place.accept()
-                with taken:
-                    heard = b""
-                    while not heard.endswith(b"}"):  # bytes left unread would reset the connection
-                        heard += taken.recv(65536)
-                    taken.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b" " * 40)
-                    for _ in range(int(drips / 0.05)):
-                        taken.sendall(b" ")
-                        time.sleep(0.05)
-
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        threading.Thread(target=answer, daemon=True).start()
-        url = f"http://127.0.0.1:{place.getsockname()[1]}"
-        reward = get_judge_reward(url=url, model="m", timeout_s=0.3)
+def test_an_answer_that_breaks_off_or_trickles_is_none(drips, limit_s, why, hurry):
+    with judge_server(length) as server:
+        server.missing, server.drips = 5000, drips
+        reward = get_judge_reward(url=server.url, model="m", timeout_s=limit_s)
         [said] = reward(prompts=["p"], completions=["c"])
         assert why in said
 
@@ -420,6 +411,7 @@ def test_a_run_goes_on_when_its_judge_fails_for_a_step(tiny_folder, tmp_path):
             "task.name": "sums",
             "task.rewards": ["judge"],
             "task.judge_url": server.url,
+            "task.judge_timeout_s": DEADLINE_S,
             "run.out": str(out),
         }
         train(RunConfig.create(settings))
