@@ -57,6 +57,7 @@ class ServedModel(ModelProvider):
         self._off = ExitStack()
         self._device = mx.default_device()
         self.model = policy.model
+        _compute_all(policy.model)
         arguments = getattr(policy.model, "args", None)
         context = getattr(arguments, "max_position_embeddings", None)
         self.tokenizer = ServedTokenizer(policy.tokenizer, context)
@@ -135,6 +136,13 @@ class ServedTokenizer(TokenizerWrapper):
     def text_of(self, token: int) -> str:
         """Return the text of a token."""
         return self._rendering.pieces([token])[0]
+
+
+def _compute_all(model: Any) -> None:
+    """Compute every array of the model, also those that are no parameters: what this thread has
+    left to compute, the generating one could not."""
+    arrays = [v for module in model.modules() for v in module.values() if isinstance(v, mx.array)]
+    mx.eval(arrays, mx.random.state)
 
 
 def _arguments(limits: ServeLimits) -> Namespace:

@@ -119,6 +119,26 @@ def test_temperature_and_length_are_those_of_training_unless_a_request_names_the
     assert stopped["message"]["content"] == longer[: longer.index(longer[2])]
 
 
+SCALED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+def test_what_a_model_computes_late_can_be_used_by_the_generating_thread(tmp_path):
+    """Arrays that are no parameters, such as scaled frequencies, may still be lazy."""
+    policy = tiny.make_tiny_policy(tmp_path / "llama", model_type="llama", rope_scaling=SCALED)
+    for layer in policy.model.layers:
+        rope = layer.self_attn.rope
+        rope._freqs = rope._freqs * 1.0
+    with served(policy, Names("llama", None)) as server:
+        said = chat(server)["message"]["content"]
+    assert said == greedy(policy, "hello", 12)
+
+
 TOOL = {
     "type": "function",
     "function": {
