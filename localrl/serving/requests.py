@@ -28,7 +28,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class ServedFacts:
-    """What a request may ask for."""
+    """Facts on the model that limit requests."""
 
     names: tuple[str, ...]
     """Names of the models; the first one is asked if a request names none."""
