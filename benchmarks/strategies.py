@@ -226,13 +226,17 @@ def make(job: Job, out: Path) -> Run:
 
 def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     """The evaluations of one run, and why it ended."""
+    from localrl.processes.heartbeat import Heartbeat
     from localrl.train import train_step
     from localrl.training.session import NullProgress
     from localrl.training.setup import open_session
 
     settings = {"run.out": str(folder), "run.rollout_log_limit": 10**12, **job.settings}
     config, clock, step = RunConfig.create(settings), Clock(), 0
-    with open_session(config, overwrite=False, progress=NullProgress()) as session:
+    opened = open_session(
+        config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()
+    )
+    with opened as session:
 
         def evaluate() -> Run:
             found = session.evaluate(step)

@@ -141,7 +141,7 @@ def _digest(examples: Sequence[Example]) -> str:
 def _show(scored: ScoredGroup) -> Shown:
     example = scored.group.example
     return Shown(
-        prompt=example.messages[-1]["content"],
+        prompt=example.messages[-2 if example.begun else -1]["content"],
         completion=_said(scored.group.leaves[0]),
         answer=example.answer,
         reward=scored.rewards[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from waiting import DEADLINE_S, until
 from localrl.backend import mx
 from localrl.config import RunConfig
 from localrl.distributed.collective import Ranks
-from localrl.errors import ConfigError
+from localrl.errors import ConfigError, RewardError
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
+from localrl.train import train
 from localrl.training.setup import _agree_on_plan
 from localrl.utils.codec import from_bytes, to_bytes
 
@@ -138,20 +140,14 @@ def test_a_rank_is_killed_and_the_run_goes_on(tiny_folder, tmp_path):
 
 def goes_on(tiny_folder, tmp_path, *, killed, again):
     """A run of two of which one is killed ends soon, and so many ranks go on with it."""
-    # Where rank 0 lives on, it has saved nothing before it stops.
-    every = 10_000 if killed == 1 else 1
-    changes = {"run.steps": 400, "run.eval_every": 0, "run.checkpoint_every": every}
-    processes = together.start(tmp_path, 2, command(tiny_folder, "run", **changes))
-    out = tmp_path / "run"
-    wait_for_steps(out, 2, processes)
-    processes[killed].send_signal(signal.SIGKILL)
-    codes = together.ends(processes)
-    assert codes[1 - killed] == 75
-    told = together.said(tmp_path, 1 - killed)
-    assert f"the death of rank {killed} (" in told
+    for _ in range(5):  # killed at some moments, MLX leaves the other in a collective
+        told = one_is_killed(tiny_folder, tmp_path, killed)
+        if "but hangs. It exits with what is on the disk" not in told or killed == 0:
+            break
     if killed == 1:
         assert "localrl train --resume --out run" in told
 
+    out = tmp_path / "run"
     step = Checkpoints(out / "checkpoints", pytest.fail).steps()[-1]
     assert killed == 0 or step >= 2
     resume = ["-m", "localrl", "train", "--resume", "--out", "run", "--steps", str(step + 2)]
@@ -160,6 +156,22 @@ def goes_on(tiny_folder, tmp_path, *, killed, again):
     else:
         together.run(tmp_path, 2, resume)
     assert [line["step"] for line in metrics(out)] == list(range(1, step + 3))
+
+
+def one_is_killed(tiny_folder, tmp_path, killed):
+    """A new run of two ranks, of which one is killed after two steps; what the other said."""
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    # Where rank 0 lives on, it has saved nothing before it stops.
+    every = 10_000 if killed == 1 else 1
+    changes = {"run.steps": 400, "run.eval_every": 0, "run.checkpoint_every": every}
+    processes = together.start(tmp_path, 2, command(tiny_folder, "run", **changes))
+    wait_for_steps(tmp_path / "run", 2, processes)
+    processes[killed].send_signal(signal.SIGKILL)
+    codes = together.ends(processes)
+    assert codes[1 - killed] == 75
+    told = together.said(tmp_path, 1 - killed)
+    assert f"the death of rank {killed} (" in told
+    return told
 
 
 class Beside(Ranks):
@@ -171,6 +183,25 @@ class Beside(Ranks):
 
     def gather(self, data):
         return [data, to_bytes(vars(self.other), {})]
+
+
+class Echo(Ranks):
+    """Rank 1 of two, whose other rank says and does the same."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 2, ("here", "there"))
+
+    def gather(self, data):
+        return [data, data]
+
+
+def test_a_run_without_any_reward_ends_on_the_others_too(tiny_folder, tmp_path):
+    (tmp_path / "none.py").write_text("def f(completions):\n    return [None] * len(completions)\n")
+    changes = {"run.steps": 9, "rollout.prompts_per_step": 4}
+    changes["task.rewards"] = [f"{tmp_path}/none.py:f"]
+    config = RunConfig.create({**SETTINGS, **changes, "model.path": str(tiny_folder)})
+    with pytest.raises(RewardError, match="of the last 3 steps got a reward: f gave None"):
+        train(config, progress=False, ranks=Echo())
 
 
 def test_the_smallest_machine_decides(tiny_folder):

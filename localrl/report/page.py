@@ -193,6 +193,12 @@ def _cards(sampled: ReportGroups) -> list[dict[str, Any]]:
     ]
 
 
+def _asked(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the last message before the model's turn, which the prompt may begin."""
+    others = [message for message in messages if message.get("role") != "assistant"]
+    return str(others[-1].get("content") or "") if others else ""
+
+
 def _card(group: Mapping[str, Any], leaf: int) -> dict[str, Any]:
     end, path = group["leaves"][leaf], []
     node = end["n"]
@@ -201,7 +207,7 @@ def _card(group: Mapping[str, Any], leaf: int) -> dict[str, Any]:
         node = group["nodes"][node]["p"]
     pieces = [str(t) for n in reversed(path) for t in group["nodes"][n].get("t", ())]
     return {
-        "prompt": printable(group["messages"][-1]["content"] if group["messages"] else ""),
+        "prompt": printable(_asked(group["messages"])),
         "text": printable(end.get("v") or "".join(pieces)),
         "reward": end["r"],
         "step": group["step"],

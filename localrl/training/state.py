@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +18,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localrl.backend import mx, tree_flatten, tree_unflatten
-from localrl.config import RunConfig, keys
 from localrl.engines.cpu.kernel_choice import Choice
 from localrl.errors import CheckpointError, ConfigError
 from localrl.evaluate import Evaluation, Shown
 from localrl.learning.tracker import PromptStats, Tracker
-from localrl.memory.adapting import MemoryMonitor, smaller
-from localrl.processes.child import Restart
+from localrl.memory.adapting import MemoryMonitor
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
-from localrl.rollouts.groups import Shape
 from localrl.rollouts.replay import Replay, ReplayCounts, Stored
 from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.checkpoints import Checkpoints
-from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
-from localrl.tasks.base import Task
 from localrl.utils.codec import decode, encode, from_bytes, to_bytes
 
 if TYPE_CHECKING:
+    from localrl.training.components import Components
     from localrl.training.session import Session
 
 TYPES: dict[str, type] = {
@@ -69,23 +64,10 @@ TYPES: dict[str, type] = {
 RENAMED = {"Earlier": CompletionCache, "Known": PromptStats, "Watch": MemoryMonitor}
 """Record types under the names that older checkpoints use."""
 
-MAY_CHANGE = (
-    "run.steps",
-    "run.minutes",
-    "run.eval_every",
-    "run.checkpoint_every",
-    "run.keep_every",
-    "run.report_to",
-    "run.rollout_log_limit",
-    "task.reward_timeout_s",
-    "task.reward_memory_mb",
-    "task.tool_timeout_s",
-    "model.selfcheck",
-)
-"""Settings that may change when a run is resumed: none of them changes the result of a step."""
-
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
+ADAPTER_SOURCE = "starting adapter"
+"""Name of the adapter given among the sources of a run whose KL is measured from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +88,7 @@ def capture(session: Session, step: int) -> State:
     values = {
         "tokens": session.tokens,
         "trained_s": session.trained_s,
+        "unrewarded": session.unrewarded,
         "evaluation_s": session.forecast.evaluation_s,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
@@ -172,12 +155,7 @@ def restore(state: State, session: Session) -> None:
 
     Raises: CheckpointError if its model or its data differ from the session's.
     """
-    for name, was in state.values["sources"].items():
-        if session.sources[name] != was:
-            raise CheckpointError(
-                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
-                "new run (--adapter starts from this run's adapter)."
-            )
+    check_sources(state.values["sources"], session.sources)
     values, sampler, updater = state.values, session.sampler, session.updater
     adapter, optimizer = _part(state, ADAPTER), _part(state, OPTIMIZER)
     session.policy.model.load_weights(list(adapter.items()), strict=False)
@@ -187,6 +165,7 @@ def restore(state: State, session: Session) -> None:
     updater.updates, updater.skipped = values["updates"], values["skipped"]
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
+    session.unrewarded = values.get("unrewarded", 0)
     session.evaluations = dict(values["evaluations"])
     session.forecast.evaluation_s = values.get("evaluation_s", 0.0)  # not in older checkpoints
     if base := session.evaluations.get(0):
@@ -199,6 +178,25 @@ def restore(state: State, session: Session) -> None:
     session.scorer.restore(values["rewards"])
     session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]
     _compute_as(values.get("kernels"), session)
+
+
+def check_sources(was: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that a run's sources are those of its checkpoint.
+
+    Raises: CheckpointError if they are not.
+    """
+    for name in was:
+        if now.get(name) != was[name]:
+            raise CheckpointError(
+                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
+                "new run (--adapter starts from this run's adapter)."
+            )
+    if ADAPTER_SOURCE in now.keys() - was.keys():
+        raise CheckpointError(
+            "This run's KL was measured from the model without adapters, by an earlier version of "
+            "localrl; it would now be measured from the adapter that the run began with. Continue "
+            "with that version, or start a new run (--adapter starts from this run's adapter)."
+        )
 
 
 def _compute_as(kernels: Choice | None, session: Session) -> None:
@@ -259,86 +257,17 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-@dataclass(frozen=True, eq=False)
-class PreviousRun:
-    """The run of an earlier process, locked."""
-
-    run: RunFolder
-    state: State | None
-    """The state of its newest checkpoint; None if it has none: then the run starts over."""
-    changed: Mapping[str, tuple[Any, Any]]
-    """Settings whose values have changed."""
-
-    @property
-    def plan(self) -> MemoryPlan | None:
-        """The plan of its last checkpoint."""
-        return self.state.values["plan"] if self.state else None
-
-    def plan_after(self, restart: Restart | None, shape: Shape) -> MemoryPlan | None:
-        """Return the plan to continue with: the run's, or what the last supervised process left."""
-        if restart is None:
-            return self.plan
-        plan = MemoryPlan(**json.loads((self.run.path / "plan.json").read_bytes()))
-        least_rows = shape.leaves if shape.leaves > shape.roots else 1
-        return smaller(plan, least_rows=least_rows) if restart.smaller else plan
-
-    def continue_in(self, session: Session) -> None:
-        """Continue the run in this session, and cut logs written after its checkpoint.
-
-        Raises: CheckpointError if it cannot be continued.
-        """
-        step = 0
-        if self.state is not None:
-            restore(self.state, session)
-            step = self.state.step
-        self.run.cut(self.state.values["offsets"] if self.state else dict.fromkeys(STEP_LOGS, 0))
-        session.step = step
-        changed = {key: {"was": old, "is": new} for key, (old, new) in self.changed.items()}
-        self.run.event("resumed", step=step, changed=changed)
-
-
-def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> dict[str, str]:
-    """Return SHA-256 hashes of a run's sources: the model's files by name and size, and its
-    data."""
+def sources_of(components: Components) -> dict[str, str]:
+    """Return SHA-256 hashes of a run's sources: the model's files by name and size, its data, and
+    the adapter that its KL is measured from, if there is one."""
+    task, model_folder = components.task, components.model_folder
     weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
     model = (model_folder / "config.json").read_bytes() + repr(weights).encode()
-    examples = [*map(task.train, range(task.train_size)), *held_out]
+    examples = [*map(task.train, range(task.train_size)), *components.held_out]
     rows = [[e.id, list(map(dict, e.messages)), repr(e.answer)] for e in examples]
     data = json.dumps([task.name, rows]).encode()
-    return {"model": hashlib.sha256(model).hexdigest(), "data": hashlib.sha256(data).hexdigest()}
-
-
-@contextmanager
-def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousRun]:
-    """Reopen the run in `config.run.out`, locked, with its newest intact state.
-
-    Raises: ConfigError if there is none, another process uses it, or settings have changed that
-    must not; CheckpointError if all its checkpoints are damaged.
-    """
-    folder = Path(config.run.out or "")
-    with reopen_run(folder, rollout_log_limit=config.run.rollout_log_limit) as run:
-        changed = changed_settings(RunConfig.of_run(folder / "config.toml"), config)
-        checkpoints = Checkpoints(folder / "checkpoints", warn)
-        checkpoints.sweep()
-        newest = checkpoints.newest()
-        yield PreviousRun(run, read(newest) if newest else None, changed)
-
-
-def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ, by key.
-
-    Raises: ConfigError if one of them would make it a different run.
-    """
-    changed = {
-        key: (was, now)
-        for key in keys()
-        if key != "run.out" and (was := old.value(key)) != (now := new.value(key))
-    }
-    wrong = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
-    if wrong:
-        told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
-        raise ConfigError(
-            f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
-            f"Settings that may change: {', '.join(MAY_CHANGE)}."
-        )
-    return changed
+    parts = {"model": model, "data": data}
+    if (reference := components.policy.reference) is not None:
+        arrays = [np.array(array).tobytes() for _, array in sorted(reference.items())]
+        parts[ADAPTER_SOURCE] = b"".join(arrays)
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}

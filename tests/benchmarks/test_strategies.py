@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from contextlib import closing, nullcontext
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 from localrl.config import RunConfig
 from localrl.errors import DataError, LocalRLError
 from localrl.runs.logs import JsonLines
+from localrl.training import setup
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -199,7 +201,8 @@ def learned(monkeypatch, accuracies: list[float], error: Exception | None = None
             raise error
         session.tokens += 50
 
-    def open_session(config, **_):
+    def open_session(*given, **named):
+        signature(setup.open_session).bind(*given, **named)  # as a real run is opened
         return nullcontext(FakeSession(accuracies))
 
     fakes = {

@@ -7,7 +7,9 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from localrl.config import RunConfig
 from localrl.tasks.files import load_file_task
+from localrl.training.given import hand_over
 
 ROWS = [
     {
@@ -59,3 +61,7 @@ def test_a_dictionary_of_splits(tmp_path):
     assert (task.train_size, len(task.held_out)) == (30, 10)
     hard = load_file_task(f"{tmp_path}:hard", ())
     assert hard.train_size + len(hard.held_out) == 20
+
+
+def test_a_data_set_is_handed_over_from_python():
+    assert hand_over(RunConfig(), Dataset.from_list(ROWS), None)[1].rows == ROWS

@@ -93,6 +93,16 @@ def test_the_base_is_dequantised_on_the_cpu_or_where_it_is_wished(wish, on_cpu, 
     assert initial_plan(config, vocabulary=9, on_cpu=on_cpu, threads=None).dequantise is dense
 
 
+def test_adapters_are_kept_only_as_the_reference_of_a_kl():
+    given = {"lora.adapter": "a", "learning.kl_coef": 0.1}
+    assert request(**given).workloads[2].reference
+    assert not request(**{"lora.adapter": "a"}).workloads[2].reference
+    assert not request(**{"learning.kl_coef": 0.1}).workloads[2].reference
+    config = RunConfig.create({"model.path": "m", **given})
+    evaluates = plan_request(config, read_sizes(CONFIG), HOST, trains=False)
+    assert not evaluates.workloads[2].reference
+
+
 def test_logits_stay_below_a_constant_as_the_vocabulary_grows():
     for vocabulary in (100, 1000, 32_000, 151_936, 262_144, 1_000_000, 4_000_000):
         made = request(model=CONFIG | {"vocab_size": vocabulary})

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.memory.machine import resident_bytes
 from localrl.policy import chat
@@ -138,6 +139,18 @@ def test_many_are_rendered_at_once_and_in_order(monkeypatch):
     assert template.render(many) == [f"<user>{n % 7}<assistant>" for n in range(20)]
 
 
+def test_long_conversations_are_rendered_in_calls_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(chat, "BATCH_CHARACTERS", 1000)
+    sizes = [900, 900, 5, 5, 3000, 5, 400, 400]
+    many = [[{"role": "user", "content": f"{n}" + "x" * size}] for n, size in enumerate(sizes)]
+    keys = [json.dumps(messages) for messages in many]
+    calls = list(chat._batches(keys))
+    assert [len(call) for call in calls] == [1, 2, 1, 1, 3]
+    assert [key for call in calls for key in call] == keys
+    texts = ChatTemplate({"default": tiny.TEMPLATE}, {}).render(many)
+    assert texts == [f"<user>{messages[0]['content']}<assistant>" for messages in many]
+
+
 def test_texts_are_kept_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(chat, "KEPT", 1000)
     now = ChatTemplate({"default": "{{ range(99999) | random }}{{ messages[0].content }}"}, {})
@@ -239,7 +252,7 @@ def thinking_folder(place: Path) -> Path:
 
 @pytest.mark.parametrize(("wish", "closed"), [("auto", False), ("on", False), ("off", True)])
 def test_thinking_is_switched(tmp_path, wish, closed):
-    tokenizer = load_tokenizer(thinking_folder(tmp_path / "model"), thinking=wish)
+    tokenizer = load_tokenizer(thinking_folder(tmp_path / "model"), ModelConfig(thinking=wish))
     text = tokenizer.render(CONVERSATIONS[0])
     assert ("</think>" in text) == closed
     wanted = {} if wish == "auto" else {"enable_thinking": wish == "on"}
@@ -252,7 +265,7 @@ def test_thinking_is_switched(tmp_path, wish, closed):
 def test_thinking_that_cannot_be_switched_is_told(tiny_folder):
     assert thinking_switch({"default": "no"}, "auto") == {}
     with pytest.raises(ConfigError, match="no enable_thinking switch"):
-        load_tokenizer(tiny_folder, thinking="off")
+        load_tokenizer(tiny_folder, ModelConfig(thinking="off"))
 
 
 def test_a_folder_without_a_template_gets_plain_lines(tmp_path):
@@ -264,4 +277,4 @@ def test_a_folder_without_a_template_gets_plain_lines(tmp_path):
     tokenizer = load_tokenizer(folder)
     assert tokenizer.render(CONVERSATIONS[2]) == 'add\n\n{"sum": 3}\nand now?'
     with pytest.raises(ConfigError, match="no enable_thinking"):
-        load_tokenizer(folder, thinking="on")
+        load_tokenizer(folder, ModelConfig(thinking="on"))

@@ -16,6 +16,7 @@ from asking import chat, fetch, greedy, post, served, stream, user
 from waiting import DEADLINE_S
 
 from localrl.backend import mx
+from localrl.config import ModelConfig
 from localrl.embedded import embedded_model_path
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError, LocalRLError
@@ -195,7 +196,7 @@ def test_prompts_are_rendered_as_in_training_unless_a_request_switches_the_templ
     template = tiny.TEMPLATE + switch
     for thinking, plain in (("auto", "+"), ("off", "-")):
         folder = tiny.make_folder(tmp_path / thinking, template=template)
-        tokenizer = load_tokenizer(folder, thinking=thinking)
+        tokenizer = load_tokenizer(folder, ModelConfig(thinking=thinking))
         served = ServedTokenizer(tokenizer, None)
         options = {"add_generation_prompt": True, "tools": None}
         ids = served.apply_chat_template(user("hi"), **options)

@@ -105,3 +105,31 @@ def test_scoring_is_paid_for_only_where_groups_come_back(run, monkeypatch):
     run(STILL)
     run(REUSE, known=False)
     assert calls == [False] * 6
+
+
+def test_a_group_that_comes_back_has_the_advantages_that_it_had(tiny_folder, tmp_path):
+    """Although the tracker has learned its rewards, and those of later groups, since."""
+    (tmp_path / "even.py").write_text(
+        "def even(completion_ids):\n    return [sum(ids) % 2 == 0 for ids in completion_ids]\n"
+    )
+    settings = REPLAY | {
+        "model.path": str(tiny_folder),
+        "run.out": str(tmp_path / "run"),
+        "task.rewards": f"{tmp_path / 'even.py'}:even",
+        "rollout.replay_drift": 1.0,
+        "rollout.reuse": 0.5,
+        "learning.kappa": 4.0,
+        "learning.lr": 1e-3,
+        "run.steps": 5,
+    }
+    folder = train(RunConfig.create(settings), progress=False).folder
+    seen, back = {}, 0
+    for line in read_jsonl(folder / "rollouts.jsonl"):
+        text = line["example"], str([node["token_ids"] for node in line["nodes"]])
+        advantages = [node["advantage"] for node in line["nodes"]]
+        if line["replayed"]:
+            assert advantages == pytest.approx(seen[text])
+            back += 1
+        else:
+            seen[text] = advantages
+    assert back > 0
