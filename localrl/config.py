@@ -181,6 +181,19 @@ class TaskConfig:
         None, "reward of completions cut off for length or looping; unset: as scored"
     )
     unsafe_code: bool = setting(False, "run generated code without a sandbox: it can do anything")
+    judge_url: str | None = setting(
+        None, "server of the rewards judge and judge_rank; unset: Ollama or LM Studio, here"
+    )
+    judge_model: str | None = setting(None, "model to ask there; unset: its only one")
+    judge_prompt: str | None = setting(
+        None, "question to the judge, as text with {completion}, or a file; unset: a general one"
+    )
+    judge_scale: str = setting("0-10", "scores of judge, or choices with rewards: yes=1, no=0")
+    judge_parallel: int = setting(4, "requests to the judge at a time", low=1, high=256)
+    judge_timeout_s: float = setting(
+        120.0, "seconds allowed per request to the judge", low=0.01, high=600.0
+    )
+    judge_max_tokens: int = setting(1024, "longest reply of the judge, in tokens", low=1)
     reward_timeout_s: float = setting(30.0, "seconds allowed per reward call", low=0.01)
     reward_memory_mb: int = setting(2048, "reward process memory limit, in megabytes", low=16)
 
@@ -188,6 +201,18 @@ class TaskConfig:
     def held_out(self) -> int:
         """Maximum number of held-out prompts per evaluation."""
         return 256 if self.eval_prompts is None else self.eval_prompts
+
+    @property
+    def reward_settings(self) -> dict[str, dict[str, Any]]:
+        """The settings judge_* that are not the default ones, by reward and without the prefix."""
+        prefix = "judge_"
+        changed = {
+            spec.name.removeprefix(prefix): getattr(self, spec.name)
+            for spec in dataclasses.fields(self)
+            if spec.name.startswith(prefix) and getattr(self, spec.name) != spec.default
+        }
+        ranks = {name: value for name, value in changed.items() if name != "scale"}
+        return {"judge": changed, "judge_rank": ranks}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class RewardSpec:
     target: str
     """Import path `module:function`, see `Worker.call`."""
     weight: float = 1.0
+    seconds_each: float | None = None
+    """Seconds allowed for each completion of a call; None: the worker's limit for all."""
 
 
 ENVIRONMENT_LOOKUP = "localrl.tasks.environment_child:instances"

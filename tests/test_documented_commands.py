@@ -9,14 +9,19 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 import within
 from documented import ROOT, Command, block_lines, documented, parse
+from waiting import DEADLINE_S
 
 from localrl.cli.main import main
 from localrl.embedded import embedded_model_path
@@ -27,6 +32,7 @@ from written import TEMPLATE, write_model
 
 NETWORK = "needs the network; tests/export has a Hub of its own"
 REAL = "measures whole steps of a real model's size: minutes on a CPU"
+JUDGE = "needs Ollama or LM Studio; tests/rewards has judges of its own"
 EXTRA = "needs packages that the tests do not install"
 NOT_RUN = {
     "localrl pull smollm2-135m": NETWORK,
@@ -37,6 +43,7 @@ NOT_RUN = {
     "localrl push runs/problems-1 you/my-skill": NETWORK,
     "localrl push runs/steps-1 you/steps": NETWORK,
     "localrl push runs/extraction-1-3-1 you/facts": NETWORK,
+    "localrl train --task problems.jsonl --reward judge --set task.judge_model=qwen3:8b": JUDGE,
     "localrl bench --shape qwen3-0.6b": REAL,
     "localrl bench --shape qwen3.5-0.8b": REAL,
     "localrl train --set run.report_to=tensorboard": EXTRA,
@@ -149,8 +156,18 @@ def place(command: Command, world: Path, folder: Path) -> None:
             shutil.copytree(found, folder / found.name)
         elif found.name in named:
             (folder / found.name).symlink_to(found)
+    if "--pairs" in words:
+        prefer(folder / words[2] / "rollouts.jsonl")
     if words[1] == "train" and "--out" in words and "--resume" not in words:
         shutil.rmtree(folder / words[words.index("--out") + 1], ignore_errors=True)
+
+
+def prefer(rollouts: Path) -> None:
+    """Give the first completion of each group another reward than a random model's others."""
+    groups = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    for group in groups:
+        group["leaves"][0] |= {"reward": 1.0, "text": "right"}
+    rollouts.write_text("".join(json.dumps(group) + "\n" for group in groups))
 
 
 def shortened(command: Command) -> tuple[str, ...]:
@@ -175,6 +192,9 @@ def test_a_command_runs_as_shown(command, world, tmp_path, monkeypatch, capfd):
     if "--live" in command.words:
         serves(command, tmp_path)
         return
+    if command.words[1] == "serve":
+        answers(command, tmp_path, capfd)
+        return
     done = within.localrl(capfd, *shortened(command), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -191,6 +211,29 @@ def serves(command: Command, folder: Path) -> None:
             assert server.wait(30) == 0
         finally:
             server.kill()
+
+
+def answers(command: Command, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Hold a command that serves a model to doing so until Ctrl-C, in this process."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1/models"
+    found: list[bytes] = []
+
+    def ask() -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not found and time.monotonic() < deadline:
+            with contextlib.suppress(urllib.error.URLError):
+                found.append(urllib.request.urlopen(url, timeout=DEADLINE_S).read())
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGINT)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    done = within.localrl(capfd, *command.words[1:], "--port", port, cwd=folder)
+    client.join()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(found[0])["data"]
 
 
 def test_a_command_that_is_not_run_is_still_shown():

@@ -19,7 +19,7 @@ FLOORS = (
     {"config", "gguf", "rewards"},
     {"distributed", "memory", "policy", "runs"},
     {"engines", "learning", "report", "rollouts", "tasks"},
-    {"evaluate", "export"},
+    {"evaluate", "export", "serving"},
     {"training"},
     {"display"},
     {"diagnostics", "train"},

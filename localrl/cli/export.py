@@ -1,4 +1,4 @@
-"""`localrl export`: the adapter, or the model with the adapter fused in, for other programs."""
+"""`localrl export`: the adapter, the fused model, or preferences, for other programs."""
 
 from __future__ import annotations
 
@@ -68,6 +68,13 @@ class _Source:
     type=click.Choice(["8", "16"]),
     help="Bits per number in the GGUF file: 8 (Q8_0) or 16 (F16).  [default: 8]",
 )
+@click.option(
+    "--pairs",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="",
+    help="Write the best and the worst completion of each group, as preferences for TRL.",
+)
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--base-id", metavar="ID", help="The unquantised base model on the Hub, user/name.")
 @click.option("--model", metavar="MODEL", help="The model, if RUN is an adapter folder.")
@@ -79,19 +86,25 @@ def export(
     quantize: str | None,
     gguf: str | None,
     bits: str | None,
+    pairs: str | None,
     out: Path | None,
     base_id: str | None,
     model: str | None,
     device: str | None,
 ) -> None:
-    """Export a run's adapter, or a model that contains it, for other programs.
+    """Export a run's adapter, a model that contains it, or its rollouts, for other programs.
 
     \b
       localrl export runs/steps-1                    its adapter, for mlx-lm and PEFT
       localrl export runs/problems-1 --gguf          one file, for Ollama and LM Studio
       localrl export runs/steps-1 --fused            a complete model, for everything else
       localrl export ADAPTER --model DIR --out new   an adapter from elsewhere
+      localrl export runs/steps-1 --pairs            chosen and rejected completions
     """
+    if pairs is not None:
+        given = (fused, dtype, quantize, gguf, bits, out, base_id, model, device)
+        _pairs(run, pairs, alone=not any(given) and gguf is None)
+        return
     if not fused and (dtype or quantize):
         flag = "--dtype" if dtype else "--quantize"
         raise ConfigError(f"{flag} needs --fused. Add it, or remove this option.")
@@ -226,6 +239,21 @@ def _gguf(run: Path, source: _Source, adapter: Adapter, file: str, bits: int) ->
         click.echo(line)
 
 
+def _pairs(run: Path, file: str, *, alone: bool) -> None:
+    from localrl.export.pairs import export_pairs
+
+    if not alone:
+        raise ConfigError(
+            "--pairs cannot be combined with other options: it reads a run's rollouts, not a "
+            "model. Name the file after it: --pairs FILE."
+        )
+    made = export_pairs(run, Path(file) if file else run / "pairs.jsonl")
+    click.echo(
+        f"pairs    {made.path}: {made.pairs} of {made.groups} groups gave a pair; the others have "
+        "no two completions with different rewards"
+    )
+
+
 def _rounded(made: WrittenGGUF) -> list[str]:
     """Report how much of the update a GGUF file keeps, and its rounding error."""
     from localrl.export.fused import median
@@ -318,7 +346,7 @@ def _prompts(source: _Source) -> list[tuple[int, ...]]:
     if source.config is None:
         return []
     task = source.config.task
-    rewards = parse_rewards(task.rewards, task.reward_weights or None)
+    rewards = parse_rewards(task.rewards, task.reward_weights or None, task.reward_settings)
     limits = {"time_limit_s": task.reward_timeout_s}
     with Worker(**limits, memory_limit_bytes=task.reward_memory_mb * 2**20) as worker:
         examples = open_task(task, rewards, worker).evaluation(SHOWN_PROMPTS)

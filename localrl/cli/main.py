@@ -18,6 +18,7 @@ from localrl.cli.init import init
 from localrl.cli.plan import plan
 from localrl.cli.pull import pull
 from localrl.cli.push import push
+from localrl.cli.serve import serve
 from localrl.cli.show import show
 from localrl.cli.tasks import tasks
 from localrl.cli.train import train
@@ -82,6 +83,7 @@ cli.add_command(tasks)
 cli.add_command(show)
 cli.add_command(evaluate)
 cli.add_command(chat)
+cli.add_command(serve)
 cli.add_command(export)
 cli.add_command(pull)
 cli.add_command(push)

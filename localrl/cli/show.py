@@ -10,8 +10,7 @@ from pathlib import Path
 import click
 
 from localrl.errors import ConfigError
-
-LOOPBACK = "127.0.0.1"
+from localrl.utils.hosts import LOOPBACK
 
 
 @click.command()

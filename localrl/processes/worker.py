@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -106,6 +106,7 @@ class Worker:
         state: Mapping[str, Any] | None = None,
         through: Mapping[str, str] | None = None,
         limit_s: float | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Reply:
         """Call `module:function` or `path/to/file.py:function` in the child.
 
@@ -121,6 +122,7 @@ class Worker:
         through: maps an argument's name to a function of the child that converts it first:
             a way to reach objects that live there.
         limit_s: time limit of this call, instead of `time_limit_s`.
+        waiting: called several times a second until the answer comes; what it raises ends the call.
 
         Raises:
             DataError: a required argument cannot be sent as JSON.
@@ -130,7 +132,8 @@ class Worker:
             return resolved
         given = {name: kwargs[name] for name in kwargs if self._named(target, name)}
         made = {name: by for name, by in (through or {}).items() if name in given}
-        return self._request(encode_call(target, given, state, made), limit_s or self.time_limit_s)
+        message = encode_call(target, given, state, made)
+        return self._request(message, limit_s or self.time_limit_s, waiting)
 
     def wants(self, target: str, name: str) -> bool:
         """Return True if the function would be given an argument of this name, or is not known."""
@@ -175,10 +178,12 @@ class Worker:
         message = {"op": "start", "sys_path": sys.path, "processes": limit}
         return self._request(_encode(message), self.start_limit_s)
 
-    def _request(self, data: bytes, limit_s: float) -> Reply:
+    def _request(
+        self, data: bytes, limit_s: float, waiting: Callable[[], None] = lambda: None
+    ) -> Reply:
         assert self._child is not None
         try:
-            return _decode(self._child.exchange(data, limit_s))
+            return _decode(self._child.exchange(data, limit_s, waiting))
         except _Failed as failed:
             self.close()
             return failed.reply
@@ -194,6 +199,7 @@ class _Child:
         self._memory_limit = memory_limit_bytes
         self._process_limit = worker_room()
         self._next_poll = 0.0
+        self._waiting: Callable[[], None] = lambda: None
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         script = Path(__file__).with_name("worker_child.py")
@@ -215,12 +221,12 @@ class _Child:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
 
-    def exchange(self, data: bytes, limit_s: float) -> bytes:
+    def exchange(self, data: bytes, limit_s: float, waiting: Callable[[], None]) -> bytes:
         """Send one message and return the answer.
 
         Raises: _Failed if there is none.
         """
-        deadline = time.monotonic() + limit_s
+        deadline, self._waiting = time.monotonic() + limit_s, waiting
         try:
             self._send(HEADER.pack(len(data)) + data, deadline, limit_s)
             (size,) = HEADER.unpack(self._receive(HEADER.size, deadline, limit_s))
@@ -271,6 +277,7 @@ class _Child:
         self._selector.modify(self._socket, event)
         while True:
             self._check_use()
+            self._waiting()
             left = deadline - time.monotonic()
             if self._selector.select(min(max(left, 0.0), MEMORY_POLL_S)):
                 return

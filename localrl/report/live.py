@@ -7,7 +7,6 @@ was pointed here (DNS rebinding) reads nothing.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from localrl.report.page import make_page, policy
 from localrl.report.reading import Run, RunReader
 from localrl.report.samples import GroupSampler
 from localrl.report.verdict import verdict
+from localrl.utils.hosts import is_loopback, names_this_machine, own_names
 
 GROUP_BYTES = 500_000
 """Size limit of the groups in a page that is made again and again."""
@@ -79,7 +79,7 @@ class LiveServer(ThreadingHTTPServer):
         Raises: ConfigError if there is no run in the folder, or the address cannot be used.
         """
         self.page = LivePage(path)
-        self.names = {"localhost", host.lower(), socket.gethostname().lower()}
+        self.names = own_names(host)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -95,14 +95,6 @@ class LiveServer(ThreadingHTTPServer):
         """Address of the page."""
         host, port = self.server_address[:2]
         return f"http://{f'[{host}]' if ':' in str(host) else host}:{port}/"
-
-    def knows(self, host: str) -> bool:
-        """Return True if a Host header names this machine, by address or by its own name.
-
-        Names that others can point here are refused; the port may be that of a tunnel.
-        """
-        name = host.rsplit("]", 1)[0].lstrip("[") if host.startswith("[") else host.split(":")[0]
-        return name.lower() in self.names or _is_address(name)
 
 
 def serve(path: Path, host: str, port: int, tell: Callable[[str], None]) -> None:
@@ -127,11 +119,6 @@ def serve(path: Path, host: str, port: int, tell: Callable[[str], None]) -> None
             server.shutdown()
 
 
-def is_loopback(host: str) -> bool:
-    """Return True if only this machine reaches a host."""
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
 def _watch(reader: RunReader, tell: Callable[[str], None]) -> None:
     """Tell each change of the run's state, forever."""
     known, pause = "running", threading.Event()
@@ -143,14 +130,6 @@ def _watch(reader: RunReader, tell: Callable[[str], None]) -> None:
         pause.wait(LOOK_S)
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 class _Handler(BaseHTTPRequestHandler):
     """Answers with the page, with "not modified", or with the reason why not."""
 
@@ -159,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "localrl", ""
 
     def do_GET(self) -> None:
-        if not self.server.knows(self.headers.get("Host", "")):
+        if not names_this_machine(self.headers.get("Host", ""), self.server.names):
             self._answer(
                 HTTPStatus.MISDIRECTED_REQUEST, b"This server answers to its own name only."
             )

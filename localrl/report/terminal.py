@@ -87,6 +87,9 @@ def _group(record: Mapping[str, Any]) -> Iterator[str]:
     for leaf in record["leaves"]:
         yield f"  {_leaf_head(leaf)}"
         yield "    " + printable(_spoken(leaf)).replace("\n", "\n    ")
+        for name, value in (leaf.get("extra") or {}).items():
+            if value is not None:
+                yield f"    [{one_line(name)}] " + printable(str(value)).replace("\n", "\n      ")
     yield ""
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import MappingProxyType
 
 from localrl.errors import ConfigError
 from localrl.processes.worker_child import NotFound, split_call
@@ -25,27 +26,43 @@ class Builtin:
     factory: str = ""
     needs: tuple[str, ...] = ()
     """Required settings of the factory."""
+    seconds_each: float | None = None
+    """See `RewardSpec`."""
 
-    def target(self, text: str, arguments: str | None, defaults: str = "") -> str:
-        """Target for the child process. Raises: ConfigError if settings are missing or unused."""
+    def target(
+        self,
+        text: str,
+        arguments: str | None,
+        defaults: str = "",
+        given: Mapping[str, object] = MappingProxyType({}),
+    ) -> str:
+        """Target for the child process. given: settings that the arguments may override.
+
+        Raises: ConfigError if settings are missing or unused.
+        """
         if arguments is None and self.function:
             return f"{self.module}:{self.function}"
         if not self.factory:
             raise ConfigError(f"The reward {text!r} takes no settings; write {self.function}.")
         settings = defaults if arguments is None else arguments
         place = f"{self.module}:{self.factory}"
-        given = _arguments(f"{place}({settings})")
-        missing = [name for name in self.needs if name not in given]
+        own = _arguments(f"{place}({settings})")
+        missing = [name for name in self.needs if name not in own]
         if missing:
             raise ConfigError(
                 f"The reward {text!r} needs {' and '.join(missing)}; "
                 f"write {text.partition('(')[0]}({', '.join(f'{n}=...' for n in self.needs)})."
             )
-        return f"{place}({settings})"
+        added = [f"{name}={value!r}" for name, value in given.items() if name not in own]
+        return f"{place}({', '.join(filter(None, [settings.strip().rstrip(','), *added]))})"
 
 
 _ACCURACY = "localrl.rewards.accuracy"
 _SHAPING = "localrl.rewards.shaping"
+JUDGE = "localrl.rewards.judge"
+"""Module of the rewards that ask a server."""
+_JUDGED_S = 1900.0
+"""A judge bounds its own time: three attempts of at most 600 s, and pauses. This is for hangs."""
 
 BUILTINS: Mapping[str, Builtin] = {
     "accuracy": Builtin(
@@ -117,6 +134,20 @@ BUILTINS: Mapping[str, Builtin] = {
         factory="get_length_reward",
         needs=("best", "worst"),
     ),
+    "judge": Builtin(
+        "judge_reward",
+        JUDGE,
+        "another model's score of each completion",
+        factory="get_judge_reward",
+        seconds_each=_JUDGED_S,
+    ),
+    "judge_rank": Builtin(
+        "judge_rank_reward",
+        JUDGE,
+        "another model's ranking of the completions of a prompt",
+        factory="get_judge_rank_reward",
+        seconds_each=_JUDGED_S,
+    ),
 }
 """Built-ins by short name. The functions' and factories' own names are accepted too."""
 
@@ -129,7 +160,9 @@ _DOTTED = re.compile(r"((?:[A-Za-z_]\w*\.)+)([A-Za-z_]\w*(?:\(.*\))?)", re.DOTAL
 
 
 def parse_rewards(
-    texts: Sequence[str], weights: Sequence[float] | None = None
+    texts: Sequence[str],
+    weights: Sequence[float] | None = None,
+    settings: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
 ) -> tuple[RewardSpec, ...]:
     """The reward functions that these texts name, each with its weight.
 
@@ -138,6 +171,7 @@ def parse_rewards(
     literal values; it is called once. Nothing is imported here; see `Scorer.check`.
 
     weights: one for each text; all 1 by default.
+    settings: settings of built-ins by short name, for texts that do not name them.
 
     Rewards are named after their functions and factories, built-ins as in TRL; if two names would
     be equal, the later one gets the suffix `_2`, and so on.
@@ -155,22 +189,24 @@ def parse_rewards(
             raise ConfigError(f"Reward {text!r} has weight {weight}; give a finite number.")
     rewards: list[RewardSpec] = []
     for text, weight in zip(texts, weights or [1.0] * len(texts), strict=True):
-        name, target = _find(text.strip())
+        name, target, seconds = _find(text.strip(), settings)
         if any(target == reward.target for reward in rewards):
             raise ConfigError(f"The reward {text!r} is given twice; remove one.")
-        rewards.append(RewardSpec(_different(name, rewards), target, float(weight)))
+        rewards.append(RewardSpec(_different(name, rewards), target, float(weight), seconds))
     return tuple(rewards)
 
 
-def _find(text: str) -> tuple[str, str]:
-    """Name and target of the reward that one text names."""
+def _find(text: str, settings: Mapping[str, Mapping[str, object]]) -> tuple[str, str, float | None]:
+    """Name, target and seconds for each completion of the reward that one text names."""
     short = _SHORT.fullmatch(text)
     if short:
         key = short[1] if short[1] in BUILTINS else _FULL_NAMES.get(short[1], "")
         if key not in BUILTINS:
             raise _unknown(text, short[1])
         builtin = BUILTINS[key]
-        return builtin.name, builtin.target(text, short[2], _DEFAULTS.get(short[1], ""))
+        defaults, given = _DEFAULTS.get(short[1], ""), settings.get(key, {})
+        target = builtin.target(text, short[2], defaults, given)
+        return builtin.name, target, builtin.seconds_each
     dotted = _DOTTED.fullmatch(text)
     target = f"{dotted[1][:-1]}:{dotted[2]}" if dotted and not text.endswith(".py") else text
     _arguments(target)
@@ -178,7 +214,7 @@ def _find(text: str) -> tuple[str, str]:
     name = place.rpartition(":")[2].rpartition(".")[2]
     if ":" not in place or not name.isidentifier():
         raise _unknown(text, text)
-    return name, target
+    return name, target, None
 
 
 def _arguments(target: str) -> Mapping[str, object]:

@@ -66,13 +66,16 @@ class InProcess:
         *,
         state: Mapping[str, Any] | None = None,
         through: Mapping[str, str] | None = None,
+        limit_s: float | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Reply:
         """Call the function with the arguments that it names, as `Worker.call` does.
 
         Raises: DataError for an argument that JSON cannot hold.
         """
         if target not in self.objects:
-            return self.worker.call(target, kwargs, state=state, through=through)
+            options: dict[str, Any] = {"through": through, "limit_s": limit_s, "waiting": waiting}
+            return self.worker.call(target, kwargs, state=state, **options)
         function, parameters = self.objects[target], parameters_of(self.objects[target])
         given = {name: kwargs[name] for name in kwargs if self.wants(target, name)}
         copies = json.loads(encode_call(target, given, state, {}))["kwargs"]

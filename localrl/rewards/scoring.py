@@ -20,6 +20,7 @@ from localrl.processes.worker import Reply
 from localrl.records import ENVIRONMENT_LOOKUP, Group, Leaf, ScoredGroup, Work
 from localrl.rewards.arguments import Render, call_arguments
 from localrl.rewards.logs import LogCollector, Logs
+from localrl.utils.text import one_line
 
 HOOKS = ("trainer_state", "log_extra", "log_metric")
 ALWAYS_GIVEN = (
@@ -37,6 +38,8 @@ WINDOW = 50
 TOLERATED = 0.2
 MIN_CALLS = 10
 HOPELESS_CALLS = 3
+TOLD = 500
+"""Most characters shown of a text in place of a number."""
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,10 @@ class RewardLike(Protocol):
 
     @property
     def weight(self) -> float: ...
+    @property
+    def seconds_each(self) -> float | None:
+        """Seconds allowed for each completion; None for the worker's limit of a call."""
+        ...
 
 
 class Caller(Protocol):
@@ -68,6 +75,8 @@ class Caller(Protocol):
         *,
         state: Mapping[str, Any] | None = None,
         through: Mapping[str, str] | None = None,
+        limit_s: float | None = None,
+        waiting: Callable[[], None] = ...,
     ) -> Reply: ...
 
 
@@ -135,7 +144,7 @@ class Scorer:
     warn: called with one line for the first failure of each kind of each function.
     cut_reward: reward of completions cut off for length or looping, in place of the functions'
         result; None to use that.
-    beat: called before each call of a function; it may raise to end the scoring.
+    beat: called before each call of a function and while it lasts; it may raise to end the scoring.
 
     Raises:
         ConfigError: no function, two with the same name, or a weight that is not finite.
@@ -264,12 +273,20 @@ class Scorer:
         state: Mapping[str, Any],
         rows: Sequence[tuple[str, str]],
     ) -> tuple[float | None, ...]:
-        self._beat(Work(f"scoring with {spec.name}"))
+        work = Work(f"scoring with {spec.name}")
+        self._beat(work)
         if not rows:
             return ()
         through = {"environments": ENVIRONMENT_LOOKUP} if "environments" in arguments else None
-        reply = self._worker.call(spec.target, arguments, state=state, through=through)
         count = len(rows)
+        reply = self._worker.call(
+            spec.target,
+            arguments,
+            state=state,
+            through=through,
+            limit_s=None if spec.seconds_each is None else spec.seconds_each * count,
+            waiting=lambda: self._beat(work),
+        )
         outcome = _read(reply, count)
         self._logs.add(spec.name, reply.logs, rows)
         history = self._histories[spec.name]
@@ -314,6 +331,9 @@ def _read(reply: Reply, count: int) -> _Outcome:
     wrong = [v for v, number in pairs if v is not None and number is None]
     if not wrong:
         return _Outcome(numbers)
+    if isinstance(wrong[0], str) and " " in wrong[0]:  # a reason
+        told = f"it gave no number: {one_line(wrong[0], TOLD)}"
+        return _Outcome(numbers, len(wrong), "told", told)
     problem = f"it returned {_short(wrong[0])}, which is neither a finite number nor None"
     return _Outcome(numbers, len(wrong), "value", problem)
 

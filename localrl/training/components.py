@@ -83,7 +83,9 @@ def resolve(config: RunConfig) -> ResolvedConfig:
             f"{config.model.dtype}. Set model.dtype to auto, or model.engine to mlx."
         )
     backend.compute_on_cpu(config.model.on_cpu)
-    rewards = parse_rewards(config.task.rewards, config.task.reward_weights or None)
+    rewards = parse_rewards(
+        config.task.rewards, config.task.reward_weights or None, config.task.reward_settings
+    )
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
     config, adapter = starting_adapter(config, read_shape(model_folder).layers)
@@ -113,6 +115,8 @@ class Components:
     updater: Updater
     tracker: Tracker
     held_out: list[Example]
+    judges: Sequence[str]
+    """A line on each model that the rewards ask."""
 
     @property
     def least_rows(self) -> int:
@@ -215,6 +219,7 @@ def open_components(
             updater=updater,
             tracker=tracker,
             held_out=opened.held_out,
+            judges=opened.judges,
         )
 
 

@@ -20,7 +20,7 @@ from localrl.tasks.environments import Environments
 from localrl.tasks.loading import is_data, open_task, with_environments
 from localrl.training.given import Given
 from localrl.training.prompt_lengths import read_prompts
-from localrl.training.reward_checks import check_columns, check_rewards
+from localrl.training.reward_checks import check_columns, check_rewards, find_judges
 from localrl.training.validate import check, fit_prompts
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class OpenedTask:
     scorer: Scorer
     tokenizer: Tokenizer
     prompts: PromptLength
+    judges: tuple[str, ...]
+    """A line on each model that the rewards ask."""
 
     @property
     def held_out(self) -> list[Example]:
@@ -74,6 +76,7 @@ def open_and_check(
     judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
     scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
     check_columns(task, task.evaluation(config.task.held_out), scorer)
+    judges = find_judges(task, worker)
     tokenizer = _tokenizer(resolved, warn)
     scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
     if try_rewards and environments is None:
@@ -88,7 +91,7 @@ def open_and_check(
     )
     if trains:  # there are fewer if overlong ones were left out
         config = fit_prompts(config, task, warn)
-    return OpenedTask(config, task, environments, scorer, tokenizer, prompts)
+    return OpenedTask(config, task, environments, scorer, tokenizer, prompts, judges)
 
 
 def _tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:

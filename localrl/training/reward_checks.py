@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 
 from localrl.errors import ConfigError, RewardError
 from localrl.policy.tokenizer import Tokenizer
+from localrl.processes.worker import Worker
+from localrl.processes.worker_child import split_call
 from localrl.records import Example, RewardSpec, ScoredGroup
+from localrl.rewards.catalog import JUDGE
 from localrl.rewards.scoring import Scorer
 from localrl.tasks.base import Task
 from localrl.tasks.gold import score_gold
@@ -23,6 +26,8 @@ COMPARES = (
     "localrl.rewards.latex:math_verify_reward",
 )
 """Built-in rewards that compare a completion with the gold answer, and want no more of it."""
+COMPARES_A_GROUP = f"{JUDGE}:get_judge_rank_reward"
+"""Built-in reward that says nothing of a completion by itself."""
 NEEDS = (
     *COMPARES,
     "localrl.rewards.accuracy:reasoning_accuracy_reward",
@@ -39,6 +44,26 @@ def check_columns(task: Task, held_out: Sequence[Example], scorer: Scorer) -> No
     training = [task.train(i) for i in range(task.train_size or 1)]
     for examples in filter(None, (training, held_out)):
         scorer.check({name for example in examples for name in example.columns})
+
+
+def find_judges(task: Task, worker: Worker) -> tuple[str, ...]:
+    """Look for the servers that the task's rewards ask; return a line for each judge.
+
+    Raises: RewardError if one does not answer.
+    """
+    found = []
+    for spec in task.rewards:
+        place, settings = split_call(spec.target)
+        if not place.startswith(f"{JUDGE}:"):
+            continue
+        reply = worker.call(
+            "localrl.rewards.judging:find_judge", settings or {}, limit_s=spec.seconds_each
+        )
+        judge = reply.value if reply.ok else {"problem": reply.message}
+        if "problem" in judge:
+            raise RewardError(f"Reward {spec.name!r} has no judge: {judge['problem']}.")
+        found.append(f"{spec.name} asks {judge['model']} at {judge['url']}")
+    return tuple(found)
 
 
 def check_rewards(
@@ -119,6 +144,8 @@ def _warn_of_none(
     task: Task, scored: Sequence[ScoredGroup], tried: str, warn: Callable[[str], None]
 ) -> None:
     for spec in task.rewards:
+        if spec.target.startswith(COMPARES_A_GROUP):
+            continue
         if all(group.parts[spec.name][0] is None for group in scored):
             warn(
                 f"the reward {spec.name!r} is None, no reward, for all of {len(scored)} {tried}. A "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import date
@@ -83,8 +83,7 @@ def open_session(
         run.write_plan(components.plan)
         if not before:
             _warn_reduced_plan(components, run, warn)
-        if sandbox:
-            run.event("code_rewards", sandbox=sandbox)
+        _record_rewards(run, sandbox, components.judges)
         engine = components.policy.engine
         kernels = None if engine.kernels is None else str(engine.kernels)
         run.event("engine", name=engine.name, kernels=kernels, device=backend.describe().device)
@@ -118,6 +117,16 @@ def open_session(
         progress.begin(session)
         stack.callback(speeds.remember, session)
         yield session
+
+
+def _record_rewards(
+    run: RunFolder | NullRunFolder, sandbox: str | None, judges: Sequence[str]
+) -> None:
+    """Record what the rewards need besides this process."""
+    if sandbox:
+        run.event("code_rewards", sandbox=sandbox)
+    if judges:
+        run.event("judges", found=judges)
 
 
 def _dated(config: RunConfig, ranks: Ranks, *, resume: bool) -> RunConfig:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILES = ("model.path", "lora.adapter", "task.name")
-"""Settings that are a file or folder, or a name."""
+FILES = ("model.path", "lora.adapter", "task.name", "task.judge_prompt")
+"""Settings that are a file or folder, or a name or a text; a text has a brace."""
 FUNCTIONS = ("task.rewards", "task.environment", "task.tools")
 """Settings that name something in a file, as file.py:name; one or several."""
 
@@ -30,6 +30,6 @@ def found_beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _found(value: str, folder: Path) -> str:
     file = value.partition(":")[0]
-    if not file or Path(file).exists() or not (folder / file).exists():
+    if not file or "{" in value or Path(file).exists() or not (folder / file).exists():
         return value
     return str(folder / file) + value[len(file) :]

@@ -17,10 +17,11 @@ import pytest
 from waiting import DEADLINE_S
 
 from localrl.errors import ConfigError
-from localrl.report.live import LiveServer, is_loopback
+from localrl.report.live import LiveServer
 from localrl.report.page import write_report
 from localrl.report.reading import read_run
 from localrl.runs.folder import reopen_run
+from localrl.utils.hosts import is_loopback
 
 LONG = 5000
 LOAD_S = 10.0

@@ -22,6 +22,7 @@ class Spec:
     name: str
     target: str
     weight: float = 1.0
+    seconds_each: float | None = None
 
 
 def spec(name: str) -> Spec:

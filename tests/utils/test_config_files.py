@@ -44,6 +44,18 @@ def test_those_of_the_working_directory_come_first(written, monkeypatch):
     assert task.name == str(written / "problems.jsonl")
 
 
+def test_a_judge_s_question_is_a_file_or_a_text(written, monkeypatch):
+    monkeypatch.chdir(written.parent / "elsewhere")
+    (written / "judge.txt").touch()
+    for text, found in (
+        ("judge.txt", str(written / "judge.txt")),
+        ("Grade: {completion}", "Grade: {completion}"),
+        ("x" * 5000 + "{completion}", "x" * 5000 + "{completion}"),
+    ):
+        (written / "train.toml").write_text(f'[task]\njudge_prompt = "{text}"\n')
+        assert RunConfig.create(file=written / "train.toml").task.judge_prompt == found
+
+
 def test_names_stay_names(written, monkeypatch):
     monkeypatch.chdir(written)
     config = RunConfig.create({"task.rewards": "other.py:score"}, file="train.toml")
