@@ -53,7 +53,6 @@ ADAPTIVE: Settings = {"rollout__strategy": "adaptive"}
 TREE: Settings = {**TRACKER, "rollout__strategy": "tree", "rollout__fork_rule": "periodic"}
 FOREST: Settings = {**TREE, "rollout__strategy": "adaptive-tree"}
 GRPO: Settings = {"learning__objective": "grpo"}
-CPPO = "2503.22342"
 OURS = {
     "flat-8": Arm(),
     "flat-8 in large steps": Arm(shaped(16, 8)),
@@ -73,13 +72,17 @@ OURS = {
     "pairs + replay": Arm(shaped(8, 2, **TRACKER, rollout__replay_groups=4)),
     "pairs + reuse": Arm(shaped(8, 2, **TRACKER, rollout__reuse=0.5)),
 }
+DAPO, GRESO, CPPO = "2503.14476", "2506.02177", "2503.22342"
 RIVALS = {
     "GRPO-8": Arm(shaped(4, 8, **GRPO), paper="2402.03300"),
     "2-GRPO": Arm(shaped(16, 2, **GRPO), paper="2510.00977"),
     "2-GRPO in small steps": Arm(shaped(8, 2, **GRPO), paper="2510.00977"),
-    "DAPO": Arm(shaped(4, 8, learning__objective="dapo"), "dynamic sampling", "2503.14476"),
-    "GRESO": Arm(shaped(4, 8, **GRPO), "skipping", "2506.02177"),
+    "DAPO": Arm(shaped(4, 8, learning__objective="dapo"), "dynamic sampling", DAPO),
+    "DAPO in small steps": Arm(shaped(2, 8, learning__objective="dapo"), "dynamic sampling", DAPO),
+    "GRESO": Arm(shaped(4, 8, **GRPO), "skipping", GRESO),
+    "GRESO in small steps": Arm(shaped(2, 8, **GRPO), "skipping", GRESO),
     "CPPO": Arm(shaped(4, 8, **GRPO), "pruning", CPPO, biased=True),
+    "CPPO in small steps": Arm(shaped(2, 8, **GRPO), "pruning", CPPO, biased=True),
     "CPPO with allocation": Arm(shaped(16, 8, **GRPO), "pruning", CPPO, biased=True),
     "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="GRPO-8"),
 }
@@ -124,7 +127,9 @@ class Subject:
 
 
 STRICT = {"task.rewards": ["examples/smollm2/rewards.py:facts"]}
-"""Of facts as JSON: 1 for the right object and nothing else. Paths are the repository's."""
+"""The reward of examples/smollm2: an object and nothing else, with the share of its facts that are
+right; on the base model pass@1 is 0.18 with it (levels 1 to 3), and 0.58 with the built-in reward,
+which is 0 or 1 and takes the last object in a text (level 2). Paths are the repository's."""
 EMBEDDED = Subject(
     name="embedded",
     settings={"task.train_prompts": 64, "memory.threads": 1},
@@ -150,15 +155,18 @@ SMOLLM2 = Subject(
         "rollout.max_completion_tokens": 64,
     },
     tasks={
-        "facts": Goal({"task.name": "extraction:1-3", **STRICT}, 0.6, 0.7),
-        "three facts": Goal({"task.name": "extraction:2", **STRICT}, 0.7, 0.8),
+        "facts": Goal({"task.name": "extraction:1-3", **STRICT}, 0.5, 0.6),
+        "three facts": Goal({"task.name": "extraction:2"}, 0.75, 0.85),
     },
-    arms=("flat-8", "flat-8 in small steps", "pairs", "pairs + reuse", "2-GRPO", "CPPO"),
+    arms=(
+        *("flat-8", "flat-8 in small steps", "pairs", "pairs + reuse"),
+        *("2-GRPO in small steps", "CPPO in small steps"),
+    ),
     rates=(1.5e-4, 3e-4, 6e-4),
     tuning_seeds=(100,),
-    budget=30_000,
+    budget=24_000,
     every=1_500,
-    prompts=96,
+    prompts=64,
     seconds="wall_s",
 )
 SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from learning_arms import ARMS, Subject
+from learning_arms import ARMS, BASES, Goal, Subject
 from learning_runs import Job, Run, identity
 
 from localrl.runs.logs import read_jsonl
@@ -159,7 +159,11 @@ def pairs_of(
 
 
 def ratio(costs: Sequence[tuple[Cost, Cost]]) -> Ratio | None:
-    """Return the mean of the first costs against the second ones; None without any."""
+    """Return the mean of the first costs against the second ones; None without any.
+
+    Pairs in which one is at the goal from the start are left out.
+    """
+    costs = [pair for pair in costs if pair[0].value > 0 and pair[1].value > 0]
     if not costs:
         return None
     logs = [math.log(mine.value / other.value) for mine, other in costs]
@@ -217,3 +221,77 @@ def badness(runs: Sequence[Run], goal: float) -> tuple[int, float, float]:
     spent = [cost(run, goal) for run in runs]
     best = sum(float(curve(run)[1].max()) for run in runs)
     return sum(each.bound for each in spent), sum(each.value for each in spent), -best
+
+
+# A task
+
+Seeds = dict[str, dict[int, list[Run]]]
+"""Runs by arm and seed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The runs of one task with each arm's own learning rate."""
+
+    subject: Subject
+    task: str
+    arms: Seeds
+
+    @property
+    def goal(self) -> Goal:
+        """The task's goal."""
+        return self.subject.tasks[self.task]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for seeds in self.arms.values() for each in seeds.values() for run in each]
+
+    def against(self, arm: str, base: str, axis: str) -> Ratio | None:
+        """Return an arm's cost against a base arm's, paired over seeds."""
+        seconds = axis == self.subject.seconds
+        runs = pairs_of(
+            self.arms.get(arm, {}), self.arms.get(base, {}), seconds, self.subject.at_once
+        )
+        both = [(self._cost(mine, axis), self._cost(other, axis)) for mine, other in runs]
+        return ratio(both)
+
+    def costs(self, arm: str, axis: str) -> list[Cost]:
+        """Return the cost of each seed's first run, for seconds its first quiet one."""
+        runs = [
+            [run for run in each if axis != self.subject.seconds or self.timed(run)]
+            for each in self.arms[arm].values()
+        ]
+        return [self._cost(each[0], axis) for each in runs if each]
+
+    def better(self, arm: str) -> list[str]:
+        """Return in what an arm is better than flat in small steps, outside its interval."""
+        found = [
+            (word, self.against(arm, BASES[1], axis))
+            for word, axis in (("tokens", "tokens"), ("seconds", self.subject.seconds))
+        ]
+        return [f"{word} on `{self.task}`" for word, r in found if r and r.pairs > 1 and r.high < 1]
+
+    def _cost(self, run: Run, axis: str) -> Cost:
+        return cost(run, self.goal.goal, axis)
+
+    def timed(self, run: Run) -> bool:
+        """Return True if the seconds of a run count."""
+        return timed(run, self.subject.at_once)
+
+
+def collect(subject: Subject, known: Known) -> Iterator[Part]:
+    """Yield the runs of each task that has some."""
+    tuned = {arm: rate(subject, arm, known) for arm in ARMS}
+    seeds = {run["seed"] for runs in known.values() for run in runs} - set(subject.tuning_seeds)
+    for task in subject.tasks:
+        arms: Seeds = {}
+        for arm, lr in tuned.items():
+            if lr is None:
+                continue
+            jobs = {seed: Job.of(subject, task, arm, lr, seed) for seed in sorted(seeds)}
+            runs = {seed: known.get(identity(job.record), []) for seed, job in jobs.items()}
+            if any(runs.values()):
+                arms[arm] = {seed: some for seed, some in runs.items() if some}
+        if arms:
+            yield Part(subject, task, arms)

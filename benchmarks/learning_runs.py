@@ -178,6 +178,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
 
         def evaluate() -> Run:
             found = session.evaluate(step)
+            assert found is not None, "every arm has held-out prompts"
             return {
                 "step": step,
                 "tokens": tokens(),

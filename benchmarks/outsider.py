@@ -27,8 +27,8 @@ from localrl.tasks.loading import open_task
 RUNNER = ROOT / "benchmarks" / "peers" / "learn_trl.py"
 LIMIT_S = 1200.0
 """Seconds of training after which a run ends: a step takes TRL several times as long."""
-LOADING_S = 300.0
-"""More than importing, loading and converting take."""
+PROCESS_S = 3 * LIMIT_S
+"""Most seconds of the whole process, evaluations included."""
 
 
 def learn_outside(job: Job, python: str) -> tuple[list[Run], str]:
@@ -41,9 +41,10 @@ def learn_outside(job: Job, python: str) -> tuple[list[Run], str]:
         make_dense(job, folder / "model")
         (folder / "job.json").write_text(json.dumps(described(job)))
         command = [python, str(RUNNER), str(folder)]
-        # Evaluations take TRL longer than training, and are not counted.
-        limit_s = 5 * LIMIT_S + LOADING_S
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S)
+        except subprocess.TimeoutExpired:
+            raise LocalRLError(f"TRL was not done after {PROCESS_S:.0f} seconds.") from None
         if done.returncode or not (folder / "result.json").exists():
             lines = done.stderr.strip().splitlines() or ["it wrote no result"]
             raise LocalRLError(f"TRL ended with code {done.returncode}: {lines[-1]}")

@@ -129,7 +129,7 @@ class DynamicSampling(Sampler):
             if len(found) == count:
                 break
         if not found and not known:  # all are skipped, and a step needs a prompt
-            found[""] = self._at_cursor()
+            return [self._at_cursor()]
         return list(found.values())
 
     def _at_cursor(self) -> Example:

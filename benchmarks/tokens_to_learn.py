@@ -79,22 +79,23 @@ def turns(subject: Subject, arms: Sequence[str], seeds: Sequence[int], known: Kn
     ]
 
 
-def planned(jobs: Sequence[Job], known: Callable[[], Known]) -> Iterator[Job]:
+def planned(jobs: Sequence[Job], known: Callable[[], Known], base: str = "") -> Iterator[Job]:
     """Yield the missing jobs; before one whose base was not run within the hour, the base again.
 
-    `known` is asked anew for each, since jobs come while others are being done.
+    base: the arm that seconds are paired with; empty: none. `known` is asked anew for each job,
+    since they come while others are being done.
     """
-    bases = {(job.task, job.seed): job for job in jobs if job.arm == BASES[0]}
-    begun: dict[Job, float] = {}
+    bases = {(job.task, job.seed): job for job in jobs if job.arm == base}
+    begun: set[Job] = set()
     for job in jobs:
         runs = known()
         if identity(job.record) in runs:
             continue
-        base = bases.get((job.task, job.seed), job)
-        if base not in (job, *begun) and not _fresh(base, runs):
-            begun[base] = time.time()
-            yield base
-        begun[job] = time.time()
+        partner = bases.get((job.task, job.seed), job)
+        if partner not in (job, *begun) and not _fresh(partner, runs):
+            begun.add(partner)
+            yield partner
+        begun.add(job)
         yield job
 
 
@@ -128,12 +129,14 @@ def await_quiet(busy: str, at_once: int) -> None:
         time.sleep(POLL_S)
 
 
-def schedule(bench: Bench, jobs: Sequence[Job]) -> None:
+def schedule(bench: Bench, jobs: Sequence[Job], base: str = "") -> None:
     """Make the missing runs, each in a process of its own, as many at once as the subject says.
+
+    base: see `planned`.
 
     Raises: ClickException if the machine stays busy, or, after all others are made, if one failed.
     """
-    todo, lock, failed = planned(jobs, bench.known), Lock(), []
+    todo, lock, failed = planned(jobs, bench.known, base), Lock(), []
     click.echo(f"{len(jobs) - len(missing(jobs, bench.known()))} of {len(jobs)} runs are there.")
 
     def work(number: int) -> None:
@@ -275,7 +278,7 @@ def run_missing(
         schedule(bench, [job for arm in names for job in tuning(bench.subject, arm)])
     jobs = turns(bench.subject, names, [int(seed) for seed in seeds.split(",")], bench.known())
     wanted = tasks.split(",") if tasks else list(bench.subject.tasks)
-    schedule(bench, [job for job in jobs if job.task in wanted])
+    schedule(bench, [job for job in jobs if job.task in wanted], BASES[0])
 
 
 @main.command(help="The runs that there are, and those that are missing.")

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from learning_arms import ARMS, BASES, SUBJECTS, Arm, Goal, Settings, Subject
+from learning_arms import ARMS, BASES, SUBJECTS, Arm, Settings, Subject
 from learning_results import (
     HOUR_S,
     MOST_LOAD,
     Cost,
     Known,
-    Ratio,
+    Part,
+    collect,
     cost,
     curve,
-    pairs_of,
     rate,
-    ratio,
-    timed,
     tuning,
 )
-from learning_runs import COSTS, Job, Run, identity
+from learning_runs import COSTS, Job, identity
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -36,65 +33,11 @@ COLORS = {
     "flat-8 in small steps": "#E69F00",
     "pairs": "#009E73",
     "pairs + reuse": "#D55E00",
-    "2-GRPO": "#0072B2",
-    "CPPO": "#CC79A7",
+    "2-GRPO in small steps": "#0072B2",
+    "CPPO in small steps": "#CC79A7",
     "adaptive": "#56B4E9",
 }
 """The arms in the picture."""
-
-Seeds = dict[str, dict[int, list[Run]]]
-"""Runs by arm and seed."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The runs of one task with each arm's own learning rate."""
-
-    subject: Subject
-    task: str
-    arms: Seeds
-
-    @property
-    def goal(self) -> Goal:
-        """The task's goal."""
-        return self.subject.tasks[self.task]
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs."""
-        return [run for seeds in self.arms.values() for each in seeds.values() for run in each]
-
-    def against(self, arm: str, base: str, axis: str) -> Ratio | None:
-        """Return an arm's cost against a base arm's, paired over seeds."""
-        seconds = axis == self.subject.seconds
-        runs = pairs_of(
-            self.arms.get(arm, {}), self.arms.get(base, {}), seconds, self.subject.at_once
-        )
-        both = [(self._cost(mine, axis), self._cost(other, axis)) for mine, other in runs]
-        return ratio(both)
-
-    def costs(self, arm: str, axis: str) -> list[Cost]:
-        """Return the cost of each seed's first run, for seconds its first quiet one."""
-        runs = [
-            [run for run in each if axis != self.subject.seconds or self.timed(run)]
-            for each in self.arms[arm].values()
-        ]
-        return [self._cost(each[0], axis) for each in runs if each]
-
-    def better(self, arm: str) -> list[str]:
-        """Return in what an arm is better than flat in small steps, outside its interval."""
-        found = [
-            (word, self.against(arm, BASES[1], axis))
-            for word, axis in (("tokens", "tokens"), ("seconds", self.subject.seconds))
-        ]
-        return [f"{word} on `{self.task}`" for word, r in found if r and r.pairs > 1 and r.high < 1]
-
-    def _cost(self, run: Run, axis: str) -> Cost:
-        return cost(run, self.goal.goal, axis)
-
-    def timed(self, run: Run) -> bool:
-        """Return True if the seconds of a run count."""
-        return timed(run, self.subject.at_once)
 
 
 def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
@@ -114,23 +57,6 @@ def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
     blocks += ["### What the arms set", arms_table(names)]
     insert("\n\n".join(blocks), docs / "strategies.md")
     draw(next(iter(parts.values())), docs / "strategies.png")
-
-
-def collect(subject: Subject, known: Known) -> Iterator[Part]:
-    """Yield the runs of each task that has some."""
-    tuned = {arm: rate(subject, arm, known) for arm in ARMS}
-    seeds = {run["seed"] for runs in known.values() for run in runs} - set(subject.tuning_seeds)
-    for task in subject.tasks:
-        arms: Seeds = {}
-        for arm, lr in tuned.items():
-            if lr is None:
-                continue
-            jobs = {seed: Job.of(subject, task, arm, lr, seed) for seed in sorted(seeds)}
-            runs = {seed: known.get(identity(job.record), []) for seed, job in jobs.items()}
-            if any(runs.values()):
-                arms[arm] = {seed: some for seed, some in runs.items() if some}
-        if arms:
-            yield Part(subject, task, arms)
 
 
 # Words and tables
@@ -178,7 +104,7 @@ def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
         task = next(iter(subject.tasks))
         blocks += [
             f"Learning rates with {title}: thousands of tokens to the goal on `{task}`, with\n"
-            f"{len(subject.tuning_seeds)} seeds of their own. The rate with the fewest serves the "
+            f"seeds of their own ({', '.join(map(str, subject.tuning_seeds))}). The rate with the fewest serves the "
             "arm everywhere.",
             rates_table(subject, known),
         ]
@@ -224,8 +150,9 @@ def _against(part: Part, arm: str, base: str, axis: str) -> str:
     found = part.against(arm, base, axis)
     if found is None:
         return "-"
-    few = f", {found.pairs} pairs" if found.pairs < len(part.arms[arm]) else ""
-    return f"{found}{few}"
+    if found.pairs == len(part.arms[arm]):
+        return str(found)
+    return f"{found}, {found.pairs} pair{'s' * (found.pairs > 1)}"
 
 
 def details(part: Part) -> str:
