@@ -104,8 +104,8 @@ def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
         task = next(iter(subject.tasks))
         blocks += [
             f"Learning rates with {title}: thousands of tokens to the goal on `{task}`, with\n"
-            f"seeds of their own ({', '.join(map(str, subject.tuning_seeds))}). The rate with the fewest serves the "
-            "arm everywhere.",
+            f"seeds of their own ({', '.join(map(str, subject.tuning_seeds))}). The rate with the\n"
+            "fewest serves the arm everywhere.",
             rates_table(subject, known),
         ]
     return blocks
