@@ -52,8 +52,9 @@ from learning_runs import ROOT, Job, identity, machine, make
 from localrl.runs.logs import JsonLines
 
 SEEDS = (0, 1, 2, 3, 4)
-QUIET_S, POLL_S = 240.0, 5.0
-"""The longest wait for the load to fall, that of the run before included, and between looks."""
+QUIET_S = {"refuse": 240.0, "mark": 30.0}
+"""The longest wait for the load to fall, which it does slowly after the run before, by --busy."""
+POLL_S = 5.0
 ROOM_S = 600.0
 """A run of the base this much less than an hour old is still a partner for the next one."""
 
@@ -117,13 +118,13 @@ def await_quiet(busy: str, at_once: int) -> None:
     """
     most, began = MOST_LOAD + at_once - 1, time.monotonic()
     while (load := os.getloadavg()[0]) > most:
-        if time.monotonic() - began > QUIET_S:
+        if time.monotonic() - began >= QUIET_S[busy]:
             if busy == "mark":
                 click.echo(f"load {load:.1f}: seconds of the next run will not be compared")
                 return
             raise click.ClickException(
-                f"The load has been above {most:g} for {QUIET_S / 60:.0f} minutes (now {load:.1f}),"
-                " so seconds would mean nothing. Give the command again when the machine is quiet,"
+                f"The load has been above {most:g} for {QUIET_S[busy]:.0f} s (now {load:.1f}), so"
+                " seconds would mean nothing. Give the command again when the machine is quiet,"
                 " or with --busy mark, which compares tokens only."
             )
         time.sleep(POLL_S)
@@ -213,7 +214,7 @@ class Options:
 
 @click.group(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), default=PLACE, help="Of the results.")
-@click.option("--busy", type=click.Choice(["refuse", "mark"]), default="refuse")
+@click.option("--busy", type=click.Choice(list(QUIET_S)), default="refuse")
 @click.option("--python", help="Interpreter of an environment with TRL, for the arm of that name.")
 @click.option("--tokens", type=int, help="Another budget than the subject's.")
 @click.option("--every", type=int, help="Generated tokens between evaluations.")
