@@ -35,8 +35,10 @@ BASE: Settings = {
     "learning.objective": "clipped",
     "learning.keep_completions": 0,
     "learning.min_advantage": 0.0,
+    "learning.mask_truncated": False,
     "learning.kappa": 0.0,
     "learning.warmup_steps": 2,
+    "learning.lr_schedule": "constant",
 }
 """Said in full, so that arms stay what they are when defaults change."""
 

@@ -14,6 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ ALIASES = {
     "max_completion_length": "rollout.max_completion_tokens",
     "temperature": "rollout.temperature",
     "learning_rate": "learning.lr",
+    "lr_scheduler_type": "learning.lr_schedule",
     "loss_type": "learning.objective",
     "beta": "learning.kl_coef",
     "epsilon": "learning.clip_low",
     "epsilon_high": "learning.clip_high",
+    "mask_truncated_completions": "learning.mask_truncated",
     "num_iterations": "learning.updates_per_step",
     "max_grad_norm": "learning.max_grad_norm",
     "lora_r": "lora.rank",
@@ -54,6 +57,8 @@ DEVICES = ("auto", "cpu")
 ENGINES = ("auto", "mlx", "cpu")
 DTYPES = ("auto", "fp16", "bf16", "fp32")
 SELFCHECKS = ("strict", "warn")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+"""Schedules defined in `localrl.learning.schedule`."""
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """KL estimators defined in `localrl.learning.objective`."""
 
@@ -63,6 +68,7 @@ docs/strategies.md."""
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
+DATE = r"\d{4}-\d\d-\d\d"
 LIMIT_FORM = r"(?i)\s*(\d+(?:\.\d+)?)\s*(MB|MiB|GB|GiB|%)\s*"
 """Pattern of a size or a share, as `localrl.memory.limit` reads it."""
 
@@ -93,6 +99,13 @@ class ModelConfig:
     path: str | None = setting(None, "model folder, GGUF file, or user/name; unset: embedded")
     quantize: int = setting(0, "quantise to 4 or 8 bits when loading; 0: as stored")
     thinking: str = setting("auto", "thinking mode of models that have one", choices=THINKING)
+    chat_template: str = setting(
+        "auto", "off: prompts are texts given to the model as they are", choices=("auto", "off")
+    )
+    template_date: str | None = setting(
+        None, "the date that chat templates see, YYYY-MM-DD; unset: the run's first day", form=DATE
+    )
+    end_tokens: tuple[str, ...] = setting((), "more tokens that end a turn, e.g. <|im_end|>")
     device: str = setting(
         "auto", "MLX's own choice (Metal on a Mac), or the CPU of any machine", choices=DEVICES
     )
@@ -141,6 +154,9 @@ class TaskConfig:
     rewards: tuple[str, ...] = setting((), "rewards, as file.py:name; unset: the task's own")
     reward_weights: tuple[float, ...] = setting((), "one weight per reward; unset: all 1")
     system: str | None = setting(None, "system message for data without one")
+    filter_overlong_prompts: bool = setting(
+        False, "leave out rows with prompts above rollout.max_prompt_tokens, and say how many"
+    )
     environment: str | None = setting(
         None, "environment to interact with, as file.py:Name; unset: the task's own"
     )
@@ -150,7 +166,9 @@ class TaskConfig:
     )
     train_prompts: int = setting(0, "prompts in the training set; 0: all, or endless", low=0)
     eval_prompts: int | None = setting(
-        None, "held-out prompts per evaluation; 0: none; unset: 256, fewer on a slow machine", low=0
+        None,
+        "held-out prompts per evaluation; 0: none held out; unset: 256, fewer on a slow machine",
+        low=0,
     )
     eval_temperature: float | None = setting(
         None,
@@ -192,15 +210,21 @@ class RolloutConfig:
     roots: int = setting(2, "independent roots of a tree", low=1)
     fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
     fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
-    stop_loops: bool = setting(False, "end a completion that repeats itself")
-    stop_text: str | None = setting(None, "end a completion after this text, e.g. </answer>")
+    stop_loops: bool = setting(
+        False, "end a completion that repeats itself; its repetition is not trained: a bias"
+    )
+    stop_text: tuple[str, ...] = setting((), "end a completion after these texts, e.g. </answer>")
     replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
     replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)
-    replay_drift: float = setting(0.02, "maximum drift of a replayed group, in nats", low=0.0)
+    replay_drift: float = setting(
+        0.02, "maximum drift of a replayed group, in nats: a bias, as its tokens decide", low=0.0
+    )
     reuse: float = setting(
         0.0, "share of completions that continue a prefix of an earlier one", low=0.0, high=1.0
     )
-    max_prompt_tokens: int = setting(512, "a longer prompt is an error", low=1)
+    max_prompt_tokens: int = setting(
+        512, "a longer prompt is an error, see task.filter_overlong_prompts", low=1
+    )
     max_completion_tokens: int = setting(256, "a longer completion is cut off", low=1)
     max_turns: int = setting(8, "maximum model turns per completion, with environments", low=1)
     temperature: float = setting(1.0, "temperature of sampling and scoring", low=0.01, high=100.0)
@@ -218,6 +242,11 @@ class LearningConfig:
 
     lr: float = setting(5e-5, "learning rate after warm-up", low=0.0)
     warmup_steps: int = setting(5, "updates over which the learning rate rises", low=0)
+    lr_schedule: str = setting(
+        "constant",
+        "learning rate after warm-up; linear, cosine: falls to 0 at run.steps",
+        choices=LR_SCHEDULES,
+    )
     objective: str = setting("clipped", "loss function, see docs/papers.md", choices=OBJECTIVES)
     prompt_weight: str | None = setting(
         None, "weighting of prompts; unset: as in the objective's paper", choices=PROMPT_WEIGHTS
@@ -229,7 +258,9 @@ class LearningConfig:
         None, "clip the ratio at 1 + this; unset: as in the paper", low=0.0
     )
     kl_coef: float = setting(
-        0.0, "weight of the KL to the model without adapters; 0: not computed", low=0.0
+        0.0,
+        "weight of the KL to the adapter given, or the base without one; 0: not computed",
+        low=0.0,
     )
     kl_estimator: str = setting("k3", "KL estimator", choices=KL_ESTIMATORS)
     kappa: float | None = setting(
@@ -238,7 +269,12 @@ class LearningConfig:
         low=0.0,
     )
     keep_completions: int = setting(
-        0, "completions trained per flat group, by greatest reward variance; 0: all", low=0
+        0,
+        "completions trained per flat group, by variance; over 2 different rewards: a bias; 0: all",
+        low=0,
+    )
+    mask_truncated: bool = setting(
+        False, "leave completions cut off for length out of the update: they teach nothing, a bias"
     )
     min_advantage: float = setting(0.0, "round smaller advantages at random to this or 0", low=0.0)
     max_grad_norm: float = setting(1.0, "clip the gradient to this global norm", low=0.0)
@@ -448,8 +484,12 @@ def _spec(key: str) -> dataclasses.Field[Any]:
 
 
 def _check(key: str, value: Any, spec: dataclasses.Field[Any]) -> Any:
-    """Check a value against the field's type and range; only an int is converted, to float."""
+    """Check a value against the field's type and range.
+
+    Only an int is converted, to float, and a date of TOML, to text.
+    """
     kind = str(spec.type).split(" | ")[0]
+    value = value.isoformat() if isinstance(value, date) else value
     if value is None and "None" in str(spec.type):
         return None
     if kind.startswith("tuple["):

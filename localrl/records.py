@@ -32,7 +32,7 @@ FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
 """Reasons a completion ended: end token, stop text, maximum length, repetition, last turn of an
 environment, failure."""
 
-DropReason = Literal["no reward", "no coefficient", "down-sampled"]
+DropReason = Literal["no reward", "no coefficient", "down-sampled", "truncated"]
 """Reasons a completion is not trained on."""
 
 
@@ -42,8 +42,9 @@ class Example:
 
     id: str
     """Identifier, stable across runs and machines; unique within a task."""
-    messages: tuple[Mapping[str, str], ...]
-    """Chat messages, each with `role` and `content`."""
+    messages: tuple[Mapping[str, Any], ...]
+    """Chat messages, each with `role` and mostly `content`. If the last is the assistant's, it is
+    the beginning of a turn that the model continues."""
     answer: Any = None
     """Gold answer that rewards compare with."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -53,10 +54,20 @@ class Example:
     text, as in TRL, not as chat messages."""
     tracker_key: str = ""
     """Key under which the tracker counts: the id, or family/difficulty for endless tasks."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of functions, which the chat template shows to the model."""
+    place: str = field(default="", compare=False)
+    """Place of the row in the user's data, for messages: `file, line n`."""
 
     def __post_init__(self) -> None:
         if not self.tracker_key:
             object.__setattr__(self, "tracker_key", self.id)
+
+    @property
+    def begun(self) -> str:
+        """The beginning of the model's turn that the prompt gives; empty if it gives none."""
+        last = self.messages[-1]
+        return last["content"] if last["role"] == "assistant" else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +97,9 @@ class Node:
     """(n,) float32, under the policy that sampled the tokens, in a forward pass as the update makes
     it; only where that differs from `sampled_logprobs` by 16-bit rounding and the group may be kept
     for later steps, else None."""
+    expected_reward: float | None = None
+    """Reward that the tracker expected of the prompt before these tokens were drawn, so that it had
+    learned nothing from them. Only roots have it, and none if the tracker had seen no reward."""
 
     @property
     def written_logprobs(self) -> np.ndarray:
@@ -302,7 +316,7 @@ class StepStats:
     truncated: float | None
     """Share of trained tokens whose correction for the sampler was truncated."""
     kl: float | None
-    """Mean KL to the model without adapters, weighted as in the loss; None without a KL term."""
+    """Mean KL to its reference, weighted as in the loss; None without a KL term."""
     drift: float | None
     """Mean |change of log-probability| by the step, in nats, over some trained tokens."""
     trained_tokens: int

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from localrl.processes.heartbeat import Heartbeat
 from localrl.runs.metrics import rollout_metrics, selection_metrics, update_metrics
 from localrl.runs.schedule import evaluation_due
 from localrl.training.checkpointer import Checkpointer
+from localrl.training.given import Reward, hand_over
 from localrl.training.result import RunResult
 from localrl.training.session import NullProgress, Progress, Session
 from localrl.training.setup import open_session
@@ -29,6 +30,8 @@ from localrl.training.setup import open_session
 def train(
     config: RunConfig,
     *,
+    data: Iterable[Mapping[str, Any]] | None = None,
+    rewards: Reward | Sequence[Reward] | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | Literal[False] | None = None,
@@ -38,6 +41,8 @@ def train(
 ) -> RunResult:
     """Train the configured model on the configured task; all output goes to the run folder.
 
+    data: rows to train on, in place of `task.name`. rewards: functions, or texts that name them, in
+    place of `task.rewards`; functions run in this process, without limits, see docs/python.md.
     resume: continue the run in `config.run.out` as if it had not been interrupted.
     progress: shows the run; None: on stderr, as a bar on a terminal or in a notebook; False: not.
     restart: the supervisor's record of the previous process.
@@ -49,6 +54,7 @@ def train(
     """
     if progress is None:
         progress = Console()
+    config, given = hand_over(config, data, rewards)
     opened = open_session(
         config,
         overwrite=overwrite,
@@ -57,6 +63,7 @@ def train(
         heartbeat=heartbeat or Heartbeat(),
         restart=restart,
         ranks=ranks,
+        given=given,
     )
     with opened as session, _explain_exit(session), Checkpointer(session) as checkpointer:
         step = session.step

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from localrl.learning.credit import with_expected_reward
 from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 
 
@@ -51,5 +52,9 @@ def flat_group(size: int, sampled: Sequence[bool] = (True, True, True)) -> Group
     return Group(group.example, group.prompt_ids, nodes, group.leaves, size)
 
 
-def scored(group: Group, rewards: Sequence[float | None]) -> ScoredGroup:
+def scored(
+    group: Group, rewards: Sequence[float | None], expected: float | None = None
+) -> ScoredGroup:
+    """The group with these rewards, of which the tracker expected this much."""
+    group = with_expected_reward(group, expected)
     return ScoredGroup(group, tuple(rewards), {"hand": tuple(rewards)})

@@ -37,7 +37,7 @@ def test_what_is_unset_stays_unset_and_what_is_set_reads_back(tmp_path):
     settings = {
         "model.path": "m",
         "rollout.strategy": "adaptive-tree",
-        "rollout.stop_text": '"é\\\n\x7f</answer>\t',
+        "rollout.stop_text": ['"é\\\n\x7f</answer>\t', "\n\n"],
         "rollout.stop_loops": True,
         "rollout.give_up": 1,
         "task.cut_reward": -1,
@@ -46,7 +46,11 @@ def test_what_is_unset_stays_unset_and_what_is_set_reads_back(tmp_path):
     config = RunConfig.create(settings)
     assert (config.task.cut_reward, config.learning.kappa, config.rollout.give_up) == (-1.0, 0, 1.0)
     plain = RunConfig()
-    assert (plain.task.cut_reward, plain.learning.kappa, plain.rollout.stop_text) == (None,) * 3
+    assert (plain.task.cut_reward, plain.learning.kappa, plain.rollout.stop_text) == (
+        None,
+        None,
+        (),
+    )
     for each in (config, plain):
         file = tmp_path / "run.toml"
         file.write_text(each.to_toml())
@@ -88,7 +92,7 @@ def test_trl_spellings_are_aliases():
         ({"rollout.rounds": -1}, "rollout.rounds is -1; it must be at least 0"),
         ({"rollout.give_up": 1.1}, "between 0.0 and 1.0"),
         ({"rollout.stop_loops": 1}, "1; it must be of type bool"),
-        ({"rollout.stop_text": 3}, "3; it must be of type str"),
+        ({"rollout.stop_text": 3}, "has 3; each must be of type str"),
         ({"rollout.replay_groups": -1}, "must be at least 0"),
         ({"rollout.replay_age": 0}, "rollout.replay_age is 0; it must be at least 1"),
         ({"rollout.replay_drift": -0.1}, "must be at least 0.0"),

@@ -101,7 +101,9 @@ def world(tmp_path_factory) -> Path:
     game = page.partition("```python\n")[2].partition("```")[0]  # the page's own example
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "data").mkdir()
-    data = dict.fromkeys(("problems.jsonl", "data.jsonl", "rows.jsonl", "data/train.jsonl"), lines)
+    data = dict.fromkeys(
+        ("problems.jsonl", "data.jsonl", "rows.jsonl", "test.jsonl", "data/train.jsonl"), lines
+    )
     for name, text in {**FILES, **data, "game.py": game}.items():
         (folder / name).write_text(text)
     (folder / "examples").symlink_to(ROOT / "examples")

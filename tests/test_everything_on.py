@@ -32,6 +32,7 @@ BASE = {
     "learning.lr": 7e-4,
     "learning.warmup_steps": 0,
     "run.steps": 6,
+    "run.seed": 2,
 }
 EVERYTHING = BASE | {
     "rollout.strategy": "adaptive",
@@ -126,6 +127,7 @@ def counted(groups, fresh_groups):
         "selection/no_reward": reasons["no reward"],
         "selection/no_coefficient": reasons["no coefficient"],
         "selection/down_sampled": reasons["down-sampled"],
+        "selection/truncated": reasons["truncated"],
         "reward": pytest.approx(
             np.mean([leaf["reward"] for group in fresh for leaf in group["leaves"]])
         ),

@@ -20,9 +20,10 @@ from waiting import DEADLINE_S, until
 from localrl.backend import mx
 from localrl.config import RunConfig
 from localrl.distributed.collective import Ranks
-from localrl.errors import ConfigError
+from localrl.errors import ConfigError, RewardError
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
+from localrl.train import train
 from localrl.training.setup import _agree_on_plan
 from localrl.utils.codec import from_bytes, to_bytes
 
@@ -171,6 +172,25 @@ class Beside(Ranks):
 
     def gather(self, data):
         return [data, to_bytes(vars(self.other), {})]
+
+
+class Echo(Ranks):
+    """Rank 1 of two, whose other rank says and does the same."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 2, ("here", "there"))
+
+    def gather(self, data):
+        return [data, data]
+
+
+def test_a_run_without_any_reward_ends_on_the_others_too(tiny_folder, tmp_path):
+    (tmp_path / "none.py").write_text("def f(completions):\n    return [None] * len(completions)\n")
+    changes = {"run.steps": 9, "rollout.prompts_per_step": 4}
+    changes["task.rewards"] = [f"{tmp_path}/none.py:f"]
+    config = RunConfig.create({**SETTINGS, **changes, "model.path": str(tiny_folder)})
+    with pytest.raises(RewardError, match="of the last 3 steps got a reward: f gave None"):
+        train(config, progress=False, ranks=Echo())
 
 
 def test_the_smallest_machine_decides(tiny_folder):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
+import tiny
 
 from localrl.config import RunConfig
 from localrl.errors import CheckpointError, ConfigError, Stopped
+from localrl.export.adapters import adapter_of, write_adapter
 from localrl.processes.heartbeat import Heartbeat
+from localrl.runs.checkpoints import damage
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
+from localrl.training.state import check_sources
 
 HERE = Path(__file__).parent
 SMALL = {
@@ -140,6 +146,26 @@ def test_settings_that_would_make_another_run_may_not_change(tiny_folder, tmp_pa
     assert steps == list(range(1, 8))
 
 
+def test_a_resumed_run_keeps_its_day_and_may_allow_longer_prompts(
+    tiny_folder, tmp_path, monkeypatch
+):
+    same = stopped(tiny_folder, tmp_path / "run")
+    began = RunConfig.of_run(tmp_path / "run" / "config.toml").model.template_date
+    assert began == date.today().isoformat()
+
+    class Later(date):
+        @classmethod
+        def today(cls):
+            return date(2099, 1, 1)
+
+    monkeypatch.setattr("localrl.training.setup.date", Later)
+    train(same.replace("rollout.max_prompt_tokens", 4000), resume=True)
+    now = RunConfig.of_run(tmp_path / "run" / "config.toml")
+    assert (now.model.template_date, now.rollout.max_prompt_tokens) == (began, 4000)
+    other = train(config(tiny_folder, tmp_path / "other", **{"run.steps": 0}))
+    assert RunConfig.of_run(other.folder / "config.toml").model.template_date == "2099-01-01"
+
+
 def test_another_model_or_other_data_are_another_run(tiny_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     lines = [f'{{"prompt": "{n}", "answer": "{n}"}}\n' for n in range(9)]
@@ -149,6 +175,40 @@ def test_another_model_or_other_data_are_another_run(tiny_folder, tmp_path):
     rows.write_text("".join(lines[:-1]))
     with pytest.raises(CheckpointError, match="The data of this run has changed"):
         train(same, resume=True)
+
+
+@pytest.mark.exact
+def test_the_kl_of_a_resumed_run_is_still_measured_from_the_adapter_given(tiny_folder, tmp_path):
+    given, out = tmp_path / "given", tmp_path / "run"
+    model = tiny.make_tiny_policy(tmp_path / "model", seed=3).model
+    write_adapter(adapter_of(model), given)
+    settings = {
+        "lora.adapter": str(given),
+        "learning.kl_coef": 0.1,
+        "task.eval_prompts": 0,
+        "task.rewards": f"{HERE / 'worker_functions.py'}:short",
+    }
+    train(config(tiny_folder, tmp_path / "whole", **settings))
+    whole = list(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    assert whole[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert whole[-1]["kl"] > 1e-4
+    with pytest.raises(Stopped):
+        train(config(tiny_folder, out, **settings), heartbeat=StopAt(60))
+    given.rename(tmp_path / "aside")
+    tiny.stir(model, 4)
+    write_adapter(adapter_of(model), given)
+    with pytest.raises(CheckpointError, match="The starting adapter of this run has changed"):
+        train(config(tiny_folder, out, **settings), resume=True)
+    shutil.rmtree(given)
+    (tmp_path / "aside").rename(given)
+    train(config(tiny_folder, out, **settings), resume=True)
+    assert [m["kl"] for m in read_jsonl(out / "metrics.jsonl")] == [m["kl"] for m in whole]
+
+
+def test_a_checkpoint_of_a_run_whose_kl_was_measured_from_the_base_is_refused():
+    check_sources({"model": "a", "data": "b"}, {"model": "a", "data": "b"})
+    with pytest.raises(CheckpointError, match="by an earlier version of localrl"):
+        check_sources({"model": "a"}, {"model": "a", "starting adapter": "b"})
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, tmp_path, whole):
@@ -164,6 +224,65 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, 
     (newest / "weights.safetensors").write_bytes(data)
     train(config(tiny_folder, out, **settings), resume=True)
     assert outcome(out) == expected
+
+
+KEPT = {"run.eval_every": 0, "run.checkpoint_every": 1, "run.keep_every": 2}
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_folder, tmp_path_factory):
+    """A finished run with the checkpoints of steps 0, 2, 4, 5 and 6."""
+    out = tmp_path_factory.mktemp("kept") / "run"
+    train(config(tiny_folder, out, **KEPT))
+    return out
+
+
+def lose(file, step):
+    """Cut a log within the first line of this step."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if json.loads(line)["step"] == step)
+    file.write_bytes(b"".join(lines[:first]) + lines[first][:9])
+
+
+def resumed(out):
+    (event,) = [e for e in read_jsonl(out / "events.jsonl") if e["kind"] == "resumed"]
+    return event["step"], event["unused"], event["lost"]
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(
+    ("name", "step", "begins", "unused"),
+    [("metrics", 6, 5, [6]), ("rollouts", 5, 4, [5, 6]), ("metrics", 3, 2, [4, 5, 6])],
+)
+def test_a_run_whose_logs_have_lost_lines_goes_on_from_a_checkpoint_that_fits(
+    tiny_folder, tmp_path, kept, name, step, begins, unused
+):
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    lose(out / f"{name}.jsonl", step)
+    train(config(tiny_folder, out, **KEPT), resume=True)
+    assert outcome(out) == outcome(kept)
+    names = [f"unused-step-{number:06d}" for number in reversed(unused)]
+    assert resumed(out) == (begins, names, [])
+    assert [damage(out / "checkpoints" / name) for name in names] == [None] * len(names)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize(("name", "left"), [("metrics", [1, 2]), ("rollouts", [])])
+def test_whole_checkpoints_are_used_even_if_none_fits(tiny_folder, tmp_path, kept, name, left):
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    for step in (0, 2, 4, 6):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+    if left:
+        lose(out / f"{name}.jsonl", left[-1] + 1)
+    else:
+        (out / f"{name}.jsonl").unlink()
+    train(config(tiny_folder, out, **KEPT), resume=True)
+    assert outcome(out)[0] == outcome(kept)[0]
+    assert resumed(out) == (5, [], [f"{name}.jsonl"])
+    lines = read_jsonl(out / f"{name}.jsonl")
+    assert sorted({line["step"] for line in lines if "eval/n" not in line}) == [*left, 6]
 
 
 def test_the_best_and_the_last_two_and_every_nth_stay(tiny_folder, tmp_path):

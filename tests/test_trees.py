@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +213,9 @@ def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
 
 
 def test_one_leaf_alone_is_judged_by_the_tracker():
-    nodes = (Node(-1, np.array([4, 5]), np.ones(2, bool), -np.ones(2, np.float32), np.ones(2)),)
+    root = Node(-1, np.array([4, 5]), np.ones(2, bool), -np.ones(2, np.float32), np.ones(2))
+    nodes = (replace(root, expected_reward=0.25),)
     group = Group(Example(id="x", messages=()), (1,), nodes, (Leaf(0, "stop", ""),), 1)
-    credit = assign_credit(ScoredGroup(group, (1.0,), {}), kappa=4.0, prior=0.25)
+    credit = assign_credit(ScoredGroup(group, (1.0,), {}), kappa=4.0)
     assert credit.advantages == pytest.approx([0.75])
     assert credit.weights == (1.0,)

@@ -169,11 +169,14 @@ def make_folder(
     bits: int | None = 4,
     template: str = TEMPLATE,
     extra: Sequence[str] = (),
+    special: Sequence[str] = SPECIAL,
+    characters: str = CHARACTERS,
     **changes: Any,
 ) -> Path:
     """A model folder as mlx-lm and Hugging Face write them, quantised unless `bits` is None.
 
-    `extra` holds further tokens of its tokenizer, of one character or more.
+    Its tokenizer knows the special tokens, of which the last ends a completion, the characters and
+    `extra`, further tokens of one character or more.
     """
     from mlx_lm.utils import _get_classes
 
@@ -187,7 +190,7 @@ def make_folder(
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder, template, extra)
+    _write_tokenizer(folder, template, extra, special, characters)
     return folder
 
 
@@ -205,20 +208,22 @@ def make_cached(folder: Path, home: Path, name: str, commit: str = "a" * 40) -> 
     return snapshot
 
 
-def _write_tokenizer(folder: Path, template: str, extra: Sequence[str]) -> None:
+def _write_tokenizer(
+    folder: Path, template: str, extra: Sequence[str], special: Sequence[str], characters: str
+) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS, *extra])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    vocabulary = {token: i for i, token in enumerate([*special, *characters, *extra])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.add_tokens([token for token in extra if len(token) > 1])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<end>",
-        "pad_token": "<pad>",
+        "eos_token": special[-1],
+        "pad_token": special[0],
         "chat_template": template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

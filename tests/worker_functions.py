@@ -1,6 +1,8 @@
 """Functions that test_worker.py has called in the child process, addressed by this file's path."""
 
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -44,6 +46,27 @@ not_a_function = 3
 
 def pid():
     return os.getpid()
+
+
+def start_processes(count, path):
+    """No more than 100, and each ends after 3 s whatever happens."""
+    assert count <= 100
+    with open(path, "ab", buffering=0) as file:
+        for _ in range(count):
+            if os.fork() == 0:
+                file.write(b"%d " % os.getpid())
+                time.sleep(3)
+                os._exit(0)
+    time.sleep(3)
+
+
+def pool(processes):
+    with multiprocessing.get_context("fork").Pool(processes) as workers:
+        return workers.map(abs, range(-processes, 0))
+
+
+def process_limit():
+    return resource.getrlimit(resource.RLIMIT_NPROC)
 
 
 def modules():

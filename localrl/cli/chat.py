@@ -63,6 +63,7 @@ def chat(
     from localrl.display.line import showing
 
     with showing("loading the model"):
+        from localrl.policy.loading import shown_name
         from localrl.training.components import load, local_plan_request, open_policy, resolve
         from localrl.training.memory_plan import make_plan
 
@@ -78,7 +79,8 @@ def chat(
         system=config.task.system if system is None else system,
         has_adapter=resolved.adapter is not None,
     )
-    name = f"{resolved.model_folder.name}{', with its adapter' if talk.adapter else ''}"
+    name = shown_name(config.model.path, resolved.model_folder)
+    name += ", with its adapter" if talk.adapter else ""
     click.echo(f"{printable(name)}, {sampled_at(talk.temperature)}. {HELP}", err=True)
     for line in _lines():
         if not talk.hear(line):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 
 from localrl.cli.options import columns, device
 from localrl.errors import ConfigError
+from localrl.utils.figures import fixed
 from localrl.utils.text import sampled_at
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ SETTINGS = {
 @click.option("--unsafe-code", is_flag=True, default=None, help="As for `train`.")
 @device
 @click.option("-k", "--samples", type=click.IntRange(1), default=1, help="Completions per prompt.")
-@click.option("--prompts", type=click.IntRange(1), help="Maximum number of held-out prompts.")
+@click.option("--prompts", type=click.IntRange(1), help="Maximum number of prompts.")
 @click.option(
     "--temperature",
     type=float,
@@ -69,12 +71,13 @@ def evaluate(
     out: Path | None,
     **options: Any,
 ) -> None:
-    """Measure a model on held-out prompts: pass@k, and the effect of an adapter.
+    """Measure a model on held-out prompts, or on all rows of a file: pass@k, and the effect of an
+    adapter.
 
     \b
       localrl eval runs/steps-1                      a run's adapter against its base
       localrl eval runs/steps-1 -k 8 --prompts 100   pass@1 to pass@8
-      localrl eval --model DIR --adapter DIR --task data.jsonl --reward accuracy
+      localrl eval --model DIR --adapter DIR --task test.jsonl --reward accuracy
     """
     from localrl.display.line import showing
 
@@ -86,9 +89,13 @@ def evaluate(
         from localrl.diagnostics.compare import evaluate_model
         from localrl.evaluate import EVALUATION_SEED
 
+        config, whole = choose_rows(
+            run, configure(run, settings, options), given_settings(settings, options)
+        )
         result = evaluate_model(
-            configure(run, settings, options),
+            config,
             samples=samples,
+            whole=whole,
             seed=EVALUATION_SEED if seed is None else seed,
             warn=lambda line: status.echo(f"warning: {line}", err=True),
             tell=lambda line: status.echo(line, err=True),
@@ -102,15 +109,22 @@ def evaluate(
         write_atomic(out, text.encode() + b"\n")
 
 
+def given_settings(settings: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that --set and the options name."""
+    from localrl.config import parse_setting
+
+    given = dict(parse_setting(text) for text in settings)
+    return given | {SETTINGS[n]: value for n, value in options.items() if value not in (None, ())}
+
+
 def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, Any]) -> RunConfig:
     """Return the settings of the run, if named, with its adapter; options and --set override them.
 
     Raises: ConfigError if there is no such run or it has no adapter.
     """
-    from localrl.config import RunConfig, parse_setting
+    from localrl.config import RunConfig
 
-    given = dict(parse_setting(text) for text in settings)
-    given |= {SETTINGS[name]: value for name, value in options.items() if value not in (None, ())}
+    given = given_settings(settings, options)
     if run is None:
         return RunConfig.create(given)
     file = run / "config.toml"
@@ -129,10 +143,46 @@ def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, An
     return RunConfig.of_run(file, given)
 
 
+def choose_rows(
+    run: Path | None, config: RunConfig, given: Mapping[str, Any]
+) -> tuple[RunConfig, bool]:
+    """Return the settings, and True to measure on all rows of the task's data.
+
+    Of the data that a run was trained on, only the rows that it held out are measured; all others
+    are taken whole, unless a number of prompts is given.
+
+    Raises: ConfigError if the run held nothing out of its data, and no data are named.
+    """
+    from localrl.config import RunConfig
+    from localrl.tasks.loading import is_data
+
+    if not is_data(config.task.name):
+        return config, False
+    own = RunConfig.of_run(run / "config.toml").task if run else None
+    if own is not None and _same(own.name, config.task.name):
+        if own.held_out:
+            return config, False
+        if "task.name" not in given:
+            raise ConfigError(
+                f"{run} held nothing out of {own.name} (task.eval_prompts is 0). Name other "
+                f"problems with --task, or --task {own.name} to measure on what it was trained on."
+            )
+    if "task.eval_prompts" not in given:
+        config = config.replace("task.eval_prompts", None)
+    return config, True
+
+
+def _same(one: str, other: str) -> bool:
+    """True if two names of tasks mean the same data."""
+    paths = [Path(name).expanduser() for name in (one, other)]
+    return one == other or (all(p.exists() for p in paths) and paths[0].samefile(paths[1]))
+
+
 def table(result: Result) -> str:
     """Format the result as a table."""
     lines = [
-        f"{result.task}: {result.prompts} held-out prompts, {result.samples} completions each, "
+        f"{result.task}: {result.prompts} {'held-out ' if result.held_out else ''}prompts, "
+        f"{result.samples} completions each, "
         f"{sampled_at(result.temperature)}",
         f"{'':10}{'':>8}{'rate':>8}{'95 % interval':>18}",
     ]
@@ -149,7 +199,7 @@ def _rows(name: str, side: Side) -> list[str]:
         f"{f'{rate.ci95[0]:.3f} to {rate.ci95[1]:.3f}':>18}"
         for rate in side.pass_at
     ]
-    reward = "unknown" if side.mean_reward is None else f"{side.mean_reward:.3f}"
+    reward = "unknown" if side.mean_reward is None else fixed(side.mean_reward)
     rest = (
         f"{name:10}mean reward {reward}, {side.mean_completion_tokens:.1f} tokens, "
         f"{side.cut_off:.0%} cut off"

@@ -322,5 +322,5 @@ def _prompts(source: _Source) -> list[tuple[int, ...]]:
     limits = {"time_limit_s": task.reward_timeout_s}
     with Worker(**limits, memory_limit_bytes=task.reward_memory_mb * 2**20) as worker:
         examples = open_task(task, rewards, worker).evaluation(SHOWN_PROMPTS)
-    tokenizer = load_tokenizer(source.model, thinking=source.config.model.thinking)
-    return [tokenizer.encode(example.messages) for example in examples]
+    tokenizer = load_tokenizer(source.model, source.config.model)
+    return tokenizer.encode_prompts(examples)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from localrl.cli.options import columns
+from localrl.errors import DataError
 
 if TYPE_CHECKING:
     from localrl.diagnostics.inspect_task import TaskReport
@@ -72,12 +74,15 @@ def show(name: str, count: int, **options: Any) -> None:
 def check(name: str, count: int, **options: Any) -> None:
     """Check a task before training on it: prompts, held-out rows, gold answers, reward time.
 
+    Ends with exit code 4 if no gold answer scores.
+
     \b
       localrl tasks check problems.jsonl --reward my_rewards.py:score --model path/to/model
     """
     from localrl.config import RunConfig
     from localrl.diagnostics.inspect_task import inspect_task
     from localrl.tasks.loading import is_data
+    from localrl.training.prompt_checks import warn_of_prompts
     from localrl.training.reward_checks import check_columns
 
     rollout = RunConfig().rollout
@@ -92,10 +97,17 @@ def check(name: str, count: int, **options: Any) -> None:
             gold=is_data(name),
             environments=opened.environments,
         )
+        warn_of_prompts(_shown(opened.task, report.training), opened.tokenizer, _warn)
         _head(opened)
         for line in _lines(report, rollout.max_prompt_tokens):
             click.echo(line)
         _examples(opened, count)
+    if report.learns_nothing:
+        raise DataError(
+            f"A run on {name} would learn nothing: {report.learns_nothing}. If another column has "
+            "the answers, name it with --columns answer=COLUMN; if a completion has to say more "
+            "than the answer, accept the answer alone too, or choose another --reward."
+        )
 
 
 class _Opened(NamedTuple):
@@ -126,6 +138,7 @@ def _opened(
     from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards
     from localrl.rewards.scoring import Scorer
+    from localrl.tasks.files import OnePrompt
     from localrl.tasks.loading import is_data, open_task, with_environments
 
     config = TaskConfig(name=name, columns=columns, environment=environment, tools=tools)
@@ -135,9 +148,12 @@ def _opened(
         time_limit_s=config.reward_timeout_s,
         memory_limit_bytes=config.reward_memory_mb * 2**20,
     ) as worker:
-        task, environments = with_environments(
-            config, open_task(config, specs, worker), worker, _warn
-        )
+        try:
+            found = open_task(config, specs, worker)
+        except OnePrompt as error:
+            _warn(str(error))
+            found = open_task(replace(config, eval_prompts=0), specs, worker)
+        task, environments = with_environments(config, found, worker, _warn)
         tokenizer = load_tokenizer(find_model(model))
         if environments is not None:
             environments.connect(tokenizer)

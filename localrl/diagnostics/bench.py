@@ -22,7 +22,7 @@ from localrl.diagnostics.bench_fit import fit
 from localrl.diagnostics.bench_floor import measure_rates, needed
 from localrl.engines.choose import choose_engine
 from localrl.errors import ConfigError
-from localrl.learning.credit import Credit, assign_credit
+from localrl.learning.credit import Credit, assign_credit, with_expected_reward
 from localrl.learning.selection import Selection, select
 from localrl.learning.update import Updater
 from localrl.policy.forest_packing import Layout
@@ -258,8 +258,9 @@ def score_in_turn(groups: Sequence[Group]) -> tuple[list[ScoredGroup], list[Cred
     scored = []
     for group in groups:
         rewards = tuple(float(n % 2) for n in range(len(group.leaves)))
-        scored.append(ScoredGroup(group, rewards, {"bench": rewards}))
-    return scored, [assign_credit(group, kappa=1.0, prior=PRIOR) for group in scored]
+        expecting = with_expected_reward(group, PRIOR)
+        scored.append(ScoredGroup(expecting, rewards, {"bench": rewards}))
+    return scored, [assign_credit(group, kappa=1.0) for group in scored]
 
 
 def micro_batches(opened: Opened, batch: Batch) -> list[MicroBatch]:

@@ -77,6 +77,8 @@ class Result:
     model: str
     adapter: str | None
     prompts: int
+    held_out: bool
+    """True if they were held out from training; False if they are all rows of a named file."""
     samples: int
     """Number of completions of each prompt."""
     temperature: float
@@ -102,11 +104,14 @@ def evaluate_model(
     *,
     samples: int = 1,
     seed: int = EVALUATION_SEED,
+    whole: bool = False,
     warn: Callable[[str], None] = lambda line: None,
     tell: Callable[[str], None] = lambda line: None,
     heartbeat: Heartbeat | None = None,
 ) -> Result:
-    """Sample held-out prompts from the base, and with the adapter if `lora.adapter` names one.
+    """Sample prompts from the base, and with the adapter if `lora.adapter` names one.
+
+    whole: True to measure on all rows of the task's data, not only on those held out.
 
     The temperature is that of the run's evaluations, see `RunConfig.eval_temperature`. Both sides
     draw with the same random numbers. warn, tell: called with lines for the user.
@@ -122,15 +127,13 @@ def evaluate_model(
         )
     resolved = resolve(config)
     with open_components(
-        resolved, warn=warn, heartbeat=heartbeat or Heartbeat(), trains=False
+        resolved, warn=warn, heartbeat=heartbeat or Heartbeat(), trains=False, whole=whole
     ) as components:
         check_sandbox(components.config, components.task, warn)
         if not components.held_out:
             raise ConfigError("task.eval_prompts is 0: nothing to evaluate on. Set a number.")
-        tell(
-            f"{len(components.held_out)} held-out prompts of {components.task.name} x {samples}, "
-            "base ..."
-        )
+        which = "prompts" if whole else "held-out prompts"
+        tell(f"{len(components.held_out)} {which} of {components.task.name} x {samples}, base ...")
         with adapters_off(components.policy.model):
             base = _judge(components, samples, temperature, seed)
         passing, adapted = components.task.rewards[0].name, None
@@ -139,9 +142,10 @@ def evaluate_model(
             adapted = _judge(components, samples, temperature, seed)
         return Result(
             task=components.task.name,
-            model=str(components.model_folder),
+            model=config.model.path or str(components.model_folder),
             adapter=components.config.lora.adapter,
             prompts=len(components.held_out),
+            held_out=not whole,
             samples=samples,
             temperature=temperature,
             max_completion_tokens=components.plan.max_completion_tokens,

@@ -24,6 +24,7 @@ from localrl.diagnostics.doctor_machine import (
     memory_rows,
     pair_rows,
 )
+from localrl.diagnostics.doctor_text import template_rows, tokenizer_row
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu.kernel_choice import KernelSizes, choose
 from localrl.engines.cpu.memory import fits
@@ -59,8 +60,6 @@ FEW_BYTES, NO_BYTES = 2_000_000_000, 100_000_000
 USUAL, GROUP = RolloutConfig(), 8
 """Lengths and group for which the cost of what a family lacks is given."""
 
-EXAMPLE = ({"role": "user", "content": "What is 2 + 3?"},)
-
 
 def look_at_machine() -> Iterator[CheckResult]:
     """Check versions, device, memory, speed, disk, sandbox, token and packaged models."""
@@ -91,15 +90,13 @@ def look_at_machine() -> Iterator[CheckResult]:
     yield from map(packaged_row, PACKAGED_MODELS.values())
 
 
-def look_at_model(
-    name: str | None, quantize: int = 0, thinking: str = "auto"
-) -> Iterator[CheckResult]:
+def look_at_model(name: str | None, quantize: int = 0) -> Iterator[CheckResult]:
     """Load and check the model that `--model` names; ends at the first row that fails."""
     try:
         folder = find_model(name)
         yield from _folder(folder)
         yield from _kernels(folder)
-        loaded = load_model(folder, quantize=quantize, thinking=thinking)
+        loaded = load_model(folder, quantize=quantize)
         yield from _weights(loaded)
         policy = _policy(loaded)
     except LocalRLError as error:
@@ -112,7 +109,8 @@ def look_at_model(
     yield _head(policy, read_shape(folder).vocabulary)
     yield _shared(policy)
     yield from _selfchecks(policy)
-    yield from _template(loaded)
+    yield tokenizer_row(loaded.tokenizer, folder)
+    yield from template_rows(loaded.tokenizer)
 
 
 def package_row(name: str, version: str | None) -> CheckResult:
@@ -296,23 +294,3 @@ def _fork() -> Batch:
         node(0, True, 12, 13, 14),
     )
     return Batch(((1, 2, 3, 4),), nodes, 1.0)
-
-
-def _template(loaded: LoadedModel) -> Iterator[CheckResult]:
-    if not loaded.tokenizer.inner.has_chat_template:
-        mend = "this is a base model: use tasks whose prompts are plain text"
-        yield CheckResult(
-            "template", "warn", "no chat template: messages are joined with newlines", mend
-        )
-        return
-    try:
-        text = loaded.tokenizer.render(EXAMPLE)
-    except LocalRLError as error:
-        yield CheckResult(
-            "template", "fail", str(error), "use another model, or fix its chat_template"
-        )
-        return
-    yield CheckResult("template", "ok", "rendered in a process with limits")
-    yield CheckResult(
-        "prompt", "ok", f"{text!r} ({len(loaded.tokenizer.encode_text(text))} tokens)"
-    )

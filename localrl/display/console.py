@@ -16,6 +16,7 @@ from localrl.processes.heartbeat import Heartbeat
 from localrl.records import MemoryPlan, Work
 from localrl.report.reading import read_run
 from localrl.report.verdict import verdict
+from localrl.utils.figures import fixed
 from localrl.utils.text import printable, sampled_at
 
 if TYPE_CHECKING:
@@ -305,4 +306,4 @@ def _bytes(size: int | None) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "unknown" if value is None else f"{value:.{digits}f}"
+    return "unknown" if value is None else fixed(value, digits)

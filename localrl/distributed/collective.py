@@ -6,6 +6,7 @@ other work, collectives have been seen to hang (MLX issue 4475).
 
 from __future__ import annotations
 
+import faulthandler
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,7 @@ class Connected(Ranks):
     def __init__(self, place: LaunchInfo, channel: LivenessChannel, heartbeat: Heartbeat) -> None:
         super().__init__(place.rank, place.size)
         self._channel, self._heartbeat = channel, heartbeat
-        self._group: Any = mx.distributed.init(strict=True, backend=place.backend)
+        self._group = _group(place, channel.limits.meet)
         if (self._group.rank(), self._group.size()) != (place.rank, place.size):
             raise LocalRLError(
                 f"MLX says that this is rank {self._group.rank()} of {self._group.size()}, but the "
@@ -172,6 +173,19 @@ def join(
         raise
     finally:
         channel.close(problem)
+
+
+def _group(place: LaunchInfo, limit_s: float) -> Any:
+    """Return MLX's group of ranks; ends this process, with a traceback, if it takes too long.
+
+    MLX waits without end for a neighbour that was killed after all had met, and holds Python's
+    lock meanwhile: only a timer that needs no lock can end that.
+    """
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    try:
+        return mx.distributed.init(strict=True, backend=place.backend)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _check(data: bytes) -> bytes:

@@ -69,7 +69,7 @@ class LivenessChannel:
     def __init__(
         self, place: LaunchInfo, peers: dict[int, _Peer], limits: LivenessTimeouts
     ) -> None:
-        self.place, self._peers, self._limits = place, peers, limits
+        self.place, self.limits, self._peers = place, limits, peers
         self._moved = time.monotonic()
         self._waiting: float | None = None
         self._stop: Callable[[str], None] = lambda reason: None
@@ -133,9 +133,9 @@ class LivenessChannel:
         closing_until = float("inf")
         while time.monotonic() < closing_until and not self._all_gone():
             self._say_how_it_is()
-            self._listen(time.monotonic() + self._limits.beat)
+            self._listen(time.monotonic() + self.limits.beat)
             if self._closing.is_set():
-                closing_until = min(closing_until, time.monotonic() + self._limits.beat)
+                closing_until = min(closing_until, time.monotonic() + self.limits.beat)
                 continue
             self._judge(time.monotonic())
             self._insist(time.monotonic())
@@ -189,7 +189,7 @@ class LivenessChannel:
 
     def _judge(self, now: float) -> None:
         """End all ranks if one is silent or does not move, or if all wait for each other."""
-        limits, here = self._limits, [peer for peer in self._peers.values() if not peer.gone]
+        limits, here = self.limits, [peer for peer in self._peers.values() if not peer.gone]
         for rank, peer in self._peers.items():
             if peer.gone:
                 continue
@@ -219,7 +219,7 @@ class LivenessChannel:
         """Exit the process if its run does not stop: it may be waiting for a rank that is gone."""
         if not self._told.is_set() or self._noticed():
             return
-        waiting, limits = self._waiting, self._limits
+        waiting, limits = self._waiting, self.limits
         # Outside a collective the run is working, and will reach its next beat.
         late_s = limits.stall if waiting is None else limits.grace
         if now - max(self._told_at, waiting or 0.0) > late_s:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from huggingface_hub import EvalResult, ModelCardData
 
 from localrl.export.facts import Facts, HeldOutResult
+from localrl.utils.figures import fixed
 from localrl.utils.text import sampled_at
 
 TAGS = ("lora", "grpo", "reinforcement-learning", "localrl")
@@ -169,7 +170,7 @@ def plot(values: Sequence[float], each: int = 1) -> str:
     levels = [round((column - low) / step) for column in columns]
     lines = []
     for row in range(HEIGHT, -1, -1):
-        label = f"{low + row * step:8.3f}" if row in (0, HEIGHT) else " " * 8
+        label = f"{fixed(low + row * step):>8}" if row in (0, HEIGHT) else " " * 8
         lines.append(f"{label} |" + "".join("#" if level >= row else " " for level in levels))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -214,4 +215,4 @@ def _limits(facts: Facts, address: Address) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.3f}"
+    return "unknown" if value is None else fixed(value)

@@ -139,7 +139,7 @@ def _samples(run: Path) -> Iterator[Sample]:
     lines = list(read_jsonl(run / "rollouts.jsonl"))
     last = [line for line in lines if line["step"] == lines[-1]["step"] and not line["replayed"]]
     for line in last[:SAMPLES]:
-        prompt = "\n\n".join(str(message.get("content")) for message in line["messages"])
+        prompt = "\n\n".join(str(message.get("content") or "") for message in line["messages"])
         leaf = line["leaves"][0]
         yield Sample(prompt, leaf["text"], leaf["reward"])
 

@@ -7,7 +7,7 @@ kappa 0 the advantage is the reward minus the mean of the other rewards (leave-o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,17 +28,21 @@ class Credit:
         return self.weights[node] * (self.advantages[node] or 0.0)
 
 
-def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0) -> Credit:
+def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0) -> Credit:
     """Compute nested values, sibling baselines shrunk toward the parent's, and split weights.
 
         V(n) = reward of a leaf, else the weighted mean of the children's V
         b(n) = (sum of the siblings' V + kappa * b(parent)) / (siblings + kappa)
         A(n) = V(n) - b(n),   omega(n) = omega(parent) * cond_weight(n)
 
-    Roots have weight 1 / planned_roots and `prior` as the baseline above them. If roots are sampled
-    in rounds, those of later rounds do not count as siblings of earlier ones, since whether they
-    were sampled at all depended on the earlier ones. By Wald's identity the sum is then
-    E[roots sampled] / planned_roots times the gradient, for any rule that decides from the past.
+    Roots have weight 1 / planned_roots. The baseline above each is its own `expected_reward`, from
+    before its tokens were drawn: a root of an earlier step must not be compared with what has been
+    learned from it since. Where nothing was expected, kappa is 0 for the root and all below it.
+
+    If roots are sampled in rounds, those of later rounds do not count as siblings of earlier ones,
+    since whether they were sampled at all depended on the earlier ones. By Wald's identity the sum
+    is then E[roots sampled] / planned_roots times the gradient, for any rule that decides from the
+    past.
 
     A leaf without a reward is left out and the weights of its siblings are scaled to compensate.
     With kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline, and a
@@ -49,16 +53,33 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0, prior: float = 0.0
     shares = _shares(group, children, scored)
     values = _values(group, children, scored, shares)
     baselines: list[float | None] = []
+    kappas: list[float] = []
     advantages: list[float | None] = []
     weights: list[float] = []
     for n, node in enumerate(group.nodes):
-        above = baselines[node.parent] if node.parent >= 0 else prior if kappa > 0 else None
+        if node.parent >= 0:
+            above, own_kappa = baselines[node.parent], kappas[node.parent]
+        else:
+            above = node.expected_reward if kappa > 0 else None
+            own_kappa = 0.0 if above is None else kappa
         siblings = [k for k in children[node.parent] if k != n and _known_to(group, k, n)]
-        baseline = _baseline([values[k] for k in siblings], above, kappa)
+        baseline = _baseline([values[k] for k in siblings], above, own_kappa)
         baselines.append(baseline)
+        kappas.append(own_kappa)
         advantages.append(_difference(values[n], baseline))
         weights.append(shares[n] * (weights[node.parent] if node.parent >= 0 else 1.0))
     return Credit(tuple(advantages), tuple(weights))
+
+
+def with_expected_reward(group: Group, expected: float | None) -> Group:
+    """Set the `expected_reward` of the roots just drawn; those of earlier steps keep theirs."""
+    nodes = (
+        node
+        if node.parent >= 0 or node.old_logprobs is not None
+        else replace(node, expected_reward=expected)
+        for node in group.nodes
+    )
+    return replace(group, nodes=tuple(nodes))
 
 
 def token_coefficients(group: Group, credit: Credit) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ and 0 for repeated text. Tokens whose coefficient is 0 cost nothing in the updat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,22 +51,27 @@ def select(
     z: float,
     objective: Objective,
     leaf_weights: Sequence[np.ndarray] | None = None,
+    *,
+    mask_truncated: bool = False,
 ) -> Selection:
     """Keep the informative groups; with a KL, all that have a reward.
 
     `z` counts all prompts of the step, kept or not: dropped groups would have added 0 to the sum,
     so dropping them must not change the quotient. `leaf_weights` are the down-sampling weights,
-    (leaves,) per group; they multiply completions that share no tokens.
+    (leaves,) per group; they multiply completions that share no tokens. With `mask_truncated` no
+    token is trained that only completions cut off for length have; their rewards stay in the
+    baselines, and they in Z. This is a bias: what they would have taught is missing.
     """
     prompts: list[tuple[int, ...]] = []
     nodes: list[BatchNode] = []
     informative, dropped = [], []
     for i, (group, credit) in enumerate(zip(scored, credits, strict=True)):
         weights = leaf_weights[i] if leaf_weights else np.ones(len(group.rewards))
-        factors = _factors(group.group, weights)
+        masked = _truncated(group.group) if mask_truncated else frozenset[int]()
+        factors = _factors(group.group, weights, masked)
         fresh = _batch_nodes(group, credit, objective, factors, len(prompts), len(nodes))
         informative.append(any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh))
-        dropped.append(_dropped(group, fresh, weights))
+        dropped.append(_dropped(group, fresh, weights, masked))
         if any(reason is None for reason in dropped[-1]):
             prompts.append(group.group.prompt_ids)
             nodes += fresh
@@ -91,9 +96,19 @@ def round_small(credit: Credit, least: float, uniforms: np.ndarray) -> Credit:
     return replace(credit, advantages=tuple(rounded(a, float(u)) for a, u in pairs))
 
 
-def _factors(group: Group, leaf_weights: np.ndarray) -> list[np.ndarray]:
-    """Factor on each token's share, (n,) per node."""
+def _truncated(group: Group) -> frozenset[int]:
+    """Nodes of which every completion was cut off for length."""
+    ends: dict[bool, set[int]] = {True: set(), False: set()}
+    for leaf in group.leaves:
+        ends[leaf.finish_reason == "length"].update(group.path(leaf.node))
+    return frozenset(ends[True] - ends[False])
+
+
+def _factors(group: Group, leaf_weights: np.ndarray, masked: Collection[int]) -> list[np.ndarray]:
+    """Factor on each token's share, (n,) per node; 0 for the masked nodes."""
     factors = importance(group)
+    for n in masked:
+        factors[n] = 0 * factors[n]
     for leaf, weight in zip(group.leaves, leaf_weights, strict=True):
         for n in group.path(leaf.node):
             factors[n] = factors[n] * weight
@@ -115,7 +130,10 @@ def _silence_repetition(group: Group, end: int, factors: list[np.ndarray]) -> No
 
 
 def _dropped(
-    scored: ScoredGroup, nodes: Sequence[BatchNode], weights: np.ndarray
+    scored: ScoredGroup,
+    nodes: Sequence[BatchNode],
+    weights: np.ndarray,
+    masked: Collection[int],
 ) -> tuple[DropReason | None, ...]:
     """Reason each completion has nothing to train; None if it has."""
     group = scored.group
@@ -125,6 +143,8 @@ def _dropped(
             reasons.append(None)
         elif reward is None:
             reasons.append("no reward")
+        elif leaf.node in masked:
+            reasons.append("truncated")
         else:
             reasons.append("no coefficient" if weight else "down-sampled")
     return tuple(reasons)

@@ -19,8 +19,8 @@ from localrl.errors import LocalRLError
 from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums, sampler_correction
 from localrl.learning.objectives import make_objective
 from localrl.learning.pass_logprobs import PassLogprobs
+from localrl.learning.schedule import rate_factor
 from localrl.learning.totals import Totals
-from localrl.policy.lora import adapters_off
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
@@ -52,7 +52,9 @@ class Updater:
         temperature: float,
         warn: Callable[[str], None] = LOGGER.warning,
         beat: Callable[[Work], None] = lambda work: None,
+        planned: int = 0,
     ) -> None:
+        """planned: number of updates of the whole run, for the schedule of the learning rate."""
         self.policy = policy
         self.ranks: Ranks = ALONE
         """The ranks that share each batch."""
@@ -63,6 +65,7 @@ class Updater:
         self.config = config
         self.objective = make_objective(config)
         self.temperature = temperature
+        self._planned = planned
         self._norms: mx.array | None = None
         self.updates = 0
         self.skipped = 0
@@ -72,8 +75,11 @@ class Updater:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next update: rises linearly over the warm-up, then is constant."""
-        return self.config.lr * min(1.0, (self.updates + 1) / (self.config.warmup_steps + 1))
+        """Learning rate of the next update: rises over the warm-up, then follows the schedule."""
+        schedule, warmup = self.config.lr_schedule, self.config.warmup_steps
+        return self.config.lr * rate_factor(
+            schedule, self.updates, warmup=warmup, planned=self._planned
+        )
 
     def update(self, batch: Batch, plan: MemoryPlan) -> StepStats:
         """Update the adapters on one step's batch; an empty batch changes nothing.
@@ -231,10 +237,10 @@ class Updater:
         return sums.loss, sums, own
 
     def _reference(self, micro: MicroBatch, head_chunk: int) -> mx.array | None:
-        """Log-probabilities (N,) without the adapters; None if all KL weights are 0."""
+        """Log-probabilities (N,) under the KL's reference; None if all KL weights are 0."""
         if not micro.kl_weights.any():
             return None
-        with adapters_off(self.policy.model):
+        with self.policy.as_reference():
             logprobs = self._logprobs(micro, head_chunk)
         # Evaluated now so that this pass's activations are freed before the next pass.
         mx.eval(logprobs)

@@ -97,6 +97,8 @@ class Workload:
     engines: tuple[EngineMemory, ...]
     """Engines that may compute the model, the preferred one first."""
     trains: bool = True
+    reference: bool = False
+    """True if the adapters that the run begins with are kept, as the KL's reference."""
 
     def engine(self, sizes: Sizes, *, dense: bool) -> EngineMemory:
         """Return the engine that computes such a model. dense: its weights are dequantised."""
@@ -126,7 +128,7 @@ class Estimate:
 
     weights: int
     adapters: int
-    """Adapters with their two Adam moments."""
+    """Adapters with their two Adam moments, and those of the KL's reference."""
     loading: int
     """Extra bytes while loading: the largest matrix as stored, while it is cast to float32."""
     prompts: int
@@ -180,7 +182,7 @@ def estimate(
     linear, quadratic, head = (round(f * part) for f, part in zip(factors, parts, strict=True))
     return Estimate(
         weights=weights,
-        adapters=3 * adapter + engine.copies(sizes, workload),
+        adapters=(3 + workload.reference) * adapter + engine.copies(sizes, workload),
         loading=_largest(sizes) if on_cpu else 0,
         merged=engine.decode_weights(sizes),
         prompts=prompts,

@@ -11,8 +11,10 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import date
+from typing import Any, TypeVar
 
+from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.processes.worker import Reply, Worker
 
@@ -32,6 +34,7 @@ KEPT = 8 << 20
 THINKING = {"auto": None, "on": True, "off": False}
 """Values of `model.thinking`; `auto` leaves the choice to the template."""
 
+Value = TypeVar("Value")
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
@@ -44,6 +47,8 @@ class ChatTemplate:
     """Templates by name: `default`, and `tool_use` if a model has a separate one for tools."""
     variables: Mapping[str, Any]
     """Variables besides the conversation: special tokens, `enable_thinking`."""
+    date: str | None = None
+    """The day that the template sees, as YYYY-MM-DD; None for today."""
     _texts: dict[str, str] = field(default_factory=dict)
     _size: int = 0
 
@@ -59,11 +64,32 @@ class ChatTemplate:
         Raises: DataError if the template refuses one; ConfigError if it takes too much time or
         memory, or produces too much text.
         """
+        return [
+            settled(result)
+            for result in self.attempt(
+                conversations, tools=tools, add_generation_prompt=add_generation_prompt
+            )
+        ]
+
+    def attempt(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        tools: Tools | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[str | DataError]:
+        """Render each conversation to text, or return the error that `render` would raise for it.
+
+        Raises: ConfigError if the template takes too much time or memory, or produces too much
+        text.
+        """
         keys = [
             json.dumps([list(map(dict, messages)), tools, add_generation_prompt], default=repr)
             for messages in conversations
         ]
-        found = {key: self._texts[key] for key in keys if key in self._texts}
+        found: dict[str, str | DataError] = {
+            key: self._texts[key] for key in keys if key in self._texts
+        }
         missing = {
             key: messages
             for key, messages in zip(keys, conversations, strict=True)
@@ -71,9 +97,9 @@ class ChatTemplate:
         }
         for start in range(0, len(missing), BATCH):
             some = dict(list(missing.items())[start : start + BATCH])
-            texts = self._call(list(some.values()), tools, add_generation_prompt)
-            found |= zip(some, texts, strict=True)
-        self._keep({key: found[key] for key in missing})
+            results = self._call(list(some.values()), tools, add_generation_prompt)
+            found |= zip(some, results, strict=True)
+        self._keep({key: text for key in missing if isinstance(text := found[key], str)})
         return [found[key] for key in keys]
 
     def source(self, tools: Tools | None) -> str:
@@ -90,7 +116,7 @@ class ChatTemplate:
 
     def _call(
         self, conversations: Sequence[Messages], tools: Tools | None, add_generation_prompt: bool
-    ) -> list[str]:
+    ) -> list[str | DataError]:
         reply = _worker().call(
             "localrl.policy.template:render",
             {
@@ -100,6 +126,7 @@ class ChatTemplate:
                 "tools": tools,
                 "add_generation_prompt": add_generation_prompt,
                 "limit": TEXT_LIMIT,
+                "date": self.date,
             },
         )
         if not reply.ok:
@@ -107,14 +134,11 @@ class ChatTemplate:
                 f"The model's chat template is refused: rendering it {_told(reply)}. Fix the "
                 "template in the model's folder, or use another model."
             )
-        if "refused" in reply.value:
-            culprit = conversations[len(reply.value["texts"])]
-            reason = _plain(reply.value["refused"].rstrip("."))
-            raise DataError(
-                f"The model's chat template cannot render the conversation {_shown(culprit)}: "
-                f"{reason}. Change the task's messages, or use another model."
-            )
-        return reply.value["texts"]
+        refused = reply.value["refused"]
+        return [
+            _refusal(conversations[index], refused[str(index)]) if text is None else text
+            for index, text in enumerate(reply.value["texts"])
+        ]
 
     def _keep(self, texts: Mapping[str, str]) -> None:
         """Cache the texts, and evict the oldest ones beyond the bound."""
@@ -124,6 +148,13 @@ class ChatTemplate:
         while self._size > KEPT:
             key = next(iter(self._texts))
             self._size -= len(key) + len(self._texts.pop(key))
+
+
+def settled(result: Value | DataError) -> Value:
+    """Return a result, or raise the error that stands in its place."""
+    if isinstance(result, DataError):
+        raise result
+    return result
 
 
 def thinking_switch(template: Mapping[str, str], wish: str) -> dict[str, bool]:
@@ -142,9 +173,44 @@ def thinking_switch(template: Mapping[str, str], wish: str) -> dict[str, bool]:
     return {"enable_thinking": value}
 
 
+def read_template(inner: Any, wish: ModelConfig) -> ChatTemplate | None:
+    """Return the folder's template; None if there is none, it is not wanted, or mlx-lm has its own
+    code for it.
+
+    inner: mlx-lm's tokenizer. Raises: ConfigError for settings that cannot be had.
+    """
+    source = inner.chat_template
+    if source is None or inner._chat_template is not None or wish.chat_template == "off":
+        if wish.thinking != "auto":
+            thinking_switch({}, wish.thinking)
+        return None
+    sources: Mapping[str, str] = source if isinstance(source, dict) else {"default": source}
+    tokens = {name: _token(token) for name, token in inner.special_tokens_map.items()}
+    variables = {**tokens, **thinking_switch(sources, wish.thinking)}
+    return ChatTemplate(sources, variables, _checked_date(wish.template_date))
+
+
+def _checked_date(text: str | None) -> str | None:
+    try:
+        return text and date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ConfigError(f"model.template_date is {text!r}: {error}. Write YYYY-MM-DD.") from None
+
+
+def _token(token: Any) -> Any:
+    return [str(t) for t in token] if isinstance(token, (list, tuple)) else str(token)
+
+
 def _told(reply: Reply) -> str:
     message = _plain(reply.message.rstrip("."))
     return f"failed with {message}" if reply.failure == "raised" else message
+
+
+def _refusal(messages: Messages, reason: str) -> DataError:
+    return DataError(
+        f"The model's chat template cannot render the conversation {_shown(messages)}: "
+        f"{_plain(reason.rstrip('.'))}. Change the task's messages, or use another model."
+    )
 
 
 def _shown(messages: Messages) -> str:

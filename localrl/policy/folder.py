@@ -16,7 +16,7 @@ from typing import Any
 
 from localrl.errors import ConfigError
 from localrl.policy.files import MODEL_FILES
-from localrl.utils.stored_formats import stored_format
+from localrl.utils.stored_formats import check_stored, stored_format
 
 WEIGHTS = "model*.safetensors"
 """Pattern of the only files that weights are read from, as in mlx-lm."""
@@ -28,6 +28,9 @@ INDEX = "model.safetensors.index.json"
 
 MODELOPT = "hf_quant_config.json"
 """Settings of a quantisation by ModelOpt."""
+
+CACHED = "models--"
+"""Beginning of the names of folders in the Hub's cache."""
 
 MEGABYTE = 1_000_000
 SIZES = {
@@ -74,8 +77,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     found = check_texts(folder)
     config = found["config.json"]
-    _check_config(folder, config, _tensors(folder, found.get(INDEX, {})))
+    tensors = _tensors(folder, found.get(INDEX, {}))
+    _check_config(folder, config, len(tensors))
     stored_format(config)
+    check_stored(config, tensors)
     return config
 
 
@@ -85,10 +90,7 @@ def check_texts(folder: Path) -> dict[str, dict[str, Any]]:
     Raises: ConfigError saying what is missing or refused.
     """
     if not folder.is_dir() or not (folder / "config.json").exists():
-        raise ConfigError(
-            f"There is no model in {folder} (no config.json). Pass the folder of an MLX or Hugging "
-            "Face model with --model, or omit --model to use the embedded one."
-        )
+        raise ConfigError(f"There is no model in {folder} (no config.json). {_instead_of(folder)}")
     try:
         _check_files(folder)
         found = {name: read_object(folder / name) for name in PARSED if (folder / name).exists()}
@@ -98,6 +100,40 @@ def check_texts(folder: Path) -> dict[str, dict[str, Any]]:
     if MODELOPT in found:  # where mlx-lm looks if config.json has none
         found["config.json"].setdefault("quantization_config", found[MODELOPT])
     return found
+
+
+def hub_name(folder: Path) -> str | None:
+    """Return user/name if a path is in the folder that the Hub's cache has for a model."""
+    place = _cached(folder)
+    return place.name.removeprefix(CACHED).replace("--", "/") if place else None
+
+
+def _cached(folder: Path) -> Path | None:
+    """Return the folder of the Hub's cache, one for each model, that a path is in."""
+    path = Path(os.path.abspath(folder))
+    return next((p for p in (path, *path.parents) if p.name.startswith(CACHED)), None)
+
+
+def _instead_of(folder: Path) -> str:
+    """Say which model to pass instead of a folder that has none."""
+    place, name = _cached(folder), hub_name(folder)
+    if place is None or name is None:
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        if inside:
+            return f"There is one in {inside[0]}: pass that folder with --model."
+        return (
+            "Pass the folder of an MLX or Hugging Face model with --model, or omit --model to use "
+            "the embedded one."
+        )
+    snapshots = sorted(path.parent for path in place.glob("snapshots/*/config.json"))
+    if not snapshots:
+        return f"The Hub's cache has only a part of {name}. Fetch it with `localrl pull {name}`."
+    from huggingface_hub import constants
+
+    usual = place.parent == Path(os.path.abspath(constants.HF_HUB_CACHE)) and "/" in name
+    return (
+        f"The folder is the Hub's cache of {name}. Pass --model {name if usual else snapshots[0]}."
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -168,8 +204,8 @@ def _is_within(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(home)
 
 
-def _tensors(folder: Path, index: Mapping[str, Any]) -> int:
-    """Count the tensors in the weight files; their headers are parsed strictly.
+def _tensors(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """Return the number format of every tensor in the weight files; headers are parsed strictly.
 
     Raises: ConfigError if there is no weight file, or one is missing, damaged or outside the
     folder.
@@ -185,14 +221,15 @@ def _tensors(folder: Path, index: Mapping[str, Any]) -> int:
         raise ConfigError(f"Cannot load the model in {folder}: {_no_weights(folder)}")
     from safetensors import SafetensorError, safe_open
 
-    count = 0
+    found: dict[str, str] = {}
     for path in files:
         try:
             with safe_open(path, "numpy") as weights:
-                count += len(weights.keys())
+                names = weights.keys()
+                found |= {name: weights.get_slice(name).get_dtype() for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise ConfigError(f"{path} is not a valid safetensors file: {error}.") from None
-    return count
+    return found
 
 
 def _index_names(folder: Path, index: Mapping[str, Any]) -> set[str]:

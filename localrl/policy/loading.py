@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from localrl.errors import ConfigError
 from localrl.gguf.convert import WrongHash, as_folder
 from localrl.gguf.reader import is_gguf
 from localrl.policy.files import MODEL_FILES
+from localrl.policy.folder import hub_name
 from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel, other_file, packaged_file
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,6 +55,17 @@ def find_model(name: str | None, tell: Callable[[str], None] = _tell) -> Path:
         f"The model {name!r} is not on this machine: there is no such folder, and it is not "
         f"complete in the Hub's cache. Fetch it with `localrl pull {name}`."
     )
+
+
+def shown_name(name: str | None, folder: Path) -> str:
+    """Return what to call a model in front of people: the name it was given by, without folders.
+
+    folder: where `find_model` found it, which may be a folder of a cache, called by a hash.
+    """
+    if name is None:
+        return folder.name
+    given = Path(os.path.abspath(Path(name).expanduser()))
+    return name if not given.exists() else hub_name(given) or given.name
 
 
 def packaged_folder(model: PackagedModel, tell: Callable[[str], None] = _tell) -> Path:

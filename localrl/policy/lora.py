@@ -237,7 +237,7 @@ def _routers(model: Any) -> set[str]:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Turn the model into the reference policy within this context, by setting adapter scales to 0.
+    """Turn the model into that without adapters within this context, by setting their scales to 0.
 
     A graph keeps the scale it was built with, so arrays built inside may be evaluated outside.
     """
@@ -250,3 +250,17 @@ def adapters_off(model: Any) -> Iterator[None]:
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
+
+
+@contextmanager
+def other_adapters(model: Any, weights: Mapping[str, mx.array]) -> Iterator[None]:
+    """Give the adapters other weights within this context, by name as in `fill`.
+
+    A graph keeps the arrays it was built with, so arrays built inside may be evaluated outside.
+    """
+    own: Any = tree_flatten(model.trainable_parameters())
+    try:
+        model.load_weights(list(weights.items()), strict=False)
+        yield
+    finally:
+        model.load_weights(own, strict=False)

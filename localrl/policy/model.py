@@ -6,6 +6,7 @@ Loading goes through mlx-lm and never touches the network: a model is a folder o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from localrl.backend import mx
 from localrl.errors import ConfigError
 from localrl.policy.engine import Engine
 from localrl.policy.folder import check_folder
-from localrl.policy.precision import float_kinds, match_embeddings, quantise
+from localrl.policy.lora import adapters_off, other_adapters
+from localrl.policy.precision import check_weights, float_kinds, match_embeddings, quantise
 from localrl.policy.rope import rope_settings
 from localrl.policy.selfcheck import Check
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
+
+SHOWN = 4
+"""Lines shown of an error."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class Policy:
     """The format of the base's floats; None if nothing was chosen."""
     checks: list[Check] = field(default_factory=list)
     """The self-checks made so far: one may be made as late as in the first update."""
+    reference: Mapping[str, mx.array] | None = None
+    """Adapters of the KL's reference, by parameter; None: the model without adapters."""
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Turn the model into the KL's reference within a context."""
+        if self.reference is None:
+            return adapters_off(self.model)
+        return other_adapters(self.model, self.reference)
 
     @property
     def sixteen_bit(self) -> bool:
@@ -95,13 +108,12 @@ def load_model(
     folder: Path,
     *,
     quantize: int = 0,
-    thinking: str = "auto",
     tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """Load a model folder through mlx-lm; weights are read when first used.
 
-    quantize: bits per weight; 0 leaves them as stored. thinking: see `load_tokenizer`.
-    tokenizer: the folder's tokenizer, if it has already been loaded.
+    quantize: bits per weight; 0 leaves them as stored. tokenizer: the folder's tokenizer, if it has
+    already been loaded.
 
     Raises: ConfigError if the folder is refused or cannot be read as a model.
     """
@@ -113,7 +125,7 @@ def load_model(
     def read() -> Any:
         return _read(folder, config, quantize)
 
-    return LoadedModel(read(), tokenizer or load_tokenizer(folder, thinking=thinking), read)
+    return LoadedModel(read(), tokenizer or load_tokenizer(folder), read)
 
 
 def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:
@@ -126,6 +138,7 @@ def _read(folder: Path, config: Mapping[str, Any], quantize: int) -> Any:
         raise
     except Exception as error:  # a family's own code reads an unchecked configuration
         raise ConfigError(f"Cannot load the model in {folder}: {_told(error, config)}") from error
+    check_weights(model)
     if quantize not in (0, _stored_bits(config)):
         quantise(model, quantize)
     match_embeddings(model)
@@ -141,6 +154,9 @@ def _stored_bits(config: Mapping[str, Any]) -> int:
 
 def _told(error: Exception, config: Mapping[str, Any]) -> str:
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    lines = text.splitlines()
+    if len(lines) > SHOWN + 1:  # mlx-lm names every tensor that does not fit, one a line
+        text = " ".join([*lines[:SHOWN], f"and {len(lines) - SHOWN} more."])
     if "auto_map" in config and "not supported" in text:
         return f"{text} It needs its own code (auto_map); localrl runs no code from models."
     return text

@@ -14,6 +14,7 @@ from typing import Any
 from localrl.backend import mx, nn, tree_flatten, tree_unflatten
 from localrl.errors import ConfigError
 from localrl.policy.lora import is_experts
+from localrl.utils.stored_formats import WAY_OUT
 
 
 def to_float32(model: nn.Module) -> None:
@@ -36,6 +37,21 @@ def cast_floats(model: nn.Module, dtype: mx.Dtype, *, only: mx.Dtype | None = No
             model.update(tree_unflatten([(name, array)]))
         mx.eval(array)
     match_embeddings(model)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that every layer's weight is floats, or packed with scales.
+
+    Raises: ConfigError for one that is not: MLX would compute with its integers.
+    """
+    for path, module in model.named_modules():
+        weight = module.get("weight")
+        if weight is None or "scales" in module or mx.issubdtype(weight.dtype, mx.floating):
+            continue
+        raise ConfigError(
+            f"The layer {path} was loaded as {str(weight.dtype).removeprefix('mlx.core.')}, which "
+            f"is neither floats nor a quantisation that MLX knows. {WAY_OUT}"
+        )
 
 
 def match_embeddings(model: nn.Module) -> None:

@@ -31,32 +31,39 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
     limit: int,
+    date: str | None,
 ) -> dict[str, Any]:
     """Render conversations to `texts`, one each, of at most `limit` characters.
 
-    If the template cannot render one, `texts` ends before it and `refused` says why.
+    The text of one that the template cannot render is None; `refused` says why, by its index.
 
-    variables: further variables for the template: special tokens and switches.
+    variables: further variables for the template: special tokens and switches. date: the day that
+    the template sees, as YYYY-MM-DD; None for today.
 
     Raises: TemplateError if the template is not valid, OverflowError if a text is too long.
     """
     compiled = _compile(template)
-    texts: list[str] = []
-    for messages in conversations:
+    moment = None if date is None else datetime.fromisoformat(date)
+    texts: list[str | None] = []
+    refused: dict[str, str] = {}
+    for index, messages in enumerate(conversations):
         pieces = compiled.generate(
             messages=[_message(message) for message in messages],
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
+            strftime_now=lambda form: (moment or datetime.now()).strftime(form),
             **variables,
         )
         try:
             texts.append(_join(pieces, limit))
         except jinja2.TemplateError as error:
-            return {"texts": texts, "refused": str(error)}
+            refused[str(index)] = str(error)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
-            return {"texts": texts, "refused": f"{type(error).__name__}: {error}"}
-    return {"texts": texts}
+            refused[str(index)] = f"{type(error).__name__}: {error}"
+        if len(texts) == index:
+            texts.append(None)
+    return {"texts": texts, "refused": refused}
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,7 +74,6 @@ def _compile(template: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
         "dict": _Dictionary(),
         "namespace": _PlainNamespace,
     }

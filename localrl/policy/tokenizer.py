@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from localrl.errors import ConfigError
-from localrl.policy.chat import ChatTemplate, Messages, Tools, thinking_switch
+from localrl.config import ModelConfig
+from localrl.errors import ConfigError, DataError
+from localrl.policy.chat import ChatTemplate, Messages, Tools, read_template, settled
 from localrl.policy.folder import check_texts
+from localrl.policy.prompt_format import EXCHANGE, begins_with, continued, end_of_turn, named_ends
+from localrl.records import Example
 
 UNFINISHED = "\ufffd"
 """Replacement character that tokenizers emit for bytes that do not form a character."""
@@ -17,6 +21,7 @@ PLAIN_TEXT = "the sum of 12 and 30 is 42, that of 7 and 8 is 15, and a week has 
 """Text of the tokens that self-checks use."""
 PLAIN_TOKENS = 16
 """Minimum number of them."""
+PLAIN_SETTINGS = ModelConfig()
 MOST_OPEN = 8
 """Maximum number of tokens buffered to complete a character, which has at most four bytes."""
 
@@ -29,8 +34,16 @@ class Tokenizer:
     end_ids: frozenset[int]
     """Tokens that end a completion."""
     chat: ChatTemplate | None = None
-    """Chat template; None if the folder has none: contents are then joined by newlines, or rendered
-    by a family's own Python code in mlx-lm."""
+    """Chat template; None if the folder has none or it is not used: contents are then joined by
+    newlines, or rendered by a family's own Python code in mlx-lm."""
+    begin_ids: tuple[int, ...] = ()
+    """Tokens that a text without a template begins with, such as the beginning of sequence."""
+    joins: bool = False
+    """True if the contents of messages are joined by newlines."""
+    rendered_end: int | None = None
+    """Token that the chat template writes after a turn of the model; None if it writes none."""
+    unnamed: bool = False
+    """True if neither the model's configuration nor the settings name that token."""
     _known: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
     """Texts of single tokens already seen by `pieces`."""
 
@@ -43,20 +56,27 @@ class Tokenizer:
 
         Raises: DataError or ConfigError, see `ChatTemplate.render`.
         """
-        return self.render_all([messages], tools, add_generation_prompt)[0]
+        return settled(self.attempt([messages], tools, add_generation_prompt)[0])
 
-    def render_all(
+    def attempt(
         self,
         conversations: Sequence[Messages],
         tools: Tools | None = None,
         add_generation_prompt: bool = True,
-    ) -> list[str]:
-        """Render many conversations at once, which is faster than `render` for each."""
+    ) -> list[str | DataError]:
+        """Render many conversations at once; an error stands in the place of one that cannot be.
+
+        Raises: ConfigError, see `ChatTemplate.attempt`.
+        """
         if self.chat is not None:
-            return self.chat.render(
+            return self.chat.attempt(
                 conversations, tools=tools, add_generation_prompt=add_generation_prompt
             )
-        if not self.inner.has_chat_template:
+        if self.joins and tools:
+            return [DataError("Without a chat template the model cannot be shown `tools`.")] * len(
+                conversations
+            )
+        if self.joins:
             return ["\n".join(map(_content, messages)) for messages in conversations]
         return [
             self.inner.apply_chat_template(
@@ -68,17 +88,83 @@ class Tokenizer:
             for messages in conversations
         ]
 
+    def prompt_texts(self, examples: Sequence[Example]) -> list[str | DataError]:
+        """Render the prompts of many examples at once, with their tools.
+
+        A prompt that ends in the beginning of the model's turn ends there. An error stands in the
+        place of a prompt that cannot be rendered.
+
+        Raises: ConfigError, see `ChatTemplate.attempt`.
+        """
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, example in enumerate(examples):
+            begun = bool(example.begun) and not self.joins
+            groups.setdefault((json.dumps(example.tools), begun), []).append(index)
+        texts: dict[int, str | DataError] = {}
+        for (_, begun), indices in groups.items():
+            some = [examples[index] for index in indices]
+            rendered = self._begun_texts(some) if begun else self._texts(some)
+            texts |= zip(indices, rendered, strict=True)
+        return [texts[index] for index in range(len(examples))]
+
+    def _texts(self, examples: Sequence[Example]) -> list[str | DataError]:
+        """Render prompts with the same tools."""
+        return self.attempt([e.messages for e in examples], examples[0].tools or None)
+
+    def _begun_texts(self, examples: Sequence[Example]) -> list[str | DataError]:
+        """The same of prompts that end in the beginning of the model's turn."""
+        tools = examples[0].tools or None
+        before = self.attempt([example.messages[:-1] for example in examples], tools)
+        whole = self.attempt([example.messages for example in examples], tools, False)
+        return [
+            next(
+                (part for part in (one, other) if isinstance(part, DataError)),
+                None,
+            )
+            or continued(str(one), str(other), example.begun)
+            for example, one, other in zip(examples, before, whole, strict=True)
+        ]
+
+    def attempt_prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...] | DataError]:
+        """Encode many prompts at once; an error stands in the place of one that cannot be."""
+        found: list[tuple[int, ...] | DataError] = []
+        for text in self.prompt_texts(examples):
+            try:
+                found.append(self.encode_prompt_text(settled(text)))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    def encode_prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """Encode the prompts of many examples at once, which is faster than one by one.
+
+        Raises: DataError or ConfigError, see `ChatTemplate.render`.
+        """
+        return [settled(ids) for ids in self.attempt_prompts(examples)]
+
     def encode(self, messages: Messages, *, tools: Tools | None = None) -> tuple[int, ...]:
         """Encode a prompt to token ids. Special tokens come only from the template."""
-        return self.encode_text(self.render(messages, tools=tools))
+        return self.encode_prompts([Example("", tuple(messages), tools=tuple(tools or ()))])[0]
 
-    def encode_all(self, conversations: Sequence[Messages]) -> list[tuple[int, ...]]:
-        """Encode many conversations at once, which is faster than `encode` for each."""
-        return [self.encode_text(text) for text in self.render_all(conversations)]
+    def encode_prompt_text(self, text: str) -> tuple[int, ...]:
+        """Encode a whole prompt as rendered.
+
+        Without a template it begins as the model's texts do, see `begin_ids`, as in transformers.
+        """
+        ids, begin = self.encode_text(text), self.begin_ids
+        return ids if ids[: len(begin)] == begin else (*begin, *ids)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Encode a rendered text without adding special tokens."""
-        return tuple(self.inner.encode(text, add_special_tokens=False))
+        """Encode a rendered text without adding special tokens.
+
+        Raises: DataError if it is not valid Unicode.
+        """
+        try:
+            return tuple(self.inner.encode(text, add_special_tokens=False))
+        except (TypeError, UnicodeEncodeError):
+            raise DataError(
+                f"A text holds half of a character, which no tokenizer can read: {text!a:.80}."
+            ) from None
 
     def plain_tokens(self) -> tuple[int, ...]:
         """Encode a plain sentence as the model begins a text: ordinary tokens for self-checks.
@@ -102,8 +188,8 @@ class Tokenizer:
         return "".join(c for c in characters if token in self.encode_text(c))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode a completion, without special tokens."""
-        return self.inner.decode(list(token_ids), skip_special_tokens=True)
+        """Decode what the model wrote: every token but those that end a completion."""
+        return self._plain([token for token in token_ids if token not in self.end_ids])
 
     def pieces(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text that each token adds, special tokens by name; for people only.
@@ -140,13 +226,13 @@ class Tokenizer:
         )
 
 
-def load_tokenizer(folder: Path, *, thinking: str = "auto") -> Tokenizer:
+def load_tokenizer(folder: Path, wish: ModelConfig = PLAIN_SETTINGS) -> Tokenizer:
     """Load the tokenizer in a model folder, without the network and without the folder's code.
 
-    thinking: `on` or `off` sets it in templates that support `enable_thinking`.
+    wish: how prompts are made (thinking, chat_template, template_date) and more end tokens.
 
     Raises: ConfigError if there is none, if the folder is refused, if it names no end token, or if
-    thinking cannot be switched.
+    something in `wish` cannot be had.
     """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load
@@ -157,28 +243,36 @@ def load_tokenizer(folder: Path, *, thinking: str = "auto") -> Tokenizer:
         inner = load(folder, {"trust_remote_code": False}, eos_token_ids=ends)
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise ConfigError(f"Cannot load the tokenizer in {folder}: {error}") from error
-    ends = frozenset(int(token) for token in inner.eos_token_ids)
+    chat = read_template(inner, wish)
+    joins = wish.chat_template == "off" or not inner.has_chat_template
+    named = {*map(int, inner.eos_token_ids), *named_ends(inner, wish.end_tokens)}
+    begin = begins_with(inner) if joins else ()
+    tokenizer = Tokenizer(inner, frozenset(named), chat, begin, joins)
+    end = _rendered_end(tokenizer)
+    ends = frozenset(named if end is None else {*named, end})
     if not ends:
         raise ConfigError(
-            f"The tokenizer in {folder} names no end token, so sampling would not stop."
+            f"The tokenizer in {folder} names no end token, so sampling would not stop. Name it "
+            "with model.end_tokens."
         )
-    return Tokenizer(inner, ends, _chat(inner, thinking))
+    inner.eos_token_ids = ends  # for mlx-lm's own generation
+    return replace(tokenizer, end_ids=ends, rendered_end=end, unnamed=end not in {None, *named})
 
 
-def _chat(inner: Any, thinking: str) -> ChatTemplate | None:
-    """Return the folder's template; None if there is none or mlx-lm has its own code for it."""
-    source = inner.chat_template
-    if source is None or inner._chat_template is not None:
-        if thinking != "auto":
-            thinking_switch({}, thinking)
+def _rendered_end(tokenizer: Tokenizer) -> int | None:
+    """Return the token that the chat template writes after a turn of the model, if it does.
+
+    Raises: ConfigError, see `ChatTemplate.render`.
+    """
+    if tokenizer.chat is None:
         return None
-    sources: Mapping[str, str] = source if isinstance(source, dict) else {"default": source}
-    tokens = {name: _plain(token) for name, token in inner.special_tokens_map.items()}
-    return ChatTemplate(sources, {**tokens, **thinking_switch(sources, thinking)})
-
-
-def _plain(token: Any) -> Any:
-    return [str(t) for t in token] if isinstance(token, (list, tuple)) else str(token)
+    last, middle = tokenizer.attempt(
+        [EXCHANGE, (*EXCHANGE, EXCHANGE[0])], add_generation_prompt=False
+    )
+    if isinstance(last, DataError):  # it renders no such turn
+        return None
+    more = "" if isinstance(middle, DataError) else middle
+    return end_of_turn(last, more, tokenizer.inner, tokenizer.end_ids)
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -13,10 +13,8 @@ from typing import Any
 
 from localrl.errors import ConfigError, DataError
 from localrl.policy.chat import Tools
+from localrl.policy.prompt_format import ASKED, EXCHANGE, STAND_IN, THINKS, THINKS_END
 from localrl.policy.tokenizer import Tokenizer
-
-STAND_IN = "stand-in"
-"""Placeholder for the model's turn in the conversation that the template renders."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def answer_ids(
     turn: dict[str, Any] = {"role": "assistant", "content": STAND_IN}
     if calls:
         turn["tool_calls"] = [call.as_message() for call in calls]
-    before = [{"role": "user", "content": "question"}, turn]
+    before = [{"role": "user", "content": ASKED}, turn]
     try:
         whole = tokenizer.render([*before, *messages], tools=tools)
         head = tokenizer.render(before, tools=tools, add_generation_prompt=False)
@@ -107,20 +105,38 @@ def check_template(
         )
 
 
-def read_calls(tokenizer: Tokenizer, token_ids: Sequence[int], tools: Tools) -> list[ToolCall]:
+def read_calls(
+    tokenizer: Tokenizer, token_ids: Sequence[int], tools: Tools, *, begun: str = ""
+) -> list[ToolCall]:
     """Parse the calls in a turn, in the format of the model's template; empty if there are none.
+
+    Calls that the model only thinks about are none: those before the end of its thoughts.
+    begun: the beginning of the turn, if the prompt gave one.
 
     Raises: ConfigError if the format of the model's calls is unknown.
     """
     inner = tokenizer.inner
     check_tools(tokenizer)
-    text = inner.decode([t for t in token_ids if t not in tokenizer.end_ids])
+    text = _after_thoughts(tokenizer, begun + tokenizer.decode(token_ids))
     pieces = text.split(inner.tool_call_start)[1:]
     found: list[ToolCall] = []
     for piece in pieces:
         inside = piece.partition(inner.tool_call_end)[0] if inner.tool_call_end else piece
         found += _parse(inner.tool_parser, inside, tools)
     return found
+
+
+def _after_thoughts(tokenizer: Tokenizer, text: str) -> str:
+    """Return what follows the last end of thoughts; nothing if thoughts have begun and go on.
+
+    Some templates begin the thoughts themselves, at the end of the prompt.
+    """
+    begin, end = tokenizer.inner.think_start or THINKS, tokenizer.inner.think_end or THINKS_END
+    _, ended, after = text.rpartition(end)
+    if ended:
+        return after
+    begun = begin in text or tokenizer.render(EXCHANGE[:1]).rstrip().endswith(begin)
+    return "" if begun else text
 
 
 def check_tools(tokenizer: Tokenizer) -> None:

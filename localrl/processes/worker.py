@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from localrl.errors import DataError
+from localrl.processes.process_limit import family, tasks_of_user, worker_room
 from localrl.processes.worker_child import HEADER, plain
 
-FailureKind = Literal["raised", "timeout", "memory", "died", "bad reply"]
+FailureKind = Literal["raised", "timeout", "memory", "processes", "died", "bad reply"]
 
 REPLY_LIMIT = 1 << 28
 CHUNK = 1 << 20
@@ -73,6 +74,9 @@ class Worker:
         count; each of them may take `start_limit_s`.
     memory_limit_bytes: resident memory of the child itself, checked every few milliseconds while
         a call runs; None for no limit. Processes that the function starts are not counted.
+
+    The child and all that it starts may be some thousand processes, enough for pools. The kernel
+    enforces this for every user but root; for root it is checked, on Linux, while a call runs.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class Worker:
             return resolved
         given = {name: kwargs[name] for name in kwargs if self._named(target, name)}
         made = {name: by for name, by in (through or {}).items() if name in given}
-        return self._request(_encode_call(target, given, state, made), limit_s or self.time_limit_s)
+        return self._request(encode_call(target, given, state, made), limit_s or self.time_limit_s)
 
     def wants(self, target: str, name: str) -> bool:
         """Return True if the function would be given an argument of this name, or is not known."""
@@ -166,7 +170,10 @@ class Worker:
             self._child = _Child(self.memory_limit_bytes)
         except OSError as error:
             return Reply(failure="died", message=f"its process could not be started: {error}")
-        return self._request(_encode({"op": "start", "sys_path": sys.path}), self.start_limit_s)
+        tasks = tasks_of_user()
+        limit = None if tasks is None else tasks + worker_room()
+        message = {"op": "start", "sys_path": sys.path, "processes": limit}
+        return self._request(_encode(message), self.start_limit_s)
 
     def _request(self, data: bytes, limit_s: float) -> Reply:
         assert self._child is not None
@@ -185,6 +192,7 @@ class _Child:
 
     def __init__(self, memory_limit_bytes: int | None) -> None:
         self._memory_limit = memory_limit_bytes
+        self._process_limit = worker_room()
         self._next_poll = 0.0
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
@@ -262,24 +270,30 @@ class _Child:
         """Wait until the socket is ready; data that has arrived counts even after the deadline."""
         self._selector.modify(self._socket, event)
         while True:
-            self._check_memory()
+            self._check_use()
             left = deadline - time.monotonic()
             if self._selector.select(min(max(left, 0.0), MEMORY_POLL_S)):
                 return
             if left <= 0:
                 raise _Failed("timeout", f"gave no answer within the limit of {limit_s:g} s")
 
-    def _check_memory(self) -> None:
+    def _check_use(self) -> None:
         now = time.monotonic()
-        if self._memory_limit is None or now < self._next_poll:
+        if now < self._next_poll:
             return
         self._next_poll = now + MEMORY_POLL_S
+        if len(family(self._process.pid, self._process_limit)) >= self._process_limit:
+            raise _Failed("processes", f"started more than {self._process_limit} processes")
+        if self._memory_limit is not None:
+            self._check_memory(self._memory_limit)
+
+    def _check_memory(self, limit: int) -> None:
         used = resident_bytes(self._process.pid)
         if used is None:
             self._memory_limit = None
             logger.warning("this system does not report a process's memory: no limit is set")
-        elif used > self._memory_limit:
-            used_mb, limit_mb = used / 1e6, self._memory_limit / 1e6
+        elif used > limit:
+            used_mb, limit_mb = used / 1e6, limit / 1e6
             raise _Failed("memory", f"used {used_mb:.0f} MB; the limit is {limit_mb:.0f} MB")
 
 
@@ -305,12 +319,16 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, default=plain).encode()
 
 
-def _encode_call(
+def encode_call(
     target: str,
     kwargs: Mapping[str, Any],
     state: Mapping[str, Any] | None,
     through: Mapping[str, str],
 ) -> bytes:
+    """Return the message of a call.
+
+    Raises: DataError for an argument that JSON cannot hold.
+    """
     message: dict[str, Any] = {"op": "call", "target": target, "kwargs": dict(kwargs)}
     if through:
         message["through"] = dict(through)

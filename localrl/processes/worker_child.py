@@ -7,6 +7,7 @@ started it is not imported again, and heavy modules load only if the called func
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,13 +17,15 @@ import json
 import os
 import queue
 import re
+import resource
 import socket
 import struct
 import sys
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
@@ -33,6 +36,7 @@ TRACEBACK_LIMIT = 8000
 MESSAGE_LIMIT = 300
 SHOWN_LIMIT = 1000
 FACTORY_CALL = re.compile(r"(.+?:[A-Za-z_][\w.]*)\((.*)\)", re.DOTALL)
+NO_LIMIT = (None, resource.RLIM_INFINITY)
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -67,24 +71,51 @@ class CappedOutput(io.RawIOBase):
 
 
 def load_file(path: Path) -> ModuleType:
-    """Load the module in a Python file, which is run once and may import its neighbours."""
+    """Load the module in a Python file, which is run once and may import its neighbours.
+
+    Its name is one that processes started by the functions can import, as multiprocessing needs
+    where it does not fork: the file's, or one of `FileFinder` if another module has that name.
+    """
     if not path.is_file():
         raise NotFound(f"there is no file {path}")
-    name = f"{path.stem}_{zlib.crc32(os.fsencode(path)):08x}"  # a name may occur in two folders
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise NotFound(f"{path} is not a Python file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    importlib.invalidate_caches()
+    return importlib.import_module(path.stem if is_found(path) else own_name(path))
+
+
+def is_found(path: Path) -> bool:
+    """Return True if importing the file's name would load this very file."""
+    name = path.stem
+    if name in sys.modules:
+        found = getattr(sys.modules[name], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        found = spec.origin if spec else None
+    return found is not None and Path(found).resolve() == path
+
+
+def own_name(path: Path) -> str:
+    """Return a module's name that no file in another folder has."""
+    return f"{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{zlib.crc32(os.fsencode(path)):08x}"
+
+
+class FileFinder:
+    """Finds the modules that `own_name` names, in the folders that are searched anyway.
+
+    A process that multiprocessing starts without forking runs this file again, has the same
+    folders, and then imports the functions that it is to call.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the module's file, None if the name is no such name."""
+        if re.fullmatch(r"\w+_[0-9a-f]{8}", name):
+            for folder in map(Path, sys.path):
+                for file in folder.glob("*.py"):
+                    if own_name(file) == name:
+                        return importlib.util.spec_from_file_location(name, file)
+        return None
 
 
 def load_module(name: str) -> ModuleType:
@@ -130,10 +161,15 @@ def load(target: str) -> tuple[Callable[..., Any], tuple[inspect.Parameter, ...]
     """Return the function a target names or makes, and its parameters; None if they are unknown."""
     place, arguments = split_call(target)
     function = find(place) if arguments is None else make(find(place), target, arguments)
+    return function, parameters_of(function)
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...] | None:
+    """Return the function's parameters; None if they are unknown."""
     try:
-        return function, tuple(inspect.signature(function).parameters.values())
+        return tuple(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return function, None
+        return None
 
 
 def make(factory: Callable[..., Any], target: str, arguments: dict[str, Any]) -> Callable[..., Any]:
@@ -178,9 +214,10 @@ def load_place(target: str) -> Any:
     return found
 
 
-def signature(target: str) -> dict[str, list[str] | None]:
+def signature(
+    parameters: Collection[inspect.Parameter] | None,
+) -> dict[str, list[str] | None]:
     """Return `required`: the required arguments; `named`: all named ones, None if it takes any."""
-    parameters = load(target)[1]
     named = [p for p in parameters or () if p.kind in NAMED]
     takes_any = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {
@@ -227,17 +264,31 @@ def showable(value: Any) -> Any:
 def call(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the reply to a call: the function's result for the arguments that the parent chose.
 
-    With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
-    names them or takes any argument. Arguments named in `through` are first converted by the
-    functions given there.
+    Arguments named in `through` are first converted by the functions given there.
     """
     function, parameters = load(request["target"])
-    kwargs, book = request["kwargs"], Logbook()
+    kwargs = request["kwargs"]
     for name, target in request.get("through", {}).items():
         kwargs[name] = load(target)[0](kwargs[name])
-    if request.get("state") is not None and parameters is not None:
+    return invoke(function, parameters, kwargs, request.get("state"), wait_for)
+
+
+def invoke(
+    function: Callable[..., Any],
+    parameters: Collection[inspect.Parameter] | None,
+    kwargs: dict[str, Any],
+    state: Mapping[str, Any] | None,
+    wait: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """Call a function; return its result and what it logged, as fields of the reply.
+
+    With a `state`, the function also gets `trainer_state`, `log_extra` and `log_metric`, if it
+    names them or takes any argument. wait: returns the result of an async function.
+    """
+    book = Logbook()
+    if state is not None and parameters is not None:
         hooks = {
-            "trainer_state": SimpleNamespace(**request["state"]),
+            "trainer_state": SimpleNamespace(**state),
             "log_extra": book.log_extra,
             "log_metric": book.log_metric,
         }
@@ -245,7 +296,7 @@ def call(request: Mapping[str, Any]) -> dict[str, Any]:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         kwargs |= {name: hook for name, hook in hooks.items() if takes_any or name in names}
     result = function(**kwargs)
-    value = wait_for(result) if inspect.isawaitable(result) else result
+    value = wait(result) if inspect.isawaitable(result) else result
     return {"value": value, **book.entries()}
 
 
@@ -266,17 +317,31 @@ def wait_for(awaitable: Any) -> Any:
     return event_loop().run(main())
 
 
+def limit_processes(count: int | None) -> None:
+    """Keep this process and all that it starts from raising the user's processes above a count."""
+    limits = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = min((value for value in (count, *limits) if value not in NO_LIMIT), default=None)
+    if limit is not None:
+        with contextlib.suppress(OSError, ValueError):  # macOS refuses some values
+            resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+
+
 def handle(request: Mapping[str, Any]) -> dict[str, Any]:
     """Run one request and return the reply."""
     match request["op"]:
         case "start":
             # The user's folder comes first, as for a script; then the parent's import path.
             sys.path[:] = [os.getcwd(), *request["sys_path"]]
+            limit_processes(request["processes"])
             return {"value": os.getpid()}
         case "resolve":
-            return {"value": signature(request["target"])}
+            return {"value": signature(load(request["target"])[1])}
         case _:
             return call(request)
+
+
+OURS = (__file__, importlib.__file__, "<frozen importlib")
+"""Files whose frames say nothing about an error in the user's code."""
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -284,7 +349,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     if isinstance(error, NotFound):
         return {"failure": "raised", "message": str(error)}
     frames: TracebackType | None = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(OURS):
         frames = frames.tb_next
     details = traceback.TracebackException(type(error), error, frames)
     line = " ".join(f"{type(error).__name__}: {details}".split())
@@ -354,5 +419,7 @@ def main() -> None:
             os._exit(0)  # the parent is gone
 
 
+if __name__ in ("__main__", "__mp_main__"):  # the second in a process of multiprocessing
+    sys.meta_path.append(FileFinder)
 if __name__ == "__main__":
     main()

@@ -172,7 +172,7 @@ def _length(steps: Sequence[Step]) -> Chart:
 
 
 def _kl(steps: Sequence[Step]) -> Chart:
-    about = "Distance of the policy from the model without adapters."
+    about = "Distance of the policy from the adapter it began with, or else the base model."
     return Chart("KL", "nats", about, (), (Line("KL", column(steps, "kl")),))
 
 

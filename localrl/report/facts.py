@@ -225,6 +225,8 @@ def number(value: Any) -> str:
         return f"{value:,}".replace(",", " ")
     if not isinstance(value, float):
         return str(value)
+    if abs(value) >= 1e12:
+        return f"{value:.3g}"
     if abs(value) >= 100:
         return f"{value:,.0f}".replace(",", " ")
     return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"

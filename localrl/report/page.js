@@ -22,6 +22,7 @@ function shape(name, settings, text) {
 function number(value) {
   if (value === null || value === undefined) return "unknown";
   const size = Math.abs(value);
+  if (size >= 1e12) return value.toPrecision(3);
   if (size >= 100) return Math.round(value).toLocaleString("en").replaceAll(",", "\u2009");
   if (Number.isInteger(value)) return String(value);
   return size >= 0.1 ? value.toFixed(3) : value.toPrecision(3);

@@ -6,23 +6,17 @@ what these do and do not read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from localrl.rewards.answers import Completion, text_of
-from localrl.rewards.extract import (
-    GSM8K,
-    THOUGHT_END,
-    as_words,
-    choice,
-    last_boxed,
-    last_choice,
-    last_line,
-    stated,
-    without_thought,
-)
-from localrl.rewards.rational import MAX_ANSWER, Number, last_number, read_number
+from localrl.rewards.extract import THOUGHT_END, last_boxed, last_line, stated, without_thought
+from localrl.rewards.golds import Gold, accepted, read_gold, text_of_gold
+from localrl.rewards.letters import choice, chosen
+from localrl.rewards.rational import Number, read_number
+from localrl.rewards.statements import last_number, read_statement
+from localrl.rewards.words import as_words
 
 LogExtra = Callable[[str, list[Any]], None]
 
@@ -30,13 +24,7 @@ SHOWN = 200
 """Number of characters of an answer that are logged."""
 
 
-@dataclass(frozen=True)
-class Gold:
-    """The gold answer as parsed: a number, a letter, or else words."""
-
-    words: str
-    number: Number | None = None
-    letter: str | None = None
+_FORMULA = re.compile(r"\$([^$]+)\$(?:[.,;](?:\s.*)?)?", re.DOTALL)
 
 
 def accuracy_reward(
@@ -48,32 +36,32 @@ def accuracy_reward(
 ) -> list[float | None]:
     """1.0 if a completion's answer matches the gold answer, else 0.0; None without a gold answer.
 
-    The gold answer is `solution`, or `answer` if that is missing: a number or text. In a text with
-    #### or \\boxed{} it is the part that these mark. It is unreadable, and the reward None, if it
-    is empty, longer than 2000 characters, or neither text nor number.
+    The gold answer is `answer`, or `solution` where no answer can be read: a number or text, or a
+    list of accepted ones. In a text with #### or \\boxed{} it is the part that these mark. It is
+    unreadable, and the reward None, if it is empty, longer than 2000 characters, or neither text
+    nor number.
 
-    A completion's answer is its last \\boxed{}; without one, the text after the last </think>
-    in <answer> tags, after #### or after "answer is" or "answer:"; without these, the last line.
-    A gold number is compared with the last number in that text, or in the whole completion.
+    A completion's answer is, after the last </think>, its last \\boxed{}; without one, the text in
+    <answer> tags, after #### or after "answer is" or "answer:"; without these, the last line. For
+    a gold number without a box or statement it is the last number in the text.
 
+    What is stated is read as a number only if all of it is one, perhaps in a few words: `2*5`,
+    `5x`, `x > 5`, `5 million` and "not 5" are no numbers, and none inside or before them is taken.
     Numbers are compared as exact fractions: 0.5, 1/2 and \\frac{1}{2} are equal, 0.33 and 1/3 are
-    not. Commas, currency signs and % are dropped (20% is 20, not 0.2). Units must not conflict,
-    but one may be missing. A gold letter A to Z matches B, (b), B. and B) Paris. Texts are
-    compared ignoring case, spaces and LaTeX formatting.
+    not. 20% is 20, not 0.2. Units must not conflict, but one may be missing. A gold letter A to Z
+    matches B, (b), B. and B) Paris. Texts are compared ignoring case, spaces and LaTeX formatting,
+    sets in any order.
 
-    Not parsed: roots, constants, powers except of ten, equations, intervals and sets in another
-    order, numbers in words, more than 1000 digits. These are compared as text.
+    Not evaluated: roots, constants, powers except of ten, sums, equations, numbers in words, more
+    than 1000 digits. These are compared as text.
     """
-    golds = _golds(solution, answer, len(completions))
-    answers = [
-        None if gold is None else _answer(text_of(completion), gold)
-        for completion, gold in zip(completions, golds, strict=True)
+    golds = accepted(answer, solution, len(completions), read_gold)
+    found = [
+        [(_answer(text_of(completion), gold), gold) for gold in all_golds]
+        for completion, all_golds in zip(completions, golds, strict=True)
     ]
-    _log(log_extra, golds, answers)
-    return [
-        None if gold is None else float(_right(found, gold))
-        for found, gold in zip(answers, golds, strict=True)
-    ]
+    _log(log_extra, found)
+    return [float(any(_right(*pair) for pair in pairs)) if pairs else None for pairs in found]
 
 
 def reasoning_accuracy_reward(
@@ -104,77 +92,43 @@ def choice_reward(
 ) -> list[float | None]:
     """1.0 if the completion chooses the gold letter, else 0.0; None if the gold is not a letter.
 
-    Letters are found as in `accuracy_reward`, and in the last line as B, B. or (B).
+    Letters are found as in `accuracy_reward`; see `localrl.rewards.letters.chosen`.
     """
-    golds = _golds(solution, answer, len(completions))
-    letters = [choice(gold.words) if gold else None for gold in golds]
+    golds = accepted(answer, solution, len(completions), _gold_letter)
     return [
-        None if letter is None else float(_chosen(text_of(completion)) == letter)
-        for completion, letter in zip(completions, letters, strict=True)
+        float(chosen(text_of(completion)) in letters) if letters else None
+        for completion, letters in zip(completions, golds, strict=True)
     ]
 
 
-def read_gold(value: Any) -> Gold | None:
-    """Parse the gold answer from a column's value; None if it cannot be read."""
-    if isinstance(value, (bool, int, float)):
-        try:
-            value = str(value)
-        except ValueError:  # too many digits
-            return None
-    if not isinstance(value, str):
-        return None
-    if GSM8K in value:
-        value = value.rpartition(GSM8K)[2]
-    boxed = last_boxed(value)
-    text = (value if boxed is None else boxed).strip()
-    if not as_words(text) or len(text) > MAX_ANSWER:
-        return None
-    number = read_number(text)
-    return Gold(text, number, None if number else _gold_letter(text))
-
-
-def _gold_letter(text: str) -> str | None:
-    """Letter of B, (b), B. or B) Paris, but not of b: one small letter is probably a variable."""
-    return None if len(text) == 1 and text.islower() else choice(text)
-
-
-def _golds(
-    solution: Sequence[Any] | None, answer: Sequence[Any] | None, count: int
-) -> list[Gold | None]:
-    if solution is None and answer is None:
-        raise ValueError("there is neither a `solution` nor an `answer` column")
-    nothing = [None] * count
-    pairs = zip(solution or nothing, answer or nothing, strict=True)
-    return [read_gold(second if first is None else first) for first, second in pairs]
+def _gold_letter(value: Any) -> str | None:
+    text = text_of_gold(value)
+    return None if text is None else choice(text)
 
 
 def _answer(text: str, gold: Gold) -> Number | str | None:
     """A completion's answer, in the same form as the gold answer; None if it gives none."""
     if gold.letter is not None:
-        return _chosen(text)
+        return chosen(text)
+    text = without_thought(text)
     boxed = last_boxed(text)
     if gold.number is not None:
         return _number(text) if boxed is None else read_number(boxed)
     if boxed is not None:
         return as_words(boxed)
     statement = stated(text)
-    return as_words(last_line(text) if statement is None else statement)
+    return as_words(_formula(last_line(text) if statement is None else statement))
 
 
 def _number(text: str) -> Number | None:
     statement = stated(text)
-    if statement is None:
-        return last_number(without_thought(text))
-    found = read_number(statement) or last_number(statement)
-    return found or last_number(without_thought(text))
+    return last_number(text) if statement is None else read_statement(statement)
 
 
-def _chosen(text: str) -> str | None:
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return choice(boxed)
-    statement = stated(text)
-    return last_choice(text if statement is None else statement)
+def _formula(text: str) -> str:
+    """The formula that a statement begins with, if its sentence ends there; else all of it."""
+    found = _FORMULA.fullmatch(text)
+    return found[1] if found else text
 
 
 def _right(found: Number | str | None, gold: Gold) -> bool:
@@ -192,13 +146,13 @@ def _after(text: str, delimiters: Sequence[str]) -> str | None:
 
 
 def _log(
-    log_extra: LogExtra | None,
-    golds: Sequence[Gold | None],
-    answers: Sequence[Number | str | None],
+    log_extra: LogExtra | None, found: Sequence[Sequence[tuple[Number | str | None, Gold]]]
 ) -> None:
-    if log_extra is not None:
-        log_extra("gold_parsed", [gold and _shown(gold.number or gold.words) for gold in golds])
-        log_extra("answer_parsed", [_shown(answer) for answer in answers])
+    if log_extra is None:
+        return
+    golds = [[_shown(gold.number or gold.words) or "" for _, gold in pairs] for pairs in found]
+    log_extra("gold_parsed", [" or ".join(texts) if texts else None for texts in golds])
+    log_extra("answer_parsed", [_shown(pairs[0][0]) if pairs else None for pairs in found])
 
 
 def _shown(value: Number | str | None) -> str | None:

@@ -15,17 +15,23 @@ def final_answer(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
-    answer: Sequence[str],
+    answer: Sequence[Any],
     **columns: Any,
 ) -> list[float | None]:
-    """1.0 if the text after the last `#` is exactly the gold answer, else 0.0.
+    """1.0 if the text after the last `#` is exactly the gold answer, else 0.0; None without one.
 
-    Only spaces at either end of the answer are ignored.
+    Only spaces at either end of the answer are ignored. Any of a list of gold answers is right.
     """
     return [
-        1.0 if stated_answer(text_of(completion)) == gold else 0.0
+        _exactly(stated_answer(text_of(completion)), gold)
         for completion, gold in zip(completions, answer, strict=True)
     ]
+
+
+def _exactly(found: str | None, gold: Any) -> float | None:
+    golds = gold if isinstance(gold, (list, tuple)) else [gold]
+    texts = [text for one in golds if one is not None and (text := str(one).strip())]
+    return float(found in texts) if texts else None
 
 
 def text_of(completion: Completion) -> str:

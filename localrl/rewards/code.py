@@ -8,7 +8,6 @@ empty list the reward is None.
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
 import math
@@ -25,6 +24,7 @@ from typing import Any
 
 from localrl.errors import ConfigError
 from localrl.rewards.answers import Completion, text_of
+from localrl.rewards.code_tests import split
 from localrl.rewards.sandbox import Sandbox, find_sandbox, unsafe_sandbox
 from localrl.rewards.sandbox_process import Process, SandboxLimits
 
@@ -32,17 +32,6 @@ UNSAFE_VARIABLE = "LOCALRL_UNSAFE_CODE"
 PEER = Path(__file__).with_name("code_peer.py")
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 PYTHON_NAMES = ("python", "python3", "py")
-NOT_COUNTED = (
-    ast.Import,
-    ast.ImportFrom,
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
-    ast.ClassDef,
-    ast.Assign,
-    ast.AnnAssign,
-    ast.AugAssign,
-)
-
 Tests = str | Sequence[str] | Sequence[Mapping[str, str]] | None
 
 
@@ -131,7 +120,7 @@ def check_code_rewards() -> str:
         )
     return (
         f"programs run in {sandbox.name}: a test program could not read or write your files, "
-        "reach the network or leave a process behind"
+        "reach the network, start processes without limit or leave one behind"
     )
 
 
@@ -266,10 +255,9 @@ def read_tests(value: Tests) -> Case | None:
     if value is None:
         return None
     if isinstance(value, str):
-        found = Asserts(tuple(_split(value)))
+        found = Asserts(tuple(split(value)))
     elif all(isinstance(item, str) for item in value):
-        parts = [(str(item), _split(str(item))) for item in value]
-        found = Asserts(tuple((item, any(counted for _, counted in part)) for item, part in parts))
+        found = Asserts(tuple(_together(split(str(item))) for item in value))
     elif all(isinstance(item, Mapping) and {"input", "output"} <= {*item} for item in value):
         pairs = [item for item in value if isinstance(item, Mapping)]
         found = Pairs(tuple((str(pair["input"]), str(pair["output"])) for pair in pairs))
@@ -281,13 +269,8 @@ def read_tests(value: Tests) -> Case | None:
     return found if found.count else None
 
 
-def _split(text: str) -> list[tuple[str, bool]]:
-    """Split a text into statements; imports, definitions and assignments do not count as tests."""
-    try:
-        body = ast.parse(text).body
-    except SyntaxError as error:
-        raise ValueError(f"the tests cannot be parsed: {error}; they are {text[:80]!r}") from None
-    return [(ast.unparse(node), not isinstance(node, NOT_COUNTED)) for node in body]
+def _together(statements: list[tuple[str, bool]]) -> tuple[str, bool]:
+    return "\n".join(text for text, _ in statements), any(counted for _, counted in statements)
 
 
 def _bounds(limits: CodeLimits, time_s: float) -> SandboxLimits:

@@ -15,11 +15,13 @@ import ast
 import builtins
 import importlib
 import json
+import math
+import operator
 import os
 import struct
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -135,13 +137,13 @@ def allow_all(operation: str, thing: Any, args: list[Any]) -> bool:
 def allow_calls(operation: str, thing: Any, args: list[Any]) -> bool:
     """Limit what the program may do with the tests' objects: it may call and read them.
 
-    Attributes are allowed only on objects of the tests' own classes, and never if the name begins
-    with an underscore: those lead to the tests' variables.
+    It may read attributes only of objects of the tests' own classes, and none that begins with an
+    underscore: those lead to the tests' variables.
     """
     if operation in ("call", *READING):
         return True
     public = bool(args) and isinstance(args[0], str) and not args[0].startswith("_")
-    return operation in ("get", "set") and public and type(thing).__module__ == TESTS
+    return operation == "get" and public and type(thing).__module__ == TESTS
 
 
 class Peer:
@@ -157,15 +159,27 @@ class Peer:
         self._numbers: dict[int, int] = {}
 
     def ask(
-        self, operation: str, thing: Remote, args: tuple[Any, ...] = (), kwargs: Any = None
+        self,
+        operation: str,
+        thing: Remote,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        for_effect: bool = False,
     ) -> Any:
-        """Ask the other process to perform an operation on one of its objects."""
+        """Ask the other process to perform an operation on one of its objects.
+
+        Arguments are handed over as copies. With `for_effect` the first one is afterwards what the
+        other process has made of it.
+        """
+        kwargs = kwargs or {}
         self.send(
             {
                 "op": operation,
                 "on": thing._remote_id,
                 "args": [self.encode(value) for value in args],
-                "kwargs": {name: self.encode(value) for name, value in (kwargs or {}).items()},
+                "kwargs": {name: self.encode(value) for name, value in kwargs.items()},
+                "effect": for_effect,
             }
         )
         reply = self.receive()
@@ -174,15 +188,12 @@ class Peer:
             reply = self.receive()
         if "error" in reply:
             raise exception(str(reply["error"]), str(reply.get("message")))
-        result = self.decode(reply.get("value"))
-        if result is None:  # only what returns nothing may change its arguments
-            for value, changed in zip(args, reply.get("args", ()), strict=False):
-                overwrite(value, self.decode(changed))
-        return result
+        if for_effect:
+            overwrite(first_of(args, kwargs), self.decode(reply.get("changed")))
+        return self.decode(reply.get("value"))
 
     def serve(self, request: dict[str, Any]) -> None:
         """Carry out one request and reply."""
-        args: list[Any] = []
         try:
             thing = self._shown[request["on"]]
             args = [self.decode(value) for value in request["args"]]
@@ -191,10 +202,10 @@ class Peer:
                 raise TypeError("the tests do not allow that")
             value = OPERATIONS[request["op"]](thing, *args, **kwargs)
             reply: dict[str, Any] = {"value": self.encode(value)}
+            if request["effect"]:
+                reply["changed"] = self.encode(first_of(args, kwargs))
         except Exception as error:
             reply = {"error": type(error).__name__, "message": str(error)[:1000]}
-        changeable = (list, dict, set, bytearray)
-        reply["args"] = [self.encode(a) if isinstance(a, changeable) else None for a in args]
         self.send(reply)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -289,6 +300,11 @@ READERS: dict[str, Callable[[Peer, Any], Any]] = {
 }
 
 
+def first_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a call; None if it has none."""
+    return next(iter([*args, *kwargs.values()]), None)
+
+
 def overwrite(old: Any, new: Any) -> None:
     """Copy into a list, dictionary or set the content that the called function left in it."""
     if type(old) is not type(new) or old == new:
@@ -301,7 +317,13 @@ def overwrite(old: Any, new: Any) -> None:
 
 
 def exception(name: str, message: str) -> Exception:
-    """The built-in exception with that name, or a `RemoteError`."""
+    """The built-in exception with that name, or a `RemoteError`.
+
+    What ends a loop becomes an error, as it does in a generator: `all(map(f, values))` must not
+    pass because `f` raised it.
+    """
+    if name in ("StopIteration", "StopAsyncIteration"):
+        return RuntimeError(f"the program raised {name}")
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
@@ -328,6 +350,47 @@ def run_solution(asked: dict[str, Any]) -> None:
         peer.serve(peer.receive())
 
 
+def ordered(value: Any) -> Any:
+    """The value, about to be compared by order. Raises ValueError if it is NaN or holds it."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            ordered(item)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ValueError("NaN is neither smaller nor larger than anything")
+    return value
+
+
+def by_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`max`, `min` or `sorted`, but refusing NaN."""
+
+    def refusing(*args: Any, key: Callable[[Any], Any] | None = None, **options: Any) -> Any:
+        return function(*args, key=lambda v: ordered(v if key is None else key(v)), **options)
+
+    return refusing
+
+
+def in_order(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`operator.lt` or its like, but refusing NaN."""
+    return lambda left, right: function(ordered(left), ordered(right))
+
+
+def for_effect(function: Any) -> Any:
+    """The function, for a call whose result is not used: it may change its first argument."""
+    if not isinstance(function, Remote):
+        return function
+    return lambda *args, **kwargs: function._remote_peer.ask(
+        "call", function, args, kwargs, for_effect=True
+    )
+
+
+GUARDS = {
+    "__ordered__": ordered,
+    "__for_effect__": for_effect,
+    **{function.__name__: by_order(function) for function in (max, min, sorted)},
+}
+"""Names that the tests are given, see `code_tests`."""
+
+
 def run_tests(asked: dict[str, Any]) -> None:
     """Run the tests; write one character per counted test to stdout, 1 for passed, 0 for failed."""
     results = os.dup(1)
@@ -337,17 +400,41 @@ def run_tests(asked: dict[str, Any]) -> None:
     peer = Peer(asked["read"], asked["write"], allow_calls)
     module = types.ModuleType(TESTS)
     sys.modules[TESTS] = module
-    hello = peer.receive()
+    module.__dict__.update(GUARDS)
+    for compare in (operator.lt, operator.le, operator.gt, operator.ge):
+        setattr(operator, compare.__name__, in_order(compare))
+    take_names(peer.receive(), peer, module, attributes_used(asked["tests"]))
+    for source, counted in asked["tests"]:
+        passed = run_test(source, module)
+        if counted:
+            os.write(results, b"1" if passed else b"0")
+
+
+def take_names(
+    hello: dict[str, Any], peer: Peer, module: types.ModuleType, used: set[tuple[str, str]]
+) -> None:
+    """Give the tests the program's names; what they use of a standard module is never its own."""
     for name, target in hello["modules"]:
         if is_free(name) and target.partition(".")[0] in sys.stdlib_module_names:
             setattr(module, name, importlib.import_module(target))
     for name, value in hello["names"].items():
         if is_free(name):
             setattr(module, name, peer.decode(value))
-    for source, counted in asked["tests"]:
-        passed = run_test(source, module)
-        if counted:
-            os.write(results, b"1" if passed else b"0")
+    for name, attribute in used:
+        if name in hello["names"] and name in sys.stdlib_module_names:
+            meant = importlib.import_module(name)
+            if hasattr(meant, attribute):
+                setattr(module, name, meant)
+
+
+def attributes_used(tests: Sequence[tuple[str, bool]]) -> set[tuple[str, str]]:
+    """Pairs of a name and an attribute, such as `math` and `isclose`, that the tests use."""
+    return {
+        (node.value.id, node.attr)
+        for source, _ in tests
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
 
 
 def is_free(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from localrl.rewards.rational import MAX_ANSWER, simplify
+from localrl.rewards.notation import MAX_ANSWER
 
 BOX = "\\boxed"
 BOXES_TRIED = 4
@@ -12,13 +12,13 @@ THOUGHT_END = "</think>"
 GSM8K = "####"
 
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_ANSWER_IS = re.compile(r"answer\s{0,3}(?:is|:|=)", re.IGNORECASE)
-_DECORATION = " \t\r\n:*_`$"
-
-_LETTER = re.compile(r"[\s(\[*_`]*([A-Za-z])[\s)\]*_`.:,]*")
-_LETTER_FIRST = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Z])[).:])")
-_OPTION = re.compile(r"\s*(?:the )?(?:option|choice) {1,3}\(?([A-Za-z])\b", re.IGNORECASE)
-_LETTER_ANYWHERE = re.compile(r"\(([A-Z])\)")
+_ANSWER_IS = re.compile(
+    r"answer[\s*_`\"]{0,4}"
+    r"(?:is\b(?! (?:correct|right|reasonable|valid|verified|consistent)\b)|:|=)",
+    re.IGNORECASE,
+)
+_DECORATION = re.compile(r"(?:[\s:*_`]|\$\$?(?=\s)|\\[\[(])*")
+_HEADING = re.compile(r"[\s*_]*(?:(?:the )?final )?answer[\s*_:]*\n", re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
@@ -40,7 +40,8 @@ def last_boxed(text: str) -> str | None:
 def stated(text: str) -> str | None:
     """The text after an <answer> tag, a `####` or the last "answer is" or "answer:", else None.
 
-    Only text after the last </think> is searched; after `####` and "answer" only one line is taken.
+    Only text after the last </think> is searched; after `####` and "answer" only one line is
+    taken, or the next one if that ends with a colon.
     """
     text = without_thought(text)
     _, tag, tail = text.rpartition("<answer>")
@@ -48,7 +49,8 @@ def stated(text: str) -> str | None:
         return tail.partition("</answer>")[0].strip()
     _, marker, tail = text.rpartition(GSM8K)
     if marker:
-        return _first_line(tail)
+        heading = _HEADING.match(tail)
+        return _first_line(tail[heading.end() :] if heading else tail)
     ends = [match.end() for match in _ANSWER_IS.finditer(text)]
     return _first_line(text[ends[-1] :]) if ends else None
 
@@ -63,34 +65,16 @@ def without_thought(text: str) -> str:
     return text.rpartition(THOUGHT_END)[2]
 
 
-def as_words(text: str) -> str:
-    """Normalise a text for comparison: no case, spaces, quotes or final dot."""
-    bare = simplify(text[:MAX_ANSWER].strip(_DECORATION))
-    return "".join(bare.split()).strip(".,;\"'*_`").casefold()
-
-
-def choice(text: str) -> str | None:
-    """The multiple-choice letter that this text is or begins with: B, (b), B., B) Paris."""
-    text = simplify(text[:MAX_ANSWER])
-    alone = _LETTER.fullmatch(text)
-    if alone:
-        return alone[1].upper()
-    first = _LETTER_FIRST.match(text) or _OPTION.match(text)
-    return next(filter(None, first.groups())).upper() if first else None
-
-
-def last_choice(text: str) -> str | None:
-    """The letter that the last line is or begins with, else the last (X) in it."""
-    line = last_line(text)[-MAX_ANSWER:]
-    found = choice(line)
-    if found is None:
-        anywhere = _LETTER_ANYWHERE.findall(line)
-        found = anywhere[-1] if anywhere else None
-    return found
-
-
 def _first_line(text: str) -> str:
-    return text.lstrip(_DECORATION).partition("\n")[0].strip()
+    line, _, rest = _undecorated(text).partition("\n")
+    if line.rstrip(" *_").endswith(":"):
+        line = _undecorated(rest).partition("\n")[0]
+    return line.strip()
+
+
+def _undecorated(text: str) -> str:
+    found = _DECORATION.match(text)
+    return text[found.end() :] if found else text
 
 
 def _braced(text: str) -> str | None:

@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from localrl.rewards.answers import Completion, text_of
+from localrl.rewards.extract import last_boxed, without_thought
+from localrl.rewards.golds import accepted
+
 
 def math_verify_reward(
-    completions: Sequence[Any], answer: Sequence[Any], **columns: Any
+    completions: Sequence[Completion],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+    **columns: Any,
 ) -> list[float | None]:
     """1.0 if the answer equals the gold answer, else 0.0; None if the gold answer is unreadable.
 
-    Answers are parsed as by TRL's accuracy_reward, but need no box. Requires
-    pip install 'localrl[math]'.
+    The gold answer is chosen as by `accuracy`. An answer is the last \\boxed{} after the last
+    </think>, or what math-verify finds in the text after it. Requires pip install 'localrl[math]'.
     """
     from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
 
+    def read(gold: Any) -> Any:
+        return None if gold is None else parse(f"${gold}$") or parse(str(gold)) or None
+
+    golds = accepted(answer, solution, len(completions), read)
     rewards: list[float | None] = []
-    for completion, gold in zip(completions, answer, strict=True):
-        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
-        wanted = parse(f"${gold}$") or parse(str(gold))
-        rewards.append(float(verify(wanted, parse(text))) if wanted else None)
+    for completion, wanted in zip(completions, golds, strict=True):
+        text = without_thought(text_of(completion))
+        boxed = last_boxed(text)
+        found = parse(text if boxed is None else f"\\boxed{{{boxed}}}") if wanted else []
+        right = any(verify(one, found) for one in wanted)
+        rewards.append(float(right) if wanted else None)
     return rewards

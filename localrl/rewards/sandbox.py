@@ -11,21 +11,35 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from localrl.errors import ConfigError
-from localrl.rewards.sandbox_process import PYTHON, Outcome, Process, SandboxLimits
+from localrl.rewards.sandbox_linux import (
+    SYSTEM,
+    UNSHARE_TOOLS,
+    Wrap,
+    bubblewrap,
+    readable_folders,
+    spare_ids,
+    under_another_id,
+    unshare,
+)
+from localrl.rewards.sandbox_process import (
+    PYTHON,
+    UNLIMITED,
+    Outcome,
+    Process,
+    SandboxLimits,
+)
 
 __all__ = ["Outcome", "Sandbox", "candidates", "find_sandbox", "unsafe_sandbox"]
 
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store")
-LINKER_CACHE = "/etc/ld.so.cache"
 SANDBOX_EXEC = "/usr/bin/sandbox-exec"
-UNSHARE_TOOLS = ("unshare", "setpriv", "mount", "umount", "pivot_root")
+UNDER_ANOTHER_ID = "started under another user id"
 
-Wrap = Callable[[Path, Sequence[str]], list[str]]
+Which = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -107,23 +121,45 @@ def first_proven(found: Iterable[Sandbox | str], platform: str = sys.platform) -
 
 
 def candidates(
-    platform: str = sys.platform, which: Callable[[str], str | None] = shutil.which
+    platform: str = sys.platform,
+    which: Which = shutil.which,
+    find_ids: Callable[[], range | None] = spare_ids,
 ) -> list[Sandbox | str]:
-    """The sandboxes to try, best first; a text for each whose program is missing."""
+    """The sandboxes to try, best first; a text for each whose program is missing.
+
+    find_ids: tells which user ids root may give to programs.
+    """
     if platform == "darwin":
         if which(SANDBOX_EXEC) is None:
             return [f"sandbox-exec: there is no {SANDBOX_EXEC}"]
         return [Sandbox("sandbox-exec", _sandbox_exec, own_processes=False)]
     if platform != "linux":
         return []
+    ids = find_ids()
+    return [*_bubblewraps(which, ids), *_unshares(which, ids)]
+
+
+def _bubblewraps(which: Which, ids: range | None) -> Iterator[Sandbox | str]:
     bwrap = which("bwrap")
-    found: list[Sandbox | str] = ["bubblewrap: there is no bwrap"]
-    if bwrap is not None:
-        found = [Sandbox("bubblewrap", functools.partial(_bubblewrap, bwrap))]
+    if bwrap is None:
+        yield "bubblewrap: there is no bwrap"
+    elif ids is None:
+        yield Sandbox("bubblewrap", bubblewrap(bwrap))
+    elif which("setpriv") is None:
+        yield "bubblewrap, as root: there is no setpriv"
+    else:
+        yield Sandbox("bubblewrap", bubblewrap(bwrap, ids))
+        yield Sandbox(f"bubblewrap {UNDER_ANOTHER_ID}", under_another_id(bubblewrap(bwrap), ids))
+
+
+def _unshares(which: Which, ids: range | None) -> Iterator[Sandbox | str]:
     missing = [tool for tool in UNSHARE_TOOLS if which(tool) is None]
     if missing:
-        return [*found, f"unshare: there is no {', '.join(missing)}"]
-    return [*found, Sandbox("unshare", _unshare)]
+        yield f"unshare: there is no {', '.join(missing)}"
+        return
+    yield Sandbox("unshare", unshare(ids))
+    if ids is not None:
+        yield Sandbox(f"unshare {UNDER_ANOTHER_ID}", under_another_id(unshare(), ids))
 
 
 def unsafe_sandbox() -> Sandbox:
@@ -143,7 +179,17 @@ def advice(platform: str, tried: Sequence[str]) -> str:
     steps = []
     if any("there is no bwrap" in line for line in tried):
         steps.append("install bubblewrap (apt install bubblewrap, dnf install bubblewrap)")
-    if any("denied" in line or "not permitted" in line for line in tried):
+    if any(UNLIMITED in line for line in tried):
+        steps.append(
+            "start localrl as a user other than root: the kernel limits the processes of every "
+            "other user, and here root may not give programs a user id of their own"
+        )
+    python = [folder for folder in readable_folders() if folder not in SYSTEM]
+    unreadable = [line for line in tried if any(folder in line for folder in python)]
+    if unreadable:
+        steps.append(f"let every user read {python[0]} and pass through the folders above it")
+    refused = [line for line in tried if "denied" in line or "not permitted" in line]
+    if any(line not in unreadable for line in refused):
         steps.append(
             "allow user namespaces: on Ubuntu 23.10 and later an AppArmor profile for bwrap "
             "(apt install apparmor-profiles, then link bwrap-userns-restrict from "
@@ -152,84 +198,6 @@ def advice(platform: str, tried: Sequence[str]) -> str:
             "allow it to create user namespaces"
         )
     return f"To fix this, {'; and '.join(steps) or 'make one of them work'}; then start again."
-
-
-def readable_folders() -> list[str]:
-    """Folders a program may read outside its own: the system's libraries and Python itself."""
-    python = {os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)}
-    system = [folder for folder in SYSTEM if os.path.isdir(folder)]
-    extra = [folder for folder in python if not folder.startswith(("/usr/", "/nix/store/"))]
-    return [*system, *sorted(folder for folder in extra if folder != "/usr")]
-
-
-def _bubblewrap(bwrap: str, folder: Path, command: Sequence[str]) -> list[str]:
-    mounts: list[str] = []
-    for path in readable_folders():
-        link = os.path.islink(path)
-        mounts += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
-    options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    return [
-        *(bwrap, *options, *mounts, "--ro-bind-try", LINKER_CACHE, LINKER_CACHE),
-        *("--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev"),
-        *("--bind", str(folder / "work"), "/work", "--chdir", "/work", "--remount-ro", "/"),
-        *("--", *command),
-    ]
-
-
-UNSHARE_SCRIPT = """
-set -e
-root=$1 work=$2
-shift 2
-mount -t tmpfs -o mode=755,size=8m tmpfs "$root"
-cd "$root"
-mkdir proc dev etc work
-while [ "$1" != -- ]; do
-  if [ -L "$1" ]; then
-    cp -P "$1" "$root$1"
-  else
-    mkdir -p "$root$1"
-    mount --rbind "$1" "$root$1"
-    mount -o remount,bind,ro,nosuid,nodev "$root$1" 2>/dev/null ||
-      mount -o remount,bind,ro,nosuid,nodev,noatime "$root$1"
-  fi
-  shift
-done
-shift
-cp /etc/ld.so.cache etc/ 2>/dev/null || true
-for name in null zero random urandom; do
-  : > dev/$name
-  mount --bind /dev/$name dev/$name
-done
-mount -t proc -o ro,nosuid,nodev,noexec proc proc
-mount --bind "$work" work
-mount -o remount,bind,ro "$root"
-pivot_root . .
-umount -l .
-cd /work
-exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- sh -c '"$@"; exit $?' sh "$@"
-"""
-"""Script that builds a new root, leaves the old one, drops all privileges and runs the command."""
-
-
-def _unshare(folder: Path, command: Sequence[str]) -> list[str]:
-    root = folder / "root"
-    root.mkdir(exist_ok=True)
-    spaces = [
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "--pid",
-        "--net",
-        "--ipc",
-        "--uts",
-        "--fork",
-        "--kill-child",
-    ]
-    return [
-        *("setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "--fork", "--kill-child"),
-        *("sh", "-c", UNSHARE_SCRIPT, "sh"),
-        *(str(root), str(folder / "work"), *readable_folders(), "--", *command),
-    ]
 
 
 def _sandbox_exec(folder: Path, command: Sequence[str]) -> list[str]:

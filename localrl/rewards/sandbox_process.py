@@ -1,8 +1,9 @@
 """Runs one program under limits: starts it, monitors it, kills it with everything it started.
 
-The limits that a process sets on itself (CPU time, address space, size and number of files) are
-the inner layer; wall time, memory, number of processes, output and folder of the whole tree are
-monitored from here, where a program cannot undo it.
+The kernel enforces the limits that a process sets on itself and hands on to its children (number of
+processes, CPU time, address space, size and number of files); wall time, memory, output and folder
+of the whole tree are monitored from here. None of them can a program undo. If memory runs out all
+the same, the kernel ends a program before anything else.
 """
 
 from __future__ import annotations
@@ -22,14 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from localrl.processes.worker import MEMORY_POLL_S, resident_bytes
+from localrl.processes.process_limit import (
+    children,
+    counted_per_namespace,
+    family,
+    tasks_of_user,
+)
+from localrl.processes.worker import MEMORY_POLL_S
+from localrl.rewards.sandbox_measures import folder_is_full, memory_bytes
 
 Status = Literal["ok", "failed", "timeout", "memory", "output"]
 
 PROCESS_LIMIT = 64
+UNLIMITED = "the number of processes is not limited"
 FILE_LIMIT = 64
 DISK_LIMIT_BYTES = 64 << 20
-ENTRY_LIMIT = 10_000
 STDERR_TAIL = 2000
 POLL_S = 0.02
 DISK_POLL_S = 0.2
@@ -37,7 +45,10 @@ PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executab
 BOOTSTRAP = Path(__file__).with_name("sandbox_child.py")
 START_LIMIT_S = 30.0
 END_LIMIT_S = 30.0
+KILL_AGAIN_S = 0.5
 PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
+FIRST_TO_END = ["sh", "-c", '{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"', "sh"]
+"""Runs a command as the first that Linux ends when the machine's memory is exhausted."""
 
 
 class SandboxError(RuntimeError):
@@ -64,9 +75,15 @@ class SandboxLimits:
     time_s: float
     memory_bytes: int
     output_bytes: int
+    processes: int = PROCESS_LIMIT
+    """Number of processes and threads alive at any moment."""
 
-    def words(self, own_processes: bool) -> list[str]:
-        """Arguments for `sandbox_child.py`; own_processes: processes are counted per sandbox."""
+    def words(self, others: int | None) -> list[str]:
+        """Arguments for `sandbox_child.py`.
+
+        others: number of processes that the kernel counts with the program's; None if unknown, and
+            then their number is not limited.
+        """
         seconds = math.ceil(self.time_s) + 1
         values = {
             "CPU": seconds,
@@ -76,8 +93,8 @@ class SandboxLimits:
             "CORE": 0,
             "ALARM": seconds + 1,
         }
-        if own_processes:
-            values["NPROC"] = PROCESS_LIMIT
+        if others is not None:
+            values["NPROC"] = self.processes + others
         return [f"{name}={value}" for name, value in values.items()]
 
 
@@ -111,10 +128,10 @@ class Process:
             _write(self._work / "program.py", program)
             _write(self._folder / "stdin", stdin)
             command = [PYTHON, "-I", "-S", "-B", "-X", "utf8", "-c", BOOTSTRAP.read_text()]
-            command += [*limits.words(own_processes), f"STARTED={writing}"]
+            command += [*limits.words(_others(own_processes)), f"STARTED={writing}"]
             with (self._folder / "stdin").open("rb") as source:
                 self._process = subprocess.Popen(
-                    wrap(self._folder, command),
+                    [*FIRST_TO_END, *wrap(self._folder, command)],
                     stdin=source,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -177,14 +194,15 @@ class Process:
 
     def kill(self) -> None:
         """Kill the program and everything it started; does nothing if it has ended."""
-        if self._own_processes and self._process.poll() is None:
+        deadline = time.monotonic() + END_LIMIT_S
+        while self._own_processes and self._process.poll() is None and time.monotonic() < deadline:
             # The kernel ends everything in such a sandbox when its first process ends, and the
-            # process that we started returns only then.
+            # process that we started returns only then. It may not have got so far as to start it.
             for pid in children(self._process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_LIMIT_S)
+                self._process.wait(KILL_AGAIN_S)
         if self._process.poll() is None or not self._own_processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -205,7 +223,7 @@ class Process:
                     return "memory"
             if now >= next_disk:
                 next_disk = now + DISK_POLL_S
-                if _folder_is_full(self._work):
+                if folder_is_full(self._work, DISK_LIMIT_BYTES):
                     return "output"
         return None
 
@@ -232,12 +250,8 @@ class Process:
         return sum(map(len, self._output.values()))
 
     def _too_large(self) -> bool:
-        tree = [self._process.pid, *descendants(self._process.pid)]
-        if len(tree) > PROCESS_LIMIT:
-            return True
-        if sys.platform == "linux":  # no need to ask `ps` about one that has just ended
-            tree = [pid for pid in tree if os.path.exists(f"/proc/{pid}/statm")]
-        return sum(resident_bytes(pid) or 0 for pid in tree) > self._limits.memory_bytes
+        tree = family(self._process.pid, PROCESS_LIMIT)
+        return len(tree) >= PROCESS_LIMIT or memory_bytes(tree) > self._limits.memory_bytes
 
     def _verdict(self, code: int) -> Status:
         if self._written > self._limits.output_bytes:
@@ -246,28 +260,6 @@ class Process:
         if code != 0 and last.startswith(b"MemoryError"):
             return "memory"
         return "ok" if code == 0 else "failed"
-
-
-def children(pid: int) -> list[int]:
-    """Process ids of the direct children of a process, on Linux; empty elsewhere."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                text = Path(f"/proc/{pid}/task/{task}/children").read_text()
-                found += map(int, text.split())
-    return found
-
-
-def descendants(pid: int) -> list[int]:
-    """Process ids of all descendants, up to just above the number that a program may have."""
-    found: list[int] = []
-    queue = [pid]
-    while queue and len(found) <= PROCESS_LIMIT:
-        below = children(queue.pop())
-        found += below
-        queue += below
-    return found
 
 
 def remove_folder(folder: Path) -> None:
@@ -279,25 +271,17 @@ def remove_folder(folder: Path) -> None:
             subprocess.run([*command, str(folder)], capture_output=True, check=False)
 
 
-def _folder_is_full(folder: Path) -> bool:
-    size = entries = 0
-    queue = [os.fspath(folder)]
-    while queue:
-        with contextlib.suppress(OSError), os.scandir(queue.pop()) as listing:
-            for entry in listing:
-                entries += 1
-                if entries > ENTRY_LIMIT:
-                    return True
-                with contextlib.suppress(OSError):
-                    status = entry.stat(follow_symlinks=False)
-                    size += status.st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        queue.append(entry.path)
-    return size > DISK_LIMIT_BYTES
+def _others(own_processes: bool) -> int | None:
+    """Number of processes that the kernel counts together with those of a program."""
+    if own_processes and (os.geteuid() == 0 or counted_per_namespace()):
+        return 0  # root gives each program a user id of its own
+    return tasks_of_user()
 
 
 def _environment(work: Path, own_root: bool) -> dict[str, str]:
-    return {"PATH": PATH, "TMPDIR": "/work" if own_root else os.fspath(work)}
+    # An arena of glibc takes 64 MB of the address space: with one for each, there were six threads.
+    place = "/work" if own_root else os.fspath(work)
+    return {"PATH": PATH, "TMPDIR": place, "MALLOC_ARENA_MAX": "1"}
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,15 +14,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from localrl.rewards.sandbox import Sandbox
-from localrl.rewards.sandbox_process import Outcome, SandboxError, SandboxLimits
+from localrl.rewards.sandbox_process import UNLIMITED, Outcome, SandboxError, SandboxLimits
 
 OUTSIDE = ("1.1.1.1", 443)
-LIMITS = SandboxLimits(time_s=20.0, memory_bytes=512 << 20, output_bytes=1 << 16)
+LIMITS = SandboxLimits(time_s=20.0, memory_bytes=512 << 20, output_bytes=1 << 16, processes=16)
+FORKS = 2 * LIMITS.processes
 ESCAPED_CHILD_S = 8.0
 GONE_WITHIN_S = 2.0
 
 PROGRAM = """
-import json, os, socket, sys, time
+import json, os, signal, socket, sys, time
 asked = json.load(sys.stdin)
 escapes = []
 
@@ -49,6 +50,23 @@ for path in asked["canaries"]:
 for address in asked["addresses"]:
     attempt("it connected to %s:%s" % tuple(address), lambda: connect(address))
 
+def crowd():
+    started = []
+    try:
+        for _ in range(asked["forks"]):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(3.0)
+                os._exit(0)
+            started.append(pid)
+    except OSError:
+        return
+    finally:
+        for pid in started:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    escapes.append(asked["unlimited"])
+
 def leave_a_child():
     if os.fork() == 0:
         os.setsid()
@@ -59,6 +77,7 @@ def leave_a_child():
                 time.sleep(0.05)
         os._exit(0)
 
+crowd()
 try:
     leave_a_child()
 except OSError:
@@ -74,8 +93,9 @@ def prove(sandbox: Sandbox) -> str | None:
     """Test the sandbox. Returns None if it is secure, else what is wrong with it.
 
     A program in it must fail to read and to write a canary file in the home folder and one in the
-    temporary folder, and to connect to a socket of ours and to an outside address; and a child
-    with its own session must be gone when the program has ended.
+    temporary folder, to connect to a socket of ours and to an outside address, and to start twice
+    as many processes as it may have; and a child with its own session must be gone when the program
+    has ended.
     """
     with ExitStack() as stack:
         try:
@@ -98,6 +118,8 @@ def _attack(sandbox: Sandbox, canaries: list[str], addresses: list[tuple[str, in
             "addresses": addresses,
             "fd": writing,
             "child_s": ESCAPED_CHILD_S,
+            "forks": FORKS,
+            "unlimited": UNLIMITED,
         }
         process = sandbox.start(PROGRAM, LIMITS, stdin=json.dumps(asked), pass_fds=[writing])
         os.close(writing)

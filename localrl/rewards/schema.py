@@ -10,6 +10,7 @@ checked. true and false are schemas too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 NOTES = frozenset(["$schema", "$id", "title", "description", "default", "examples", "$comment"])
@@ -71,7 +72,17 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, float) or isinstance(other, float):
+        return _float(one) == _float(other)
     return one == other
+
+
+def _float(value: Any) -> Any:
+    """The nearest float of a fraction, since the data's own floats are rounded; else the value."""
+    try:
+        return float(value) if isinstance(value, Fraction) else value
+    except OverflowError:
+        return value
 
 
 def _valid_object(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
@@ -90,7 +101,7 @@ def _types(schema: Mapping[str, Any]) -> list[Any]:
 def _is(value: Any, name: str) -> bool:
     if isinstance(value, bool):
         return name == "boolean"
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Fraction)):
         return name == "number" or (name == "integer" and value == value // 1)
     if value is None:
         return name == "null"

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from localrl.errors import ConfigError, DataError, RewardError
-from localrl.processes.worker import Reply, Worker
+from localrl.processes.worker import Reply
 from localrl.records import ENVIRONMENT_LOOKUP, Group, Leaf, ScoredGroup, Work
-from localrl.rewards.arguments import call_arguments
+from localrl.rewards.arguments import Render, call_arguments
 from localrl.rewards.logs import LogCollector, Logs
 
 HOOKS = ("trainer_state", "log_extra", "log_metric")
-ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "answer", "environments", *HOOKS)
+ALWAYS_GIVEN = (
+    *("prompts", "rendered_prompts", "completions", "completion_ids", "answer", "environments"),
+    *HOOKS,
+)
 
 NO_STATE: Mapping[str, Any] = {"global_step": 0, "max_steps": 0, "epoch": None}
 """The `trainer_state` before training, as in TRL."""
@@ -51,6 +54,21 @@ class RewardLike(Protocol):
 
     @property
     def weight(self) -> float: ...
+
+
+class Caller(Protocol):
+    """Calls functions by target, as `Worker` does."""
+
+    def resolve(self, target: str) -> Reply: ...
+    def wants(self, target: str, name: str) -> bool: ...
+    def call(
+        self,
+        target: str,
+        kwargs: Mapping[str, Any],
+        *,
+        state: Mapping[str, Any] | None = None,
+        through: Mapping[str, str] | None = None,
+    ) -> Reply: ...
 
 
 class Counts(NamedTuple):
@@ -126,7 +144,7 @@ class Scorer:
     def __init__(
         self,
         specs: Sequence[RewardLike],
-        worker: Worker,
+        worker: Caller,
         warn: Callable[[str], None] = logger.warning,
         *,
         cut_reward: float | None = None,
@@ -148,6 +166,9 @@ class Scorer:
         self._logs = LogCollector(warn)
         self.state = NO_STATE
         """Default for `trainer_state` if `score` is given none."""
+        self.render: Render = lambda prompt_ids: ""
+        """Turns a prompt's tokens into the text that the model saw, special tokens by name; set by
+        whoever knows the model."""
         self.busy_s = 0.0
         """Seconds spent in `score`."""
         self._histories = {name: _History() for name in names}
@@ -205,8 +226,8 @@ class Scorer:
             DataError: a task column holds values that cannot be sent to the functions.
         """
         started = time.perf_counter()
-        ids = any(self._worker.wants(spec.target, "completion_ids") for spec in self._specs)
-        arguments = call_arguments(groups, ids=ids)
+        render = self.render if self._wanted("rendered_prompts") else None
+        arguments = call_arguments(groups, ids=self._wanted("completion_ids"), render=render)
         state = self.state if state is None else state
         rows = [(group.example.id, leaf.text) for group in groups for leaf in group.leaves]
         parts = {spec.name: self._part(spec, arguments, state, rows) for spec in self._specs}
@@ -222,6 +243,9 @@ class Scorer:
             start = stop
         self.busy_s += time.perf_counter() - started
         return scored
+
+    def _wanted(self, name: str) -> bool:
+        return any(self._worker.wants(spec.target, name) for spec in self._specs)
 
     def take_logs(self) -> Logs:
         """Return everything the functions logged since the last call. Call it after each step."""

@@ -13,20 +13,37 @@ from typing import Any
 
 from localrl.rewards.accuracy import accuracy_reward
 from localrl.rewards.answers import Completion, text_of
+from localrl.rewards.extract import THOUGHT_END
+
+THOUGHT_START = "<think>"
 
 Ids = Sequence[Sequence[int]]
 Reward = Callable[..., list[float | None]]
 
 
-def think_format_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+def think_format_reward(
+    completions: Sequence[Completion],
+    rendered_prompts: Sequence[str] | None = None,
+    **columns: Any,
+) -> list[float | None]:
     """1.0 if a completion begins with <think>, has no second one, and has a </think>; else 0.0.
 
-    It is also 0.0 if the chat template has already written the <think>.
+    rendered_prompts: prompts as the model saw them. After one that ends with <think>, as some chat
+        templates do, the completion must not write it again.
     """
-    tag, end = "<think>", "</think>"
-    texts = [text_of(completion) for completion in completions]
-    rests = [text[len(tag) :] if text.startswith(tag) else None for text in texts]
-    return [float(rest is not None and tag not in rest and end in rest) for rest in rests]
+    begun = [_begins_thought(prompt) for prompt in rendered_prompts or [""] * len(completions)]
+    pairs = zip(completions, begun, strict=True)
+    return [float(_is_thought(text_of(completion), inside)) for completion, inside in pairs]
+
+
+def _begins_thought(prompt: str) -> bool:
+    return prompt.rstrip().endswith(THOUGHT_START)
+
+
+def _is_thought(text: str, inside: bool) -> bool:
+    rest = text if inside else text.removeprefix(THOUGHT_START)
+    begins = inside or rest != text
+    return begins and THOUGHT_START not in rest and THOUGHT_END in rest
 
 
 def get_regex_reward(pattern: str, search: bool = False) -> Reward:

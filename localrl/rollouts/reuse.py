@@ -51,6 +51,8 @@ class Prefix:
     """Finish reason of the earlier completion if all of it was accepted; else None."""
     scored_logprobs: np.ndarray | None = None
     """As in `Node`."""
+    expected_reward: float | None = None
+    """As in `Node`: from before the oldest of the tokens was sampled."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -151,6 +153,7 @@ def verified_prefix(
         old_logprobs=np.asarray(now[:n], np.float32),
         finish_reason=reason if whole else None,
         scored_logprobs=None if draft.scored_logprobs is None else draft.scored_logprobs[:n],
+        expected_reward=draft.expected_reward,
     )
 
 
@@ -262,6 +265,7 @@ def _prefix_node(prefix: Prefix) -> Node:
         version=prefix.version,
         old_logprobs=prefix.old_logprobs,
         scored_logprobs=prefix.scored_logprobs,
+        expected_reward=prefix.expected_reward,
     )
 
 
@@ -300,6 +304,7 @@ def _path_node(group: Group, leaf: int) -> Node:
         entropies=completion.entropies,
         version=min(node.version for node in path),
         scored_logprobs=np.concatenate([n.written_logprobs for n in path]) if scored else None,
+        expected_reward=path[0].expected_reward,
     )
 
 

@@ -1,14 +1,14 @@
 """Rules that end completions early, based on the tokens generated so far.
 
 There are two rules: a completion that repeats itself rarely ends by itself and only costs time, and
-one that has written the stop text is complete. Both look only at generated text, never at the
+one that has written a stop text is complete. Both look only at generated text, never at the
 prompt or at anything later, so the tokens kept are those that would have been drawn without them.
 If several reasons apply at the same token, the first of these counts: stop, closed, loop, length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from localrl.policy.tokenizer import Tokenizer
 from localrl.utils.repetition import LONGEST_PERIOD, NEEDED
 
 SPARE = 8
-"""Tokens examined beyond the most that the stop text can fill: some decode to nothing."""
+"""Tokens examined beyond the most that a stop text can fill: some decode to nothing."""
 LONGEST_TEXT = LONGEST_PERIOD - SPARE
 NO_TOKEN = -1
 
@@ -67,10 +67,10 @@ class Stops:
     """The active rules; built by `make_stops`."""
 
     loops: bool
-    text: str | None
+    texts: tuple[str, ...]
     tokenizer: Tokenizer
     completing: np.ndarray
-    """Tokens that may complete the stop text, (V + 1,) bool by token id. The last entry is false
+    """Tokens that may complete a stop text, (V + 1,) bool by token id. The last entry is false
     and covers ids that the model has but the tokenizer lacks."""
 
     def begin(self, before: Sequence[Sequence[int]]) -> RecentTokens:
@@ -90,45 +90,43 @@ class Stops:
     ) -> dict[Early, np.ndarray]:
         """Append the tokens just drawn; return (B,) bool per reason, in order of precedence."""
         recent_tokens.push(tokens)
-        no_rows = np.zeros(len(tokens), bool)
-        closed = (
-            no_rows if self.text is None else self._closed(self.text, recent_tokens, tokens, alive)
-        )
-        return {"closed": closed, "loop": recent_tokens.loops() if self.loops else no_rows}
-
-    def _closed(
-        self, text: str, recent_tokens: RecentTokens, tokens: np.ndarray, alive: np.ndarray
-    ) -> np.ndarray:
-        """Live rows whose latest token completed the stop text, (B,) bool."""
+        closed, loop = (np.zeros(len(tokens), bool) for _ in range(2))
         candidates = self.completing[np.minimum(tokens, len(self.completing) - 1)] & alive
-        # A token of the stop text holds at least one of its bytes.
-        count = len(text.encode()) + SPARE
-        closed = np.zeros(len(tokens), bool)
         for row in np.flatnonzero(candidates):
-            closed[row] = text in self.tokenizer.decode(recent_tokens.last(int(row), count))
-        return closed
+            closed[row] = any(self._ends(text, recent_tokens, int(row)) for text in self.texts)
+        return {"closed": closed, "loop": recent_tokens.loops() if self.loops else loop}
+
+    def _ends(self, text: str, recent_tokens: RecentTokens, row: int) -> bool:
+        """True if the latest token of a row has completed this text."""
+        # A token of the text holds at least one of its bytes.
+        count = len(text.encode()) + SPARE
+        return text in self.tokenizer.decode(recent_tokens.last(row, count))
 
 
-def make_stops(tokenizer: Tokenizer, *, loops: bool, text: str | None) -> Stops | None:
-    """Build the rules, or return None if neither is wanted; empty text means no text.
+def make_stops(tokenizer: Tokenizer, *, loops: bool, texts: Sequence[str]) -> Stops | None:
+    """Build the rules, or return None if neither is wanted.
 
-    Raises: ConfigError if the stop text is too long to be searched for.
+    Raises: ConfigError if a stop text is empty, or too long to be searched for.
     """
-    if not loops and not text:
+    if not loops and not texts:
         return None
-    if text and len(text.encode()) > LONGEST_TEXT:
-        raise ConfigError(f"The stop text may have at most {LONGEST_TEXT} bytes: {text!r}")
-    completing = _completing(tokenizer, text[-1]) if text else np.zeros(1, bool)
-    return Stops(loops, text or None, tokenizer, completing)
+    for text in texts:
+        if not 1 <= len(text.encode()) <= LONGEST_TEXT:
+            raise ConfigError(
+                f"A stop text may have 1 to {LONGEST_TEXT} bytes; rollout.stop_text holds {text!r}."
+            )
+    return Stops(loops, tuple(texts), tokenizer, _completing(tokenizer, {t[-1] for t in texts}))
 
 
-def _completing(tokenizer: Tokenizer, last: str) -> np.ndarray:
-    """Tokens whose text contains this character, or part of a character, (V + 1,) bool."""
+def _completing(tokenizer: Tokenizer, last: Collection[str]) -> np.ndarray:
+    """Tokens whose text contains one of these characters, or part of one, (V + 1,) bool."""
+    if not last:
+        return np.zeros(1, bool)
     ids = tokenizer.inner.get_vocab().values()
     found = np.zeros(max(ids) + 2, bool)
     for token in ids:
         # Decoded twice because some tokenizers drop the space before the first word.
         written = tokenizer.decode([token, token])
         # U+FFFD stands for bytes that are not a character by themselves.
-        found[token] = last in written or "\ufffd" in written
+        found[token] = not {"\ufffd", *last}.isdisjoint(written)
     return found

@@ -3,6 +3,7 @@
     checkpoints/step-000100/    published by one rename, once every byte is on the disk
         manifest.json           written last: size and SHA-256 of each other file
     checkpoints/.tmp-…          being written or pruned; removed at the next start
+    checkpoints/unused-step-…   newer than where a run was continued, see `set_aside`
 
 A checkpoint that exists can be loaded; if the disk damages one all the same, its checksums show it,
 and the previous one is used.
@@ -17,7 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +80,38 @@ class Checkpoints:
 
         Raises: CheckpointError if there are some, but all are damaged.
         """
-        steps = self.steps()
+        return next(self.intact(), None)
+
+    def intact(self) -> Iterator[Path]:
+        """Yield the intact checkpoints, the newest first. Warns about damaged ones among them.
+
+        Raises: CheckpointError if there are some, but all are damaged.
+        """
+        steps, found = self.steps(), False
         for step in reversed(steps):
             path = self.folder / f"step-{step:06d}"
             problem = damage(path)
             if problem is None:
-                return path
-            self._warn(f"The checkpoint {path} is damaged: {problem}. Using the previous one.")
-        if steps:
+                found = True
+                yield path
+            else:
+                self._warn(f"The checkpoint {path} is damaged: {problem}. Using the previous one.")
+        if steps and not found:
             raise CheckpointError(
                 f"All {len(steps)} checkpoints in {self.folder} are damaged, so the run cannot "
                 "continue. Start it again with another --out."
             )
-        return None
+
+    def set_aside(self, steps: Iterable[int]) -> list[Path]:
+        """Rename the checkpoints of these steps, so that they are kept but no longer used."""
+        found = []
+        for step in steps:
+            name = f"unused-step-{step:06d}"
+            names = (name if n == 1 else f"{name}-{n}" for n in count(1))
+            free = next(path for name in names if not (path := self.folder / name).exists())
+            (self.folder / f"step-{step:06d}").rename(free)
+            found.append(free)
+        return found
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in order."""

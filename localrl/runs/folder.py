@@ -142,13 +142,18 @@ class RunFolder:
         for log in self._logs.values():
             log.sync()
 
-    def cut(self, sizes: Mapping[str, int]) -> None:
-        """Remove the lines of steps that will be repeated; events stay unchanged.
+    def shorter(self, sizes: Mapping[str, int]) -> list[str]:
+        """Return the files of the step logs that no longer have all lines up to these sizes."""
+        return [f"{n}.jsonl" for n, size in sizes.items() if not self._logs[n].ends_a_line(size)]
 
-        Raises: CheckpointError if a log is shorter than its size here.
-        """
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Remove the lines of steps that will be repeated, as far as there are any; events stay
+        unchanged."""
         for name, size in sizes.items():
-            self._logs[name].cut(size)
+            log = self._logs[name]
+            log.cut(min(size, log.size))
+            if not log.ends_a_line(log.size):
+                log.mend()
         self._logs["events"].mend()
         self._thinning = self._full()
 

@@ -55,8 +55,6 @@ class Health:
         self._first: list[Record] = []
         self._last: deque[Record] = deque(maxlen=2 * MANY)
         self._updates = 0
-        self.unrewarded = 0
-        """Number of the last steps in a row in which no completion got a reward."""
         self._quiet: dict[str, int] = {}
         """Steps since the cause was last seen, for warnings that may not be repeated yet."""
 
@@ -68,8 +66,8 @@ class Health:
             self._first.append(record)
         self._last.append(record)
         self._updates += bool(record.get("update/applied"))
-        self.unrewarded = self.unrewarded + 1 if record["reward"] is None else 0
         checks: tuple[Callable[[], Warning | None], ...] = (
+            self._unrewarded,
             self._entropy,
             self._length,
             self._cut,
@@ -84,6 +82,16 @@ class Health:
         quiet = {name: steps + 1 for name, steps in self._quiet.items() if steps + 1 < CLEAR}
         self._quiet = quiet | dict.fromkeys(seen, 0)
         return fresh
+
+    def _unrewarded(self) -> Warning | None:
+        if self._last[-1]["reward"] is not None:
+            return None
+        return Warning(
+            "no_reward",
+            f"No completion of this step got a reward: {', '.join(self._weights)} gave None for "
+            "all of them, or failed, so it taught nothing. A run ends after "
+            f"{UNREWARDED} such steps in a row.",
+        )
 
     def _entropy(self) -> Warning | None:
         now, first = self._mean("entropy", FEW), _mean(self._first, "entropy")

@@ -118,6 +118,14 @@ class JsonLines:
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
 
+    def ends_a_line(self, size: int) -> bool:
+        """Return True if the file has this many bytes and the last of them ends a line."""
+        if not 0 < size <= self.size:
+            return size == 0
+        with Path(self._file.name).open("rb") as file:
+            file.seek(size - 1)
+            return file.read(1) == b"\n"
+
     def mend(self) -> None:
         """Remove a last line left incomplete by a crash, so that the next one starts on a new
         line."""

@@ -33,8 +33,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "entropy": ("nats", "mean over sampled tokens, of the whole distribution"),
     "kl": (
         "nats",
-        "mean over trained tokens, from the model without adapters, weighted as in the loss; "
-        "null if learning.kl_coef is 0",
+        "mean over trained tokens, from the adapter given or else the base, weighted as in the "
+        "loss; null if learning.kl_coef is 0",
     ),
     "loss": (
         "",
@@ -78,6 +78,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "left out: as good as expected, teach nothing",
     ),
     "selection/down_sampled": ("completions", "left out by learning.keep_completions"),
+    "selection/truncated": ("completions", "left out by learning.mask_truncated"),
     "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
     "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
     "rollout/decode_positions": ("positions", "rows decoded, summed over the calls"),

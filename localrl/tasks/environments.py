@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -19,6 +19,7 @@ from localrl.policy.tokenizer import Tokenizer
 from localrl.policy.turns import ToolCall, answer_ids, check_template, check_tools, read_calls
 from localrl.processes.worker import Reply, Worker
 from localrl.records import EnvironmentReply, Example, ModelTurn, RewardSpec
+from localrl.utils.text import readable
 
 CHILD = "localrl.tasks.environment_child"
 SAID = ("stop", "closed")
@@ -95,7 +96,7 @@ class Environments:
 
         Raises: DataError if an environment cannot be reset.
         """
-        tools = [self._kind(example).schemas or None for example in examples]
+        shown = [self.with_tools(example) for example in examples]
         rows = {example.id: _row(example) for example in examples}
         reply = self._call("observe", rows=rows)
         if not reply.ok:
@@ -104,10 +105,23 @@ class Environments:
                 f"start again.\n{reply.traceback or ''}".strip()
             )
         texts = dict(zip(rows, reply.value, strict=True))
-        return [
-            self._tokenizer.encode(_observed(example, texts[example.id]), tools=schemas)
-            for example, schemas in zip(examples, tools, strict=True)
-        ]
+        return self._tokenizer.encode_prompts(
+            [_observed(example, texts[example.id]) for example in shown]
+        )
+
+    def with_tools(self, example: Example) -> Example:
+        """Return the example with the functions that the model may call in its environment.
+
+        Raises: DataError if its row has `tools` as well.
+        """
+        schemas = self._kind(example).schemas
+        if schemas and example.tools:
+            raise DataError(
+                f"{example.place or example.id} has `tools` of its own, but those of the "
+                "environment are the ones that can be called. Leave the column out with --columns "
+                "tools="
+            )
+        return replace(example, tools=schemas or example.tools)
 
     def answer(self, spoken: Sequence[ModelTurn]) -> list[EnvironmentReply]:
         """Pass turns to their environments; those whose environment broke are marked as failed.
@@ -158,7 +172,7 @@ class Environments:
         kind = self._kind(said.example)
         if kind.plays_in_text or said.finish_reason not in SAID:
             return []
-        return read_calls(self._tokenizer, said.token_ids, kind.schemas)
+        return read_calls(self._tokenizer, said.token_ids, kind.schemas, begun=_begun(said))
 
     def _turn(self, said: ModelTurn, calls: Sequence[ToolCall], taken: set[int]) -> dict[str, Any]:
         """The request to the child; if several continue one conversation, all but one copy it."""
@@ -173,13 +187,13 @@ class Environments:
         if said.finish_reason not in SAID:
             return turn
         if self._kind(said.example).plays_in_text:
-            return {**turn, "text": said.text}
+            return {**turn, "text": _begun(said) + said.text}
         return {**turn, "calls": [asdict(call) for call in calls]} if calls else turn
 
     def _heard(
         self, said: ModelTurn, number: int, calls: Sequence[ToolCall], outcome: Mapping[str, Any]
     ) -> EnvironmentReply:
-        turn: dict[str, Any] = {"role": "assistant", "content": said.text}
+        turn: dict[str, Any] = {"role": "assistant", "content": _begun(said) + said.text}
         if calls:
             turn["tool_calls"] = [call.as_message() for call in calls]
         if "error" in outcome:
@@ -192,7 +206,7 @@ class Environments:
             answers,
             ended=said.token_ids[-1] in self._tokenizer.end_ids,
             calls=calls,
-            tools=self._kind(said.example).schemas or None,
+            tools=self.with_tools(said.example).tools or None,
         )
         return EnvironmentReply(number, (turn, *answers), ids)
 
@@ -252,18 +266,29 @@ def _row(example: Example) -> dict[str, Any]:
     return {"prompt": messages, "answer": example.answer, **example.columns}
 
 
-def _observed(example: Example, text: str | None) -> Sequence[Mapping[str, Any]]:
-    """The messages, with the text from `reset` appended to the last one, as in TRL."""
-    last = example.messages[-1]
-    return [*example.messages[:-1], {**last, "content": last["content"] + (text or "")}]
+def _observed(example: Example, text: str | None) -> Example:
+    """The example with the text from `reset` appended to its last message, as in TRL.
+
+    The beginning of the model's turn, if the prompt ends in one, stays as it is.
+    """
+    place = len(example.messages) - (2 if example.begun else 1)
+    message = example.messages[place]
+    longer = {**message, "content": message["content"] + readable(text or "")}
+    messages = (*example.messages[:place], longer, *example.messages[place + 1 :])
+    return replace(example, messages=messages)
+
+
+def _begun(said: ModelTurn) -> str:
+    """The beginning of this turn that the prompt gave; only the first one has any."""
+    return said.example.begun if said.conversation is None else ""
 
 
 def _answers(calls: Sequence[ToolCall], outcome: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages that answer a turn; none if the conversation is over."""
     if "results" in outcome:
         return [
-            {"role": "tool", "name": call.name, "content": result["text"]}
+            {"role": "tool", "name": call.name, "content": readable(result["text"])}
             for call, result in zip(calls, outcome["results"], strict=True)
         ]
     said = outcome["answer"]
-    return [] if said is None else [{"role": "user", "content": said}]
+    return [] if said is None else [{"role": "user", "content": readable(said)}]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from localrl.errors import ConfigError, DataError
 from localrl.records import Example
 from localrl.tasks.base import RewardSpec
-from localrl.tasks.rows import parse_columns, prompt_hash, read_examples
+from localrl.tasks.rows import parse_columns, prompt_hash, read_examples, with_all_columns
 from localrl.tasks.sources import find_source
 from localrl.tasks.tables import Rows, read_rows
 
 HELD_OUT_OF = 8
+
+HoldOut = Literal["some", "none", "all"]
+"""Which rows are held out from training: some of them; none, so that one problem is enough; or all,
+as only an evaluation can use them."""
+
+
+class OnePrompt(DataError):
+    """The data have too few different prompts to hold any out."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ def load_file_task(
     train_prompts: int = 0,
     system: str | None = None,
     columns: Sequence[str] = (),
+    hold_out: HoldOut = "some",
 ) -> FileTask:
     """Load the task of a file, a folder or a data set in the Hub's cache; see `find_source`.
 
@@ -58,22 +67,34 @@ def load_file_task(
     out if the SHA-256 of its prompt is divisible by 8, or else the one with the smallest hash: the
     same rows whatever the order in the file, and equal prompts on the same side.
 
-    columns: columns to take under other names, see `rows.parse_columns`.
+    columns: columns to take under other names, see `rows.parse_columns`. hold_out: "none" leaves
+    out a held-out table, "all" takes that table alone if there is one.
 
     Raises: ConfigError if there is no such source, or it has fewer rows than asked for; DataError
-    for unusable rows, for fewer than two, or for a prompt that is in both the training and the
-    held-out table.
+    for unusable rows, or for a prompt that is in both the training and the held-out table;
+    OnePrompt for fewer than two different prompts, if some are to be held out.
     """
     source, renames = find_source(str(name)), parse_columns(columns)
-    rows = _rows(source.train, renames)
-    if not source.held_out:
+    whole = source.held_out if hold_out == "all" and source.held_out else source.train
+    if hold_out != "some" or not source.held_out:
         return make_file_task(
-            source.name, str(name), rewards, rows, train_prompts, system=system, columns=columns
+            source.name,
+            str(name),
+            rewards,
+            _rows(whole, renames),
+            train_prompts,
+            system=system,
+            columns=columns,
+            hold_out=hold_out,
         )
+    rows = _rows(source.train, renames)
     training = read_examples(rows, system, renames)
     held_out = read_examples(_rows(source.held_out, renames), system, renames)
     _check_overlap(training, held_out, source.held_out[0])
-    about = f"{source.held_out[0].name}"
+    if not training or not held_out:
+        empty = source.held_out[0] if training else source.train[0]
+        raise DataError(f"{empty} has no rows; training and evaluation need one each.")
+    about = f"held out: {len(held_out)}, {source.held_out[0].name}"
     return _task(source.name, str(name), rewards, training, held_out, train_prompts, about)
 
 
@@ -86,10 +107,24 @@ def make_file_task(
     *,
     system: str | None,
     columns: Sequence[str] = (),
+    hold_out: HoldOut = "some",
 ) -> FileTask:
     """Make a task from rows of one source, holding some of them out. See `load_file_task`."""
-    training, held_out = split(read_examples(rows, system, parse_columns(columns)))
-    about = "one row in eight, by a hash of its prompt"
+    examples = read_examples(rows, system, parse_columns(columns))
+    if not examples:
+        raise DataError(f"{source} has 0 rows: there is nothing to train on, or to measure.")
+    if hold_out == "none":
+        return _task(name, source, rewards, examples, [], train_prompts, "none held out")
+    if hold_out == "all":
+        return _task(name, source, rewards, examples, examples, 0, "all measured")
+    training, held_out = split(examples)
+    if not training:
+        rows_there = f"{len(examples)} rows" if len(examples) > 1 else "1 row"
+        raise OnePrompt(
+            f"{source} has {rows_there} with 1 different prompt; training and evaluation need one "
+            "each. To train on it and hold nothing out, set task.eval_prompts=0."
+        )
+    about = f"held out: {len(held_out)}, one row in eight, by a hash of its prompt"
     return _task(name, source, rewards, training, held_out, train_prompts, about)
 
 
@@ -108,22 +143,35 @@ def _task(
     train_prompts: int,
     about: str,
 ) -> FileTask:
-    if not training or not held_out:
-        there = len(training) + len(held_out)
-        raise DataError(f"{source} has {there} rows; training and evaluation need one each.")
     if train_prompts > len(training):
         raise ConfigError(
             f"task.train_prompts is {train_prompts}, but {source} has {len(training)} rows to "
             "train on. Lower it, or leave it out to use all."
         )
+    training, held_out = with_all_columns(training, held_out), with_all_columns(held_out, training)
     used = tuple(training[:train_prompts] if train_prompts else training)
     return FileTask(
         name=name,
-        description=f"{len(used)} prompts from {source}; held out: {len(held_out)}, {about}",
+        description=f"{len(used)} prompts from {source}; {about}",
         rewards=tuple(rewards),
         training=used,
         held_out=tuple(sorted(held_out, key=_hash)),
     )
+
+
+def without(task: FileTask, ids: Collection[str]) -> FileTask:
+    """Return the task without the examples of these ids.
+
+    Raises: DataError if none is left to train on.
+    """
+    training = tuple(example for example in task.training if example.id not in ids)
+    if task.training and not training:
+        raise DataError(
+            f"task.filter_overlong_prompts leaves out all {len(task.training)} rows of "
+            f"{task.name}. Raise rollout.max_prompt_tokens."
+        )
+    held_out = tuple(example for example in task.held_out if example.id not in ids)
+    return replace(task, training=training, held_out=held_out)
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -5,36 +5,68 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from localrl.policy.tokenizer import Tokenizer
-from localrl.records import Example, Group, Leaf, Node, ScoredGroup
+from localrl.records import Example, Group, Leaf, Node, RewardSpec, ScoredGroup
 
 CALLS = (1, 4, 15, 60, 120)
 """Numbers of answers scored in each call of the rewards: 200 in all."""
 Score = Callable[[Sequence[Group]], list[ScoredGroup]]
 
 
-def gold_completion(example: Example, tokenizer: Tokenizer) -> Group:
+LEADS = {
+    "localrl.rewards.answers:final_answer": "# ",
+    "localrl.rewards.accuracy:reasoning_accuracy_reward": "</think>",
+}
+"""Text that a right answer needs before it, by built-in reward."""
+TAKES_LISTS = "localrl.rewards.json_answers:"
+"""Built-in rewards for which a list is one answer; for others it holds accepted ones."""
+
+
+def gold_completion(
+    example: Example, tokenizer: Tokenizer, rewards: Sequence[RewardSpec] = ()
+) -> Group:
     """Return a group whose only completion is the gold answer, or empty without one.
 
-    It has no prompt tokens, which rewards do not see.
+    It has no prompt tokens, which rewards do not see. Of a list of accepted answers it is the
+    first; the first of `rewards` may need more words.
     """
-    gold = "" if example.answer is None else example.answer
-    text = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
+    return completion_of(example, _gold_text(example.answer, rewards[:1]), tokenizer)
+
+
+def completion_of(example: Example, text: str, tokenizer: Tokenizer) -> Group:
+    """Return a group without prompt tokens whose only completion is this text."""
     ids = np.array(tokenizer.inner.encode(text, add_special_tokens=False), np.int32)
     zeros = np.zeros(len(ids), np.float32)
     node = Node(-1, ids, np.ones(len(ids), bool), zeros, zeros)
     return Group(example, (), (node,), (Leaf(0, "stop", text),), 1)
 
 
+def _gold_text(gold: Any, rewards: Sequence[RewardSpec]) -> str:
+    target = rewards[0].target if rewards else ""
+    if isinstance(gold, list) and gold and not target.startswith(TAKES_LISTS):
+        gold = gold[0]
+    if gold is None:
+        return ""
+    text = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
+    return LEADS.get(target, "") + text
+
+
 def score_gold(
-    examples: Sequence[Example], score: Score, tokenizer: Tokenizer, *, budget_s: float = np.inf
+    examples: Sequence[Example],
+    score: Score,
+    tokenizer: Tokenizer,
+    rewards: Sequence[RewardSpec] = (),
+    *,
+    budget_s: float = np.inf,
 ) -> list[ScoredGroup]:
     """Score the gold answers of up to 200 examples, spread evenly over the given ones.
 
-    budget_s: seconds after which no further call is made, because the rewards are slow.
+    rewards: see `gold_completion`. budget_s: seconds after which no further call is made, because
+    the rewards are slow.
 
     Raises: the errors of `Scorer.score`.
     """
@@ -46,5 +78,5 @@ def score_gold(
         batch = chosen[len(scored) : len(scored) + size]
         if not batch or (scored and time.perf_counter() - started > budget_s):
             break
-        scored += score([gold_completion(example, tokenizer) for example in batch])
+        scored += score([gold_completion(example, tokenizer, rewards) for example in batch])
     return scored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from localrl.processes.worker import Worker
 from localrl.tasks.base import RewardSpec
 from localrl.tasks.builtin import BuiltinTask, list_tasks, load_task
 from localrl.tasks.environments import Environments, open_environments
-from localrl.tasks.files import HELD_OUT_OF, FileTask, load_file_task, make_file_task
+from localrl.tasks.files import HELD_OUT_OF, FileTask, HoldOut, load_file_task, make_file_task
 from localrl.tasks.formats import check_table
 from localrl.tasks.sources import find_source
 
@@ -21,16 +21,25 @@ GYM = "gym:"
 GYM_PROMPTS = 1000
 """Default number of puzzles to train on."""
 
+ROWS = "rows"
+"""Name of tasks whose rows were handed over in Python."""
 FUNCTION = "examples"
 """Function that a Python data file defines: no arguments, returns rows as in a JSONL file."""
 
 
 def open_task(
-    config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker
+    config: TaskConfig,
+    rewards: Sequence[RewardSpec],
+    worker: Worker,
+    *,
+    whole: bool = False,
+    rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> BuiltinTask | FileTask:
     """Open a built-in task, or the user's data: a table, a folder, a data set, a Python file.
 
-    `rewards` replace the task's own; data require some. A Python file runs in the worker.
+    `rewards` replace the task's own; data require some. A Python file runs in the worker. Data are
+    all trained on if `task.eval_prompts` is 0. whole: True to hold all of them out. rows: take
+    these instead of those that the settings name.
 
     Raises: ConfigError if there is no such task, or data have no rewards; DataError for data that
     cannot be used.
@@ -42,6 +51,14 @@ def open_task(
         )
     if config.name.startswith(GYM):
         return _gym_task(config, rewards, worker)
+    hold_out: HoldOut = "all" if whole else "some" if config.held_out else "none"
+    if rows is not None:
+        return _rows_task(config, rewards, rows, hold_out)
+    if config.name == ROWS and not path.exists():
+        raise ConfigError(
+            "The problems of this task were rows handed to train() in Python: only a program that "
+            "has them can go on, with train(config, data=rows, ...). Or name others with --task."
+        )
     if not is_data(config.name):
         task = load_task(config.name, train_prompts=config.train_prompts)
         return replace(task, rewards=tuple(rewards)) if rewards else task
@@ -62,6 +79,7 @@ def open_task(
             config.train_prompts,
             system=config.system,
             columns=config.columns,
+            hold_out=hold_out,
         )
     return load_file_task(
         config.name,
@@ -69,6 +87,7 @@ def open_task(
         train_prompts=config.train_prompts,
         system=config.system,
         columns=config.columns,
+        hold_out=hold_out,
     )
 
 
@@ -93,6 +112,30 @@ def with_environments(
             "reward with --reward."
         )
     return replace(task, rewards=rewards), found
+
+
+def _rows_task(
+    config: TaskConfig,
+    rewards: Sequence[RewardSpec],
+    rows: Sequence[Mapping[str, Any]],
+    hold_out: HoldOut,
+) -> FileTask:
+    """Make a task from rows of this process."""
+    if not rewards and not config.environment:
+        raise ConfigError(
+            "No reward is set, so the answers to these rows cannot be scored. Hand functions over, "
+            "as in train(config, data=rows, rewards=[score]), or set task.rewards."
+        )
+    return make_file_task(
+        ROWS,
+        "data",
+        rewards,
+        ((f"data, row {number}", row) for number, row in enumerate(rows, start=1)),
+        config.train_prompts,
+        system=config.system,
+        columns=config.columns,
+        hold_out=hold_out,
+    )
 
 
 def _gym_task(config: TaskConfig, rewards: Sequence[RewardSpec], worker: Worker) -> FileTask:

@@ -1,8 +1,9 @@
 """Converts rows of the user's data to examples.
 
-A row needs a prompt: `prompt` (text, or chat messages), `messages`, or `question`. It may have an
-answer (`answer`, `ground_truth` or `solution`), an `id` and a `system` message. Every column is
-passed to the reward functions under its own name. `task.columns` names other columns for these.
+A row needs a prompt: `prompt` (text, or chat messages), `messages`, `question`, `problem` or
+`instruction`. It may have an answer (`answer`, `ground_truth` or `solution`), an `id`, a `system`
+message and `tools`. Every column is passed to the reward functions under its own name.
+`task.columns` names other columns for these.
 """
 
 from __future__ import annotations
@@ -11,16 +12,23 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from localrl.config import closest
 from localrl.errors import ConfigError, DataError
 from localrl.records import Example
+from localrl.tasks.messages import read_conversation, read_text
 
-PROMPTS = ("prompt", "messages", "question")
+PROMPTS = ("prompt", "messages", "question", "problem", "instruction")
+HIDDEN = ("prompt", "messages", "question", "id", "system")
+"""Columns that reward functions do not get under their own names."""
 ANSWERS = ("answer", "ground_truth", "solution")
-ROLES = ("system", "user", "assistant", "tool")
+INPUT = "input"
+"""Column with the text that belongs to an `instruction`."""
+LISTED = 5
+"""Maximum number of bad rows whose places an error lists besides the first."""
 GSM8K = "####"
 """Marker in GSM8K data: the gold answer follows the last one."""
 
@@ -48,7 +56,8 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 
     Naming a prompt leaves out other prompts that the row has, and naming an answer other answers.
     """
-    groups = [group for group in (PROMPTS, ANSWERS) if set(group) & columns.keys()]
+    prompts = PROMPTS if columns.keys() & set(PROMPTS[3:]) else PROMPTS[:3]
+    groups = [group for group in (prompts, ANSWERS) if set(group) & columns.keys()]
     hidden = {*columns, *(name for group in groups for name in group)}
     kept = {name: value for name, value in row.items() if name not in hidden}
     return kept | {name: row[column] for name, column in columns.items() if column in row}
@@ -74,40 +83,92 @@ def read_examples(
         _check_columns(rows, columns)
         rows = [(place, rename(row, columns)) for place, row in rows]
     examples: list[Example] = []
-    places: dict[str, str] = {}
-    seen: Counter[str] = Counter()
+    bad: list[tuple[str, str]] = []
+    names = _GivenIds()
     for place, row in rows:
-        example = to_example(place, row, system)
-        if row.get("id") is None:
-            seen[example.id] += 1
-            if seen[example.id] > 1:
-                name = f"{example.id}-{seen[example.id]}"
-                example = replace(example, id=name, tracker_key=name)
-        if example.id in places:
-            raise DataError(
-                f"{place}: the id {example.id!r} is already used in {places[example.id]}. Make "
-                "ids unique, or leave them out."
-            )
-        places[example.id] = place
-        examples.append(example)
+        try:
+            examples.append(names.give(to_example(place, row, system), own=row.get("id") is None))
+        except DataError as error:
+            bad.append((place, str(error)))
+    if bad:
+        raise DataError(tell_bad(bad, len(examples) + len(bad)))
     return examples
+
+
+def with_all_columns(examples: Sequence[Example], others: Sequence[Example] = ()) -> list[Example]:
+    """Return the examples with every column that one of them or of the others has, None where a row
+    lacks it."""
+    columns = dict.fromkeys(name for e in (*examples, *others) for name in e.columns)
+    return [
+        example
+        if len(example.columns) == len(columns)
+        else replace(example, columns={name: example.columns.get(name) for name in columns})
+        for example in examples
+    ]
+
+
+def tell_bad(bad: Sequence[tuple[str, str]], total: int) -> str:
+    """Describe bad rows, given by place and message: the first in full, and where the others are.
+
+    Messages name their places themselves.
+    """
+    first = bad[0][1]
+    if len(bad) == 1:
+        return first
+    others = ", ".join(place for place, _ in bad[1 : LISTED + 1])
+    more = f" and {len(bad) - 1 - LISTED} more" if len(bad) > LISTED + 1 else ""
+    return f"{first} {len(bad)} of {total} rows are bad; the others: {others}{more}."
+
+
+class _GivenIds:
+    """The ids given so far, and where."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._seen: Counter[str] = Counter()
+
+    def give(self, example: Example, *, own: bool) -> Example:
+        """Return the example with an id of its own; one that was made up may get a suffix.
+
+        Raises: DataError if the row's id is already in use.
+        """
+        if own:
+            self._seen[example.id] += 1
+            if self._seen[example.id] > 1:
+                name = f"{example.id}-{self._seen[example.id]}"
+                example = replace(example, id=name, tracker_key=name)
+        if example.id in self._places:
+            raise DataError(
+                f"{example.place}: the id {example.id!r} is already used in "
+                f"{self._places[example.id]}. Make ids unique, or leave them out."
+            )
+        self._places[example.id] = example.place
+        return example
 
 
 def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Example:
     """Convert one row to an example. Raises: DataError, see `read_examples`."""
     messages = _messages(place, row)
-    own = system if row.get("system") is None else row["system"]
+    own = row.get("system")
+    own = system if own is None or own == "" else own
     if own is not None and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": _text(place, "system", own)}, *messages)
-    answer = _answer(row)
-    columns = {name: value for name, value in row.items() if name not in (*PROMPTS, "id", "system")}
+        messages = ({"role": "system", "content": read_text(place, "system", own)}, *messages)
+    answer, tools = _answer(row), _tools(place, row)
+    _check_unicode(place, messages, answer, tools, row.get("id"))
     given = row.get("id")
-    name = prompt_hash(messages, answer)[:12] if given is None else _text(place, "id", str(given))
-    as_text = not any(isinstance(row.get(column), list) for column in PROMPTS)
-    return Example(id=name, messages=messages, answer=answer, columns=columns, as_text=as_text)
+    made = prompt_hash(messages, answer)[:12]
+    return Example(
+        id=made if given is None else read_text(place, "id", str(given)),
+        messages=messages,
+        answer=answer,
+        columns={name: value for name, value in row.items() if name not in HIDDEN},
+        as_text=not any(isinstance(row.get(column), list) for column in PROMPTS),
+        tools=tools,
+        place=place,
+    )
 
 
-def prompt_hash(messages: Sequence[Mapping[str, str]], answer: Any = None) -> str:
+def prompt_hash(messages: Sequence[Mapping[str, Any]], answer: Any = None) -> str:
     """SHA-256 in hexadecimal of the messages, and of the answer if there is one."""
     parts = [list(map(dict, messages)), *([] if answer is None else [answer])]
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
@@ -126,7 +187,7 @@ def _check_columns(
             )
 
 
-def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ...]:
+def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     present = [name for name in PROMPTS if row.get(name) is not None]
     empty = [name for name in PROMPTS if name in row]
     if not present and empty:
@@ -134,44 +195,55 @@ def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, str], ..
     if not present:
         found = ", ".join(f"{name!r:.60}" for name in row) or "none"
         raise DataError(
-            f"{place} has no prompt, messages or question; its columns are {found}. If one of them "
-            "is the prompt, name it with --columns prompt=COLUMN."
+            f"{place} has no {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}; its columns are {found}. "
+            "If one of them is the prompt, name it with --columns prompt=COLUMN."
         )
     value = row[present[0]]
     if isinstance(value, str):
-        return ({"role": "user", "content": _text(place, present[0], value)},)
+        text = read_text(place, present[0], value)
+        about = row.get(INPUT) if present[0] == "instruction" else None
+        if isinstance(about, str) and about.strip():
+            text = f"{text}\n\n{about}"
+        return ({"role": "user", "content": text},)
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{place}: {present[0]} is {value!r:.60}; it must be text or a list of chat messages."
         )
-    messages = tuple(_message(place, present[0], message) for message in value)
-    if messages[-1]["role"] == "assistant":
+    return read_conversation(place, present[0], value)
+
+
+def _tools(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Read the functions that the chat template is given: a list of JSON schemas, or its JSON."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with suppress(ValueError, RecursionError):  # told below
+            tools = json.loads(tools or "[]")
+    if tools is None or tools == []:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(
-            f"{place}: the last message is the assistant's. End with the user's, and put the right "
-            "answer in `answer`."
+            f"{place}: tools is {row['tools']!r:.60}; it must be a list of JSON schemas. If it is "
+            "something else, leave the column out with --columns tools="
         )
-    return messages
+    return tuple(tools)
 
 
-def _message(place: str, column: str, message: Any) -> Mapping[str, str]:
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+def _check_unicode(place: str, *parts: Any) -> None:
+    """Reject halves of characters, which JSON can write but no tokenizer can read."""
+    text = json.dumps(parts, ensure_ascii=False, default=repr)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 10]
         raise DataError(
-            f"{place}: {column} holds {message!r:.60}; a message needs a `role` and a `content`."
-        )
-    if message["role"] not in ROLES:
-        raise DataError(f"{place}: the role {message['role']!r} is not one of {', '.join(ROLES)}.")
-    return {"role": message["role"], "content": _text(place, "content", message["content"])}
-
-
-def _text(place: str, column: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {column} is {value!r:.60}; it must be text.")
-    return value
+            f"{place} holds half of a character, {text[error.start]!a} (a lone surrogate), in "
+            f"{around!a}. Remove it, or write the whole character."
+        ) from None
 
 
 def _answer(row: Mapping[str, Any]) -> Any:
     """The gold answer, None if the row has none; in GSM8K's format the part after `####`."""
-    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    answer = next((row[name] for name in ANSWERS if row.get(name) not in (None, "", [])), None)
     if isinstance(answer, str) and GSM8K in answer:
         return answer.rpartition(GSM8K)[2].strip()
     return answer

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from localrl import backend
-from localrl.backend import mx
+from localrl.backend import mx, tree_flatten
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.engines.choose import choose_engine
@@ -39,8 +40,8 @@ from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
-from localrl.tasks.loading import is_data, open_task, with_environments
 from localrl.training.calibrate import calibrate_plan
+from localrl.training.given import NOTHING, Given
 from localrl.training.memory_plan import (
     make_plan,
     plan_request,
@@ -49,13 +50,9 @@ from localrl.training.memory_plan import (
     with_engine,
     worth_measuring,
 )
-from localrl.training.prompt_lengths import measure
-from localrl.training.reward_checks import check_columns, check_rewards
+from localrl.training.opened_task import open_and_check
 from localrl.training.sampler import Rescore, Sampler
-from localrl.training.validate import check, fit_prompts
 
-SOME = 8
-"""Number of examples checked before a run."""
 ROUNDING = 0.01
 """Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in
 bfloat16, over 25 tokens."""
@@ -138,39 +135,37 @@ def open_components(
     heartbeat: Heartbeat,
     plan: MemoryPlan | None = None,
     trains: bool = True,
+    whole: bool = False,
+    given: Given = NOTHING,
     ranks: Ranks = ALONE,
 ) -> Iterator[Components]:
     """Open the task, its rewards and the model. plan: the plan of a resumed run.
 
+    trains: False to evaluate only. whole: True to evaluate on all rows of the task's data. given:
+    rows and rewards that the settings cannot name.
+
     Raises: ConfigError or DataError for what cannot work; MemoryBudgetError if memory is too small,
     before weights are loaded.
     """
-    config, beat = resolved.config, heartbeat.beat
-    beat(Work("opening the task"))
+    beat, limits = heartbeat.beat, resolved.config.task
     with Worker(
-        time_limit_s=config.task.reward_timeout_s,
-        memory_limit_bytes=config.task.reward_memory_mb * 2**20,
+        time_limit_s=limits.reward_timeout_s,
+        memory_limit_bytes=limits.reward_memory_mb * 2**20,
     ) as worker:
-        task = open_task(config.task, resolved.rewards, worker)
-        if trains:
-            config = fit_prompts(config, task, warn)
-            resolved = replace(resolved, config=config)
-        check(config, resolved.shape, task)
-        task, environments = with_environments(config.task, task, worker, warn)
-        scorer = Scorer(task.rewards, worker, warn, cut_reward=config.task.cut_reward, beat=beat)
-        held_out = task.evaluation(config.task.held_out)
-        check_columns(task, held_out, scorer)
-        tokenizer = load_tokenizer(resolved.model_folder, thinking=config.model.thinking)
-        _check_vocabulary(tokenizer, task, held_out, resolved.model_folder)
-        if trains and plan is None and environments is None:
-            beat(Work("trying the rewards on gold answers"))
-            trial = Scorer(task.rewards, worker, warn)  # the run's own counts stay at zero
-            gold = is_data(config.task.name)
-            check_rewards(task, trial, tokenizer, warn, gold=gold)
-        beat(Work("reading the task's prompts"))
-        prompts = measure(config, task, held_out, tokenizer, trains=trains)
+        opened = open_and_check(
+            resolved,
+            worker,
+            warn,
+            beat,
+            given=given,
+            trains=trains,
+            whole=whole,
+            try_rewards=trains and plan is None,
+        )
+        config, task, environments = opened.config, opened.task, opened.environments
+        resolved, tokenizer = replace(resolved, config=config), opened.tokenizer
         turns = environments is not None
-        request = local_plan_request(resolved, prompts=prompts, trains=trains, turns=turns)
+        request = local_plan_request(resolved, prompts=opened.prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
         beat(Work("loading the model"))
         loaded = load(resolved, tokenizer)
@@ -181,7 +176,8 @@ def open_components(
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat)
+        updates = config.run.steps * config.learning.updates_per_step
+        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat, updates)
         if trains:
             _check_rounding(updater, warn)
         may_checkpoint = trains and _may_recompute(policy, warn)
@@ -202,7 +198,7 @@ def open_components(
             plan=plan,
             request=request,
             may_checkpoint=may_checkpoint,
-            scorer=scorer,
+            scorer=opened.scorer,
             decoder=decoder,
             sampler=Sampler(
                 config,
@@ -211,14 +207,14 @@ def open_components(
                 decoder,
                 tracker,
                 shape_of(config, plan),
-                scorer.score,
+                opened.scorer.score,
                 _rescore(updater),
                 environments,
                 ranks,
             ),
             updater=updater,
             tracker=tracker,
-            held_out=held_out,
+            held_out=opened.held_out,
         )
 
 
@@ -230,7 +226,9 @@ def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> Loaded
     wish = resolved.config.model
     mx.reset_peak_memory()  # the peak of an earlier run in this process does not count
     return load_model(
-        resolved.model_folder, quantize=wish.quantize, thinking=wish.thinking, tokenizer=tokenizer
+        resolved.model_folder,
+        quantize=wish.quantize,
+        tokenizer=tokenizer or load_tokenizer(resolved.model_folder, wish),
     )
 
 
@@ -283,7 +281,7 @@ def _trial_prompts(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Promp
     if dtype in ("bf16", "fp32") or (dtype == "auto" and backend.describe().device == "cpu"):
         return ()
     size = min(TRIED, task.train_size or TRIED)
-    return tokenizer.encode_all([task.train(i).messages for i in range(size)])
+    return tokenizer.encode_prompts([task.train(i) for i in range(size)])
 
 
 def _may_recompute(policy: Policy, warn: Callable[[str], None]) -> bool:
@@ -311,27 +309,9 @@ def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) ->
     return found
 
 
-def _check_vocabulary(
-    tokenizer: Tokenizer, task: Task, held_out: Sequence[Example], folder: Path
-) -> None:
-    """Check that the model has tokens for the task's first prompts.
-
-    Raises: ConfigError if it does not.
-    """
-    size = min(SOME, task.train_size or SOME)
-    examples = [*map(task.train, range(size)), *held_out[:SOME]]
-    unknown = dict.fromkeys(c for e in examples for c in tokenizer.unknown(e.messages))
-    if unknown:
-        raise ConfigError(
-            f"The model in {folder} has no token for {''.join(unknown)!r}, which prompts of "
-            f"{task.name!r} contain. Choose another model with --model; the embedded one can read "
-            "the tasks steps, sums and sorting."
-        )
-
-
 def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Heartbeat) -> Decoder:
     rollout = config.rollout
-    stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, text=rollout.stop_text)
+    stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, texts=rollout.stop_text)
     return Decoder(
         policy,
         rollout.temperature,
@@ -378,7 +358,7 @@ def _policy(
     start: Adapter | None,
     prompts: Prompts,
 ) -> Policy:
-    return make_policy(
+    policy = make_policy(
         loaded,
         rank=config.lora.rank,
         scale=config.lora.scale,
@@ -392,3 +372,7 @@ def _policy(
         dtype=config.model.dtype,
         prompts=prompts,
     )
+    if start is None or not config.learning.kl_coef:
+        return policy
+    given: Any = tree_flatten(policy.model.trainable_parameters())
+    return replace(policy, reference=dict(given))

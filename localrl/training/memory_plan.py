@@ -270,5 +270,6 @@ def _workload(
         lora_keys=lora.keys,
         float_bytes=float_bytes(config.model.dtype, sizes, on_cpu=device == "cpu"),
         trains=trains,
+        reference=trains and bool(lora.adapter and config.learning.kl_coef),
         engines=engines_for(config.model.engine, device=device),
     )

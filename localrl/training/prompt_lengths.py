@@ -6,10 +6,10 @@ Everything here depends on settings, task and model alone, because the group siz
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from localrl.config import RunConfig
-from localrl.errors import LocalRLError
+from localrl.errors import DataError, LocalRLError
 from localrl.memory.plan import PromptLength
 from localrl.policy.loading import find_model
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
@@ -17,58 +17,82 @@ from localrl.processes.worker import Worker
 from localrl.records import Example
 from localrl.rewards.catalog import parse_rewards
 from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
+from localrl.tasks.files import FileTask, without
 from localrl.tasks.loading import open_task
 from localrl.tasks.order import take
-from localrl.training.validate import check_prompt
+from localrl.training.prompt_checks import check_prompts, tell_overlong
 
-MOST = 1024
-"""Largest number of training prompts measured: of a larger set, only the longest."""
 ENDLESS = 256
 """Number of prompts that represent an endless task: the first ones that the run will use."""
 MARGIN = 8
 """Fraction 1/MARGIN added to the planned length when not all prompts are known."""
 
 
-def measure(
+def read_prompts(
     config: RunConfig,
     task: Task,
-    held_out: Sequence[Example],
     tokenizer: Tokenizer,
+    warn: Callable[[str], None] = lambda line: None,
     *,
     trains: bool = True,
-) -> PromptLength:
-    """Return the length to plan for: the longest prompt's, plus a margin if some are unseen.
+    environments: Environments | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> tuple[Task, PromptLength]:
+    """Render and count every prompt that a run may draw, so that none ends it later.
 
-    Raises: DataError for a prompt longer than rollout.max_prompt_tokens, or if the model's chat
-    template refuses one.
+    Returns the task, without overlong prompts if the settings leave them out, and the length to
+    plan for: the longest prompt's, plus a margin if some are unseen. What environments add to
+    prompts is not known. beat: called now and then; it may raise to end the reading.
+
+    Raises: DataError, naming file and line, for prompts that are too long or that the chat template
+    refuses; ConfigError for those that the model cannot read.
     """
+    training, complete = _training(config, task) if trains else ([], True)
+    filters = config.task.filter_overlong_prompts
+    count = config.task.held_out
+    if filters and isinstance(task, FileTask):
+        count = len(task.held_out)  # those left out are replaced by later ones
+    examples = [*training, *task.evaluation(count)]
+    if environments is not None:
+        examples = [environments.with_tools(example) for example in examples]
+    lengths = check_prompts(examples, tokenizer, task.name, warn, beat)
     most = config.rollout.max_prompt_tokens
-    if config.task.environment or config.task.tools or task.environment:
-        return _allowed(config, "an environment may add to them")
-    training, all_of_them = _training(config, task) if trains else ([], True)
-    examples = [*training, *held_out]
-    if not examples:
+    long = {e.id: n for e, n in zip(examples, lengths, strict=True) if n > most}
+    if long and not (filters and isinstance(task, FileTask)):
+        raise DataError(tell_overlong(examples, long, most))
+    if long and isinstance(task, FileTask):
+        task = without(task, long)
+        warn(
+            f"task.filter_overlong_prompts leaves out {len(long)} of {len(examples)} prompts, "
+            f"which have more than {most} tokens (the longest has {max(long.values())})"
+        )
+    if environments is not None or config.task.environment or config.task.tools or task.environment:
+        return task, _allowed(config, "an environment may add to them")
+    kept = [n for e, n in zip(examples, lengths, strict=True) if e.id not in long]
+    return task, _planned(config, kept, complete=complete)
+
+
+def _planned(config: RunConfig, lengths: Sequence[int], *, complete: bool) -> PromptLength:
+    if not lengths:
         return _allowed(config, "there are none")
-    lengths = [len(ids) for ids in tokenizer.encode_all([e.messages for e in examples])]
-    for example, length in zip(examples, lengths, strict=True):
-        check_prompt(example, length, most)
     longest = max(lengths)
-    if all_of_them:
-        return PromptLength(longest, f"measured on all {len(examples)} of them")
-    planned = min(most, longest + -(-longest // MARGIN))
-    basis = f"measured on {len(examples)} of them, the longest of which has {longest}"
+    if complete:
+        return PromptLength(longest, f"measured on all {len(lengths)} of them")
+    planned = min(config.rollout.max_prompt_tokens, longest + -(-longest // MARGIN))
+    basis = f"measured on {len(lengths)} of them, the longest of which has {longest}"
     return PromptLength(planned, basis)
 
 
 def find(config: RunConfig) -> PromptLength:
     """Return the same from the settings alone, if the model's folder and the task are local.
 
-    Raises: the same errors as `measure`.
+    Raises: the same errors as `read_prompts`.
     """
     limits = config.task
     try:
         folder = find_model(config.model.path)
-        tokenizer = load_tokenizer(folder, thinking=config.model.thinking)
+        tokenizer = load_tokenizer(folder, config.model)
     except LocalRLError as error:
         return _allowed(config, str(error))
     with Worker(
@@ -78,10 +102,9 @@ def find(config: RunConfig) -> PromptLength:
         try:
             specs = parse_rewards(config.task.rewards or ["accuracy"])  # data need at least one
             task = open_task(config.task, specs, worker)
-            held_out = task.evaluation(config.task.held_out)
         except LocalRLError as error:
             return _allowed(config, str(error))
-        return measure(config, task, held_out, tokenizer)
+        return read_prompts(config, task, tokenizer)[1]
 
 
 def _allowed(config: RunConfig, why: str) -> PromptLength:
@@ -94,11 +117,4 @@ def _training(config: RunConfig, task: Task) -> tuple[list[Example], bool]:
     """Return the training examples to measure, and True if these are all of them."""
     if not task.train_size:
         return take(task, 0, ENDLESS, config.run.seed), False
-    examples = [task.train(i) for i in range(task.train_size)]
-    if len(examples) <= MOST:
-        return examples, True
-    return sorted(examples, key=_characters, reverse=True)[:MOST], False
-
-
-def _characters(example: Example) -> int:
-    return sum(len(str(message.get("content", ""))) for message in example.messages)
+    return [task.train(i) for i in range(task.train_size)], True

@@ -56,7 +56,7 @@ def check_rewards(
     scorer: one whose counts are not the run's. gold: True if an answer by itself is a correct
     completion, as in the user's own data.
 
-    Raises: ConfigError if no example has the gold answer that a built-in reward compares with;
+    Raises: ConfigError if no example has a gold answer that a built-in reward can read;
     RewardError if a reward fails on every gold answer.
     """
     examples = [task.train(i) for i in range(task.train_size or SOME)]
@@ -67,11 +67,15 @@ def check_rewards(
         if gold and spec.target.startswith(NEEDS) and len(answered) < len(examples):
             _check_answers(task, spec, examples, len(answered), warn)
     try:
-        scored = score_gold(answered or examples, scorer.score, tokenizer, budget_s=BUDGET_S)
+        scored = score_gold(
+            answered or examples, scorer.score, tokenizer, task.rewards, budget_s=BUDGET_S
+        )
     except RewardError:
         if answered:
             raise
         return  # only on empty completions, and the scorer has told of it
+    if gold and answered:
+        _check_readable(task, scored)
     _warn_of_none(task, scored, "gold answers" if answered else "empty completions", warn)
     if gold and answered:
         _check_gold(task.rewards[0], scored, warn)
@@ -96,6 +100,19 @@ def _check_answers(
         f"{len(examples) - answered} of {len(examples)} rows have no gold answer: {spec.name} "
         "gives no reward for them, so they teach nothing"
     )
+
+
+def _check_readable(task: Task, scored: Sequence[ScoredGroup]) -> None:
+    for spec in task.rewards:
+        compares = spec.target.startswith((*NEEDS, "localrl.rewards.json_answers:json_reward"))
+        if compares and all(group.parts[spec.name][0] is None for group in scored):
+            example = scored[0].group.example
+            raise ConfigError(
+                f"The reward {spec.name!r} can read none of {len(scored)} gold answers of "
+                f"{task.name}; the first is {example.answer!r:.60} of {example.id}. Write texts, "
+                "numbers or lists of accepted answers, name another column with --columns "
+                "answer=COLUMN, or choose another --reward."
+            )
 
 
 def _warn_of_none(

@@ -10,6 +10,7 @@ import numpy as np
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import map_sharded, map_sharded_groups
+from localrl.learning.credit import with_expected_reward
 from localrl.learning.staleness import too_far, with_old_logprobs, with_scored_logprobs
 from localrl.learning.tracker import Tracker
 from localrl.records import Example, Group, MemoryPlan, ScoredGroup
@@ -122,7 +123,12 @@ class Sampler:
             place=self.tracker.place,
             give_up=self.config.rollout.give_up,
         )
-        return self._scored_for_later(found)
+        return self._scored_for_later(
+            [
+                replace(scored, group=with_expected_reward(scored.group, self.tracker.value(key)))
+                for scored, key in zip(found, keys, strict=True)
+            ]
+        )
 
     def _scored_for_later(self, fresh: list[ScoredGroup]) -> list[ScoredGroup]:
         """Score fresh tokens in a forward pass, if later ones would differ from the sampler's
@@ -208,7 +214,7 @@ class Sampler:
         if self.environments is not None:
             prompts = self.environments.prompts(examples)
         else:
-            prompts = tokenizer.encode_all([example.messages for example in examples])
+            prompts = tokenizer.encode_prompts(examples)
         for example, prompt in zip(examples, prompts, strict=True):
             check_prompt(example, len(prompt), most)
         return prompts

@@ -97,6 +97,8 @@ class Session(Components):
     """Total seconds of all steps so far."""
     peak_bytes: int = 0
     """Peak bytes that MLX held in a step so far."""
+    unrewarded: int = 0
+    """Number of the last steps in a row in which no completion got a reward."""
     told_checks: int = 0
     """Number of the policy's self-checks that are in the run's events."""
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
@@ -108,14 +110,9 @@ class Session(Components):
         return self.run.path
 
     def credit(self, step: int, scored: ScoredGroup) -> Credit:
-        """Return the group's credit, from the tracker's earlier values, weighted by the
-        objective."""
+        """Return the group's credit, weighted by the objective."""
         learning, example = self.config.learning, scored.group.example
-        value = self.tracker.value(example.tracker_key)
-        if value is None:
-            credit = assign_credit(scored)
-        else:
-            credit = assign_credit(scored, kappa=self.config.tracker_weight, prior=value)
+        credit = assign_credit(scored, kappa=self.config.tracker_weight)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
             return credit
@@ -132,7 +129,9 @@ class Session(Components):
         z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
         keep = config.learning.keep_completions
         weights = [self._leaf_weights(step, group, keep) for group in scored] if keep else None
-        return select(scored, credits, z, objective, weights)
+        return select(
+            scored, credits, z, objective, weights, mask_truncated=config.learning.mask_truncated
+        )
 
     def _leaf_weights(self, step: int, scored: ScoredGroup, keep: int) -> np.ndarray:
         address = (self.config.run.seed, step, scored.group.example.id, "keep")
@@ -212,20 +211,36 @@ class Session(Components):
         """Write one step's metrics and rollouts, including replayed ones, and show them.
 
         Rank 0 does this, after gathering the statistics of all ranks.
+
+        Raises: RewardError, on every rank, if no completion got a reward in this step and the last.
         """
         self.tokens += metrics["rollout/tokens"]
+        self.unrewarded = self.unrewarded + 1 if metrics["reward"] is None else 0
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
         own = dict(metrics)
         waited_s = own.pop(WAITED)
         fresh = scored[: own["rollout/groups"]]
         stats = gather(self.ranks, self._rank_stats(fresh, own, waited_s))
         self.tell_checks()
-        if not self.ranks.is_main:
-            return
+        if self.ranks.is_main:
+            self._log_all(step, scored, credits, selection, own, stats)
+        if self.unrewarded >= UNREWARDED:
+            raise self._unrewarded_error()
+
+    def _log_all(
+        self,
+        step: int,
+        scored: Sequence[ScoredGroup],
+        credits: Sequence[Credit],
+        selection: Selection,
+        own: Mapping[str, Any],
+        stats: Sequence[step_stats.RankStats],
+    ) -> None:
+        """Write and show a step. own: metrics that all ranks share; stats: those of each rank."""
         logs, tokenizer = step_stats.logs(stats), self.policy.tokenizer
         record = {
             **logs.means(),
-            **step_stats.tools(stats, metrics["rollout/completions"]),
+            **step_stats.tools(stats, own["rollout/completions"]),
             "step": step,
             "num_tokens": self.tokens,
             "rewards/failures": sum(one["failures"] for one in stats),
@@ -258,13 +273,14 @@ class Session(Components):
         for warning in self.health.see(record):
             self.run.event("warning", step=step, name=warning.name, text=warning.text)
             self.progress.warn(warning.text)
-        if self.health.unrewarded >= UNREWARDED:
-            names = ", ".join(spec.name for spec in self.task.rewards)
-            raise RewardError(
-                f"No completion of the last {self.health.unrewarded} steps got a reward: {names} "
-                "gave None for all of them, so nothing can be learned. See whether the data have "
-                f"the columns that it reads: localrl tasks check {self.config.task.name}"
-            )
+
+    def _unrewarded_error(self) -> RewardError:
+        names = ", ".join(spec.name for spec in self.task.rewards)
+        return RewardError(
+            f"No completion of the last {self.unrewarded} steps got a reward: {names} gave None "
+            "for all of them, so nothing can be learned. See whether the data have the columns "
+            f"that it reads: localrl tasks check {self.config.task.name}"
+        )
 
     def revise_plan(self, step: int) -> None:
         """Compare the step's memory use with the plan; if needed, switch plans and report it."""
@@ -283,10 +299,13 @@ class Session(Components):
 
         Every rank checks all prompts, because it may have to learn from any of them.
         """
-        # An environment may start differently on every call; the longest allowed was planned for.
-        if self.sampler.environments is not None or self.config.memory.pin:
+        if self.config.memory.pin:
             return
-        tokens = max(map(len, self.sampler.encode(examples)))
+        if self.sampler.environments is not None:
+            # Each may start differently on every call; a resumed run may allow more than before.
+            tokens = self.config.rollout.max_prompt_tokens
+        else:
+            tokens = max(map(len, self.sampler.encode(examples)))
         if tokens <= self.plan.max_prompt_tokens:
             return
         self.request, plan = for_longer_prompts(self.config, self.request, self.plan, tokens)

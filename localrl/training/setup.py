@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from localrl.runs.null_folder import NullRunFolder
 from localrl.training import speeds
 from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.training.forecast import Forecast
+from localrl.training.given import NOTHING, Given
 from localrl.training.session import Progress, Session
-from localrl.training.state import PreviousRun, broadcast, reopen, sources_of
+from localrl.training.state import PreviousRun, broadcast, day_of_run, reopen, sources_of
 
 AGREED = ("group_size", "max_completion_tokens")
 """Plan fields that the machine with the least memory decides for all."""
@@ -45,10 +47,12 @@ def open_session(
     heartbeat: Heartbeat,
     restart: Restart | None = None,
     ranks: Ranks = ALONE,
+    given: Given = NOTHING,
 ) -> Iterator[Session]:
     """Open everything that the run needs. restart: the supervisor's note on the previous process.
 
-    Only rank 0 opens or resumes a run folder; the others start with its state.
+    Only rank 0 opens or resumes a run folder; the others start with its state. given: rows and
+    rewards that the settings cannot name.
 
     Raises: ConfigError or DataError for what cannot work; CheckpointError if a run cannot be
     resumed.
@@ -57,13 +61,16 @@ def open_session(
     with ExitStack() as stack:
         progress.start(heartbeat)
         stack.callback(progress.end)
+        config = _dated(config, ranks, resume=resume)
         resolved = resolve(config)
         config, warn = resolved.config, progress.warn
         resumes = resume and ranks.is_main
         before = stack.enter_context(reopen(config, warn)) if resumes else None
         plan = before.plan_after(restart, resolved.shape) if before else None
         components = stack.enter_context(
-            open_components(resolved, warn=warn, heartbeat=heartbeat, plan=plan, ranks=ranks)
+            open_components(
+                resolved, warn=warn, heartbeat=heartbeat, plan=plan, given=given, ranks=ranks
+            )
         )
         config = components.config  # with what the task changed
         plans = _agree_on_plan(components, ranks)
@@ -88,7 +95,7 @@ def open_session(
             run=run,
             progress=progress,
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
-            sources=sources_of(components.model_folder, components.task, components.held_out),
+            sources=sources_of(components),
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
             forecast=Forecast.of(config, evaluates=bool(components.held_out)),
@@ -110,6 +117,15 @@ def open_session(
         progress.begin(session)
         stack.callback(speeds.remember, session)
         yield session
+
+
+def _dated(config: RunConfig, ranks: Ranks, *, resume: bool) -> RunConfig:
+    """Fix the day that chat templates see: that on which the run began, on rank 0."""
+    day = config.model.template_date
+    if day is None and resume and ranks.is_main:
+        day = day_of_run(config)
+    day = gather(ranks, day or date.today().isoformat())[0]
+    return config.replace("model.template_date", day)
 
 
 def _restore(before: PreviousRun, session: Session, restart: Restart | None) -> None:

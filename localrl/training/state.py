@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,10 @@ from localrl.rollouts.replay import Replay, ReplayCounts, Stored
 from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
-from localrl.tasks.base import Task
 from localrl.utils.codec import decode, encode, from_bytes, to_bytes
 
 if TYPE_CHECKING:
+    from localrl.training.components import Components
     from localrl.training.session import Session
 
 TYPES: dict[str, type] = {
@@ -82,10 +82,18 @@ MAY_CHANGE = (
     "task.tool_timeout_s",
     "model.selfcheck",
 )
-"""Settings that may change when a run is resumed: none of them changes the result of a step."""
+"""Settings that may change when a run is resumed: none of them changes the result of a step, except
+that `learning.lr_schedule` may depend on the number of steps."""
+
+MAY_RISE = ("rollout.max_prompt_tokens",)
+"""Settings that may only be raised: what they allowed before stays as it was."""
+SINCE = ("model.template_date",)
+"""Settings that older runs have no value of, and every run gets one."""
 
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
+ADAPTER_SOURCE = "starting adapter"
+"""Name of the adapter given among the sources of a run whose KL is measured from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +114,7 @@ def capture(session: Session, step: int) -> State:
     values = {
         "tokens": session.tokens,
         "trained_s": session.trained_s,
+        "unrewarded": session.unrewarded,
         "evaluation_s": session.forecast.evaluation_s,
         "evaluations": dict(session.evaluations),
         "plan": session.plan,
@@ -172,12 +181,7 @@ def restore(state: State, session: Session) -> None:
 
     Raises: CheckpointError if its model or its data differ from the session's.
     """
-    for name, was in state.values["sources"].items():
-        if session.sources[name] != was:
-            raise CheckpointError(
-                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
-                "new run (--adapter starts from this run's adapter)."
-            )
+    check_sources(state.values["sources"], session.sources)
     values, sampler, updater = state.values, session.sampler, session.updater
     adapter, optimizer = _part(state, ADAPTER), _part(state, OPTIMIZER)
     session.policy.model.load_weights(list(adapter.items()), strict=False)
@@ -187,6 +191,7 @@ def restore(state: State, session: Session) -> None:
     updater.updates, updater.skipped = values["updates"], values["skipped"]
     updater.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
+    session.unrewarded = values.get("unrewarded", 0)
     session.evaluations = dict(values["evaluations"])
     session.forecast.evaluation_s = values.get("evaluation_s", 0.0)  # not in older checkpoints
     if base := session.evaluations.get(0):
@@ -199,6 +204,25 @@ def restore(state: State, session: Session) -> None:
     session.scorer.restore(values["rewards"])
     session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]
     _compute_as(values.get("kernels"), session)
+
+
+def check_sources(was: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that a run's sources are those of its checkpoint.
+
+    Raises: CheckpointError if they are not.
+    """
+    for name in was:
+        if now.get(name) != was[name]:
+            raise CheckpointError(
+                f"The {name} of this run has changed since its checkpoint. Put it back, or start a "
+                "new run (--adapter starts from this run's adapter)."
+            )
+    if ADAPTER_SOURCE in now.keys() - was.keys():
+        raise CheckpointError(
+            "This run's KL was measured from the model without adapters, by an earlier version of "
+            "localrl; it would now be measured from the adapter that the run began with. Continue "
+            "with that version, or start a new run (--adapter starts from this run's adapter)."
+        )
 
 
 def _compute_as(kernels: Choice | None, session: Session) -> None:
@@ -265,9 +289,11 @@ class PreviousRun:
 
     run: RunFolder
     state: State | None
-    """The state of its newest checkpoint; None if it has none: then the run starts over."""
+    """The state that it continues from; None if it has no checkpoint: then the run starts over."""
     changed: Mapping[str, tuple[Any, Any]]
     """Settings whose values have changed."""
+    unused: Sequence[int] = ()
+    """Steps of intact checkpoints after that state, whose lines the logs have lost."""
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -291,21 +317,41 @@ class PreviousRun:
         if self.state is not None:
             restore(self.state, session)
             step = self.state.step
-        self.run.cut(self.state.values["offsets"] if self.state else dict.fromkeys(STEP_LOGS, 0))
+        nothing: Mapping[str, int] = dict.fromkeys(STEP_LOGS, 0)
+        offsets = self.state.values["offsets"] if self.state else nothing
+        lost = self.run.shorter(offsets)
+        unused = [path.name for path in session.checkpoints.set_aside(self.unused)]
+        self.run.cut(offsets)
         session.step = step
         changed = {key: {"was": old, "is": new} for key, (old, new) in self.changed.items()}
-        self.run.event("resumed", step=step, changed=changed)
+        self.run.event("resumed", step=step, changed=changed, unused=unused, lost=lost)
+        if unused:
+            session.progress.warn(
+                f"the logs have lost lines that were there at the checkpoint of step "
+                f"{max(self.unused)}: the run continues from step {step}. Newer checkpoints are "
+                f"kept in {session.checkpoints.folder}, as {', '.join(unused)}"
+            )
+        if lost:
+            session.progress.warn(
+                f"{' and '.join(lost)} no longer has all lines of the steps up to {step}, and no "
+                "checkpoint fits what is left: the run continues from there without them"
+            )
 
 
-def sources_of(model_folder: Path, task: Task, held_out: Sequence[Example]) -> dict[str, str]:
-    """Return SHA-256 hashes of a run's sources: the model's files by name and size, and its
-    data."""
+def sources_of(components: Components) -> dict[str, str]:
+    """Return SHA-256 hashes of a run's sources: the model's files by name and size, its data, and
+    the adapter that its KL is measured from, if there is one."""
+    task, model_folder = components.task, components.model_folder
     weights = sorted((p.name, p.stat().st_size) for p in model_folder.glob("*.safetensors"))
     model = (model_folder / "config.json").read_bytes() + repr(weights).encode()
-    examples = [*map(task.train, range(task.train_size)), *held_out]
+    examples = [*map(task.train, range(task.train_size)), *components.held_out]
     rows = [[e.id, list(map(dict, e.messages)), repr(e.answer)] for e in examples]
     data = json.dumps([task.name, rows]).encode()
-    return {"model": hashlib.sha256(model).hexdigest(), "data": hashlib.sha256(data).hexdigest()}
+    parts = {"model": model, "data": data}
+    if (reference := components.policy.reference) is not None:
+        arrays = [np.array(array).tobytes() for _, array in sorted(reference.items())]
+        parts[ADAPTER_SOURCE] = b"".join(arrays)
+    return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
 
 
 @contextmanager
@@ -320,8 +366,31 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousR
         changed = changed_settings(RunConfig.of_run(folder / "config.toml"), config)
         checkpoints = Checkpoints(folder / "checkpoints", warn)
         checkpoints.sweep()
-        newest = checkpoints.newest()
-        yield PreviousRun(run, read(newest) if newest else None, changed)
+        state, unused = _to_continue(checkpoints, run)
+        yield PreviousRun(run, state, changed, unused)
+
+
+def _to_continue(checkpoints: Checkpoints, run: RunFolder) -> tuple[State | None, list[int]]:
+    """Return the newest intact state whose log lines are all there, and the steps of newer ones.
+
+    If no state has all of its lines, it is the newest.
+    """
+    newest: State | None = None
+    newer: list[int] = []
+    for path in checkpoints.intact():
+        state = read(path)
+        if not run.shorter(state.values["offsets"]):
+            return state, newer
+        newest = newest or state
+        newer.append(state.step)
+    return newest, []
+
+
+def day_of_run(config: RunConfig) -> str | None:
+    """Return the day that chat templates see in the run of `config.run.out`; None if it says none,
+    or if there is no run."""
+    file = Path(config.run.out or "") / "config.toml"
+    return RunConfig.of_run(file).model.template_date if file.is_file() else None
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -334,11 +403,18 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
         for key in keys()
         if key != "run.out" and (was := old.value(key)) != (now := new.value(key))
     }
-    wrong = {key: pair for key, pair in changed.items() if key not in MAY_CHANGE}
+    scheduled = new.learning.lr_schedule != "constant"
+    free = [key for key in MAY_CHANGE if not (scheduled and key == "run.steps")]
+    wrong = {key: pair for key, pair in changed.items() if not _may_change(key, *pair, free)}
     if wrong:
         told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
         raise ConfigError(
             f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
-            f"Settings that may change: {', '.join(MAY_CHANGE)}."
+            f"Settings that may change: {', '.join(free)}; that may be raised: "
+            f"{', '.join(MAY_RISE)}."
         )
     return changed
+
+
+def _may_change(key: str, was: Any, now: Any, free: Collection[str] = MAY_CHANGE) -> bool:
+    return key in free or (key in MAY_RISE and now > was) or (key in SINCE and was is None)

@@ -8,7 +8,7 @@ an error about tensors. Here they are named before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,23 @@ TENSORS = {
     "modelopt": "weight_scale",
 }
 """A part of the names of a method's tensors: mlx-lm's families that handle them contain it."""
+FLOATS = ("F32", "F16", "BF16")
+"""Formats of safetensors whose numbers MLX computes with as they are."""
+LOADED = (
+    *FLOATS,
+    "F8_E4M3",
+    "F8_E8M0",
+    "BOOL",
+    "C64",
+    *(f"{k}{n}" for k in "UI" for n in (8, 16, 32, 64)),
+)
+"""All formats that MLX loads: those of 8-bit floats as bytes."""
+MATRICES = ("weight", "_proj", "_packed", "_blocks")
+"""Ends of the names of matrices; other tensors may be positions and masks, which are not floats."""
+WAY_OUT = (
+    "Take the model in 16 bits, which --quantize 4 quantises when it is loaded, or a conversion of "
+    "it for MLX."
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +79,41 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat:
             if isinstance(own, Mapping):
                 named_format(own)
         return named_format(settings)
-    inner = config.get("text_config")
-    settings = config.get("quantization_config")
-    if settings is None and isinstance(inner, Mapping):
-        settings = inner.get("quantization_config")
+    settings = _foreign_settings(config)
     return _foreign(config, settings) if isinstance(settings, Mapping) else StoredFormat()
+
+
+def check_stored(config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
+    """Check that every matrix is stored as floats, or in a format that the config.json names.
+
+    MLX loads bytes as integers and computes with them as if they were the weights.
+
+    tensors: number formats by name, as safetensors calls them.
+
+    Raises: ConfigError for a matrix that nothing explains, or a format that MLX cannot load.
+    """
+    unread = [name for name, kind in tensors.items() if kind not in LOADED]
+    if unread:
+        raise ConfigError(
+            f"The tensor {unread[0]} is stored as {tensors[unread[0]]}{_more(unread)}, which MLX "
+            f"cannot load. {WAY_OUT}"
+        )
+    if not config.get("quantization") and isinstance(_foreign_settings(config), Mapping):
+        return  # mlx-lm reads this method in this family, see `stored_format`
+    packed = [name for name, kind in tensors.items() if _is_packed(name, kind)]
+    scaled = {name for name in packed if f"{name.rpartition('.')[0]}.scales" in tensors}
+    lacking = [name for name in packed if name not in scaled]
+    if lacking:
+        kind = tensors[lacking[0]]
+        raise ConfigError(
+            f"The matrix {lacking[0]} is stored as {kind}{_more(lacking)}, which is neither floats "
+            f"nor a quantisation that config.json names. {WAY_OUT}"
+        )
+    if scaled and not config.get("quantization"):
+        raise ConfigError(
+            f"The matrix {min(scaled)} is stored quantised{_more(scaled)}, but config.json has no "
+            "quantization that says how. Take config.json from where the model comes from."
+        )
 
 
 def named_format(settings: Mapping[str, Any]) -> StoredFormat:
@@ -85,11 +132,30 @@ def named_format(settings: Mapping[str, Any]) -> StoredFormat:
     return StoredFormat(_count("bits", found[0]), _count("group_size", found[1]), mode)
 
 
+def _foreign_settings(config: Mapping[str, Any]) -> Any:
+    """Return another tool's settings, of the model or of its text part; None if there are none."""
+    inner = config.get("text_config")
+    settings = config.get("quantization_config")
+    if settings is None and isinstance(inner, Mapping):
+        settings = inner.get("quantization_config")
+    return settings
+
+
+def _is_packed(name: str, kind: str) -> bool:
+    last = name.rpartition(".")[2]
+    eight = kind.startswith("F8") and "scale" not in last
+    return kind not in FLOATS and (eight or last.endswith(MATRICES))
+
+
+def _more(names: Collection[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
 def _foreign(config: Mapping[str, Any], settings: Mapping[str, Any]) -> StoredFormat:
     """The format that mlx-lm makes of another tool's method."""
     method = settings.get("quant_method")
-    if method in TENSORS:
-        _check_family(config, str(method))
+    if isinstance(method, str) and method in TENSORS:
+        _check_family(config, method)
     blocks = settings.get("weight_block_size")
     if method == "fp8" and settings.get("scale_fmt") == "ue8m0" and blocks == [32, 32]:
         method = "mxfp8"
@@ -141,10 +207,7 @@ def _code(family: str) -> str | None:
 
 
 def _unread(method: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"The weights are stored with quant_method {method}, which {why}. Take the model in 16 "
-        "bits, which --quantize 4 quantises when it is loaded, or a conversion of it for MLX."
-    )
+    return ConfigError(f"The weights are stored with quant_method {method}, which {why}. {WAY_OUT}")
 
 
 def _count(name: str, value: Any) -> int:

@@ -17,6 +17,12 @@ def printable(text: str) -> str:
     )
 
 
+def readable(text: str) -> str:
+    """Replace halves of characters (lone surrogates), which no tokenizer reads and no file holds;
+    join those that belong together."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def sampled_at(temperature: float) -> str:
     """Describe in words how completions were sampled."""
     return f"temperature {temperature:g}" if temperature else "greedy"

@@ -8,6 +8,7 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 from localrl.config import RunConfig
 from localrl.errors import DataError, LocalRLError
 from localrl.runs.logs import JsonLines
+from localrl.training import setup
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -338,9 +340,13 @@ def learned(monkeypatch, accuracies: list[float], error: Exception | None = None
         session.tokens += 50
 
     import_module("localrl.train")
-    monkeypatch.setattr(
-        "localrl.training.setup.open_session", lambda *_, **__: nullcontext(FakeSession(accuracies))
-    )
+
+    def open_session(*given, **named):
+        opened.bind(*given, **named)  # as a real run is opened
+        return nullcontext(FakeSession(accuracies))
+
+    opened = signature(setup.open_session)
+    monkeypatch.setattr(setup, "open_session", open_session)
     # By its module: the package's attribute of that name is the function `train`.
     monkeypatch.setattr(sys.modules["localrl.train"], "train_step", train_step)
     short = replace(job(), budget=400, every=120)

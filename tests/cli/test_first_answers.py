@@ -183,11 +183,18 @@ def test_some_missing_answers_and_some_wrong_ones_are_told(localrl, tmp_path):
     done = localrl(*words, "--task", "rows.jsonl", "--reward", "accuracy")
     assert "rows have no gold answer: accuracy_reward gives no reward for them" in done.stderr
     done = localrl(*words, "--task", "problems.jsonl", "--reward", "my.py:strict")
-    assert "1 of 8 gold answers do not get 1 from strict ('4' of " in done.stderr
+    assert "1 of 12 gold answers do not get 1 from strict ('4' of " in done.stderr
     done = localrl(*words, "--task", "problems.jsonl", "--reward", "my.py:tagged")
-    assert "none of 8 gold answers gets 1 from tagged" in done.stderr
+    assert "none of 12 gold answers gets 1 from tagged" in done.stderr
     done = localrl(*words, "--task", "problems.jsonl", "--reward", "my.py:score")
     assert (done.returncode, "gold answers" in done.stderr) == (0, False)
+
+
+def test_one_problem_can_be_looked_at(localrl, tmp_path):
+    tables.jsonl(tmp_path / "one.jsonl", ROWS[:1] * 3)
+    done = localrl("tasks", "check", "one.jsonl")
+    assert "3 rows with 1 different prompt" in done.stderr
+    assert "prompts: 3 to train on, 0 held out" in done.stdout
 
 
 def test_fewer_prompts_than_a_step_wants_are_enough(localrl, tmp_path):
@@ -209,7 +216,9 @@ def test_a_run_without_any_reward_ends_after_three_steps(localrl, tmp_path):
     run = tmp_path / "runs" / "problems-1"
     steps = [r["step"] for r in read_jsonl(run / "metrics.jsonl") if "reward" in r]
     assert steps == [1, 2, 3]
-    assert list(read_jsonl(run / "events.jsonl"))[-1]["kind"] == "failed"
+    events = list(read_jsonl(run / "events.jsonl"))
+    assert [e["step"] for e in events if e.get("name") == "no_reward"] == [1]
+    assert events[-1]["kind"] == "failed"
 
 
 def test_a_task_that_the_model_cannot_spell_is_told(localrl):

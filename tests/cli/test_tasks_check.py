@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import tables
+import within
 from click.testing import CliRunner
 
 from localrl.cli.tasks import tasks
@@ -35,6 +37,17 @@ def test_check_says_what_is_there_and_what_gold_answers_score(data, tmp_path):
     assert "repeated: 1 prompts occur more than once" in output
     assert "'wrong on purpose' gets {'right': 0.0}" in output
     assert "reward time" in output
+
+
+def test_check_fails_if_no_gold_answer_scores(tmp_path, capfd):
+    rows = [{"prompt": f"sum {i} 1", "answer": {"is": i + 1}, "result": i + 1} for i in range(4)]
+    tables.jsonl(tmp_path / "rows.jsonl", rows)
+    words = ("tasks", "check", "rows.jsonl", "-n", 0)
+    done = within.localrl(capfd, *words, cwd=tmp_path)
+    assert done.returncode == 4
+    assert "gold answers: 0 of 3 score 1" in done.stdout
+    assert "'accuracy_reward' gives none of 3 gold answers more than an empty" in done.stderr
+    assert within.localrl(capfd, *words, "--columns", "answer=result", cwd=tmp_path).returncode == 0
 
 
 def test_characters_that_the_model_cannot_read_are_named(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tables
 from click.testing import CliRunner
 
 from localrl import RunConfig, train
@@ -137,6 +138,81 @@ def test_a_model_alone_and_a_model_with_an_adapter(run, tiny_folder):
     both = evaluate_model(RunConfig.create(settings))
     assert both.base == alone.base
     assert both.with_adapter.mean_reward == run.adapter.mean_reward
+
+
+ROWS = [{"prompt": f"sum {n} {n + 1}", "answer": str(2 * n + 1)} for n in range(9)]
+MEASURE = ("--set", "rollout.max_completion_tokens=6", "--json")
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_all_rows_of_a_file_are_measured(tiny_folder, tmp_path, size):
+    """Fewer than a step of training takes, and fewer than it could hold any of out, as well."""
+    file = tables.jsonl(tmp_path / "test.jsonl", ROWS[:size])
+    words = ("--model", tiny_folder, "--task", file, "--reward", SHORT, *MEASURE)
+    result = json.loads(invoke("eval", *words).stdout)
+    assert (result["prompts"], result["held_out"]) == (size, False)
+    assert result["base"]["completions"] == size
+    fewer = json.loads(invoke("eval", *words, "--prompts", 2).stdout)
+    assert fewer["prompts"] == min(size, 2)
+
+
+def test_a_file_may_have_more_rows_than_an_evaluation_of_training(tiny_folder, tmp_path):
+    rows = [{"prompt": f"{n}", "answer": "1"} for n in range(300)]
+    file = tables.jsonl(tmp_path / "test.jsonl", [*rows, *rows[:5]])
+    done = invoke(
+        "eval", "--model", tiny_folder, "--task", file, "--reward", SHORT,
+        "--set", "rollout.max_completion_tokens=1",
+    )  # fmt: skip
+    assert done.stdout.startswith("test: 305 prompts, 1 completions each")
+
+
+def test_rules_of_training_do_not_stop_an_evaluation(tiny_folder, tmp_path):
+    file = tables.jsonl(tmp_path / "test.jsonl", ROWS[:2])
+    rules = ("rollout.group_size=1", "learning.kappa=0", "rollout.prompts_per_step=99")
+    words = [word for rule in rules for word in ("--set", rule)]
+    words += ["--model", tiny_folder, "--task", file, "--reward", SHORT, *MEASURE]
+    assert json.loads(invoke("eval", *words).stdout)["prompts"] == 2
+
+
+@pytest.fixture(scope="module")
+def own(tiny_folder, tmp_path_factory):
+    """Runs on a file of one's own: one holds rows out, the other none. And the folder of both."""
+    place = tmp_path_factory.mktemp("own")
+    tables.jsonl(place / "mine.jsonl", ROWS)
+    settings = {
+        "model.path": str(tiny_folder),
+        "task.name": str(place / "mine.jsonl"),
+        "task.rewards": SHORT,
+        "rollout.max_completion_tokens": 6,
+        "run.steps": 1,
+    }
+    for name, prompts in (("some", None), ("none", 0)):
+        changes = {"run.out": str(place / name), "task.eval_prompts": prompts}
+        train(RunConfig.create({**settings, **changes}), progress=False)
+    return place
+
+
+def test_of_the_rows_of_its_training_a_run_is_measured_on_those_held_out(own):
+    words = ("eval", own / "some", "--json")
+    held_out = json.loads(invoke(*words).stdout)
+    assert (held_out["prompts"], held_out["held_out"]) == (1, True)
+    linked = own / "linked.jsonl"
+    linked.symlink_to(own / "mine.jsonl")
+    for same in (own / "mine.jsonl", linked):
+        assert json.loads(invoke(*words, "--task", same).stdout)["held_out"]
+    tables.jsonl(own / "other.jsonl", ROWS[:5])
+    for words in (("--task", own / "other.jsonl"), ("--set", f"task.name={own / 'other.jsonl'}")):
+        result = json.loads(invoke("eval", own / "some", "--json", *words).stdout)
+        assert (result["prompts"], result["held_out"]) == (5, False)
+        assert result["with_adapter"]["completions"] == 5
+
+
+def test_a_run_that_held_nothing_out_is_measured_on_what_is_named(own, capsys):
+    assert refused(["eval", own / "none"], capsys) == 2
+    assert "held nothing out of" in capsys.readouterr().err
+    assert refused(["eval", own / "none", "--prompts", "3"], capsys) == 2
+    result = json.loads(invoke("eval", own / "none", "--task", own / "mine.jsonl", "--json").stdout)
+    assert (result["prompts"], result["held_out"]) == (9, False)
 
 
 def test_completions_of_several_turns_are_measured_too(tmp_path):

@@ -159,8 +159,8 @@ def test_a_model_and_its_paths(tiny_folder):
     rows = found(tiny_folder)
     assert [*rows] == [
         "model", "family", "sizes", *(["kernels"] if kernels else []), "quantisation", "dtype",
-        "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "template",
-        "prompt",
+        "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "tokenizer",
+        "template", "end_of_turn", "prompt",
     ]  # fmt: skip
     assert {row.status for row in rows.values()} == {"ok"}
     assert rows["family"].text == "qwen3"

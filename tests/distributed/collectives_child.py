@@ -10,6 +10,7 @@ import time
 import numpy as np
 from waiting import DEADLINE_S
 
+from localrl.distributed import collective
 from localrl.distributed.collective import join
 from localrl.distributed.launch import find_place
 from localrl.distributed.liveness import LivenessTimeouts
@@ -20,6 +21,12 @@ assert place is not None
 how = sys.argv[1]
 # Of a rank that dies or fails the others are told; only one that sleeps is found silent.
 silence = 5.0 if how == "sleep" else DEADLINE_S
+if how == "early":  # one is killed when they have met, and MLX has not
+    made = collective._group
+    dies = place.rank == place.size - 1
+    collective._group = lambda place, _: (
+        os.kill(os.getpid(), signal.SIGKILL) if dies else made(place, 2.0)
+    )
 try:
     with join(place, LivenessTimeouts(silence=silence, grace=2.0)) as (ranks, heartbeat):
         rank = ranks.rank

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import together
 from waiting import DEADLINE_S
@@ -33,3 +35,10 @@ def test_when_one_goes_the_others_say_why(tmp_path, how, words):
         told = together.said(tmp_path, rank)
         assert words in told, told
         assert code in (0, 75)  # it stopped, or hung in a collective and was ended
+
+
+def test_a_rank_killed_before_mlx_has_met_it_holds_the_others_for_a_while_only(tmp_path):
+    processes = together.start(tmp_path, 2, [CHILD, "early"])
+    codes = together.ends(processes)
+    assert codes == [1, -signal.SIGKILL]
+    assert "in _group" in together.said(tmp_path, 0)

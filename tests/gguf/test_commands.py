@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 from written import write_model
+
+from localrl.cli.main import cli
 
 
 @pytest.fixture
@@ -49,3 +52,9 @@ def test_a_truncated_file(localrl, tmp_path, command):
     assert done.stderr.count("\n") == 1
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert not (tmp_path / "cache" / "localrl" / "gguf").exists()
+
+
+def test_chat_calls_a_model_by_its_file(tmp_path):
+    file = write_model(tmp_path / "Small-Q4.gguf").path
+    done = CliRunner().invoke(cli, ["chat", "--model", str(file)], input="/quit\n")
+    assert done.stderr.splitlines()[-1].startswith("Small-Q4.gguf, temperature 1")

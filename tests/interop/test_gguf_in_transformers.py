@@ -99,7 +99,8 @@ def test_the_tokens_of_a_real_model(real):
         assert list(ours.encode_text(text)) == wanted, repr(text)
         if not any(character.isnumeric() for character in text):
             assert theirs.encode(text, add_special_tokens=False) == wanted, repr(text)
-        assert ours.decode(wanted) == theirs.decode(wanted, skip_special_tokens=True)
+        written = [token for token in wanted if token not in ours.end_ids]
+        assert ours.decode(wanted) == theirs.decode(written, skip_special_tokens=False)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     assert ours.render(messages) == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True

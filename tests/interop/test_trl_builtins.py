@@ -188,7 +188,7 @@ DIFFERENCES = {
         (r"\boxed{\sqrt{4}}", "2", 1, 0),
         (r"\boxed{36+36}", "72", 1, 0),
         (r"\boxed{1+x}", "$x+1$", 1, 0),
-        (r"\boxed{\{2,1\}}", r"$\{1,2\}$", 1, 0),
+        (r"\boxed{\{2,1\}}", r"$\{1,2\}$", 1, 1),
     ],
     "decimals that are nearly equal": [
         (r"\boxed{0.3333333}", r"\frac{1}{3}", 1, 0),

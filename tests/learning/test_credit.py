@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from forests import flat_group, forest, scored
 
-from localrl.learning.credit import assign_credit, token_coefficients
+from localrl.learning.credit import assign_credit, token_coefficients, with_expected_reward
+from localrl.records import ScoredGroup
 
 
 def test_a_flat_group_is_leave_one_out():
@@ -38,9 +39,29 @@ def test_nothing_to_compare_with_teaches_nothing(rewards):
 
 
 def test_kappa_shrinks_toward_the_prior():
-    credit = assign_credit(scored(flat_group(2), [1, 0]), kappa=4, prior=0.5)
+    credit = assign_credit(scored(flat_group(2), [1, 0], expected=0.5), kappa=4)
     # b = (other + 4 * 0.5) / 5
     assert credit.advantages == pytest.approx([1 - 2 / 5, 0 - 3 / 5])
+
+
+def test_a_root_of_an_earlier_step_is_compared_with_what_was_expected_then():
+    pair = with_expected_reward(flat_group(2), 0.9)
+    earlier = replace(pair.nodes[0], old_logprobs=pair.nodes[0].sampled_logprobs)
+    group = with_expected_reward(replace(pair, nodes=(earlier, pair.nodes[1])), 0.5)
+    credit = assign_credit(ScoredGroup(group, (1, 0), {}), kappa=4)
+    # b = (other + 4 * 0.9) / 5 for the earlier one, (other + 4 * 0.5) / 5 for the new one.
+    assert credit.advantages == pytest.approx([1 - 3.6 / 5, 0 - 3 / 5])
+
+
+def test_a_root_of_which_nothing_was_expected_is_compared_with_its_siblings():
+    # Roots a, b; a forks into c and d. Nothing was known when a was drawn, 0.5 when b was.
+    plain = forest([-1, -1, 0, 0], leaves=[1, 2, 3], planned_roots=2)
+    expected = [None, 0.5, None, None]
+    nodes = [replace(n, expected_reward=e) for n, e in zip(plain.nodes, expected, strict=True)]
+    group = replace(plain, nodes=tuple(nodes))
+    credit = assign_credit(ScoredGroup(group, (0, 1, 0), {}), kappa=4)
+    # V(a) = 1/2; below a kappa is 0, so c and d are compared with each other alone.
+    assert credit.advantages == pytest.approx([1 / 2, -(1 / 2 + 4 * 0.5) / 5, 1, -1])
 
 
 def test_weights_divide_at_forks_and_values_nest():
@@ -87,7 +108,7 @@ def test_later_roots_are_no_siblings_of_earlier_ones():
     # Baselines: of the first round each other's 0; of the second the mean of all three others.
     assert credit.advantages == pytest.approx([0, 0, 1, -1 / 3])
     assert credit.weights == pytest.approx([1 / 4] * 4)
-    credit = assign_credit(scored(group, [0, 0, 1, 0]), kappa=4, prior=0.5)
+    credit = assign_credit(scored(group, [0, 0, 1, 0], expected=0.5), kappa=4)
     # (0 + 4/2) / 5 for the first, (0 + 4/2) / 7 and (1 + 4/2) / 7 for the second.
     assert credit.advantages == pytest.approx([-2 / 5, -2 / 5, 1 - 2 / 7, -3 / 7])
 
@@ -95,7 +116,7 @@ def test_later_roots_are_no_siblings_of_earlier_ones():
 def test_a_tree_of_a_later_round_has_the_earlier_root_as_its_sibling():
     # Root a in round 0; in round 1 root b, which forks into c and d.
     group = rounds(forest([-1, -1, 1, 1], leaves=[0, 2, 3], planned_roots=2), [0, 1, 1, 1])
-    credit = assign_credit(scored(group, [1, 1, 0]), kappa=1, prior=0.25)
+    credit = assign_credit(scored(group, [1, 1, 0], expected=0.25), kappa=1)
     # b(a) = 1/4; V(b) = 1/2, b(b) = (1 + 1/4) / 2 = 5/8; b(c) = (0 + 5/8) / 2, b(d) = 13/16.
     assert credit.advantages == pytest.approx([3 / 4, -1 / 8, 11 / 16, -13 / 16])
     assert credit.weights == pytest.approx([1 / 2, 1 / 2, 1 / 4, 1 / 4])
@@ -118,7 +139,7 @@ def test_rounds_that_depend_on_rewards_stay_unbiased(kappa):
         came = 4 if rewards[0] == rewards[1] else 2
         chance = np.prod([p if r else 1 - p for r in rewards])
         group = rounds(replace(flat_group(came), planned_roots=4), [0, 0, 1, 1][:came])
-        credit = assign_credit(scored(group, rewards[:came]), kappa=kappa, prior=0.8)
+        credit = assign_credit(scored(group, rewards[:came], expected=0.8), kappa=kappa)
         scores = [1 / p if r else -1 / (1 - p) for r in rewards[:came]]
         total += chance * sum(credit.coefficient(n) * s for n, s in enumerate(scores))
         roots += chance * came

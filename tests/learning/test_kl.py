@@ -1,6 +1,8 @@
-"""The KL to the model without adapters: estimators, weights, and when it is computed at all."""
+"""The KL to the reference: estimators, weights, and when it is computed at all."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from steps import (
     selection,
 )
 
-from localrl.backend import mx, tree_map
+from localrl.backend import mx, tree_flatten, tree_map
 from localrl.config import KL_ESTIMATORS, LearningConfig
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.objective import kl_terms
@@ -199,6 +201,46 @@ def test_adapters_off_is_the_base_and_ends_after_an_error(policy, tmp_path):
     with pytest.raises(KeyError):
         fail()
     assert scales(policy.model) == before == [2.0] * len(before)
+
+
+def given(policy):
+    """The policy as of a run that begins with its adapters."""
+    return replace(policy, reference=dict(tree_flatten(policy.model.trainable_parameters())))
+
+
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_a_run_that_begins_with_an_adapter_is_measured_from_it(tmp_path, name):
+    policy = tiny.make_tiny_policy(tmp_path / "model", bits=None)
+    groups = [scored(ragged_group((1, 3, 2)), [1, 1, 1])]
+    settings = {"kl_coef": COEF, "kl_estimator": name}
+    begun = given(policy)
+    found, loss = gradient(begun, groups, **settings)
+    assert abs(loss) < 1e-6
+    assert global_norm(found) < 1e-4 * global_norm(gradient(policy, groups, **settings)[0])
+    # Later it is still measured from there: as by hand, with the adapters in their place.
+    start = np.array(plain_logprobs(policy.model, groups)).astype(np.float64)
+    tiny.stir(policy.model, 1)
+    new = np.array(plain_logprobs(policy.model, groups)).astype(np.float64)
+    slopes, _ = numpy_kl(name, new, start, np.full(6, -1.0))
+    found, _ = gradient(begun, groups, **settings)
+    expected = pulled_back(policy, groups, COEF * slopes / (3 * 40))
+    assert relative_difference(found, expected) < 1e-5
+
+
+def test_other_adapters_end_after_an_error(policy):
+    own = dict(tree_flatten(policy.model.trainable_parameters()))
+    other = {name: 0 * array for name, array in own.items()}
+
+    def fail():
+        with replace(policy, reference=other).as_reference():
+            (now, *_) = dict(tree_flatten(policy.model.trainable_parameters())).values()
+            assert not now.any().item()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    now = dict(tree_flatten(policy.model.trainable_parameters()))
+    assert all(now[name] is own[name] for name in own)
 
 
 def test_an_error_in_the_reference_leaves_the_adapters_on(policy, monkeypatch):

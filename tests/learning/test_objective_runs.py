@@ -57,3 +57,22 @@ def test_the_kl_is_logged(run, estimator):
 def test_without_a_coefficient_the_kl_is_null(run):
     folder = run("none")
     assert [line["kl"] for line in read_jsonl(folder / "metrics.jsonl")] == [None, None]
+
+
+def test_completions_cut_off_for_length_are_masked(run):
+    folder = run("masked", mask_truncated=True)
+    leaves = [leaf for g in read_jsonl(folder / "rollouts.jsonl") for leaf in g["leaves"]]
+    cut = [leaf for leaf in leaves if leaf["finish_reason"] == "length"]
+    assert 0 < len(cut) < len(leaves)
+    assert {leaf["dropped"] for leaf in cut} == {"truncated"}
+    counts = [line["selection/truncated"] for line in read_jsonl(folder / "metrics.jsonl")]
+    assert sum(counts) == len(cut)
+    assert "truncated" not in {leaf.get("dropped") for leaf in leaves if leaf not in cut}
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("linear", [1, 1 / 2]), ("cosine", [1, 1 / 2])])
+def test_the_learning_rate_of_a_run_falls(run, schedule, rates):
+    folder = run(schedule, lr_schedule=schedule, lr=1e-3)
+    # Two updates a step, and each line has the rate of the first.
+    found = [line["learning_rate"] for line in read_jsonl(folder / "metrics.jsonl")]
+    assert found == pytest.approx([1e-3 * rate for rate in rates])

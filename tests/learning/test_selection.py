@@ -15,9 +15,10 @@ from localrl.records import Group, Leaf
 CLIPPED = OBJECTIVES["clipped"]
 
 
-def selection(*groups, weights=None, objective=CLIPPED):
+def selection(*groups, weights=None, objective=CLIPPED, mask_truncated=False):
     weights = weights and [np.array(each) for each in weights]
-    return select(groups, [assign_credit(group) for group in groups], 40.0, objective, weights)
+    credits = [assign_credit(group) for group in groups]
+    return select(groups, credits, 40.0, objective, weights, mask_truncated=mask_truncated)
 
 
 def coefficients(chosen):
@@ -74,6 +75,45 @@ def test_every_completion_has_its_reason():
     assert chosen.dropped == ((None, "no reward", "no coefficient", "down-sampled"),)
     assert chosen.informative == chosen.kept == (True,)
     assert chosen.trained_tokens == 3
+
+
+def cut(group, *leaves):
+    """The group with these completions cut off for length."""
+    ends = ("length" if i in leaves else "stop" for i in range(len(group.group.leaves)))
+    pairs = zip(group.group.leaves, ends, strict=True)
+    changed = tuple(replace(leaf, finish_reason=end) for leaf, end in pairs)
+    return replace(group, group=replace(group.group, leaves=changed))
+
+
+def test_truncated_completions_are_trained_unless_masked():
+    group = cut(scored(flat_group(4), [1, 0, 0, 0]), 1, 3)
+    assert selection(group).dropped == ((None,) * 4,)
+    all_trained, chosen = coefficients(selection(group)), selection(group, mask_truncated=True)
+    assert chosen.dropped == ((None, "truncated", None, "truncated"),)
+    # Their rewards stay in the baselines.
+    assert coefficients(chosen) == [all_trained[0], [0] * 3, all_trained[2], [0] * 3]
+    assert chosen.batch.z == 40
+
+
+def test_a_masked_completion_has_no_kl_either():
+    group = cut(scored(flat_group(2), [1, 1]), 0)
+    objective = make_objective(LearningConfig(kl_coef=1))
+    chosen = selection(group, objective=objective, mask_truncated=True)
+    assert [n.kl_weights.tolist() for n in chosen.batch.nodes] == [[0] * 3, [0.5] * 3]
+    assert chosen.dropped == (("truncated", None),)
+
+
+def test_tokens_that_a_finished_completion_shares_are_not_masked():
+    # a forks into c and d. With d cut off, a is trained for c's sake; with both, nothing of it is.
+    tree = scored(forest([-1, -1, 0, 0], leaves=[1, 2, 3], planned_roots=2), [0, 1, 0])
+    some = selection(cut(tree, 2), mask_truncated=True)
+    assert some.dropped == ((None, None, None),)
+    assert [node.trained.any() for node in some.batch.nodes] == [True, True, True, False]
+    both = selection(cut(tree, 1, 2), mask_truncated=True)
+    assert both.dropped == ((None, "truncated", "truncated"),)
+    assert [node.trained.any() for node in both.batch.nodes] == [False, True, False, False]
+    missing = cut(scored(flat_group(2), [None, 1]), 0, 1)
+    assert selection(missing, mask_truncated=True).dropped == (("no reward", "truncated"),)
 
 
 def test_a_group_without_any_completion_left_is_dropped_whole():

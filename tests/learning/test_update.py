@@ -240,6 +240,16 @@ def test_the_learning_rate_warms_up(own_policy):
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_the_learning_rate_falls_as_planned(own_policy):
+    config = LearningConfig(lr=2.0, warmup_steps=1, lr_schedule="linear")
+    updater = Updater(own_policy, config, TEMPERATURE, planned=5)
+    rates = []
+    for updates in range(5):
+        updater.updates = updates
+        rates.append(updater.learning_rate)
+    assert rates == [1.0, 2.0, 1.5, 1.0, 0.5]
+
+
 def test_nothing_to_train_leaves_the_optimizer_as_it_is(own_policy):
     updater = Updater(own_policy, LearningConfig(lr=1e-3, warmup_steps=3), TEMPERATURE)
     updater.update(make_batch(groups()), plan())

@@ -141,6 +141,20 @@ def test_a_setting_that_cannot_work_ends_both_with_its_message(tiny_folder, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_any_reward_ends_both(tiny_folder, tmp_path):
+    (tmp_path / "none.py").write_text(
+        "def nothing(completions):\n    return [None] * len(completions)\n"
+    )
+    changes = {"run.steps": 9, "task.rewards": f"['{tmp_path}/none.py:nothing']"}
+    processes = together.start(tmp_path, 2, command(tiny_folder, "run", **changes))
+    assert together.ends(processes) == [4, 4]
+    for rank in range(2):
+        told = together.said(tmp_path, rank)
+        assert "No completion of the last 3 steps got a reward: nothing gave None" in told
+        assert "no_reward" not in told
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("size", "prompts"), [(3, 5), (3, 1), (2, 1)])
 def test_the_sum_of_shares_is_the_gradient_of_the_whole(tmp_path, size, prompts):
     """Also where ranks have nothing to compute."""

@@ -105,6 +105,8 @@ def test_weights_and_adapters_by_hand():
     assert found.weights == 4 * (1000 * 128 + matrices + norms)
     adapter = 4 * 8 * 3 * (2 * (128 + 256) + 2 * (128 + 128) + 3 * (128 + 256))
     assert found.adapters == 3 * adapter  # with two moments
+    given = estimate(SIZES, replace(WORKLOAD, reference=True), PLAN)
+    assert given.adapters == 4 * adapter  # and those that the KL is measured from
     assert found.stays == found.weights + found.adapters + OTHER
 
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.memory.machine import resident_bytes
 from localrl.policy import chat
@@ -239,7 +240,7 @@ def thinking_folder(place: Path) -> Path:
 
 @pytest.mark.parametrize(("wish", "closed"), [("auto", False), ("on", False), ("off", True)])
 def test_thinking_is_switched(tmp_path, wish, closed):
-    tokenizer = load_tokenizer(thinking_folder(tmp_path / "model"), thinking=wish)
+    tokenizer = load_tokenizer(thinking_folder(tmp_path / "model"), ModelConfig(thinking=wish))
     text = tokenizer.render(CONVERSATIONS[0])
     assert ("</think>" in text) == closed
     wanted = {} if wish == "auto" else {"enable_thinking": wish == "on"}
@@ -252,7 +253,7 @@ def test_thinking_is_switched(tmp_path, wish, closed):
 def test_thinking_that_cannot_be_switched_is_told(tiny_folder):
     assert thinking_switch({"default": "no"}, "auto") == {}
     with pytest.raises(ConfigError, match="no enable_thinking switch"):
-        load_tokenizer(tiny_folder, thinking="off")
+        load_tokenizer(tiny_folder, ModelConfig(thinking="off"))
 
 
 def test_a_folder_without_a_template_gets_plain_lines(tmp_path):
@@ -264,4 +265,4 @@ def test_a_folder_without_a_template_gets_plain_lines(tmp_path):
     tokenizer = load_tokenizer(folder)
     assert tokenizer.render(CONVERSATIONS[2]) == 'add\n\n{"sum": 3}\nand now?'
     with pytest.raises(ConfigError, match="no enable_thinking"):
-        load_tokenizer(folder, thinking="on")
+        load_tokenizer(folder, ModelConfig(thinking="on"))

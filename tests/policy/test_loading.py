@@ -11,7 +11,7 @@ import tiny
 
 from localrl.backend import mx, nn
 from localrl.errors import ConfigError
-from localrl.policy.loading import find_model
+from localrl.policy.loading import find_model, shown_name
 from localrl.policy.model import load_model, read_shape
 
 TOKENS = mx.array([[1, 5, 9, 2, 7, 4, 4, 8]])
@@ -140,3 +140,54 @@ def test_quantised_weights_are_not_quantised_again(tmp_path):
 def test_a_snapshot_of_links_is_a_model(tmp_path, tiny_folder):
     snapshot = tiny.make_cached(tiny_folder, tmp_path, "user/tiny")
     np.testing.assert_array_equal(logits(snapshot), logits(tiny_folder))
+
+
+@pytest.fixture
+def hub(tiny_folder, tmp_path, monkeypatch):
+    """The Hub's cache, with one model in it; returns the folder that holds all of that model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tiny.make_cached(tiny_folder, tmp_path, "user/my-model").parents[1]
+
+
+@pytest.mark.parametrize("below", ["", "snapshots", "blobs", "refs"])
+def test_a_folder_of_the_hubs_cache_is_told_by_its_name(hub, below):
+    with pytest.raises(ConfigError, match=r"no config.json.*Pass --model user/my-model\.$"):
+        load_model(find_model(str(hub / below)))
+
+
+def test_so_is_one_given_from_inside_the_cache(hub, monkeypatch):
+    monkeypatch.chdir(hub.parent)
+    with pytest.raises(ConfigError, match=r"Pass --model user/my-model\.$"):
+        load_model(find_model(f"{hub.name}/"))
+
+
+def test_another_programs_cache_is_told_by_its_snapshot(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"Pass --model \S+/models--user--my-model/snapshots/a+"):
+        read_shape(hub)
+
+
+def test_a_model_that_the_cache_has_in_part_is_fetched(hub):
+    (snapshot,) = (hub / "snapshots").iterdir()
+    (snapshot / "config.json").unlink()
+    for place in (hub, snapshot):
+        with pytest.raises(ConfigError, match=r"only a part of user/my-model.*`localrl pull user"):
+            read_shape(place)
+
+
+def test_a_folder_of_folders_names_one_of_them(tiny_folder):
+    with pytest.raises(ConfigError, match=f"There is one in {tiny_folder}: pass that folder"):
+        read_shape(tiny_folder.parent)
+
+
+def test_people_are_shown_the_name_that_was_given(hub, tiny_folder, tmp_path):
+    (snapshot,) = (hub / "snapshots").iterdir()
+    blob = tmp_path / "0123abc"
+    blob.touch()
+    (tmp_path / "Small-Q4.gguf").symlink_to(blob)
+    assert shown_name(None, Path("models/steps-0.8m")) == "steps-0.8m"
+    assert shown_name("user/my-model", snapshot) == "user/my-model"
+    assert shown_name(str(snapshot), snapshot) == "user/my-model"
+    assert shown_name(str(tiny_folder), tiny_folder) == "tiny"
+    assert shown_name("smollm2-135m", Path("cache/gguf/x-0123.1")) == "smollm2-135m"
+    assert shown_name(str(tmp_path / "Small-Q4.gguf"), Path("cache/x-0123.1")) == "Small-Q4.gguf"

@@ -49,7 +49,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, content, message):
 
 
 def test_a_config_without_sizes_is_named(tmp_path):
-    folder = tiny.make_folder(tmp_path / "model")
+    folder = tiny.make_folder(tmp_path / "model", bits=None)
     (folder / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(ConfigError, match="has no 'num_hidden_layers'"):
         load_model(folder)

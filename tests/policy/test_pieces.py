@@ -57,6 +57,6 @@ def test_nothing_is_waited_for_without_end(bytewise):
 def test_spaces_that_a_decoder_takes_away_are_there():
     raw = Raw(models.WordLevel({"▁the": 0, "▁cat": 1, "s": 2}, unk_token="s"))
     raw.decoder = decoders.Metaspace()
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw), frozenset({2}))
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw), frozenset({3}))
     assert tokenizer.decode([0, 1, 2]) == "the cats"
     assert tokenizer.pieces([0, 1, 2]) == [" the", " cat", "s"]

@@ -56,9 +56,8 @@ def test_tokens_are_ordinary_ones_where_the_tokenizer_knows_them(name, tiny_fold
     assert few.decode(tokens).startswith("the sum of 12 and 30")
 
 
-def test_a_tokenizer_that_knows_nothing_of_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "CHARACTERS", "()")
-    tokenizer = load_tokenizer(tiny.make_folder(tmp_path / "model"))
+def test_a_tokenizer_that_knows_nothing_of_the_text(tmp_path):
+    tokenizer = load_tokenizer(tiny.make_folder(tmp_path / "model", characters="()"))
     assert tokenizer.plain_tokens() == tuple(range(1, PLAIN_TOKENS + 1))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from waiting import DEADLINE_S, FOREVER_S, until
 
 import localrl
 from localrl.errors import DataError
+from localrl.processes import worker as module
+from localrl.processes.process_limit import tasks_of_user
 from localrl.processes.worker import Reply, Worker, _resident_bytes_by_ps, resident_bytes
 
 FUNCTIONS = Path(__file__).parent.parent / "worker_functions.py"
@@ -172,6 +175,28 @@ def test_memory_is_measured_alike_in_both_ways() -> None:
     assert resident_bytes(2**22 + 1) is None
 
 
+def test_too_many_processes_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, which fails the function, or by the parent, for the kernel lets root be."""
+    monkeypatch.setattr(module, "worker_room", lambda: 30)
+    note = tmp_path / "pids"
+    with make_worker() as worker:
+        reply = worker.call(target("start_processes"), {"count": 60, "path": str(note)})
+        assert reply.failure in ("raised", "processes")
+        if reply.failure == "processes":
+            assert reply.message == "started more than 30 processes"
+        assert worker.call(target("echo"), {"value": 1}).ok
+    until(lambda: not any(is_alive(int(pid)) for pid in note.read_text().split()))
+
+
+def test_the_limit_of_processes_is_relative_and_leaves_room_for_pools(worker: Worker) -> None:
+    soft, hard = worker.call(target("process_limit"), {}).value
+    tasks, inherited = tasks_of_user(), resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    assert tasks is not None
+    assert soft == hard
+    assert soft == inherited or tasks < soft < tasks + 2 * module.worker_room()
+    assert worker.call(target("pool"), {"processes": 8}).value == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
 def test_timeout_kills_what_the_function_started(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     with make_worker(time_limit_s=2.0) as worker:
@@ -227,6 +252,51 @@ def test_interrupted_call_leaves_no_answer_behind() -> None:
             assert worker.call(target("echo"), {"value": "mine"}).value == "mine"
     finally:
         signal.signal(signal.SIGALRM, old)
+
+
+POOL = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+class Scorer:
+    def __init__(self, size):
+        self.size = size
+
+def one(text):
+    return len(text), __file__
+
+def score(completions, method):
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return list(pool.map(one, completions)), pool.submit(Scorer, 3).result().size
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "method"),
+    [
+        ("rewards.py", "spawn"),
+        ("rewards.py", "forkserver"),
+        ("rewards.py", "fork"),
+        ("json.py", "spawn"),  # a name of the standard library's
+        ("my-rewards.v2.py", "spawn"),
+        ("site/rewards.py", "spawn"),  # the second file of that name
+    ],
+)
+def test_process_pools_work_however_they_are_started(worker, tmp_path, file, method):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(POOL)
+    reply = worker.call(f"{path}:score", {"completions": ["ab", "abcd"], "method": method})
+    assert reply == Reply(value=[[[2, str(path)], [4, str(path)]], 3])
+
+
+def test_files_of_one_name_in_two_folders_stay_two(worker, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.py").write_text(f"def f():\n    return {folder!r}\n")
+    places = [f"{tmp_path}/{folder}/same.py:f" for folder in "abab"]
+    assert [worker.call(place, {}).value for place in places] == ["a", "b", "a", "b"]
 
 
 def start_script(path: Path, text: str) -> subprocess.Popen[str]:

@@ -202,6 +202,7 @@ def test_numbers_for_people():
     assert facts.number(None) == "unknown"
     assert facts.number(1234567) == "1 234 567"
     assert facts.number(1234.5) == "1 234"
+    assert facts.number(1e300) == "1e+300"
     assert facts.number(0.12345) == "0.123"
     assert facts.number(0.00012345) == "0.000123"
     assert facts.with_unit("memory/peak_bytes", 3 * 2**20) == "3 MiB"

@@ -43,8 +43,8 @@ def numpy_floats(completions):
 def everything(**kwargs):
     """Fails unless each argument is what TRL's documentation promises."""
     count = len(kwargs["completions"])
-    hooks = {"trainer_state", "log_extra", "log_metric"}
-    assert set(kwargs) - hooks == {"prompts", "completions", "completion_ids", "answer", "level"}, (
+    ours = {"trainer_state", "log_extra", "log_metric", "rendered_prompts"}
+    assert set(kwargs) - ours == {"prompts", "completions", "completion_ids", "answer", "level"}, (
         kwargs
     )
     assert kwargs["prompts"] == [[{"role": "user", "content": "sort"}]] * count
@@ -53,6 +53,10 @@ def everything(**kwargs):
     assert kwargs["answer"] == ["a"] * count
     assert kwargs["level"] == [4.0] * count
     return [1.0] * count
+
+
+def prompt_lengths(rendered_prompts):
+    return [float(len(text)) for text in rendered_prompts]
 
 
 def needs_a_column(completions, ground_truth):

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from localrl.rewards.accuracy import accuracy_reward, choice_reward, reasoning_accuracy_reward
+from localrl.rewards.answers import final_answer
 from localrl.rewards.extract import last_boxed
 from localrl.rewards.json_answers import get_json_reward, json_reward
-from localrl.rewards.rational import last_number, read_number
+from localrl.rewards.rational import read_number
+from localrl.rewards.statements import last_number
 
 SIZE = 10_000
 
@@ -112,7 +114,7 @@ def test_different_answers(answer: str, gold: Any) -> None:
     assert score(boxed(answer), gold) == 0.0
 
 
-@pytest.mark.parametrize("gold", [None, "", "  ", "***", [], ["5"], {}, "x" * 2001])
+@pytest.mark.parametrize("gold", [None, "", "  ", "***", [], [""], {}, [{}], "x" * 2001])
 def test_gold_that_cannot_be_read_is_not_judged(gold: Any) -> None:
     assert score(boxed("5"), gold) is None
 
@@ -121,12 +123,13 @@ def test_gold_that_cannot_be_read_is_not_judged(gold: Any) -> None:
     ("text", "gold", "reward"),
     [
         ("so 3 and 4 make 7", "7", 1.0),
-        ("it is 5-3", "3", 1.0),
+        ("it is 5-3", "3", 0.0),
         ("it is -3", "-3", 1.0),
         ("7 is the answer, x2 is not", "7", 1.0),
         ("7 it is, not x^2 or 3^2", "7", 1.0),
         ("The answer is 7. I checked.", "7", 1.0),
-        ("The answer is not clear\nbut 7", "7", 1.0),
+        ("The answer is not clear\nbut 7", "7", 0.0),
+        ("The answer is as follows:\n7", "7", 1.0),
         ("**Answer:**\n\n7", "7", 1.0),
         ("<answer> 7 </answer> since 2+5 is 8", "7", 1.0),
         ("#### 7\n8", "7", 1.0),
@@ -137,7 +140,8 @@ def test_gold_that_cannot_be_read_is_not_judged(gold: Any) -> None:
         ("The answer is **Paris**.\nBye", "Paris", 1.0),
         ("Paris\nBye", "Paris", 0.0),
         ("The answer is (B).", "B", 1.0),
-        ("(A) is wrong\nso (C) or (B)", "B", 1.0),
+        ("(A) is wrong\nso (C) or (B)", "B", 0.0),
+        ("(A) is wrong\nso it can only be (B)", "B", 1.0),
         ("B. Paris", "B", 1.0),
         ("A good idea", "A", 0.0),
         ("option b is right", "B", 1.0),
@@ -151,8 +155,8 @@ def test_the_sign_before_a_fraction_in_a_sentence_is_read() -> None:
     for fraction in (r"-\frac{28}{14}", r"-\dfrac{4}{2}", r"-\frac42", "-4/2"):
         text = f"The final answer is ${fraction}$. I hope it is correct."
         assert (score(text, -2), score(text, 2)) == (1.0, 0.0), fraction
-    # Behind a number or a letter it is a minus: only what follows is a number of its own.
-    assert last_number(r"7-\frac{1}{2}") == last_number(r"x-\frac{1}{2}") == (Fraction(1, 2), "")
+    # Behind a number or a letter it is a minus, and what follows is no number of its own.
+    assert last_number(r"7-\frac{1}{2}") is last_number(r"x-\frac{1}{2}") is None
 
 
 def test_boxes_nest_and_close() -> None:
@@ -162,11 +166,42 @@ def test_boxes_nest_and_close() -> None:
     assert last_boxed(r"\boxed 5") is None
 
 
-def test_solution_comes_before_answer() -> None:
-    texts = ["1", "2", "3"]
-    assert accuracy_reward(texts, ["1", None, None], [9, 2, None]) == [1.0, 1.0, None]
+def test_answer_comes_before_solution_wherever_it_can_be_read() -> None:
+    assert accuracy_reward(["1", "2", "3"], [9, 2, None], ["1", None, ""]) == [1.0, 1.0, None]
+    # As in data whose `solution` is empty or tells the whole way.
+    words = "First we add, then we halve what we got."
+    assert accuracy_reward(["7", "7"], ["", words], ["7", "7"]) == [1.0, 1.0]
+    assert accuracy_reward(["7", "7"], ["7", "#### 7"], ["", {"no": "text"}]) == [1.0, 1.0]
+    assert choice_reward(["B", "B"], ["B", "C"], ["words", ""]) == [1.0, 0.0]
+    assert json_reward(["[1]"], ["no JSON"], ["[1]"]) == [1.0]
+    assert reasoning_accuracy_reward(["</think>1"], ["2"], answer=["1"]) == [1.0]
     with pytest.raises(ValueError, match="neither a `solution` nor"):
         accuracy_reward(["1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "golds", "reward"),
+    [
+        ("The answer is 7.", ["6", "7"], 1.0),
+        ("The answer is 7.", ["seven", 7], 1.0),
+        ("Paris", ["London", "paris", None], 1.0),
+        ("The answer is Lyon", ["Paris", "Lyon"], 1.0),
+        (r"\boxed{\sqrt2}", ["2", r"\sqrt{2}"], 1.0),
+        ("The answer is 67.", ["6", "7"], 0.0),
+        ("The answer is 6 or 7.", ["6", "7"], 0.0),
+        ("7", ["", {}], None),
+    ],
+)
+def test_a_list_holds_accepted_answers(text: str, golds: list[Any], reward: float | None) -> None:
+    assert score(text, golds) == reward
+    assert accuracy_reward([text], [golds], [""]) == [reward]
+
+
+def test_other_rewards_take_lists_too() -> None:
+    assert choice_reward(["B", "C", "A"], [["B", "(C) x"]] * 3) == [1.0, 1.0, 0.0]
+    texts, golds = ["# 7", "# 7", "7", "#"], [["6", 7], "6", None, ""]
+    rewards = final_answer(prompts=[], completions=texts, completion_ids=[], answer=golds)
+    assert rewards == [1.0, 0.0, None, None]
 
 
 def test_what_was_read_is_logged() -> None:

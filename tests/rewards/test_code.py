@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from localrl.errors import ConfigError
 from localrl.processes.worker import Worker
@@ -23,6 +25,7 @@ from localrl.rewards.code import (
     read_tests,
     score_programs,
 )
+from localrl.rewards.code_tests import split
 from localrl.rewards.sandbox import Sandbox, unsafe_sandbox
 from localrl.rewards.sandbox_process import SandboxError
 
@@ -241,6 +244,169 @@ def test_the_right_program_passes_the_same_tests(sandbox: Sandbox) -> None:
     assert score(sandbox, "def add(a, b): return a + b", STRICT) == 1.0
 
 
+CHEATS = {
+    "NaN": (
+        "import math\n"
+        "def f(x): return math.nan\n"
+        "def inf(x): return math.inf\n"
+        "def both(x): return [1.0, math.nan]\n"
+        "def text(x): return 'nan'",
+        [
+            "assert not abs(f(2) - 4) > 1e-6",
+            "d = f(2) - 4\nassert not (d < -1e-6 or d > 1e-6)",
+            "if f(2) < 4 or f(2) > 4: raise AssertionError",
+            "def check(g):\n    if abs(g(2) - 4) >= 1e-6: return 0\n    return 1\nassert check(f)",
+            "assert max(abs(y - f(x)) if x else 0.0 for x, y in [(0, 0), (2, 4)]) < 1e-6",
+            "assert min([4.0, f(2)]) == 4.0",
+            "assert max([1, 2], key=lambda x: -f(x)) == 1",
+            "assert sorted([1.0, f(2)]) [0] == 1.0",
+            "assert not abs(inf(1) - inf(2)) > 1e-6",
+            "assert not abs(float(text(2)) - 4) > 1e-6",
+            "assert not [1.0, 2.0] < both(2)",
+            "assert not any(abs(a - b) > 1e-6 for a, b in zip(both(2), [1.0, 2.0]))",
+            "assert 3 < f(2) < 5 or not 3 < f(2)",
+            "import operator\nassert not any(map(operator.gt, map(f, [1, 2]), [1, 4]))",
+        ],
+    ),
+    "StopIteration": (
+        "def f(*x): raise StopIteration\n"
+        "class Stop(StopIteration): pass\n"
+        "def g(*x): raise Stop\n"
+        "class Steps:\n"
+        "    def __len__(self): raise StopIteration\n"
+        "    def __getitem__(self, key): raise StopIteration",
+        [
+            "assert all(map(f, [1, 2]))",
+            "for got, want in zip(map(f, [1, 2]), [2, 4]): assert got == want",
+            "assert not any(a != b for a, b in zip([2, 4], map(f, [1, 2])))",
+            "assert list(filter(f, [1, 2])) == []",
+            "assert sum(map(f, [1, 2])) == 0",
+            "for got in iter(f, 3): assert got == 3",
+            "assert list(map(g, [1, 2])) == []",
+            "assert all(map(len, [Steps()]))",
+            "assert list(map(Steps().__getitem__ if 0 else lambda k: Steps()[k], [1])) == []",
+            "import itertools\nassert list(itertools.takewhile(f, [1])) == []",
+        ],
+    ),
+    "changed arguments": (
+        "def f(*args, **kwargs):\n"
+        "    for value in (*args, *kwargs.values()):\n"
+        "        if hasattr(value, 'clear'): value.clear()\n"
+        "def g(*args): return []",
+        [
+            "xs, want = [3, 1], [1, 3]\nf(xs, want)\nassert xs == want",
+            "xs = [3, 1]\nassert g(f(xs)) == xs",
+            "xs = {1: 2}\ny = f(xs)\nassert xs == {}",
+            "xs = {1, 2}\nassert f(xs) is None and not xs",
+            "xs, want = [1], [2]\nf(xs, want=want)\nassert xs == want",
+            "xs, want = [1], [2]\nf(1, xs)\nassert xs == []",
+            "want = [[1]]\nassert g(f(want[0])) == want[0]",
+        ],
+    ),
+    "attributes of the tests' objects": (
+        "def f(thing):\n"
+        "    for act in (lambda: setattr(thing, 'value', 9), lambda: thing.items.append(9),\n"
+        "                lambda: thing.items.clear(), lambda: delattr(thing, 'value')):\n"
+        "        try: act()\n"
+        "        except Exception: pass\n"
+        "    return 9",
+        [
+            "class Box:\n    value = 1\nbox = Box()\nassert f(box) == box.value",
+            "class Box:\n    value = 1\nbox = Box()\nf(box)\nassert box.value != 1",
+            "class Box:\n    value = 1\nf(Box)\nassert Box.value == 9",
+            "class Box:\n    def __init__(self): self.items = [1]\n"
+            "box = Box()\nf(box)\nassert box.items != [1]",
+            "import types\nbox = types.SimpleNamespace(value=1)\nf(box)\nassert box.value != 1",
+        ],
+    ),
+    "modules of its own": (
+        "class math:\n"
+        "    @staticmethod\n"
+        "    def isclose(*values, **options): return True\n"
+        "class operator:\n"
+        "    eq = staticmethod(lambda *values: True)\n"
+        "def f(x): return 0",
+        ["assert math.isclose(f(2), 4)", "assert operator.eq(f(2), 4)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHEATS)
+def test_no_test_is_passed_by_what_is_wrong(sandbox: Sandbox, kind: str) -> None:
+    program, tests = CHEATS[kind]
+    assert score(sandbox, program, tests) == 0.0
+
+
+def test_the_same_kinds_of_tests_pass_what_is_right(sandbox: Sandbox) -> None:
+    program = (
+        "import math\n"
+        "def square(x): return x * x\n"
+        "def nothing(): return math.nan\n"
+        "def sort(values, largest_first=False): values.sort(reverse=largest_first)\n"
+        "def keep_even(values):\n"
+        "    values[:] = [v for v in values if v % 2 == 0]\n"
+        "    return len(values)\n"
+        "def ends(): raise StopIteration('at once')"
+    )
+    tests = [
+        "assert not abs(square(2) - 4) > 1e-6 and 3 < square(2) <= 4 < square(3)",
+        "assert max(map(square, [1, -3]), key=abs) == 9 and sorted(map(square, [2, 1])) == [1, 4]",
+        "assert max([], default=square(1)) == 1 and min(square(2), 3) == 3",
+        "assert sorted([(1, 'b'), (1, 'a')], key=lambda p: p[0])[0] == (1, 'b')",
+        "from operator import lt\nassert lt(square(2), 5) and not lt(5, square(2))",
+        "assert math.isnan(nothing()) and nothing() != nothing()",
+        "import math\nassert math.isclose(square(0.1), 0.01)",
+        "assert [a for a, _ in zip(map(square, [1, 2]), 'ab', strict=True)] == [1, 4]",
+        "xs = [2, 1]\nsort(xs)\nassert xs == [1, 2]",
+        "xs = [2, 1]\nsort(values=xs, largest_first=True)\nassert xs == [2, 1]",
+        "def check(f, xs, want):\n    f(xs)\n    assert xs == want\ncheck(sort, [2, 1], [1, 2])",
+        "xs = [1, 2, 3, 4]\nkeep_even(xs)\nassert xs == [2, 4]",
+        "class Names(list):\n    def add(self, x):\n        super().append(x)\n"
+        "names = Names()\nnames.add(square(2))\nassert names == [4]",
+        "exec('y = 4')\nassert square(2) == y",
+        "try:\n    ends()\nexcept RuntimeError as error:\n    assert 'StopIteration' in str(error)",
+        "seen = []\nassert [seen.append(x) for x in map(square, [1, 2])] and seen == [1, 4]",
+    ]
+    assert score(sandbox, program, tests) == 1.0
+
+
+NUMBERS = st.integers(-3, 3) | st.floats(allow_nan=False)
+OPERATORS = st.sampled_from(["<", "<=", ">", ">=", "==", "!=", "in", "is not"])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(NUMBERS, min_size=2, max_size=4), st.lists(OPERATORS, min_size=3, max_size=3))
+def test_guarded_comparisons_are_pythons(values: list[float], operators: list[str]) -> None:
+    """Chains and short circuits too: each operand is evaluated as often as Python would."""
+    words = ["at(0)"]
+    for place, operator in zip(range(1, len(values)), operators, strict=False):
+        words += [operator, f"[at({place})]" if operator == "in" else f"at({place})"]
+
+    def outcome(source: str) -> tuple[object, list[int]]:
+        asked: list[int] = []
+        names = {"at": lambda place: asked.append(place) or values[place], **code_peer.GUARDS}
+        try:
+            exec(source, names)
+        except TypeError:  # a list and a number have no order
+            return "TypeError", asked
+        return names["result"], asked
+
+    source = f"result = {' '.join(words)}"
+    ((guarded, _),) = split(source)
+    assert outcome(guarded) == outcome(source)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.sampled_from(["<", "<=", ">", ">="]), st.lists(NUMBERS, max_size=3), st.integers(0, 3))
+def test_nan_has_no_order(operator: str, values: list[float], place: int) -> None:
+    """Alone and anywhere in a list, on both sides."""
+    for nan in (math.nan, [*values[:place], math.nan, *values[place:]], (1, [math.nan])):
+        for source in (f"nan {operator} other", f"not other {operator} nan", "max([nan, other])"):
+            ((guarded, _),) = split(source)
+            with pytest.raises(ValueError, match="NaN"):
+                eval(guarded, {"nan": nan, "other": type(nan)(), **code_peer.GUARDS})
+
+
 def test_shares_and_all_or_nothing(sandbox: Sandbox) -> None:
     wrong = "def add(a, b): return 3"
     assert score(sandbox, wrong, ADD) == pytest.approx(1 / 3)
@@ -312,6 +478,7 @@ def test_only_public_things_of_the_tests_are_given() -> None:
     assert not code_peer.allow_calls("get", kind(), ["__class__"])
     assert not code_peer.allow_calls("get", lambda: None, ["name"])
     assert not code_peer.allow_calls("put", {}, ["name", 1])
+    assert not code_peer.allow_calls("set", kind(), ["value", 1])
 
 
 def test_in_the_reward_process(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Scoring by real reward functions in a real worker, the hostile ones included."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def node(parent: int, *tokens: int) -> Node:
     return Node(parent, np.array(tokens, np.int32), np.ones(n, bool), zeros, zeros)
 
 
-def group(texts: str = "ab", *, answer: Any = "a", **columns: Any) -> Group:
+def group(texts: Sequence[str] = "ab", *, answer: Any = "a", **columns: Any) -> Group:
     """A tree: the first token is shared, then one leaf for each letter."""
     return Group(
         example=Example("x", ({"role": "user", "content": "sort"},), answer, columns),
@@ -67,6 +67,15 @@ def test_groups_get_their_own_rewards(worker: Worker) -> None:
     assert [s.rewards for s in scored] == [(0.0, 1.0, 0.0), (1.0,), ()]
     assert [s.group for s in scored] == groups
     assert all(isinstance(reward, float) for reward in scored[0].rewards)
+
+
+def test_functions_see_prompts_as_the_model_does(worker: Worker) -> None:
+    specs = [spec("prompt_lengths"), Spec("t", "localrl.rewards.shaping:think_format_reward")]
+    scorer = Scorer(specs, worker)
+    scorer.check([])
+    scorer.render = lambda ids: f"{ids[0]}<think>"
+    [scored] = scorer.score([group(["a</think>b", "ab"])])
+    assert scored.parts == {"prompt_lengths": (8.0, 8.0), "t": (1.0, 0.0)}
 
 
 def test_parts_are_weighted_and_none_is_left_out(worker: Worker) -> None:

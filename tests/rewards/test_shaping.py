@@ -38,6 +38,24 @@ def test_think_format(text: str, reward: float) -> None:
     assert think_format_reward(completions=completions, answer=["a"]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "reward"),
+    [
+        ("<|assistant|><think>\n", "I add.</think>7", 1.0),
+        ("<|assistant|><think>", "</think>", 1.0),
+        ("<|assistant|><think>\n", "<think>I add.</think>7", 0.0),  # a second one
+        ("<|assistant|><think>\n", "7", 0.0),
+        ("<|assistant|><think>\n", "a</think>b<think>", 0.0),
+        ("<|assistant|>", "<think>I add.</think>7", 1.0),
+        ("<|assistant|>", "I add.</think>7", 0.0),
+        ("<think>\n\n</think>\n", "7", 0.0),
+        ("", "<think></think>", 1.0),
+    ],
+)
+def test_a_thought_may_begin_in_the_prompt(prompt: str, text: str, reward: float) -> None:
+    assert think_format_reward(completions=[text], rendered_prompts=[prompt]) == [reward]
+
+
 def test_regular_expressions() -> None:
     texts = ["<a>1\n2</a>\n", "see <a>1</a>", "1"]
     assert get_regex_reward("<a>.*</a>")(texts) == [1.0, 0.0, 0.0]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from forests import flat_group, scored
 
+from localrl.learning.credit import assign_credit, with_expected_reward
+from localrl.learning.staleness import with_old_logprobs
 from localrl.records import Example
 from localrl.rollouts.replay import CAPACITY, Replay, ReplayCounts
+from localrl.training.state import TYPES
+from localrl.utils.codec import decode, encode
 
 PROMPT = flat_group(1).prompt_ids
 
@@ -167,6 +172,42 @@ def test_groups_with_tokens_of_an_earlier_policy():
     )
     assert [scored.group.example.id for scored in found] == ["some"]
     assert all(node.old_logprobs is None for node in found[0].group.nodes)
+
+
+def test_what_was_expected_is_kept_with_a_group():
+    """The baseline of a replayed group knows nothing that was learned from it."""
+    replay = Replay()
+    expecting = replace(group("a"), group=with_expected_reward(group("a").group, 0.9))
+    replay.add([expecting], 0)
+    tree, arrays = encode(replay, TYPES)
+    (found,) = stored(decode(tree, arrays, TYPES))
+    now = with_old_logprobs(found.group, [n.sampled_logprobs for n in found.group.nodes])
+    later = with_expected_reward(now, 0.5)
+    assert [node.expected_reward for node in later.nodes] == [0.9, 0.9]
+    credit = assign_credit(replace(found, group=later), kappa=4)
+    assert credit.advantages == pytest.approx([1 - 3.6 / 5, -(1 + 3.6) / 5])
+
+
+def test_a_group_of_an_older_checkpoint_is_compared_with_itself_alone():
+    tree, arrays = encode(filled("a"), TYPES)
+    older = json.loads(json.dumps(tree), object_hook=without_expectation)
+    (found,) = stored(decode(older, arrays, TYPES))
+    assert assign_credit(found, kappa=4).advantages == (1, -1)
+
+
+def without_expectation(tree):
+    return {name: value for name, value in tree.items() if name != "expected_reward"}
+
+
+def stored(replay):
+    return replay.draw(
+        1,
+        updates=1,
+        max_age=1,
+        difficulty=lambda _: 0.5,
+        encode=lambda _: PROMPT,
+        address=(0,),
+    )
 
 
 def test_nothing_to_draw():

@@ -10,12 +10,20 @@ import tiny
 from exact import assert_exact
 from forests import flat_group, forest
 
+from localrl.learning.credit import with_expected_reward
 from localrl.policy.scoring import group_logprobs
 from localrl.records import Completion, Example, Group, Node
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.forking import PeriodicRule, Spacing, forks_per_path
 from localrl.rollouts.groups import Shape, sample_groups
-from localrl.rollouts.reuse import CompletionCache, Prefix, accepted, verified_prefix, verify
+from localrl.rollouts.reuse import (
+    CompletionCache,
+    Prefix,
+    accepted,
+    verified_prefix,
+    verify,
+    with_reused,
+)
 from localrl.rollouts.stops import make_stops
 
 TEXTS = ("12", "sum 1 2 3 and more of it", "a")
@@ -277,6 +285,26 @@ def test_tokens_are_compared_with_a_pass_like_that_of_now():
     assert len(plain) == 0
 
 
+def test_what_was_expected_of_a_completion_stays_with_its_prefix(policy):
+    """From before its oldest tokens were drawn, however often it comes back."""
+    chain = with_expected_reward(forest([-1, 0], [1], 1), 0.25)
+    for later in (0.5, 0.75):
+        earlier = CompletionCache()
+        earlier.add([chain])
+        drafts = earlier.drafts(chain.example.id, chain.prompt_ids, 1, address=())
+        assert drafts is not None
+        draft = drafts.nodes[0]
+        prefix = verified_prefix(draft, "stop", draft.sampled_logprobs, np.full(6, 0.5), 6)
+        empty = replace(chain, nodes=(), leaves=())
+        again = with_reused(empty, [prefix], [None], tokenizer=policy.tokenizer, version=1)
+        chain = with_expected_reward(again, later)
+        assert [node.expected_reward for node in chain.nodes] == [0.25]
+    # A tail of which nothing was accepted is new.
+    fresh = replace(chain.nodes[0], old_logprobs=None)
+    (new,) = with_expected_reward(replace(chain, nodes=(fresh,)), 0.75).nodes
+    assert new.expected_reward == 0.75
+
+
 def test_reused_completions_take_the_places_of_the_last_roots(policies):
     old, new = policies
     prefixes, _, _ = second_visit(new, first_visit(old))
@@ -331,7 +359,7 @@ def test_trees_begin_with_prefixes_too(policies):
 
 @pytest.mark.parametrize("kept", [10, 40])
 def test_a_loop_begun_in_the_prefix_ends_the_completion(policy, kept):
-    stops = make_stops(policy.tokenizer, loops=True, text=None)
+    stops = make_stops(policy.tokenizer, loops=True, texts=())
     assert stops is not None
     decoder = Decoder(policy, 0.001, 16, stops=stops)
     before = complete(decoder, [()] * 3, step=1, shape=Shape(1, 1), lmax=100)

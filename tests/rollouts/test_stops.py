@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from localrl.errors import ConfigError
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +24,7 @@ NEVER = "@@@"
 
 @pytest.fixture(scope="module")
 def rules(tiny_folder) -> Stops:
-    stops = make_stops(load_tokenizer(tiny_folder), loops=True, text=None)
+    stops = make_stops(load_tokenizer(tiny_folder), loops=True, texts=())
     assert stops is not None
     return stops
 
@@ -222,6 +225,7 @@ def test_a_loop_that_was_found_has_such_a_place(rules):
 # The stop text.
 
 
+@cache
 def byte_tokenizer(vocabulary: int, corpus: str) -> Tokenizer:
     """A byte-level tokenizer with merges learned from the corpus."""
     from tokenizers import Tokenizer as Rust
@@ -258,16 +262,17 @@ def metaspace_tokenizer() -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner), frozenset())
 
 
-def check_closed(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> int:
-    """Closed exactly when the text so far holds the stop text; the number of tokens before it."""
-    stops = make_stops(tokenizer, loops=False, text=text)
+def check_closed(tokenizer: Tokenizer, texts: str | Sequence[str], ids: Sequence[int]) -> int:
+    """Closed exactly when the text so far holds a stop text; the number of tokens before it."""
+    texts = [texts] if isinstance(texts, str) else texts
+    stops = make_stops(tokenizer, loops=False, texts=texts)
     assert stops is not None
     tails = stops.begin([(), ()])
     for t, token in enumerate(ids):
         # The second row writes the same, but has ended.
         tokens, alive = np.array([token, token], np.uint32), np.array([True, False])
         ended = stops.ended(tails, tokens, alive)
-        holds = text in tokenizer.decode(ids[: t + 1])
+        holds = any(text in tokenizer.decode(ids[: t + 1]) for text in texts)
         assert ended["closed"].tolist() == [holds, False]
         assert not ended["loop"].any()
         if holds:
@@ -283,6 +288,21 @@ ANSWER = "so <answer> 42</answer>.\n\nThe answer> is </answer, or</answer> again
 def test_the_stop_text_closes_however_it_is_cut(vocabulary, text):
     tokenizer = byte_tokenizer(vocabulary, ANSWER)
     check_closed(tokenizer, text, tokenizer.inner.encode(ANSWER))
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    places=st.lists(
+        st.tuples(st.integers(0, len(ANSWER) - 1), st.integers(1, 14)), min_size=1, max_size=5
+    ),
+    vocabulary=st.sampled_from([256, 300, 330]),
+)
+def test_the_first_of_several_stop_texts_closes(places, vocabulary):
+    tokenizer = byte_tokenizer(vocabulary, ANSWER)
+    texts = [ANSWER[begin : begin + size] for begin, size in places]
+    ids = tokenizer.inner.encode(ANSWER)
+    alone = [check_closed(tokenizer, text, ids) for text in texts]
+    assert check_closed(tokenizer, [*texts, "never", "x" * LONGEST_TEXT], ids) == min(alone)
 
 
 def test_text_after_the_stop_text_in_the_same_token_closes_too():
@@ -303,7 +323,7 @@ def test_a_character_cut_into_bytes_closes(text):
 def test_a_stop_text_begun_in_the_tokens_before_closes(vocabulary):
     tokenizer = byte_tokenizer(vocabulary, ANSWER)
     ids = tokenizer.inner.encode(ANSWER)
-    stops = make_stops(tokenizer, loops=False, text="</answer>")
+    stops = make_stops(tokenizer, loops=False, texts=["</answer>"])
     assert stops is not None
     place = check_closed(tokenizer, "</answer>", ids)
     for cut in range(place + 1):
@@ -334,11 +354,11 @@ def test_the_embedded_models_tokenizer():
 
 def test_what_is_wanted_decides_what_is_made(tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
-    assert make_stops(tokenizer, loops=False, text=None) is None
-    assert make_stops(tokenizer, loops=False, text="") is None
-    assert make_stops(tokenizer, loops=False, text="a" * LONGEST_TEXT) is not None
-    with pytest.raises(ConfigError, match="at most"):
-        make_stops(tokenizer, loops=True, text="a" * (LONGEST_TEXT + 1))
+    assert make_stops(tokenizer, loops=False, texts=()) is None
+    assert make_stops(tokenizer, loops=False, texts=["a" * LONGEST_TEXT, "b"]) is not None
+    for wrong in ("a" * (LONGEST_TEXT + 1), ""):
+        with pytest.raises(ConfigError, match=f"1 to {LONGEST_TEXT} bytes; .* holds {wrong!r}"):
+            make_stops(tokenizer, loops=True, texts=["b", wrong])
 
 
 # Decoding.
@@ -403,7 +423,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize(("rows", "loops"), [(5, True), (64, False)])
 def test_rules_that_never_apply_change_nothing(policy, rows, loops):
     free = decode(policy, None, rows=rows)
-    stops = make_stops(policy.tokenizer, loops=loops, text=NEVER)
+    stops = make_stops(policy.tokenizer, loops=loops, texts=[NEVER])
     assert_same(decode(policy, stops, rows=rows), free)
     assert {p.end for p in free} == {"stop", "length"}
 
@@ -414,7 +434,7 @@ def first_loop(ids: Sequence[int]) -> int | None:
 
 @pytest.mark.parametrize("rows", [5, 64])
 def test_a_loop_ends_its_completion_and_changes_nothing_before(policy, rows):
-    stops = make_stops(policy.tokenizer, loops=True, text=None)
+    stops = make_stops(policy.tokenizer, loops=True, texts=())
     free = decode(policy, None, temperature=0.2)
     seen = set()
     for whole, part in zip(free, decode(policy, stops, temperature=0.2, rows=rows), strict=True):
@@ -428,7 +448,7 @@ def test_a_loop_ends_its_completion_and_changes_nothing_before(policy, rows):
 
 
 def test_a_loop_that_began_before_a_fork_is_found_after_it(policy):
-    stops = make_stops(policy.tokenizer, loops=True, text=None)
+    stops = make_stops(policy.tokenizer, loops=True, texts=())
     paths = decode(policy, stops, temperature=0.001, fork=30)
     assert {p.last for p in paths} == {30}
     assert {p.end for p in paths} == {"loop"}
@@ -452,7 +472,7 @@ def test_the_stop_text_ends_its_completion_and_changes_nothing_before(policy, ro
     sizes = {"roots": 6, "temperature": 0.7, "tokens": 40}
     free = decode(policy, None, **sizes)
     text = middle(policy, free, 5, 7)
-    stops = make_stops(policy.tokenizer, loops=True, text=text)
+    stops = make_stops(policy.tokenizer, loops=True, texts=[text])
     read = policy.tokenizer.decode
     closed = 0
     for whole, part in zip(free, decode(policy, stops, rows=rows, **sizes), strict=True):
@@ -467,7 +487,7 @@ def test_the_stop_text_ends_its_completion_and_changes_nothing_before(policy, ro
 
 def test_a_stop_text_begun_before_a_fork_is_found_after_it(policy):
     text = middle(policy, decode(policy, None, fork=10), 7, 12)
-    stops = make_stops(policy.tokenizer, loops=False, text=text)
+    stops = make_stops(policy.tokenizer, loops=False, texts=[text])
     paths = decode(policy, stops, fork=10)
     across = [p for p in paths if p.end == "closed" and p.last == 10 and len(p.ids) == 12]
     assert across
@@ -481,18 +501,18 @@ def test_the_reasons_have_an_order(policy):
     free = first(policy, None, 100)
     length = first_loop(free.ids)
     # The last token allowed is the one with which the path becomes a loop.
-    loops = make_stops(policy.tokenizer, loops=True, text=None)
+    loops = make_stops(policy.tokenizer, loops=True, texts=())
     assert length is not None
     assert first(policy, None, length).end == "length"
     assert first(policy, loops, length).end == "loop"
 
     last = free.ids[length - 1]
     letter = policy.tokenizer.decode([last])
-    both = make_stops(policy.tokenizer, loops=True, text=letter * 48)
+    both = make_stops(policy.tokenizer, loops=True, texts=[letter * 48])
     closed = first(policy, both, length)
     assert (closed.end, closed.ids) == ("closed", free.ids[:length])
 
     ends = replace(policy, tokenizer=replace(policy.tokenizer, end_ids=frozenset([last])))
-    one = make_stops(policy.tokenizer, loops=True, text=letter)
+    one = make_stops(policy.tokenizer, loops=True, texts=[letter])
     stopped = first(ends, one, length)
     assert (stopped.end, stopped.ids) == ("stop", free.ids[: free.ids.index(last) + 1])

@@ -18,7 +18,7 @@ import pytest
 from forests import forest, scored
 
 import localrl
-from localrl.errors import CheckpointError, ConfigError, DataError
+from localrl.errors import ConfigError, DataError
 from localrl.records import DropReason, Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.runs import folder as folder_module
 from localrl.runs.folder import default_run_path, open_run, package_versions, reopen_run
@@ -376,14 +376,40 @@ def test_a_run_goes_on_where_its_logs_are_cut(tmp_path: Path) -> None:
         folder.cut(sizes)
         folder.metrics({"step": 2, "again": True})
         folder.event("resumed")
-        with pytest.raises(CheckpointError, match="lines are missing"):
-            folder.cut({"metrics": 10_000})
     metrics = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
     assert metrics == [{"step": 1}, {"step": 2, "again": True}]
     assert [e["kind"] for e in read_jsonl(tmp_path / "run" / "events.jsonl")] == [
         "begun",
         "resumed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [("", []), ('{"step": 1}\n', [1]), ('{"step": 1}\n{"st', [1]), ('{"step": 1}', [])],
+)
+def test_a_log_that_has_lost_lines_keeps_its_whole_ones(tmp_path: Path, left, kept) -> None:
+    with open_run(tmp_path / "run", overwrite=False) as folder:
+        for step in (1, 2, 3):
+            folder.metrics({"step": step})
+        sizes = folder.sizes()
+        assert folder.shorter(sizes) == []
+    (tmp_path / "run" / "metrics.jsonl").write_text(left)
+    with reopen_run(tmp_path / "run") as folder:
+        assert folder.shorter(sizes) == ["metrics.jsonl"]
+        folder.cut(sizes)
+        folder.metrics({"step": 4})
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [*kept, 4]
+
+
+def test_a_log_of_other_lines_does_not_fit(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", overwrite=False) as folder:
+        folder.metrics({"step": 1})
+        sizes = folder.sizes()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "more": 2}\n')
+    with reopen_run(tmp_path / "run") as folder:
+        assert folder.shorter(sizes) == ["metrics.jsonl"]
 
 
 def test_there_must_be_a_run_to_go_on_with(tmp_path: Path) -> None:

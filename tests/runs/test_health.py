@@ -141,14 +141,12 @@ def test_evaluations_and_unknown_numbers_are_passed_over():
     health = Health(RunConfig.create({"model.path": "any"}), WEIGHTS)
     assert health.see({"step": 0, "eval/pass@1": 0.5}) == []
     nothing = dict.fromkeys(GOOD)
-    assert all(health.see(nothing) == [] for _ in range(40))
+    found = [warning.name for _ in range(40) for warning in health.see(nothing)]
+    assert found == ["no_reward"]
 
 
-def test_steps_without_any_reward_are_counted_until_there_is_one():
-    health = Health(RunConfig.create({"model.path": "any"}), WEIGHTS)
-    counts = []
-    for reward in (None, None, 0.0, None, None, None):
-        health.see({**GOOD, "reward": reward})
-        health.see({"step": 1, "eval/n": 3})
-        counts.append(health.unrewarded)
-    assert counts == [1, 2, 0, 1, 2, 3]
+def test_a_step_without_any_reward_is_told_before_the_run_ends():
+    names, texts = told([{}, {"reward": None}, {"reward": None}, {"reward": 0.0}])
+    assert names == [(2, "no_reward")]
+    assert "right, form gave None for all" in texts[0]
+    assert "ends after 3 such steps" in texts[0]

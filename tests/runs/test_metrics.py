@@ -104,6 +104,7 @@ def test_every_completion_and_every_token_is_accounted_for():
         "selection/no_reward": 1,
         "selection/no_coefficient": 2,
         "selection/down_sampled": 1,
+        "selection/truncated": 0,
         "update/skipped_tokens": 15 + 4 - 7,
     }
     assert set(metrics) <= set(METRICS)

@@ -24,6 +24,16 @@ class Countdown:
         return float(self.won)
 
 
+class Torn:
+    """Says halves of characters, and two that belong together."""
+
+    def reset(self, **row):
+        return "\udc80"
+
+    def step(self, text):
+        return "\ud83d" + chr(0xD83D) + chr(0xDE00)
+
+
 class Shop:
     """Offers tools, as TRL's environment_factory expects it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,34 @@ def test_an_answer_begins_with_the_end_token_where_the_model_wrote_none(worker, 
     spoken = ModelTurn(example(2), None, tokenizer.encode_text("go"), "go", "closed")
     (heard,) = talk.environments.answer([spoken])
     assert tokenizer.inner.decode(heard.token_ids) == "<end><user>1<assistant>"
+
+
+def test_a_turn_that_the_prompt_begins_is_heard_whole(worker, tokenizer):
+    talk = Talk(worker, tokenizer, "Countdown")
+    begun = {"role": "assistant", "content": "st"}
+    row = example(0)
+    row = replace(row, messages=(*row.messages, begun))
+    (prompt,) = talk.environments.prompts([row])
+    assert tokenizer.inner.decode(prompt) == "<user>count from 0<assistant>st"
+    (heard,) = talk.say((row, None, "op"))
+    assert heard.over
+    assert heard.messages == ({"role": "assistant", "content": "stop"},)
+
+
+def test_half_of_a_character_in_a_reply_ends_no_run(worker, tokenizer):
+    talk = Talk(worker, tokenizer, "Torn")
+    (prompt,) = talk.environments.prompts([example(1)])
+    assert tokenizer.inner.decode(prompt) == "<user>count<pad><assistant>"
+    (heard,) = talk.say((example(1), None, "go"))
+    assert said(heard) == ["\ufffd\U0001f600"]
+
+
+def test_a_row_with_tools_of_its_own_in_an_environment_with_tools(worker, tokenizer):
+    row = replace(example(), tools=({"type": "function", "function": {"name": "own"}},))
+    with pytest.raises(DataError, match="has `tools` of its own"):
+        Talk(worker, tokenizer, "Shop").environments.prompts([row])
+    (prompt,) = Talk(worker, tokenizer, "Countdown").environments.prompts([row])
+    assert tokenizer.inner.decode(prompt).startswith("<user>own <user>count from 5")
 
 
 def test_a_fork_gets_an_environment_of_its_own(worker, tokenizer):

@@ -4,9 +4,11 @@ import json
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from localrl.errors import ConfigError, DataError
-from localrl.tasks.files import load_file_task, split
+from localrl.tasks.files import OnePrompt, load_file_task, make_file_task, split
 from localrl.tasks.rows import read_examples
 from localrl.tasks.tables import read_rows
 
@@ -107,12 +109,50 @@ def test_the_split_survives_reordering_and_keeps_equal_prompts_together(tmp_path
     assert 20 < len(held_out) < 90
 
 
-def test_two_rows_are_enough_and_one_is_not(tmp_path):
-    two = write(tmp_path / "two.jsonl", {"prompt": "a"}, {"prompt": "b"})
-    task = load_file_task(two, ())
-    assert (task.train_size, len(task.evaluation(9))) == (1, 1)
-    with pytest.raises(DataError, match="two"):
-        load_file_task(write(tmp_path / "one.jsonl", {"prompt": "a"}), ())
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(prompts=st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=20))
+def test_rows_are_held_out_in_part_not_at_all_or_all(prompts):
+    rows = [(f"row {n}", {"prompt": prompt, "answer": n}) for n, prompt in enumerate(prompts)]
+
+    def sides(hold_out):
+        task = make_file_task("t", "t.jsonl", (), rows, 0, system=None, hold_out=hold_out)
+        return [sorted(e.answer for e in side) for side in (task.training, task.held_out)]
+
+    numbers = list(range(len(prompts)))
+    assert sides("none") == [numbers, []]
+    assert sides("all") == [numbers, numbers]
+    if len(set(prompts)) == 1:
+        with pytest.raises(OnePrompt, match=r"has \d+ rows? with 1 .*set task.eval_prompts=0"):
+            sides("some")
+        return
+    training, held_out = sides("some")
+    assert training
+    assert held_out
+    assert sorted(training + held_out) == numbers
+    assert not {prompts[n] for n in training} & {prompts[n] for n in held_out}
+
+
+def test_a_held_out_table_is_left_out_or_taken_alone(tmp_path):
+    write(tmp_path / "train.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    write(tmp_path / "test.jsonl", {"prompt": "b"}, {"prompt": "c"}, {"prompt": "d"})
+    with pytest.raises(DataError, match=r"1 of 3 prompts in .* are also trained on"):
+        load_file_task(tmp_path, ())
+    for hold_out, expected in (("none", ("ab", "")), ("all", ("bcd", "bcd"))):
+        task = load_file_task(tmp_path, (), hold_out=hold_out)
+        sides = (task.training, task.held_out)
+        assert (
+            tuple("".join(sorted(e.messages[0]["content"] for e in s)) for s in sides) == expected
+        )
+
+
+def test_a_table_without_rows_is_named(tmp_path):
+    write(tmp_path / "train.jsonl", {"prompt": "a"})
+    (tmp_path / "test.json").write_text("[]")
+    with pytest.raises(DataError, match=r"test\.json has no rows"):
+        load_file_task(tmp_path, ())
+    for hold_out in ("some", "none", "all"):
+        with pytest.raises(DataError, match="has 0 rows"):
+            load_file_task(tmp_path / "test.json", (), hold_out=hold_out)
 
 
 def test_a_folder_with_a_held_out_file(tmp_path):

@@ -14,7 +14,7 @@ from localrl.policy.tokenizer import load_tokenizer
 from localrl.tasks.builtin import load_task
 from localrl.tasks.order import take
 from localrl.training import prompt_lengths
-from localrl.training.prompt_lengths import find, measure
+from localrl.training.prompt_lengths import find, read_prompts
 
 
 def lengths(tokenizer, examples):
@@ -40,11 +40,12 @@ def tokenizer(tiny_folder):
 def test_all_prompts_of_a_fixed_set_are_measured(tiny_folder, tokenizer):
     task = load_task("sums", train_prompts=20)
     held_out = task.evaluation(4)
-    found = measure(config(tiny_folder), task, held_out, tokenizer)
+    same, found = read_prompts(config(tiny_folder), task, tokenizer)
+    assert same is task
     longest = max(lengths(tokenizer, [*map(task.train, range(20)), *held_out]))
     assert found == PromptLength(longest, "measured on all 24 of them")
     assert str(found) == f"prompts of up to {longest} tokens, measured on all 24 of them"
-    alone = measure(config(tiny_folder), task, held_out, tokenizer, trains=False)
+    _, alone = read_prompts(config(tiny_folder), task, tokenizer, trains=False)
     assert alone.tokens == max(lengths(tokenizer, held_out))
 
 
@@ -52,22 +53,14 @@ def test_an_endless_task_is_measured_where_the_run_begins_and_leaves_a_margin(
     tiny_folder, tokenizer, monkeypatch
 ):
     monkeypatch.setattr(prompt_lengths, "ENDLESS", 8)
-    task = load_task("sums", train_prompts=0)
+    task, none = load_task("sums", train_prompts=0), {"task.eval_prompts": 0}
     for seed in (0, 5):
-        found = measure(config(tiny_folder, **{"run.seed": seed}), task, [], tokenizer)
+        _, found = read_prompts(config(tiny_folder, **{**none, "run.seed": seed}), task, tokenizer)
         longest = max(lengths(tokenizer, take(task, 0, 8, seed)))
         assert longest * 9 / 8 <= found.tokens <= longest * 9 / 8 + 1
         assert found.basis == f"measured on 8 of them, the longest of which has {longest}"
-    tight = config(tiny_folder, **{"rollout.max_prompt_tokens": longest})
-    assert measure(tight, task, [], tokenizer).tokens == longest
-
-
-def test_of_many_prompts_the_longest_are_measured(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_lengths, "MOST", 2)
-    wish = config(tiny_folder, **data(tmp_path, ["1", "22", "4444444", "1", "333333"]))
-    found = find(wish)
-    assert "measured on 2 of them, the longest of which has 9" in found.basis  # two of the template
-    assert found.tokens == 11
+    tight = config(tiny_folder, **{**none, "rollout.max_prompt_tokens": longest})
+    assert read_prompts(tight, task, tokenizer)[1].tokens == longest
 
 
 def test_a_prompt_that_is_too_long_is_refused_at_once(tiny_folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from localrl.errors import ConfigError
 from localrl.memory.sizes import read_sizes, weight_bytes
 from localrl.policy.folder import check_folder
 from localrl.policy.model import load_model
-from localrl.utils.stored_formats import StoredFormat, stored_format
+from localrl.utils.stored_formats import StoredFormat, check_stored, stored_format
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 IN_QWEN3 = "which this version of mlx-lm does not read for the family qwen3"
@@ -32,6 +33,8 @@ UNREAD = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
     },
+    "'FP8', which mlx-lm": {"quant_method": "FP8"},
+    "['fp8'], which mlx-lm": {"quant_method": ["fp8"]},
     "None (bits 4), which mlx-lm": {"bits": 4, "group_size": 64},
 }
 """Settings by what is said about them."""
@@ -134,6 +137,124 @@ def test_modelopt_may_have_a_file_of_its_own(tmp_path):
 def test_what_cannot_be(changes, message):
     with pytest.raises(ConfigError, match=message):
         stored_format(changes)
+
+
+Q, DOWN, NORM, EMBED = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.mlp.down_proj",
+    "model.norm",
+    "model.embed_tokens",
+)
+
+
+def retype(folder, names, kind):
+    """Write the tensors of these names as numbers of another format, a byte or four each."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    (size,) = struct.unpack_from("<Q", data)
+    header, place, body = json.loads(data[8 : 8 + size]), 0, b""
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        piece = data[8 + size + begin : 8 + size + end]
+        if name in names:
+            width = {"U8": 1, "I8": 1, "I32": 4, "U32": 4, "F64": 8}.get(kind, 1)
+            piece = bytes(int(np.prod(entry["shape"])) * width)
+            entry["dtype"] = kind
+        entry["data_offsets"] = [place, place + len(piece)]
+        place, body = place + len(piece), body + piece
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind", "message"),
+    [
+        ([Q], "F8_E4M3", f"matrix {Q}.weight is stored as F8_E4M3, which is neither floats"),
+        ([Q, DOWN], "F8_E4M3", r"F8_E4M3 \(and 1 more\), which is neither"),
+        ([EMBED], "U8", f"matrix {EMBED}.weight is stored as U8, which is neither"),
+        ([DOWN], "I8", f"matrix {DOWN}.weight is stored as I8, which is neither"),
+        ([DOWN], "I32", f"matrix {DOWN}.weight is stored as I32, which is neither"),
+        ([NORM], "F8_E4M3", f"matrix {NORM}.weight is stored as F8_E4M3"),
+        ([Q], "F8_E5M2", f"tensor {Q}.weight is stored as F8_E5M2, which MLX cannot load"),
+        ([Q], "F64", f"tensor {Q}.weight is stored as F64, which MLX cannot load"),
+    ],
+)
+def test_what_is_neither_floats_nor_named_is_refused(tmp_path, layers, kind, message):
+    folder = tiny.make_folder(tmp_path / "model", bits=None)
+    retype(folder, [f"{layer}.weight" for layer in layers], kind)
+    with pytest.raises(ConfigError, match=message):
+        load_model(folder)
+    (row,) = look_at_model(str(folder))
+    assert (row.status, bool(re.search(message, row.text))) == ("fail", True)
+    run = CliRunner().invoke(plan, ["--model", str(folder)])
+    assert isinstance(run.exception, ConfigError)
+    assert "--quantize 4 quantises when it is loaded" in str(run.exception)
+
+
+def test_packed_matrices_need_settings_and_scales(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", bits=4)
+    config = json.loads((folder / "config.json").read_text())
+    rewrite(folder, quantization=None)
+    with pytest.raises(ConfigError, match=r"stored quantised \(and 14 more\), but config.json has"):
+        check_folder(folder)
+    rewrite(folder, **config)
+    weights = mx.load(str(folder / "model.safetensors"))
+    del weights[f"{DOWN}.scales"]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(ConfigError, match=f"{DOWN}.weight is stored as U32, which is neither"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"model.rotary.inv_freq": "F32", "h.0.attn.bias": "BOOL", "position_ids": "I64"},
+        {"a.weight": "U32", "a.scales": "U8"},  # mxfp4
+        {"a.weight": "U32", "a.scales": "BF16", "a.biases": "BF16", "b.weight": "F16"},
+        {"a.weight": "F8_E4M3", "a.weight_scale_inv": "F32"},
+        {"a.gate_up_proj_blocks": "U8", "a.gate_up_proj_scales": "U8"},
+    ],
+)
+def test_what_is_explained_is_read(tensors):
+    named: dict = {"quantization": {"bits": 4}} if "a.scales" in tensors else {}
+    if not named and "position_ids" not in tensors:
+        named = {"quantization_config": FP8}
+    check_stored(named, tensors)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.qweight", "a.weight_packed", "e.gate_up_proj", "e.gate_up_proj_blocks", "x.bias_f8"],
+)
+def test_no_name_hides_a_matrix(name):
+    with pytest.raises(ConfigError, match=f"matrix {name} is stored as F8_E4M3"):
+        check_stored({}, {"a.weight_scale": "F8_E8M0", name: "F8_E4M3"})
+
+
+def test_a_layer_that_a_family_left_as_bytes_is_refused(tmp_path):
+    """The family reads fp8, but this layer has no scales to read it with."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+    rope["original_max_position_embeddings"] = 4096
+    folder = tiny.make_folder(
+        tmp_path / "model", bits=None, model_type="ministral3", rope_parameters=rope
+    )
+    rewrite(folder, quantization_config=FP8)
+    check_folder(retype(folder, [f"{Q}.weight"], "F8_E4M3"))
+    with pytest.raises(ConfigError, match=r"q_proj was loaded as uint8, which is neither floats"):
+        load_model(folder)
+
+
+def test_tensors_that_do_not_fit_are_told_in_few_words(tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", bits=None)
+    weights = mx.load(str(folder / "model.safetensors"))
+    named = {f"other.{name}": array for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), named)
+    with pytest.raises(ConfigError, match=r"and \d+ more\.$") as told:
+        load_model(folder)
+    assert len(str(told.value)) < 600
 
 
 def pack_awq(weight, group):

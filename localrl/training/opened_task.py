@@ -1,0 +1,101 @@
+"""The task of a run, opened and checked before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from localrl.config import RunConfig
+from localrl.memory.plan import PromptLength
+from localrl.policy.roundtrip import check_tokenizer
+from localrl.policy.tokenizer import Tokenizer, load_tokenizer
+from localrl.processes.worker import Worker
+from localrl.records import Example, Work
+from localrl.rewards.in_process import InProcess
+from localrl.rewards.scoring import Scorer
+from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
+from localrl.tasks.loading import is_data, open_task, with_environments
+from localrl.training.given import Given
+from localrl.training.prompt_lengths import read_prompts
+from localrl.training.reward_checks import check_columns, check_rewards
+from localrl.training.validate import check, fit_prompts
+
+if TYPE_CHECKING:
+    from localrl.training.components import ResolvedConfig
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedTask:
+    """A task whose every prompt was read, with its rewards and the model's tokenizer."""
+
+    config: RunConfig
+    """The settings, with no more prompts than the task has."""
+    task: Task
+    environments: Environments | None
+    scorer: Scorer
+    tokenizer: Tokenizer
+    prompts: PromptLength
+
+    @property
+    def held_out(self) -> list[Example]:
+        """The prompts of evaluations."""
+        return self.task.evaluation(self.config.task.held_out)
+
+
+def open_and_check(
+    resolved: ResolvedConfig,
+    worker: Worker,
+    warn: Callable[[str], None],
+    beat: Callable[[Work], None],
+    *,
+    given: Given,
+    trains: bool,
+    whole: bool,
+    try_rewards: bool,
+) -> OpenedTask:
+    """Open the task, check its columns and rewards, and read all prompts.
+
+    try_rewards: try the rewards on gold answers. The others: see `components.open_components`.
+
+    Raises: ConfigError or DataError for what cannot work.
+    """
+    config = resolved.config
+    beat(Work("opening the task"))
+    task = open_task(config.task, resolved.rewards, worker, whole=whole, rows=given.rows)
+    if trains:
+        config = fit_prompts(config, task, warn)
+        check(config, resolved.shape, task)
+    elif whole and config.task.eval_prompts is None:
+        config = config.replace("task.eval_prompts", task.train_size)
+    task, environments = with_environments(config.task, task, worker, warn)
+    judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
+    scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
+    check_columns(task, task.evaluation(config.task.held_out), scorer)
+    tokenizer = _tokenizer(resolved, warn)
+    scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
+    if try_rewards and environments is None:
+        beat(Work("trying the rewards on gold answers"))
+        own = given.rows is not None or is_data(config.task.name)
+        # By another scorer, so that the run's counts stay at zero.
+        check_rewards(task, judge(), tokenizer, warn, gold=own)
+    reading = partial(beat, Work("reading the task's prompts"))
+    reading()
+    task, prompts = read_prompts(
+        config, task, tokenizer, warn, trains=trains, environments=environments, beat=reading
+    )
+    if trains:  # there are fewer if overlong ones were left out
+        config = fit_prompts(config, task, warn)
+    return OpenedTask(config, task, environments, scorer, tokenizer, prompts)
+
+
+def _tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
+    """Load the tokenizer; warn of what it does not give back, or refuse it if checks are strict."""
+    settings = resolved.config.model
+    tokenizer = load_tokenizer(resolved.model_folder, settings)
+    strict = settings.selfcheck == "strict"
+    for fault in check_tokenizer(tokenizer, resolved.model_folder, strict=strict):
+        warn(fault)
+    return tokenizer
