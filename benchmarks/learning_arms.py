@@ -1,0 +1,174 @@
+"""The arms of tokens_to_learn.py, and the models and tasks that they are compared on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A strategy: its settings over `BASE`, and what else makes it."""
+
+    settings: Settings = field(default_factory=dict)
+    rival: str | None = None
+    """Name of its stage in rivals.py."""
+    paper: str = ""
+    """arXiv number of a strategy that is not localrl's own."""
+    biased: bool = False
+    """True if the expected gradient is not that of the sampled groups."""
+    outside: bool = False
+    """True if TRL runs it, in an environment of its own."""
+    rate_of: str = ""
+    """The arm whose learning rate it takes; empty: it is tuned itself."""
+
+
+BASE: Settings = {
+    "rollout.strategy": "flat",
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 8,
+    "rollout.prompt_order": "shuffled",
+    "rollout.replay_groups": 0,
+    "rollout.reuse": 0.0,
+    "learning.objective": "clipped",
+    "learning.keep_completions": 0,
+    "learning.min_advantage": 0.0,
+    "learning.mask_truncated": False,
+    "learning.kappa": 0.0,
+    "learning.warmup_steps": 2,
+    "learning.lr_schedule": "constant",
+}
+"""Said in full, so that arms stay what they are when defaults change."""
+
+
+def shaped(prompts: int, completions: int, **settings: Any) -> Settings:
+    """Settings of a step of so many prompts and completions each; `a__b` stands for "a.b"."""
+    shape = {"rollout.prompts_per_step": prompts, "rollout.group_size": completions}
+    return shape | {key.replace("__", "."): value for key, value in settings.items()}
+
+
+TRACKER: Settings = {"learning__kappa": 4.0}
+THOMPSON: Settings = {**TRACKER, "rollout__prompt_order": "thompson"}
+ADAPTIVE: Settings = {"rollout__strategy": "adaptive"}
+TREE: Settings = {**TRACKER, "rollout__strategy": "tree", "rollout__fork_rule": "periodic"}
+FOREST: Settings = {**TREE, "rollout__strategy": "adaptive-tree"}
+GRPO: Settings = {"learning__objective": "grpo"}
+OURS = {
+    "flat-8": Arm(),
+    "flat-8 in large steps": Arm(shaped(16, 8)),
+    "flat-8 in small steps": Arm(shaped(2, 8)),
+    "flat-8 with tracker": Arm(shaped(2, 8, **TRACKER)),
+    "pairs": Arm(shaped(8, 2, **TRACKER)),
+    "pairs in larger steps": Arm(shaped(16, 2, **TRACKER)),
+    "single": Arm(shaped(16, 1, **TRACKER)),
+    "single + thompson": Arm(shaped(16, 1, **THOMPSON)),
+    "adaptive": Arm(shaped(4, 8, **TRACKER, **ADAPTIVE)),
+    "adaptive + thompson": Arm(shaped(4, 8, **THOMPSON, **ADAPTIVE)),
+    "tree by entropy": Arm(shaped(3, 8, **TREE | {"rollout__fork_rule": "entropy"})),
+    "tree by period": Arm(shaped(3, 8, **TREE)),
+    "adaptive-tree": Arm(shaped(3, 8, **FOREST)),
+    "adaptive-tree + thompson": Arm(shaped(3, 8, **FOREST | THOMPSON)),
+    "tracker + down-sampling": Arm(shaped(2, 8, **TRACKER, learning__keep_completions=4)),
+    "pairs + replay": Arm(shaped(8, 2, **TRACKER, rollout__replay_groups=4)),
+    "pairs + reuse": Arm(shaped(8, 2, **TRACKER, rollout__reuse=0.5)),
+}
+DAPO, GRESO, CPPO = "2503.14476", "2506.02177", "2503.22342"
+RIVALS = {
+    "GRPO-8": Arm(shaped(4, 8, **GRPO), paper="2402.03300"),
+    "2-GRPO": Arm(shaped(16, 2, **GRPO), paper="2510.00977"),
+    "2-GRPO in small steps": Arm(shaped(8, 2, **GRPO), paper="2510.00977"),
+    "DAPO": Arm(shaped(4, 8, learning__objective="dapo"), "dynamic sampling", DAPO),
+    "DAPO in small steps": Arm(shaped(2, 8, learning__objective="dapo"), "dynamic sampling", DAPO),
+    "GRESO": Arm(shaped(4, 8, **GRPO), "skipping", GRESO),
+    "GRESO in small steps": Arm(shaped(2, 8, **GRPO), "skipping", GRESO),
+    "CPPO": Arm(shaped(4, 8, **GRPO), "pruning", CPPO, biased=True),
+    "CPPO in small steps": Arm(shaped(2, 8, **GRPO), "pruning", CPPO, biased=True),
+    "CPPO with allocation": Arm(shaped(16, 8, **GRPO), "pruning", CPPO, biased=True),
+    "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="GRPO-8"),
+}
+ARMS = OURS | RIVALS
+"""Names without commas: options separate them so."""
+BASES = ("flat-8", "flat-8 in small steps")
+"""What arms are compared with; the second says what is not merely the size of the steps."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A task and the held-out pass@1 to reach on it."""
+
+    settings: Settings
+    goal: float
+    stop: float
+    """A run ends when two evaluations in a row are above this."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its tasks, and the sizes of its runs."""
+
+    name: str
+    settings: Settings
+    tasks: dict[str, Goal]
+    """The first one decides the learning rates."""
+    arms: tuple[str, ...]
+    """Those that run unless others are named."""
+    rates: tuple[float, ...]
+    tuning_seeds: tuple[int, ...]
+    budget: int
+    """Most tokens that a run generates."""
+    every: int
+    """Generated tokens between evaluations."""
+    prompts: int
+    """Held-out prompts of an evaluation."""
+    seconds: str
+    """Field of an evaluation that holds the compared seconds: wall_s, or cpu_s for one thread."""
+    at_once: int = 1
+    """Runs at the same time."""
+
+
+STRICT = {"task.rewards": ["examples/smollm2/rewards.py:facts"]}
+"""The reward of examples/smollm2: an object and nothing else, with the share of its facts that are
+right; on the base model pass@1 is 0.18 with it (levels 1 to 3), and 0.58 with the built-in reward,
+which is 0 or 1 and takes the last object in a text (level 2). Paths are the repository's."""
+EMBEDDED = Subject(
+    name="embedded",
+    settings={"task.train_prompts": 64, "memory.threads": 1},
+    tasks={
+        "steps": Goal({"task.name": "steps"}, 0.85, 0.9),
+        "sorting": Goal({"task.name": "sorting"}, 0.85, 0.9),
+    },
+    arms=tuple(name for name, arm in ARMS.items() if not arm.outside),
+    rates=(1.2e-3, 2.4e-3, 4.8e-3),
+    tuning_seeds=(100, 101),
+    budget=40_000,
+    every=2_000,
+    prompts=128,
+    seconds="cpu_s",
+    at_once=2,
+)
+SMOLLM2 = Subject(
+    name="smollm2",
+    settings={
+        "model.path": "smollm2-135m",
+        "task.train_prompts": 64,
+        "rollout.temperature": 0.7,
+        "rollout.max_completion_tokens": 64,
+    },
+    tasks={
+        "facts": Goal({"task.name": "extraction:1-3", **STRICT}, 0.5, 0.6),
+        "three facts": Goal({"task.name": "extraction:2"}, 0.75, 0.85),
+    },
+    arms=(
+        *("flat-8", "flat-8 in small steps", "pairs", "pairs + reuse"),
+        *("2-GRPO in small steps", "CPPO in small steps"),
+    ),
+    rates=(1.5e-4, 3e-4, 6e-4),
+    tuning_seeds=(100,),
+    budget=24_000,
+    every=1_500,
+    prompts=64,
+    seconds="wall_s",
+)
+SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2)}
