@@ -78,7 +78,9 @@ def reopen_run(out: Path, *, rollout_log_limit: int | None = None) -> RunFolder:
         lock = _lock(out)
         if lock is None:
             raise ConfigError(f"The run folder {out} was renamed just now. Find its new name.")
-        return RunFolder(out, lock, rollout_log_limit)
+        run = RunFolder(out, lock, rollout_log_limit)
+        run.mend_events()
+        return run
     except OSError as error:
         raise ConfigError(f"The run folder {out} cannot be used: {error.strerror}.") from error
 
@@ -120,6 +122,10 @@ class RunFolder:
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event, with the time."""
         self._logs["events"].append({"time": _now(), "kind": kind, **fields})
+
+    def mend_events(self) -> None:
+        """Remove a last event left incomplete by a crash."""
+        self._logs["events"].mend()
 
     def rollouts(self, step: int, records: Sequence[GroupRecord]) -> None:
         """Append the groups of one step; above the size limit, one in `THINNED_EVERY` of them.
@@ -163,7 +169,6 @@ class RunFolder:
             log.keep(step)
             if log.size < size:
                 lost.append(f"{name}.jsonl")
-        self._logs["events"].mend()
         self._thinning = self._full()
         return lost
 

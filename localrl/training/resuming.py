@@ -104,7 +104,7 @@ class PreviousRun:
             )
         if lost:
             session.progress.warn(
-                f"{' and '.join(lost)} no longer has all lines of the steps up to {step}: the run "
+                f"lines of the steps up to {step} are missing in {' and '.join(lost)}: the run "
                 "continues from there without them"
             )
 

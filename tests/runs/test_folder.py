@@ -373,9 +373,9 @@ def test_a_run_goes_on_where_its_logs_are_cut(tmp_path: Path) -> None:
     with (tmp_path / "run" / "events.jsonl").open("ab") as events:
         events.write(b'{"kind": "to')
     with reopen_run(tmp_path / "run") as folder:
+        folder.event("resumed")
         assert folder.cut(1, sizes) == []
         folder.metrics({"step": 2, "again": True})
-        folder.event("resumed")
     metrics = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
     assert metrics == [{"step": 1}, {"step": 2, "again": True}]
     assert [e["kind"] for e in read_jsonl(tmp_path / "run" / "events.jsonl")] == [
