@@ -18,6 +18,7 @@ from localrl.processes.heartbeat import Heartbeat
 from localrl.runs.checkpoints import damage
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
+from localrl.training.resuming import reopen
 from localrl.training.state import check_sources
 
 HERE = Path(__file__).parent
@@ -173,8 +174,10 @@ def test_another_model_or_other_data_are_another_run(tiny_folder, tmp_path):
     changes = {"task.name": str(rows), "task.train_prompts": 0, "task.rewards": ["accuracy"]}
     same = stopped(tiny_folder, tmp_path / "run", **changes)
     rows.write_text("".join(lines[:-1]))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     with pytest.raises(CheckpointError, match="The data of this run has changed"):
-        train(same, resume=True)
+        train(same.replace("run.steps", 9), resume=True)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.exact
@@ -203,6 +206,33 @@ def test_the_kl_of_a_resumed_run_is_still_measured_from_the_adapter_given(tiny_f
     (tmp_path / "aside").rename(given)
     train(config(tiny_folder, out, **settings), resume=True)
     assert [m["kl"] for m in read_jsonl(out / "metrics.jsonl")] == [m["kl"] for m in whole]
+
+
+@pytest.mark.exact
+def test_the_starting_adapter_is_needed_only_for_the_kl_or_without_a_checkpoint(
+    tiny_folder, tmp_path
+):
+    given, out = tmp_path / "given", tmp_path / "run"
+    model = tiny.make_tiny_policy(tmp_path / "model", seed=3, rank=2).model
+    write_adapter(adapter_of(model), given)
+    settings = {"lora.adapter": str(given), "task.eval_prompts": 0, "run.steps": 2}
+    whole = train(config(tiny_folder, tmp_path / "whole", **settings))
+    train(config(tiny_folder, out, **settings | {"run.steps": 1}))
+    given.rename(tmp_path / "aside")
+    again = config(tiny_folder, out, **settings)
+    shutil.copytree(out, tmp_path / "early")
+    shutil.rmtree(tmp_path / "early" / "checkpoints")
+    with pytest.raises(ConfigError, match=r"no longer in .*given.* resuming .* no checkpoint yet"):
+        train(again.replace("run.out", str(tmp_path / "early")), resume=True)
+    with pytest.raises(ConfigError, match="its KL is measured from it"):
+        train(again.replace("learning.kl_coef", 0.1), resume=True)
+    with pytest.raises(ConfigError, match=r"lora.rank was 2 and is 3"):
+        train(again.replace("lora.rank", 3), resume=True)
+    assert adapter_bytes(train(again, resume=True)) == adapter_bytes(whole)
+
+
+def adapter_bytes(result):
+    return (result.folder / "adapter" / "adapters.safetensors").read_bytes()
 
 
 def test_a_checkpoint_of_a_run_whose_kl_was_measured_from_the_base_is_refused():
@@ -251,15 +281,15 @@ def resumed(out):
 
 @pytest.mark.exact
 @pytest.mark.parametrize(
-    ("name", "step", "begins", "unused"),
-    [("metrics", 6, 5, [6]), ("rollouts", 5, 4, [5, 6]), ("metrics", 3, 2, [4, 5, 6])],
+    ("step", "begins", "unused"),
+    [(6, 5, [6]), (3, 2, [4, 5, 6])],
 )
-def test_a_run_whose_logs_have_lost_lines_goes_on_from_a_checkpoint_that_fits(
-    tiny_folder, tmp_path, kept, name, step, begins, unused
+def test_a_run_whose_metrics_have_lost_lines_goes_on_from_a_checkpoint_that_fits(
+    tiny_folder, tmp_path, kept, step, begins, unused
 ):
     out = tmp_path / "run"
     shutil.copytree(kept, out)
-    lose(out / f"{name}.jsonl", step)
+    lose(out / "metrics.jsonl", step)
     train(config(tiny_folder, out, **KEPT), resume=True)
     assert outcome(out) == outcome(kept)
     names = [f"unused-step-{number:06d}" for number in reversed(unused)]
@@ -283,6 +313,71 @@ def test_whole_checkpoints_are_used_even_if_none_fits(tiny_folder, tmp_path, kep
     assert resumed(out) == (5, [], [f"{name}.jsonl"])
     lines = read_jsonl(out / f"{name}.jsonl")
     assert sorted({line["step"] for line in lines if "eval/n" not in line}) == [*left, 6]
+
+
+NULS = b"\0" * 40
+LOGS = {
+    # edit of a log's lines: where the run continues, and the checkpoints it leaves unused
+    ("rollouts", "none"): (6, []),
+    ("rollouts", "first"): (6, []),
+    ("rollouts", "nuls"): (6, []),
+    ("metrics", "none"): (6, []),
+    ("metrics", "first"): (6, []),  # the evaluation of step 0, whose checkpoint would lose all
+    ("metrics", "blank"): (6, []),
+    ("metrics", "doubled"): (6, []),
+    ("metrics", "nuls"): (2, [6, 5, 4]),
+    ("metrics", "nuls for a line"): (2, [6, 5, 4]),
+    ("metrics", "nuls in a line"): (2, [6, 5, 4]),
+    ("metrics", "nuls at the end"): (6, []),
+}
+
+
+def edit(file, how):
+    """Damage a log; the fourth of the metrics' lines is that of step 3."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    fourth = lines[3]
+    edited = {
+        "none": [],
+        "first": lines[:1],
+        "blank": [*lines[:3], b"\n", *lines[3:]],
+        "doubled": [*lines[:3], *lines[2:]],
+        "nuls": [*lines[:3], NULS, *lines[3:]],
+        "nuls for a line": [*lines[:3], b"\0" * len(fourth), *lines[4:]],
+        "nuls in a line": [*lines[:3], fourth[:20] + NULS + fourth[60:], *lines[4:]],
+        "nuls at the end": [*lines, NULS],
+    }
+    file.write_bytes(b"".join(edited[how]))
+
+
+def test_a_damaged_log_costs_no_more_training_than_it_must(tmp_path, kept):
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    settings = RunConfig.of_run(out / "config.toml", {"run.out": str(out)})
+    for (name, how), expected in LOGS.items():
+        file = out / f"{name}.jsonl"
+        before = file.read_bytes()
+        edit(file, how)
+        with reopen(settings, print) as previous:
+            assert (previous.state.step, previous.unused) == expected, (name, how)
+        file.write_bytes(before)
+
+
+@pytest.mark.exact
+def test_a_run_whose_logs_are_both_damaged_ends_with_what_was_whole(tiny_folder, tmp_path, kept):
+    out, newer = tmp_path / "run", config(tiny_folder, tmp_path / "run", **KEPT)
+    shutil.copytree(kept, out)
+    edit(out / "metrics.jsonl", "nuls")
+    (out / "rollouts.jsonl").unlink()
+    for step in (2, 4, 5):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+    result = train(newer.replace("run.steps", 7), resume=True)
+    assert (result.steps, resumed(out)) == (7, (6, [], ["metrics.jsonl", "rollouts.jsonl"]))
+    steps = [line["step"] for line in read_jsonl(out / "metrics.jsonl") if "reward" in line]
+    assert steps == [1, 2, 4, 5, 6, 7]
+    assert {line["step"] for line in read_jsonl(out / "rollouts.jsonl")} == {7}
+    # Nothing is lost since: the logs have all that they had at the newest checkpoint.
+    with reopen(RunConfig.of_run(out / "config.toml", {"run.out": str(out)}), print) as previous:
+        assert (previous.state.step, previous.unused) == (7, [])
 
 
 def test_the_best_and_the_last_two_and_every_nth_stay(tiny_folder, tmp_path):

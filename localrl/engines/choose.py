@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from localrl.backend import mx
+from localrl.backend import mx, tree_flatten
 from localrl.engines.cpu.engine import CPUEngine
 from localrl.engines.cpu.model import CPUModel, UnfitError
 from localrl.engines.mlx.adapters import Siblings
@@ -90,6 +90,7 @@ def choose_engine(
     checks = _check_split(mlx, warn)
     with float32_activations(policy.model):
         expected = _plain(policy.model, texts)
+        _check_finite(policy.model, expected)
         for check, fact in _check_batching(mlx, texts, expected):
             checks.append(check)
             advice = "localrl would train on wrong probabilities. Use another model."
@@ -106,6 +107,22 @@ def choose_engine(
         chosen, prepared = _prepare(mlx, made.siblings, texts, expected, warn)
         tried += prepared
     return replace(policy, engine=chosen, checks=[*policy.checks, *checks, *shared, *tried])
+
+
+def _check_finite(model: Any, logits: Logits) -> None:
+    """Check that logits that are not finite do not come from weights that are not.
+
+    Raises: ConfigError naming such weights.
+    """
+    if all(np.isfinite(part).all() for part in logits):
+        return
+    parameters: Any = tree_flatten(model.parameters())
+    for name, array in parameters:
+        if not mx.isfinite(array).all().item():
+            raise ConfigError(
+                f"The model's weights are not finite: {name} has NaN or infinity. Take its files "
+                "from where the model comes from, or use another model."
+            )
 
 
 def _check_split(engine: MLXEngine, warn: Callable[[str], None]) -> list[Check]:

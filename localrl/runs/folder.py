@@ -78,7 +78,9 @@ def reopen_run(out: Path, *, rollout_log_limit: int | None = None) -> RunFolder:
         lock = _lock(out)
         if lock is None:
             raise ConfigError(f"The run folder {out} was renamed just now. Find its new name.")
-        return RunFolder(out, lock, rollout_log_limit)
+        run = RunFolder(out, lock, rollout_log_limit)
+        run.mend_events()
+        return run
     except OSError as error:
         raise ConfigError(f"The run folder {out} cannot be used: {error.strerror}.") from error
 
@@ -121,6 +123,10 @@ class RunFolder:
         """Append an event, with the time."""
         self._logs["events"].append({"time": _now(), "kind": kind, **fields})
 
+    def mend_events(self) -> None:
+        """Remove a last event left incomplete by a crash."""
+        self._logs["events"].mend()
+
     def rollouts(self, step: int, records: Sequence[GroupRecord]) -> None:
         """Append the groups of one step; above the size limit, one in `THINNED_EVERY` of them.
 
@@ -142,20 +148,29 @@ class RunFolder:
         for log in self._logs.values():
             log.sync()
 
-    def shorter(self, sizes: Mapping[str, int]) -> list[str]:
-        """Return the files of the step logs that no longer have all lines up to these sizes."""
-        return [f"{n}.jsonl" for n, size in sizes.items() if not self._logs[n].ends_a_line(size)]
+    def has_metrics(self, step: int, sizes: Mapping[str, int]) -> bool:
+        """Return True if the metrics have all lines that they had after this step, with these
+        sizes."""
+        return self._logs["metrics"].bytes_of(step) >= sizes["metrics"]
 
-    def cut(self, sizes: Mapping[str, int]) -> None:
-        """Remove the lines of steps that will be repeated, as far as there are any; events stay
-        unchanged."""
+    def cut(self, step: int, sizes: Mapping[str, int]) -> list[str]:
+        """Remove the lines of steps that will be repeated, and damaged ones; events stay.
+
+        step, sizes: the last step that stays, and the bytes of the step logs after it. Returns the
+        files that have lost lines of the steps up to it.
+        """
+        lost = []
         for name, size in sizes.items():
             log = self._logs[name]
-            log.cut(min(size, log.size))
-            if not log.ends_a_line(log.size):
-                log.mend()
-        self._logs["events"].mend()
+            # No run reads its rollouts, and there may be gigabytes of them.
+            if log.ends_a_line(size) and (name == "rollouts" or log.ends_with(step, size)):
+                log.cut(size)
+                continue
+            log.keep(step)
+            if log.size < size:
+                lost.append(f"{name}.jsonl")
         self._thinning = self._full()
+        return lost
 
     def _full(self) -> bool:
         return self._limit is not None and self._logs["rollouts"].size >= self._limit

@@ -126,6 +126,47 @@ class JsonLines:
             file.seek(size - 1)
             return file.read(1) == b"\n"
 
+    def ends_with(self, step: int, size: int) -> bool:
+        """Return True if the first `size` bytes are intact lines, the last of them of this step."""
+        steps = [of for begin, of, _ in self._steps() if begin < size]
+        return not steps or (None not in steps and steps[-1] == step)
+
+    def bytes_of(self, step: int) -> int:
+        """Return the bytes of the intact lines of steps up to this one."""
+        return sum(len(line) for _, of, line in self._steps() if of is not None and of <= step)
+
+    def keep(self, step: int) -> None:
+        """Remove all but the intact lines of steps up to this one.
+
+        Raises: CheckpointError if the file cannot be written; then it stays as it was.
+        """
+        path = Path(self._file.name)
+        fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            with fresh.open("wb") as file:
+                kept = (line for _, of, line in self._steps() if of is not None and of <= step)
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error.strerror}. Free some disk space, then continue "
+                "with --resume."
+            ) from error
+        finally:
+            fresh.unlink(missing_ok=True)
+        self._file.close()
+        self._file = path.open("ab")
+
+    def _steps(self) -> Iterator[tuple[int, int | None, bytes]]:
+        """Yield the position of each line, its step (None if it is damaged), and the line."""
+        begin = 0
+        with Path(self._file.name).open("rb") as file:
+            for line in file:
+                yield begin, _step_of(line), line
+                begin += len(line)
+
     def mend(self) -> None:
         """Remove a last line left incomplete by a crash, so that the next one starts on a new
         line."""
@@ -147,6 +188,16 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; no more lines can be written."""
         self._file.close()
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line of metrics or rollouts; None if the line is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) and line.endswith(b"\n") else None
+    return step if isinstance(step, int) else None
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -72,8 +72,10 @@ class ResolvedConfig:
     """The adapter to start from."""
 
 
-def resolve(config: RunConfig) -> ResolvedConfig:
+def resolve(config: RunConfig, *, starts: bool = True) -> ResolvedConfig:
     """Read everything that the settings name, except the model's weights and the task.
+
+    starts: False if a checkpoint replaces the adapter to start from, which is then not read.
 
     Raises: ConfigError for settings that cannot work; CheckpointError for a damaged adapter.
     """
@@ -88,7 +90,9 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     )
     shape = make_shape(config.rollout)
     model_folder = find_model(config.model.path)
-    config, adapter = starting_adapter(config, read_shape(model_folder).layers)
+    shape_of_model, adapter = read_shape(model_folder), None
+    if starts:
+        config, adapter = starting_adapter(config, shape_of_model.layers)
     # Written to config.toml, to tell it apart from an older run that has no such setting.
     config = config.replace("task.eval_temperature", config.eval_temperature)
     find_base_id(config.model.base_id, model_folder, config.model.path)

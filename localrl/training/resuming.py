@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localrl.config import RunConfig, keys
+from localrl.config import LoraConfig, RunConfig, keys
 from localrl.errors import ConfigError
+from localrl.export.adapters import CONFIG as ADAPTER_CONFIG
 from localrl.memory.adapting import smaller
 from localrl.processes.child import Restart
 from localrl.records import MemoryPlan
 from localrl.rollouts.groups import Shape
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
-from localrl.training.state import State, read, restore
+from localrl.training.state import State, check_sources, read, restore
 
 if TYPE_CHECKING:
     from localrl.training.session import Session
@@ -42,6 +43,8 @@ MAY_RISE = ("rollout.max_prompt_tokens",)
 """Settings that may only be raised: what they allowed before stays as it was."""
 SINCE = ("model.template_date",)
 """Settings that older runs have no value of, and every run gets one."""
+DERIVED = ("rank", "scale", "layers", "keys")
+"""Settings of `lora` that the adapter to start from decides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class PreviousRun:
     changed: Mapping[str, tuple[Any, Any]]
     """Settings whose values have changed."""
     unused: Sequence[int] = ()
-    """Steps of intact checkpoints after that state, whose lines the logs have lost."""
+    """Steps of intact checkpoints after that state, whose metrics have lost lines."""
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -69,6 +72,14 @@ class PreviousRun:
         least_rows = shape.leaves if shape.leaves > shape.roots else 1
         return smaller(plan, least_rows=least_rows) if restart.smaller else plan
 
+    def check_sources(self, sources: Mapping[str, str]) -> None:
+        """Check that model, data and starting adapter are those of its checkpoint.
+
+        Raises: CheckpointError if they are not.
+        """
+        if self.state is not None:
+            check_sources(self.state.values["sources"], sources)
+
     def continue_in(self, session: Session) -> None:
         """Continue the run in this session, and cut logs written after its checkpoint.
 
@@ -80,22 +91,21 @@ class PreviousRun:
             step = self.state.step
         nothing: Mapping[str, int] = dict.fromkeys(STEP_LOGS, 0)
         offsets = self.state.values["offsets"] if self.state else nothing
-        lost = self.run.shorter(offsets)
         unused = [path.name for path in session.checkpoints.set_aside(self.unused)]
-        self.run.cut(offsets)
+        lost = self.run.cut(step, offsets)
         session.step = step
         changed = {key: {"was": old, "is": new} for key, (old, new) in self.changed.items()}
         self.run.event("resumed", step=step, changed=changed, unused=unused, lost=lost)
         if unused:
             session.progress.warn(
-                f"the logs have lost lines that were there at the checkpoint of step "
+                f"metrics.jsonl has lost lines that were there at the checkpoint of step "
                 f"{max(self.unused)}: the run continues from step {step}. Newer checkpoints are "
                 f"kept in {session.checkpoints.folder}, as {', '.join(unused)}"
             )
         if lost:
             session.progress.warn(
-                f"{' and '.join(lost)} no longer has all lines of the steps up to {step}, and no "
-                "checkpoint fits what is left: the run continues from there without them"
+                f"lines of the steps up to {step} are missing in {' and '.join(lost)}: the run "
+                "continues from there without them"
             )
 
 
@@ -116,19 +126,49 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousR
 
 
 def _to_continue(checkpoints: Checkpoints, run: RunFolder) -> tuple[State | None, list[int]]:
-    """Return the newest intact state whose log lines are all there, and the steps of newer ones.
+    """Return the newest intact state whose metrics are all there, and the steps of newer ones.
 
-    If no state has all of its lines, it is the newest.
+    If no state but that of step 0 has all of them, it is the newest: lost lines are not worth all
+    training. Lost rollouts, which a repeated step would write again, are worth none.
     """
     newest: State | None = None
     newer: list[int] = []
     for path in checkpoints.intact():
         state = read(path)
-        if not run.shorter(state.values["offsets"]):
-            return state, newer
         newest = newest or state
+        if state.step == 0:
+            break
+        if run.has_metrics(state.step, state.values["offsets"]):
+            return state, newer
         newer.append(state.step)
     return newest, []
+
+
+def continued(config: RunConfig) -> RunConfig | None:
+    """Return the settings of a run that is resumed without the adapter it began with, since its
+    checkpoint has replaced it; None for a run that began without one, or needs it.
+
+    Rank, scale, layers and keys are the run's, unless the settings have others.
+
+    Raises: ConfigError if it needs the adapter, and that is gone.
+    """
+    start, folder = config.lora.adapter, Path(config.run.out or "")
+    if start is None or not (folder / "config.toml").is_file():
+        return None
+    has_checkpoint = any((folder / "checkpoints").glob("step-*"))
+    if has_checkpoint and not config.learning.kl_coef:
+        old = RunConfig.of_run(folder / "config.toml").lora
+        for name in DERIVED:
+            if getattr(config.lora, name) == getattr(LoraConfig(), name):
+                config = config.replace(f"lora.{name}", getattr(old, name))
+        return config
+    if not (Path(start) / ADAPTER_CONFIG).is_file():
+        why = "its KL is measured from it" if has_checkpoint else "it has no checkpoint yet"
+        raise ConfigError(
+            f"The adapter that the run in {folder} began with is no longer in {start}, and "
+            f"resuming the run needs it: {why}. Put it back, or start a new run."
+        )
+    return None
 
 
 def day_of_run(config: RunConfig) -> str | None:
@@ -150,16 +190,20 @@ def changed_settings(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any
     }
     scheduled = new.learning.lr_schedule != "constant"
     free = [key for key in MAY_CHANGE if not (scheduled and key == "run.steps")]
-    wrong = {key: pair for key, pair in changed.items() if not _may_change(key, *pair, free)}
+    # Where overlong prompts are left out, the limit decides which rows are trained on.
+    rising = () if new.task.filter_overlong_prompts else MAY_RISE
+    wrong = {k: pair for k, pair in changed.items() if not _may_change(k, *pair, free, rising)}
     if wrong:
         told = "; ".join(f"{key} was {was!r} and is {now!r}" for key, (was, now) in wrong.items())
         raise ConfigError(
             f"A resumed run keeps its settings, but {told}. Leave them out, or start a new run. "
             f"Settings that may change: {', '.join(free)}; that may be raised: "
-            f"{', '.join(MAY_RISE)}."
+            f"{', '.join(MAY_RISE)}, unless task.filter_overlong_prompts leaves out rows by it."
         )
     return changed
 
 
-def _may_change(key: str, was: Any, now: Any, free: Collection[str] = MAY_CHANGE) -> bool:
-    return key in free or (key in MAY_RISE and now > was) or (key in SINCE and was is None)
+def _may_change(
+    key: str, was: Any, now: Any, free: Collection[str], rising: Collection[str]
+) -> bool:
+    return key in free or (key in rising and now > was) or (key in SINCE and was is None)

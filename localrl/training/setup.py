@@ -29,7 +29,7 @@ from localrl.training import speeds
 from localrl.training.components import Components, check_sandbox, open_components, resolve
 from localrl.training.forecast import Forecast
 from localrl.training.given import NOTHING, Given
-from localrl.training.resuming import PreviousRun, day_of_run, reopen
+from localrl.training.resuming import PreviousRun, continued, day_of_run, reopen
 from localrl.training.session import Progress, Session
 from localrl.training.state import broadcast, sources_of
 
@@ -63,9 +63,10 @@ def open_session(
         progress.start(heartbeat)
         stack.callback(progress.end)
         config = _dated(config, ranks, resume=resume)
-        resolved = resolve(config)
-        config, warn = resolved.config, progress.warn
         resumes = resume and ranks.is_main
+        found = continued(config) if resumes else None
+        resolved = resolve(found or config, starts=found is None)
+        config, warn = resolved.config, progress.warn
         before = stack.enter_context(reopen(config, warn)) if resumes else None
         plan = before.plan_after(restart, resolved.shape) if before else None
         components = stack.enter_context(
@@ -76,6 +77,9 @@ def open_session(
         config = components.config  # with what the task changed
         plans = _agree_on_plan(components, ranks)
         sandbox = check_sandbox(config, components.task, warn)
+        sources = sources_of(components)
+        if before:
+            before.check_sources(sources)  # before anything of the run is changed
         run = before.run if before else NullRunFolder()
         if ranks.is_main and not before:
             run = stack.enter_context(_open_folder(config, overwrite))
@@ -95,7 +99,7 @@ def open_session(
             run=run,
             progress=progress,
             checkpoints=Checkpoints(run.path / "checkpoints", warn),
-            sources=sources_of(components),
+            sources=sources,
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
             forecast=Forecast.of(config, evaluates=bool(components.held_out)),

@@ -72,6 +72,7 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat:
             "The config.json has quantize_activations: such layers have no gradient for adapters. "
             "Set it to false; the weights stay as they are."
         )
+    foreign = _foreign_settings(config)
     if settings := config.get("quantization"):
         if not isinstance(settings, Mapping):
             raise ConfigError(f"The config.json has an impossible quantization: {settings!r:.80}.")
@@ -79,8 +80,7 @@ def stored_format(config: Mapping[str, Any]) -> StoredFormat:
             if isinstance(own, Mapping):
                 named_format(own)
         return named_format(settings)
-    settings = _foreign_settings(config)
-    return _foreign(config, settings) if isinstance(settings, Mapping) else StoredFormat()
+    return _foreign(config, foreign) if foreign else StoredFormat()
 
 
 def check_stored(config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
@@ -98,7 +98,7 @@ def check_stored(config: Mapping[str, Any], tensors: Mapping[str, str]) -> None:
             f"The tensor {unread[0]} is stored as {tensors[unread[0]]}{_more(unread)}, which MLX "
             f"cannot load. {WAY_OUT}"
         )
-    if not config.get("quantization") and isinstance(_foreign_settings(config), Mapping):
+    if not config.get("quantization") and _foreign_settings(config):
         return  # mlx-lm reads this method in this family, see `stored_format`
     packed = [name for name, kind in tensors.items() if _is_packed(name, kind)]
     scaled = {
@@ -134,12 +134,19 @@ def named_format(settings: Mapping[str, Any]) -> StoredFormat:
     return StoredFormat(_count("bits", found[0]), _count("group_size", found[1]), mode)
 
 
-def _foreign_settings(config: Mapping[str, Any]) -> Any:
-    """Return another tool's settings, of the model or of its text part; None if there are none."""
+def _foreign_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return another tool's settings, of the model or of its text part; None if there are none.
+
+    Raises: ConfigError for what is no table of settings.
+    """
     inner = config.get("text_config")
     settings = config.get("quantization_config")
     if settings is None and isinstance(inner, Mapping):
         settings = inner.get("quantization_config")
+    if settings and not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"The config.json has an impossible quantization_config: {settings!r:.80}."
+        )
     return settings or None
 
 
@@ -156,6 +163,8 @@ def _more(names: Collection[str]) -> str:
 def _foreign(config: Mapping[str, Any], settings: Mapping[str, Any]) -> StoredFormat:
     """The format that mlx-lm makes of another tool's method."""
     method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"  # whose older files do not name it
     if isinstance(method, str) and method in TENSORS:
         _check_family(config, method)
     blocks = settings.get("weight_block_size")

@@ -127,6 +127,15 @@ def test_a_fork_of_the_wrong_row_is_found(policy, monkeypatch):
         choose_engine(policy)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    policy = tiny.make_tiny_policy(tmp_path / "model")
+    norm = policy.model.model.layers[0].input_layernorm
+    norm.weight = norm.weight.at[3].multiply(value)
+    with pytest.raises(ConfigError, match=r"not finite: model.layers.0.input_layernorm.weight has"):
+        choose_engine(policy)
+
+
 def test_logits_that_are_no_numbers_are_found(policy, monkeypatch):
     nothing = np.full((2, 64), np.nan), np.full((3, 64), np.nan)
     monkeypatch.setattr(choose, "_batched", lambda engine, texts, prompts: nothing)

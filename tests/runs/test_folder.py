@@ -373,9 +373,9 @@ def test_a_run_goes_on_where_its_logs_are_cut(tmp_path: Path) -> None:
     with (tmp_path / "run" / "events.jsonl").open("ab") as events:
         events.write(b'{"kind": "to')
     with reopen_run(tmp_path / "run") as folder:
-        folder.cut(sizes)
-        folder.metrics({"step": 2, "again": True})
         folder.event("resumed")
+        assert folder.cut(1, sizes) == []
+        folder.metrics({"step": 2, "again": True})
     metrics = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
     assert metrics == [{"step": 1}, {"step": 2, "again": True}]
     assert [e["kind"] for e in read_jsonl(tmp_path / "run" / "events.jsonl")] == [
@@ -384,32 +384,41 @@ def test_a_run_goes_on_where_its_logs_are_cut(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("left", "kept"),
-    [("", []), ('{"step": 1}\n', [1]), ('{"step": 1}\n{"st', [1]), ('{"step": 1}', [])],
-)
-def test_a_log_that_has_lost_lines_keeps_its_whole_ones(tmp_path: Path, left, kept) -> None:
+ONE, TWO, THREE, FOUR = (f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
+NULS = "\0" * 40
+DAMAGED = {
+    # the text of the log, the steps that it keeps, and True if it has lost some
+    "empty": ("", [], True),
+    "short": (ONE, [1], True),
+    "cut within a line": (ONE + '{"st', [1], True),
+    "cut before the line's end": (ONE.strip(), [], True),
+    "a line removed": (ONE + THREE + FOUR, [1, 3], True),
+    "a blank line": (ONE + "\n" + TWO + THREE + FOUR, [1, 2, 3], False),
+    "a line doubled": (ONE + TWO + TWO + THREE + FOUR, [1, 2, 2, 3], False),
+    "NULs before a line": (ONE + NULS + TWO + THREE + FOUR, [1, 3], True),
+    "NULs over a line and its end": (ONE + NULS[: len(TWO)] + THREE + FOUR, [1], True),
+    "NULs over a line": (ONE + NULS[1 : len(TWO)] + "\n" + THREE + FOUR, [1, 3], True),
+    "NULs at the end": (ONE + TWO + THREE + NULS, [1, 2, 3], False),
+    "other lines": ("[1]\n7\n" + ONE + '{"stop": 2}\n' + TWO + THREE, [1, 2, 3], False),
+}
+
+
+@pytest.mark.parametrize(("text", "kept", "lost"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_log_keeps_its_whole_lines(tmp_path: Path, text, kept, lost) -> None:
     with open_run(tmp_path / "run", overwrite=False) as folder:
         for step in (1, 2, 3):
             folder.metrics({"step": step})
         sizes = folder.sizes()
-        assert folder.shorter(sizes) == []
-    (tmp_path / "run" / "metrics.jsonl").write_text(left)
+        assert folder.has_metrics(3, sizes)
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
     with reopen_run(tmp_path / "run") as folder:
-        assert folder.shorter(sizes) == ["metrics.jsonl"]
-        folder.cut(sizes)
+        assert folder.has_metrics(3, sizes) == (not lost)
+        assert folder.cut(3, sizes) == ["metrics.jsonl"] * lost
         folder.metrics({"step": 4})
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [*kept, 4]
-
-
-def test_a_log_of_other_lines_does_not_fit(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", overwrite=False) as folder:
-        folder.metrics({"step": 1})
-        sizes = folder.sizes()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "more": 2}\n')
-    with reopen_run(tmp_path / "run") as folder:
-        assert folder.shorter(sizes) == ["metrics.jsonl"]
+    names = {path.name for path in (tmp_path / "run").glob("*metrics*")}
+    assert names == {"metrics.jsonl"}
 
 
 def test_there_must_be_a_run_to_go_on_with(tmp_path: Path) -> None:

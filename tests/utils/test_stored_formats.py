@@ -24,6 +24,7 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 IN_QWEN3 = "which this version of mlx-lm does not read for the family qwen3"
 UNREAD = {
     "'bitsandbytes', which mlx-lm": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "'bitsandbytes', which mlx-lm does not read": {"load_in_4bit": True},
     "'gptq' (bits 4), which mlx-lm": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "'bitnet', which mlx-lm": {"quant_method": "bitnet"},
     "'awq' (bits 8), which mlx-lm": {"quant_method": "awq", "bits": 8},
@@ -107,6 +108,14 @@ def test_a_method_that_is_not_read_is_named_by_every_way_in(tmp_path, message):
     assert row.status == "fail"
     assert re.match(found, row.text)
     assert "--quantize 4 quantises when it is loaded" in row.text
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_settings_that_are_no_table_are_refused(inner):
+    for settings in ([1], "awq", 4):
+        config = {"quantization_config": settings}
+        with pytest.raises(ConfigError, match="has an impossible quantization_config: "):
+            stored_format({"text_config": config} if inner else config)
 
 
 def test_the_plan_says_so_too(tmp_path):
