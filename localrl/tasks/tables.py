@@ -21,7 +21,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 OTHER_DELIMITERS = (";", "\t")
 """Separators of a CSV file whose header has no comma, as many spreadsheets write them."""
-SPACES = re.compile(r"\s*")
+NO_SPACE = re.compile(r"\S")
 LONGEST_FIELD = 2**31 - 1
 
 
@@ -111,8 +111,9 @@ def _unread(text: str) -> int:
     """Return the number of the first row in a JSON array that cannot be read, counted from 1."""
     decoder, number, start = json.JSONDecoder(), 1, text.index("[") + 1
     while True:
+        value = NO_SPACE.search(text, start)
         try:
-            _, end = decoder.raw_decode(text, SPACES.match(text, start).end())
+            _, end = decoder.raw_decode(text, value.start() if value else start)
         except ValueError:
             return number
         number, start = number + 1, text.index(",", end) + 1
