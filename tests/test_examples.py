@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import within
 
 from localrl.embedded import embedded_model_path
@@ -35,9 +36,7 @@ def model_missing(file: str) -> str | None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_an_example_trains_with_the_command_in_its_readme(
-    file, tiny_folder, tmp_path, capfd, monkeypatch
-):
+def test_an_example_trains_with_the_command_in_its_readme(file, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     if reason := model_missing(file):
         pytest.skip(reason)
@@ -50,7 +49,8 @@ def test_an_example_trains_with_the_command_in_its_readme(
     goes_there = f"    cd examples/{name}\n" in readme
     changes = [*SMALL]
     if "smollm2-135m" in (folder / toml).read_text():  # tests/real trains the model itself
-        changes.append(f"model.path={tiny_folder}")
+        sizes = {"characters": tiny.PRINTABLE, "vocab_size": 128}
+        changes.append(f"model.path={tiny.make_folder(tmp_path / 'model', **sizes)}")
     settings = [part for setting in changes for part in ("--set", setting)]
     words = (*command[1].split(), "--steps", "1", "--no-supervise", *settings)
     done = within.localrl(capfd, *words, cwd=folder if goes_there else tmp_path)

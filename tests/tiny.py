@@ -12,6 +12,8 @@ import numpy as np
 from localrl.backend import mx, nn, tree_flatten
 
 CHARACTERS = " 0123456789abcdefghijklmnopqrstuvwxyz+-=;?#"
+PRINTABLE = "".join(map(chr, range(32, 127))) + "\n"
+"""Characters of plain English, for a vocabulary of 128."""
 SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>")
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"

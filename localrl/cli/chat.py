@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localrl.cli.eval import configure
-from localrl.cli.options import device
+from localrl.cli.options import device, set_option
 from localrl.errors import ConfigError, DataError, LocalRLError
 from localrl.utils.text import printable, sampled_at
 
@@ -39,7 +39,7 @@ HELP = "/base and /adapter switch models, /reset clears the conversation, /quit 
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed, for reproducible answers.")
 @device
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `train`.")
+@set_option("As for `train`.")
 def chat(
     run: Path | None,
     settings: tuple[str, ...],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localrl.cli.options import columns, device
+from localrl.cli.options import columns, device, set_option
 from localrl.errors import ConfigError
 from localrl.utils.figures import fixed
 from localrl.utils.text import sampled_at
@@ -47,7 +47,7 @@ SETTINGS = {
 @click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for `train`.")
 @click.option("--environment", metavar="ENV", help="As for `train`.")
 @click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
+@set_option("Any other setting.")
 @click.option("--unsafe-code", is_flag=True, default=None, help="As for `train`.")
 @device
 @click.option("-k", "--samples", type=click.IntRange(1), default=1, help="Completions per prompt.")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _split(
@@ -21,6 +26,38 @@ columns = click.option(
     metavar="NAME=COLUMN",
     help="Name columns of your data: prompt=question,answer=final.",
 )
+
+
+def _tell_repeated(
+    context: click.Context, option: click.Parameter, texts: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Warn of settings that are given more than once, of which the last counts."""
+    names = [text.partition("=")[0].strip() for text in texts]
+    last = dict(zip(names, texts, strict=True))
+    if len(last) == len(texts):
+        return texts
+    from localrl.processes.child import VARIABLE
+
+    if VARIABLE not in os.environ:  # else the parent process has told it
+        for name, text in last.items():
+            if names.count(name) > 1:
+                click.echo(
+                    f"warning: --set gives {name} more than once; {text.strip()} counts", err=True
+                )
+    return texts
+
+
+def set_option(told: str) -> Callable[[Command], Command]:
+    """Return the option --set. told: its help."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_tell_repeated,
+        help=told,
+    )
+
 
 device = click.option(
     "--device",

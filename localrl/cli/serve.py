@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from localrl.cli.eval import configure
-from localrl.cli.options import device
+from localrl.cli.options import device, set_option
 from localrl.errors import ConfigError
 from localrl.utils.hosts import LOOPBACK
 
@@ -40,7 +40,7 @@ CACHE_SHARE = 4
     help="Longest answer to requests that name no length; default: as in training.",
 )
 @device
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for `train`.")
+@set_option("As for `train`.")
 def serve(
     target: str | None,
     port: int,

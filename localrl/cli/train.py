@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from localrl.cli.options import columns, device
+from localrl.cli.options import columns, device, set_option
 from localrl.errors import ConfigError
 
 FLAGS = {
@@ -73,7 +73,7 @@ class Train(click.Command):
 @click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
 @click.option("--memory-limit", metavar="SIZE", help="Maximum memory of the process: 6GB or 70%.")
 @click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other setting.")
+@set_option("Any other setting.")
 @click.option("--overwrite", is_flag=True, help="Move an existing run folder out of the way.")
 @click.option("--resume", is_flag=True, help="Resume the run in --out, or the newest.")
 @click.option(

@@ -5,15 +5,19 @@ Pure functions of rendered texts and of a tokenizer's own encoding.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
 from localrl.errors import ConfigError
 
-ASKED, STAND_IN = "question", "stand-in"
-"""Placeholders for the turns of a conversation that the template renders."""
+ASKED, STAND_IN = "36015", "940275"
+"""Placeholders for the turns of a conversation that the template renders: digits, because templates
+may change letters."""
 EXCHANGE = ({"role": "user", "content": ASKED}, {"role": "assistant", "content": STAND_IN})
+SYSTEM = {"role": "system", "content": "0"}
+"""Message before an exchange, for templates that demand one of the system."""
 THINKS, THINKS_END = "<think>", "</think>"
 
 
@@ -53,22 +57,36 @@ def end_of_turn(last: str, middle: str, inner: Any, named: Collection[int]) -> i
     last: a rendered `EXCHANGE`. middle: one that goes on with another question. inner: the
     tokenizer. named: tokens known to end a turn; one of them is preferred.
 
-    None if the template ends a turn with plain text or with nothing.
+    Either text is empty if the template refuses it. None if the template ends a turn with plain
+    text or with nothing.
     """
 
     def encode(part: str) -> list[int]:
         return inner.encode(part, add_special_tokens=False)
 
-    ids, others = (
-        encode(text.rpartition(STAND_IN)[2].lstrip()) if STAND_IN in text else []
-        for text in (last, middle)
-    )
-    # What follows only the last turn ends the text, or begins the model's next turn.
-    pairs = zip(ids, others or ids, strict=False)
-    ending = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    ids, others = (encode(after_turn(text).lstrip()) for text in (last, middle))
+    if ids:
+        # What follows only the last turn ends the text, or begins the model's next turn.
+        ending = _shared(ids, others or ids)
+    else:
+        # The next question's turn begins as the first one does.
+        between = encode(after_turn(middle).partition(ASKED)[0].lstrip())
+        opening = _shared(between[::-1], encode(middle.partition(ASKED)[0])[::-1])
+        ending = between[: len(between) - len(opening)]
     known = [token for token in ending if token in named]
     added = [token for token in ending[:1] if token in added_tokens(inner)]
     return next(iter([*known, *added]), None)
+
+
+def after_turn(text: str) -> str:
+    """Return what a rendered conversation has after the model's turn; nothing if it lacks that."""
+    return text.rpartition(STAND_IN)[2] if STAND_IN in text else ""
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Return the tokens with which both begin."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [token for token, _ in pairs]
 
 
 def added_tokens(inner: Any, *, special: bool = False) -> dict[int, str]:
@@ -80,11 +98,35 @@ def added_tokens(inner: Any, *, special: bool = False) -> dict[int, str]:
     return {id: token.content for id, token in added.items() if token.special or not special}
 
 
-def named_ends(inner: Any, texts: Sequence[str]) -> Iterator[int]:
-    """Yield the tokens that `model.end_tokens` names. Raises: ConfigError."""
+def backend(inner: Any) -> Any:
+    """Return the tokenizer of the `tokenizers` library that reads the text, if there is one."""
+    return getattr(getattr(inner, "_tokenizer", None), "backend_tokenizer", None)
+
+
+def unknown_token(inner: Any) -> int | None:
+    """Return the token that stands for unknown characters, as transformers or tokenizer.json has
+    it; None if neither names one."""
+    own = backend(inner)
+    if inner.unk_token_id is not None or own is None:
+        return inner.unk_token_id
+    name = getattr(own.model, "unk_token", None)
+    if name is not None:
+        return own.token_to_id(name)
+    if type(own.model).__name__ == "Unigram":  # names it by its id, which no attribute has
+        return json.loads(own.model.__getstate__())["unk_id"]
+    return None
+
+
+def named_ends(inner: Any, texts: Sequence[str], unknown: int | None) -> Iterator[int]:
+    """Yield the tokens that `model.end_tokens` names.
+
+    unknown: the token that stands for unknown characters.
+
+    Raises: ConfigError.
+    """
     for text in texts:
         ids = inner.encode(text, add_special_tokens=False)
-        if len(ids) != 1 or ids[0] == inner.unk_token_id:
+        if len(ids) != 1 or ids[0] == unknown:
             raise ConfigError(
                 f"model.end_tokens has {text!r}, which is not one token of this model. A text that "
                 "ends completions is named with rollout.stop_text."

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from localrl.errors import ConfigError
+from localrl.policy.prompt_format import backend
 from localrl.policy.tokenizer import Tokenizer
 
 TEXTS = (
@@ -77,25 +77,16 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, *, strict: bool) -> list
 def _known_part(tokenizer: Tokenizer, text: str) -> str:
     """Leave out the characters that the model says it has no token for; nothing is left if some
     have one only elsewhere. Prompts with unknown characters are refused for themselves."""
-    unknown = _unknown_id(tokenizer)
+    unknown = tokenizer.unknown_id
     if unknown is None or unknown not in tokenizer.encode_text(text):
         return text
     known = "".join(c for c in text if unknown not in tokenizer.encode_text(c))
     return "" if unknown in tokenizer.encode_text(known) else known
 
 
-def _unknown_id(tokenizer: Tokenizer) -> int | None:
-    """Return the token that stands for unknown characters, as transformers or the file has it."""
-    known, backend = tokenizer.inner.unk_token_id, _backend(tokenizer)
-    if known is not None or backend is None:
-        return known
-    name = getattr(backend.model, "unk_token", None)
-    return None if name is None else backend.token_to_id(name)
-
-
 def _lost(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[str, str]]:
     """Yield texts that do not come back, with what comes; a normaliser's own changes are none."""
-    normal = getattr(_backend(tokenizer), "normalizer", None)
+    normal = getattr(backend(tokenizer.inner), "normalizer", None)
     for text in texts:
         back = tokenizer.inner.decode(
             list(tokenizer.encode_text(text)), clean_up_tokenization_spaces=False
@@ -110,7 +101,7 @@ def _read_otherwise(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> Ite
     from tokenizers import Tokenizer as Own
 
     file = folder / "tokenizer.json"
-    if not file.is_file() or _backend(tokenizer) is None:
+    if not file.is_file() or backend(tokenizer.inner) is None:
         return
     own = Own.from_file(str(file))
     for text in texts:
@@ -120,8 +111,3 @@ def _read_otherwise(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> Ite
             one, other = one[:-1], other[:-1]
         if len(one) > AT_THE_START or len(other) > AT_THE_START:
             yield text
-
-
-def _backend(tokenizer: Tokenizer) -> Any:
-    """Return the tokenizer of the `tokenizers` library that reads the text, if there is one."""
-    return getattr(getattr(tokenizer.inner, "_tokenizer", None), "backend_tokenizer", None)

@@ -12,7 +12,15 @@ from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.policy.chat import ChatTemplate, Messages, Tools, read_template, settled
 from localrl.policy.folder import check_texts
-from localrl.policy.prompt_format import EXCHANGE, begins_with, continued, end_of_turn, named_ends
+from localrl.policy.prompt_format import (
+    EXCHANGE,
+    SYSTEM,
+    begins_with,
+    continued,
+    end_of_turn,
+    named_ends,
+    unknown_token,
+)
 from localrl.records import Example
 
 UNFINISHED = "\ufffd"
@@ -44,6 +52,8 @@ class Tokenizer:
     """Token that the chat template writes after a turn of the model; None if it writes none."""
     unnamed: bool = False
     """True if neither the model's configuration nor the settings name that token."""
+    unknown_id: int | None = None
+    """Token that stands for characters without a token; None if no file of the model names one."""
     _known: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
     """Texts of single tokens already seen by `pieces`."""
 
@@ -184,7 +194,7 @@ class Tokenizer:
 
     def unknown(self, messages: Messages) -> str:
         """Return the characters of the messages that the model has no token for."""
-        token = self.inner.unk_token_id
+        token = self.unknown_id
         if token is None or token not in self.encode(messages):
             return ""
         characters = dict.fromkeys("".join(map(_content, messages)))
@@ -248,9 +258,10 @@ def load_tokenizer(folder: Path, wish: ModelConfig = PLAIN_SETTINGS) -> Tokenize
         raise ConfigError(f"Cannot load the tokenizer in {folder}: {error}") from error
     chat = read_template(inner, wish)
     joins = wish.chat_template == "off" or not inner.has_chat_template
-    named = {*map(int, inner.eos_token_ids), *named_ends(inner, wish.end_tokens)}
+    unknown = unknown_token(inner)
+    named = {*map(int, inner.eos_token_ids), *named_ends(inner, wish.end_tokens, unknown)}
     begin = begins_with(inner) if joins else ()
-    tokenizer = Tokenizer(inner, frozenset(named), chat, begin, joins)
+    tokenizer = Tokenizer(inner, frozenset(named), chat, begin, joins, unknown_id=unknown)
     end = _rendered_end(tokenizer)
     ends = frozenset(named if end is None else {*named, end})
     if not ends:
@@ -262,6 +273,25 @@ def load_tokenizer(folder: Path, wish: ModelConfig = PLAIN_SETTINGS) -> Tokenize
     return replace(tokenizer, end_ids=ends, rendered_end=end, unnamed=end not in {None, *named})
 
 
+def rendered_turns(tokenizer: Tokenizer) -> tuple[str, str]:
+    """Render a conversation that ends with the model's turn, and one that goes on with a question.
+
+    A text is empty if the template refuses it. If it refuses both, they begin with the system.
+
+    Raises: ConfigError, see `ChatTemplate.attempt`.
+    """
+    last: Messages = EXCHANGE
+    middle: Messages = (*EXCHANGE, EXCHANGE[0])
+    for before in ((), (SYSTEM,)):
+        found = tokenizer.attempt(
+            [(*before, *last), (*before, *middle)], add_generation_prompt=False
+        )
+        one, other = ("" if isinstance(text, DataError) else text for text in found)
+        if one or other:
+            return one, other
+    return "", ""
+
+
 def _rendered_end(tokenizer: Tokenizer) -> int | None:
     """Return the token that the chat template writes after a turn of the model, if it does.
 
@@ -269,13 +299,8 @@ def _rendered_end(tokenizer: Tokenizer) -> int | None:
     """
     if tokenizer.chat is None:
         return None
-    last, middle = tokenizer.attempt(
-        [EXCHANGE, (*EXCHANGE, EXCHANGE[0])], add_generation_prompt=False
-    )
-    if isinstance(last, DataError):  # it renders no such turn
-        return None
-    more = "" if isinstance(middle, DataError) else middle
-    return end_of_turn(last, more, tokenizer.inner, tokenizer.end_ids)
+    last, middle = rendered_turns(tokenizer)
+    return end_of_turn(last, middle, tokenizer.inner, tokenizer.end_ids)
 
 
 def _content(message: Mapping[str, Any]) -> str:

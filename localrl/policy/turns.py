@@ -127,16 +127,16 @@ def read_calls(
 
 
 def _after_thoughts(tokenizer: Tokenizer, text: str) -> str:
-    """Return what follows the last end of thoughts; nothing if thoughts have begun and go on.
+    """Return what follows the last end of thoughts, up to where they begin again.
 
-    Some templates begin the thoughts themselves, at the end of the prompt.
+    Some templates begin the thoughts themselves, at the end of the prompt: nothing follows then,
+    if they do not end.
     """
     begin, end = tokenizer.inner.think_start or THINKS, tokenizer.inner.think_end or THINKS_END
     _, ended, after = text.rpartition(end)
-    if ended:
-        return after
-    begun = begin in text or tokenizer.render(EXCHANGE[:1]).rstrip().endswith(begin)
-    return "" if begun else text
+    if not ended and tokenizer.render(EXCHANGE[:1]).rstrip().endswith(begin):
+        return ""
+    return after.partition(begin)[0]
 
 
 def check_tools(tokenizer: Tokenizer) -> None:

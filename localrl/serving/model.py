@@ -129,7 +129,7 @@ class ServedTokenizer(TokenizerWrapper):
             raise DataError(
                 f"the conversation has {len(ids)} tokens, and the model's context {self._context}"
             )
-        if tokenizer.inner.unk_token_id in ids and (unknown := tokenizer.unknown(messages)):
+        if tokenizer.unknown_id in ids and (unknown := tokenizer.unknown(messages)):
             raise DataError(f"the model has no token for {unknown!r}")
         return ids
 

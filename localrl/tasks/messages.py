@@ -21,7 +21,7 @@ def read_conversation(
     Raises: DataError, naming place and column.
     """
     found = [read_message(place, column, message) for message in messages]
-    if found[0]["role"] == "system" and not found[0]["content"]:
+    if found[0]["role"] == "system" and not found[0]["content"].strip():
         del found[0]
     roles = [message["role"] for message in found]
     if not roles or roles[-1] == "system":
@@ -59,7 +59,8 @@ def read_message(place: str, column: str, message: Any) -> Mapping[str, Any]:
         )
     if content is None:
         return kept
-    may_be_empty = content == "" and (speaks or role in ("system", "tool"))
+    blank = isinstance(content, str) and not content.strip()
+    may_be_empty = blank and (speaks or role in ("system", "tool"))
     return kept | {"content": content if may_be_empty else read_text(place, "content", content)}
 
 

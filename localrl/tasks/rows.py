@@ -148,9 +148,9 @@ class _GivenIds:
 
 def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Example:
     """Convert one row to an example. Raises: DataError, see `read_examples`."""
-    messages = _messages(place, row)
-    own = row.get("system")
-    own = system if own is None or own == "" else own
+    column, prompt = _prompt(place, row)
+    messages = _messages(place, row, column, prompt)
+    own = next((text for text in (row.get("system"), system) if not _is_blank(text)), None)
     if own is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": read_text(place, "system", own)}, *messages)
     answer, tools = _answer(row), _tools(place, row)
@@ -162,7 +162,7 @@ def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Exampl
         messages=messages,
         answer=answer,
         columns={name: value for name, value in row.items() if name not in HIDDEN},
-        as_text=not any(isinstance(row.get(column), list) for column in PROMPTS),
+        as_text=isinstance(prompt, str),
         tools=tools,
         place=place,
     )
@@ -187,29 +187,50 @@ def _check_columns(
             )
 
 
-def _messages(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    present = [name for name in PROMPTS if row.get(name) is not None]
-    empty = [name for name in PROMPTS if name in row]
-    if not present and empty:
-        raise DataError(f"{place}: {empty[0]} is empty. Fill it in, or remove the row.")
-    if not present:
+def _prompt(place: str, row: Mapping[str, Any]) -> tuple[str, str | list[Any]]:
+    """Return the first prompt of the row that is not empty, after its column."""
+    there = [name for name in PROMPTS if name in row]
+    filled = [name for name in there if not _is_blank(row[name])]
+    if there and not filled:
+        raise DataError(f"{place}: {there[0]} is empty. Fill it in, or remove the row.")
+    if not filled:
         found = ", ".join(f"{name!r:.60}" for name in row) or "none"
         raise DataError(
             f"{place} has no {', '.join(PROMPTS[:-1])} or {PROMPTS[-1]}; its columns are {found}. "
             "If one of them is the prompt, name it with --columns prompt=COLUMN."
         )
-    value = row[present[0]]
-    if isinstance(value, str):
-        text = read_text(place, present[0], value)
-        about = row.get(INPUT) if present[0] == "instruction" else None
-        if isinstance(about, str) and about.strip():
-            text = f"{text}\n\n{about}"
-        return ({"role": "user", "content": text},)
-    if not isinstance(value, list) or not value:
+    column = filled[0]
+    value = row[column]
+    if column == "messages" and isinstance(value, str):
+        value = _listed(place, value)
+    if not value or not isinstance(value, (str, list)):
         raise DataError(
-            f"{place}: {present[0]} is {value!r:.60}; it must be text or a list of chat messages."
+            f"{place}: {column} is {value!r:.60}; it must be text or a list of chat messages."
         )
-    return read_conversation(place, present[0], value)
+    return column, value
+
+
+def _listed(place: str, text: str) -> list[Any]:
+    """Read the JSON text of chat messages, as files have it whose values are all text."""
+    with suppress(ValueError, RecursionError):  # told below
+        messages = json.loads(text)
+        if isinstance(messages, list):
+            return messages
+    raise DataError(
+        f"{place}: messages is {text!r:.60}; it must be a list of chat messages, or the JSON of "
+        "one. If it is a problem in plain text, name it with --columns prompt=messages"
+    )
+
+
+def _messages(
+    place: str, row: Mapping[str, Any], column: str, prompt: str | list[Any]
+) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(prompt, list):
+        return read_conversation(place, column, prompt)
+    about = row.get(INPUT) if column == "instruction" else None
+    if isinstance(about, str) and about.strip():
+        prompt = f"{prompt}\n\n{about}"
+    return ({"role": "user", "content": prompt},)
 
 
 def _tools(place: str, row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -239,6 +260,10 @@ def _check_unicode(place: str, *parts: Any) -> None:
             f"{place} holds half of a character, {text[error.start]!a} (a lone surrogate), in "
             f"{around!a}. Remove it, or write the whole character."
         ) from None
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def _is_empty(value: Any) -> bool:

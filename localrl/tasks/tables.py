@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 OTHER_DELIMITERS = (";", "\t")
 """Separators of a CSV file whose header has no comma, as many spreadsheets write them."""
+NO_SPACE = re.compile(r"\S")
 LONGEST_FIELD = 2**31 - 1
 
 
@@ -60,9 +63,11 @@ def _lines(path: Path, text: str) -> Rows:
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 _refuse_object(path, text)
                 raise DataError(f"{place} is not JSON: {error}.") from None
+            except ValueError:
+                raise DataError(_told_integer(place)) from None
             except RecursionError:
                 raise DataError(f"{place} is nested too deeply to read.") from None
             yield place, _object(place, row)
@@ -84,13 +89,34 @@ def _refuse_object(path: Path, text: str) -> None:
 def _array(path: Path, text: str) -> Rows:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error}.") from None
+    except ValueError:
+        raise DataError(_told_integer(f"{path}, row {_unread(text)}")) from None
     except RecursionError:
         raise DataError(f"{path} is nested too deeply to read.") from None
     for number, row in enumerate(rows, start=1):
         place = f"{path}, row {number}"
         yield place, _object(place, row)
+
+
+def _told_integer(place: str) -> str:
+    return (
+        f"{place} holds an integer of more than {sys.get_int_max_str_digits()} digits, which "
+        "Python does not read. Write it as text, in double quotes."
+    )
+
+
+def _unread(text: str) -> int:
+    """Return the number of the first row in a JSON array that cannot be read, counted from 1."""
+    decoder, number, start = json.JSONDecoder(), 1, text.index("[") + 1
+    while True:
+        value = NO_SPACE.search(text, start)
+        try:
+            _, end = decoder.raw_decode(text, value.start() if value else start)
+        except ValueError:
+            return number
+        number, start = number + 1, text.index(",", end) + 1
 
 
 def _object(place: str, row: Any) -> dict[str, Any]:

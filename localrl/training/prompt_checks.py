@@ -32,7 +32,7 @@ def check_prompts(
     lengths: list[int] = []
     bad: list[tuple[str, str]] = []
     unread: list[Example] = []
-    unknown = tokenizer.inner.unk_token_id
+    unknown = tokenizer.unknown_id
     for start in range(0, len(examples), BATCH):
         beat()
         batch = examples[start : start + BATCH]

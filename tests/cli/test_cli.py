@@ -145,6 +145,16 @@ def test_print_config_is_a_file_that_reads_back(tmp_path):
     assert again.stdout == done.stdout
 
 
+def test_a_setting_given_twice_is_told(tmp_path, capfd):
+    words = ("rollout.stop_text=a", "run.seed=1", " rollout.stop_text = b", "run.steps=2")
+    given = [part for word in words for part in ("--set", word)]
+    done = within.localrl(capfd, "train", *given, "--print-config", cwd=tmp_path)
+    assert tomllib.loads(done.stdout)["rollout"]["stop_text"] == ["b"]
+    assert done.stderr == (
+        "warning: --set gives rollout.stop_text more than once; rollout.stop_text = b counts\n"
+    )
+
+
 def test_flags_win_over_set_and_set_over_the_file(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("[run]\nsteps = 1\nseed = 1\n[rollout]\ngroup_size = 3\n")

@@ -162,7 +162,8 @@ def test_a_model_and_its_paths(tiny_folder):
         "batches", "head", "shared_prefix", *(f"check.{name}" for name in CHECKS), "tokenizer",
         "template", "end_of_turn", "prompt",
     ]  # fmt: skip
-    assert {row.status for row in rows.values()} == {"ok"}
+    assert {name for name, row in rows.items() if row.status != "ok"} == {"end_of_turn"}
+    assert "no end was found by rendering" in rows["end_of_turn"].text
     assert rows["family"].text == "qwen3"
     assert rows["quantisation"].text == "4 bits"
     assert rows["prompt"].text == "'<user>What is 2 + 3?<assistant>' (16 tokens)"

@@ -38,6 +38,34 @@ def test_an_end_of_turn_that_is_no_token(base, tmp_path):
     assert "rollout.stop_text" in str(row.todo)
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (CHATML.replace("<|im_end|>\n", ""), "no end was found by rendering a turn"),
+        (CHATML.replace("<|im_end|>", "<|im_end|><|end|>"), "ends a turn with '<|im_end|><|end|>'"),
+        ("{{ messages[0].content }}", "no end was found by rendering a turn"),
+    ],
+)
+def test_an_end_of_turn_that_is_not_found_is_not_ok(base, tmp_path, template, told):
+    row = rows_of(folder_with(base, tmp_path / "m", template))["end_of_turn"]
+    assert row.status == "warn"
+    assert told in row.text
+
+
+def test_an_end_of_turn_after_the_last_one_only(base, tmp_path):
+    template = CHATML.replace("<|im_end|>\n", "") + "{% if not add_generation_prompt %}<|end|>"
+    row = rows_of(folder_with(base, tmp_path / "m", template + "{% endif %}"))["end_of_turn"]
+    assert (row.status, row.text) == ("ok", "a completion ends with '<|end|>'")
+
+
+def test_a_template_that_demands_a_system_message(base, tmp_path):
+    demand = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    rows = rows_of(folder_with(base, tmp_path / "m", demand + CHATML))
+    assert rows["template"].status == "warn"
+    assert "task.system" in str(rows["template"].todo)
+    assert rows["end_of_turn"].status == "ok"
+
+
 def test_a_base_model(base, tmp_path):
     rows = rows_of(folder_with(base, tmp_path / "m"))
     assert rows["template"].status == "warn"

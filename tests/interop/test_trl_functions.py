@@ -12,6 +12,7 @@ import chat_rewards
 import numpy as np
 import pytest
 import text_rewards
+import tiny
 import trl_trainer
 from trl_trainer import Row, Scored, run_trl, tokens_of
 
@@ -191,17 +192,17 @@ def test_trainer_state_says_the_same_in_each_step(tmp_path: Path) -> None:
             assert theirs.logged[name] == value, name
 
 
-def test_a_run_tells_these_states_and_its_evaluations_fail_nowhere(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_tells_these_states_and_its_evaluations_fail_nowhere(tmp_path: Path) -> None:
     """`curriculum` divides by `max_steps`, so the evaluation before the first step has it too."""
+    sizes = {"characters": tiny.PRINTABLE, "vocab_size": 128}
+    model = tiny.make_folder(tmp_path / "model", **sizes)
     data = tmp_path / "data"
     data.mkdir()
     rows = [{"id": f"{i}", "prompt": row.prompt, **row.columns} for i, row in enumerate(TEXT)]
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (data / "test.jsonl").write_text('{"prompt": "What is 3+3?"}')
     settings = {
-        "model.path": str(tiny_folder),
+        "model.path": str(model),
         "task.name": str(data),
         "task.rewards": [f"{text_rewards.__file__}:{n}" for n in ("curriculum", "where_it_stands")],
         "rollout.prompts_per_step": 3,

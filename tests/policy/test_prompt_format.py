@@ -10,7 +10,7 @@ import tiny
 from byte_tokenizers import CHATML, folder_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
@@ -54,6 +54,17 @@ def turn(before: str, after: str, more: str = "") -> str:
     )
 
 
+def refusing(condition: str) -> str:
+    """The beginning of a template that refuses such conversations."""
+    return f"{{% if {condition} %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+
+
+BETWEEN = (
+    "{% for m in messages %}{% if not loop.first %}<|eot|>{% endif %}"
+    "<|im_start|>{{ m.content }}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "found"),
     [
@@ -72,6 +83,11 @@ def turn(before: str, after: str, more: str = "") -> str:
         (turn("<|im_start|>", "") + "<|im_start|>", set()),  # the beginning of another turn
         ("{{ messages[0].content }}", set()),
         (turn("A: ", "{{ raise_exception('no') }}"), set()),
+        (refusing("messages[-1].role == 'assistant'") + CHATML, {"<|im_end|>"}),
+        (refusing("messages[-1].role == 'assistant'") + turn("<|im_start|>", ""), set()),
+        (refusing("messages[0].role != 'system'") + CHATML, {"<|im_end|>"}),
+        (CHATML.replace("m.content", "m.content | upper"), {"<|im_end|>"}),
+        (BETWEEN, {"<|eot|>"}),  # only when another message follows
     ],
 )
 def test_the_end_of_a_turn_is_found_by_rendering_one(opened, template, found):
@@ -89,6 +105,16 @@ def test_more_end_tokens_are_named(opened):
     for text in ("STOP", "<|nothing|>", ""):
         with pytest.raises(ConfigError, match=r"not one token of this model.*rollout.stop_text"):
             opened(CHATML, ModelConfig(end_tokens=(text,)))
+
+
+def test_the_token_for_unknown_characters_is_named_by_the_file(opened):
+    own = dict.fromkeys(["<unk>", "a"], 0.0)
+
+    def build(tokenizer: Tokenizer) -> None:
+        tokenizer.model = models.Unigram([*own.items()], 0)
+
+    assert opened(build=build).unknown_id == 0
+    assert opened().unknown_id is None
 
 
 def begins(*pieces: str):
@@ -264,10 +290,14 @@ CALL = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
         (HERMES, "", f"I could {CALL}</think>{CALL}", 1),
         (HERMES, "", f"<think>{CALL}</think>{CALL}<think>{CALL}</think>Done.", 0),
         (HERMES, "", f"<think>I could {CALL}", 0),
+        (HERMES, "", f"<think>a</think>{CALL}<think>{CALL}", 1),
+        (HERMES, "<think>", f"a</think>{CALL}<think>{CALL}{CALL}", 1),
+        (HERMES, "", f"{CALL}<think>{CALL}", 1),
         (HERMES, "<think>\n", f"I could {CALL}", 0),
         (HERMES, "<think>a</think>", CALL, 1),
         (HERMES + "{% if add_generation_prompt %}<think>\n{% endif %}", "", f"hm {CALL}", 0),
         (HERMES + "{% if add_generation_prompt %}<think>\n{% endif %}", "", f"</think>{CALL}", 1),
+        (HERMES + "{% if add_generation_prompt %}<think>\n{% endif %}", "", f"{CALL}<think>", 0),
     ],
 )
 def test_calls_in_thoughts_are_none(opened, template, begun, text, count):

@@ -69,7 +69,7 @@ def test_names_survive_reordering_and_equal_rows_get_different_ones(tmp_path):
         ("{not json", ["line 2", "not JSON"]),
         ("[1]", ["line 2", "JSON object"]),
         ({"text": "x"}, ["line 2", "no prompt", "'text'"]),
-        ({"prompt": ""}, ["line 2", "prompt", "text"]),
+        ({"prompt": ""}, ["line 2", "prompt is empty"]),
         ({"prompt": 3}, ["line 2", "list of chat messages"]),
         ({"prompt": []}, ["line 2"]),
         ({"prompt": [{"role": "user"}]}, ["line 2", "role", "content"]),

@@ -100,6 +100,8 @@ def test_parts_of_text_are_joined_and_others_are_refused(tmp_path):
     [
         {"prompt": "q", "system": ""},
         {"prompt": "q", "system": None},
+        {"prompt": "q", "system": " \n"},
+        {"messages": [{"role": "system", "content": " "}, {"role": "user", "content": "q"}]},
         {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "q"}]},
     ],
 )
@@ -117,6 +119,8 @@ def test_an_empty_system_message_is_none(tmp_path, row):
         ({"instruction": "i", "input": "", "output": "o"}, "i"),
         ({"question": "q", "problem": "p", "input": "n"}, "q"),
         ({"prompt": "p", "instruction": "i", "input": "n"}, "p"),
+        ({"prompt": "", "question": "q"}, "q"),
+        ({"prompt": " ", "question": None, "problem": "p"}, "p"),
     ],
 )
 def test_prompts_have_five_names(tmp_path, row, text):
@@ -124,6 +128,53 @@ def test_prompts_have_five_names(tmp_path, row, text):
     assert example.messages[0]["content"] == text
     assert example.as_text
     assert example.columns == {k: v for k, v in row.items() if k not in ("prompt", "question")}
+
+
+TURNS = [{"role": "system", "content": "be brief"}, USER, CALLED, RESULT, USER]
+
+
+def test_messages_may_be_json_text(tmp_path):
+    """Files whose values are all text have them so."""
+    for example in (
+        one(tmp_path, {"messages": json.dumps(TURNS), "answer": "42"}),
+        one(tmp_path, {"prompt": "", "messages": "\n" + json.dumps(TURNS, indent=1)}),
+    ):
+        assert list(example.messages) == TURNS
+        assert not example.as_text
+        assert completed(example, "42")["completions"] == [[{"role": "assistant", "content": "42"}]]
+    csv = tmp_path / "rows.csv"
+    csv.write_text('messages,answer\n"[{""role"": ""user"", ""content"": ""hi""}]",42\n')
+    (example,) = read_examples(read_rows(csv))
+    assert list(example.messages) == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("text", ["hello", repr(TURNS), json.dumps(USER), "[" * 9000, "42"])
+def test_messages_that_are_other_text_are_refused(tmp_path, text):
+    with pytest.raises(DataError, match=r"line 1: messages is .*--columns prompt=messages"):
+        one(tmp_path, {"messages": text})
+    (example,) = read_examples([("here", {"messages": text})], None, {"prompt": "messages"})
+    assert example.messages[0]["content"] == text
+    assert one(tmp_path, {"prompt": "p", "messages": text}).as_text
+
+
+LONG = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (f'{{"prompt": "a"}}\n\n{{"prompt": "{LONG}", "answer": {LONG}}}', "line 3"),
+        (f'{{"prompt": "a", "answer": [-{LONG}]}}', "line 1"),
+        (f'[{{"prompt": "{LONG}"}} , {{"prompt": "a"}},\n {{"answer": {LONG}}}]', "row 3"),
+        (f"[{LONG}]", "row 1"),
+    ],
+    ids=str.split("lines deep array bare"),
+)
+def test_an_integer_that_python_does_not_read_is_found(tmp_path, text, place):
+    file = tmp_path / "rows.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=rf"{place} holds an integer of more than 4300 digits"):
+        read_examples(read_rows(file))
 
 
 def test_naming_a_prompt_leaves_the_other_names_to_the_rewards():

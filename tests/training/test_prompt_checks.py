@@ -74,6 +74,18 @@ def test_characters_without_a_token_are_found_wherever_they_are(tokenizer):
         checked(tokenizer, rows)
 
 
+@pytest.mark.parametrize("character", ["é", "\0", "\u200b"])
+def test_only_tokenizer_json_names_the_unknown_token(tiny_folder, character):
+    tokenizer = load_tokenizer(tiny_folder)
+    assert tokenizer.inner.unk_token_id is None
+    rows = [row(n, user(f"sum {n} {character}")) for n in range(30)]
+    with pytest.raises(ConfigError) as caught:
+        checked(tokenizer, rows)
+    told = f"no token for {character!r}, which 30 of 30 prompts"
+    assert told in str(caught.value)
+    assert tokenizer.unknown([user(f"a {character}")]) == character
+
+
 def test_prompts_that_are_templated_already_are_told(tokenizer):
     rows = [row(1), row(2, user("<user>2 + 2<assistant>")), row(3, user("<user>3"))]
     (told,) = checked(tokenizer, rows)[1]
