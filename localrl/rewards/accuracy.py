@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from localrl.rewards.answers import Completion, text_of
-from localrl.rewards.extract import THOUGHT_END, last_boxed, last_line, stated, without_thought
+from localrl.rewards.extract import THOUGHT_END, boxed_answer, last_line, stated, without_thought
 from localrl.rewards.golds import Gold, accepted, read_gold, text_of_gold
 from localrl.rewards.letters import choice, chosen
 from localrl.rewards.rational import Number
@@ -43,7 +43,9 @@ def accuracy_reward(
 
     A completion's answer is, after the last </think>, its last \\boxed{}; without one, the text in
     <answer> tags, after #### or after "answer is" or "answer:"; without these, the last line. For
-    a gold number without a box or statement it is the last number in the text.
+    a gold number without a box or statement it is the last number in the text, if the words around
+    that tell nothing else of it: "3 and 5", "if x is 5", "line 5" and "rounded to 5" do. An answer
+    that is denied ("not \\boxed{5}") or taken back ("Wait, that is wrong") is none.
 
     What is stated is read as a number only if all of it is one, perhaps in a few words: `2*5`,
     `5x`, `x > 5`, `5 million` and "not 5" are no numbers, and none inside or before them is taken.
@@ -111,7 +113,7 @@ def _answer(text: str, gold: Gold) -> Number | str | None:
     if gold.letter is not None:
         return chosen(text)
     text = without_thought(text)
-    boxed = last_boxed(text)
+    boxed = boxed_answer(text)
     statement = stated(text) if boxed is None else boxed
     if gold.number is not None:
         return last_number(text) if statement is None else read_statement(statement)
