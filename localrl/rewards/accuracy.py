@@ -12,8 +12,8 @@ from typing import Any
 
 from localrl.rewards.answers import Completion, text_of
 from localrl.rewards.extract import THOUGHT_END, boxed_answer, last_line, stated, without_thought
-from localrl.rewards.golds import Gold, accepted, read_gold, text_of_gold
-from localrl.rewards.letters import choice, chosen
+from localrl.rewards.golds import Gold, accepted, gold_letter, read_gold
+from localrl.rewards.letters import chosen
 from localrl.rewards.rational import Number
 from localrl.rewards.statements import last_number, read_statement
 from localrl.rewards.words import as_words
@@ -96,16 +96,11 @@ def choice_reward(
 
     Letters are found as in `accuracy_reward`; see `localrl.rewards.letters.chosen`.
     """
-    golds = accepted(answer, solution, len(completions), _gold_letter)
+    golds = accepted(answer, solution, len(completions), gold_letter)
     return [
         float(chosen(text_of(completion)) in letters) if letters else None
         for completion, letters in zip(completions, golds, strict=True)
     ]
-
-
-def _gold_letter(value: Any) -> str | None:
-    text = text_of_gold(value)
-    return None if text is None else choice(text)
 
 
 def _answer(text: str, gold: Gold) -> Number | str | None:

@@ -241,13 +241,16 @@ def _check_unicode(place: str, *parts: Any) -> None:
         ) from None
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list)) and not value)
+def is_empty(value: Any) -> bool:
+    """True of None, a blank text, and a list of nothing else: no answer, so the next column's."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _answer(row: Mapping[str, Any]) -> Any:
     """The gold answer, None if the row has none; in GSM8K's format the part after `####`."""
-    answer = next((row[name] for name in ANSWERS if not _is_empty(row.get(name))), None)
+    answer = next((row[name] for name in ANSWERS if not is_empty(row.get(name))), None)
     if isinstance(answer, str) and GSM8K in answer:
         return answer.rpartition(GSM8K)[2].strip()
     return answer
