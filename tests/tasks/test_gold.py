@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 
+from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.records import RewardSpec
 from localrl.rewards.accuracy import accuracy_reward, choice_reward
 from localrl.tasks.gold import gold_completion
 from localrl.tasks.rows import to_example
 
 LONG = "x" * 2500
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(tiny.make_folder(tmp_path_factory.mktemp("models") / "model"))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +40,7 @@ LONG = "x" * 2500
     ],
 )
 def test_the_gold_answer_is_the_one_that_the_reward_reads(
-    tokenizer: Any, columns: dict[str, Any], reward: Any, right: str
+    tokenizer: Tokenizer, columns: dict[str, Any], reward: Any, right: str
 ) -> None:
     example = to_example("row 1", {"prompt": "?", **columns}, None)
     spec = RewardSpec("r", f"{reward.__module__}:{reward.__name__}")
