@@ -13,9 +13,10 @@ from typing import Any
 from localrl.rewards.answers import Completion, text_of
 from localrl.rewards.extract import THOUGHT_END, boxed_answer, last_line, stated, without_thought
 from localrl.rewards.golds import Gold, accepted, gold_letter, read_gold
+from localrl.rewards.last_numbers import last_number
 from localrl.rewards.letters import chosen
 from localrl.rewards.rational import Number
-from localrl.rewards.statements import last_number, read_statement
+from localrl.rewards.statements import read_statement
 from localrl.rewards.words import as_words
 
 LogExtra = Callable[[str, list[Any]], None]

@@ -35,14 +35,14 @@ NO_NOUNS = (
     because since as which where when who that this is are was were will would can could should may
     might must has have had be been if then else ago base bases binary octal hexadecimal hex
     ternary decimal thou away from with without by before after modulo
-    using given st nd rd th less fewer
+    using given st nd rd th less fewer exceeds equals
 """)
 )
 """Words that what is counted does not consist of."""
 
 NOT_AFTER = CHANGES | _set("""
     ago away as base bases binary octal hexadecimal hex ternary each apiece thou modulo st nd rd th
-    too if when while assuming provided less fewer
+    too if when while assuming provided less fewer exceeds below above under over
 """)
 """Words directly after the last number of a text that make another one of it, or none."""
 
@@ -56,8 +56,8 @@ DENIALS = _set("""
 
 SUPPOSITIONS = _set("""
     if when whenever suppose supposing supposed assume assumes assuming assumed let imagine unless
-    whether maybe perhaps possibly probably presumably guess guessing guessed pretend hypothetically
-    provided say approach approaches approaching tend tends modulo mod substitute substituting plug
+    whether maybe perhaps thought possibly probably presumably guess guessing guessed pretend
+    hypothetically provided say approach approaches approaching tend tends modulo mod substitute substituting plug
     plugging setting putting letting
 """)
 """Words whose clause only supposes what it says."""
@@ -101,7 +101,7 @@ TELLS = _set("""
     only just exactly precisely about approximately around roughly simply now still also
     altogether therefore thus so hence then finally overall actually already a an its his her their
     our my your him them us me it you all namely there
-    i've we've it's that's there's he's she's
+    exist exists existed i've we've it's that's there's he's she's
 """)
 """Words directly before the last number of a text after which it is what the text says."""
 
