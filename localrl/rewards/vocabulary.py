@@ -57,7 +57,8 @@ DENIALS = _set("""
 SUPPOSITIONS = _set("""
     if when whenever suppose supposing supposed assume assumes assuming assumed let imagine unless
     whether maybe perhaps thought possibly probably presumably guess guessing guessed pretend
-    hypothetically provided say approach approaches approaching tend tends modulo mod substitute substituting plug
+    hypothetically provided say approach approaches
+    approaching tend tends modulo mod substitute substituting plug
     plugging setting putting letting
 """)
 """Words whose clause only supposes what it says."""
