@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from localrl.rewards.answers import Completion, text_of
-from localrl.rewards.extract import THOUGHT_END, last_boxed, last_line, stated, without_thought
-from localrl.rewards.golds import Gold, accepted, read_gold, text_of_gold
-from localrl.rewards.letters import choice, chosen
+from localrl.rewards.extract import THOUGHT_END, boxed_answer, last_line, stated, without_thought
+from localrl.rewards.golds import Gold, accepted, gold_letter, read_gold
+from localrl.rewards.last_numbers import last_number
+from localrl.rewards.letters import chosen
 from localrl.rewards.rational import Number
-from localrl.rewards.statements import last_number, read_statement
+from localrl.rewards.statements import read_statement
 from localrl.rewards.words import as_words
 
 LogExtra = Callable[[str, list[Any]], None]
@@ -43,7 +44,9 @@ def accuracy_reward(
 
     A completion's answer is, after the last </think>, its last \\boxed{}; without one, the text in
     <answer> tags, after #### or after "answer is" or "answer:"; without these, the last line. For
-    a gold number without a box or statement it is the last number in the text.
+    a gold number without a box or statement it is the last number in the text, if the words around
+    that tell nothing else of it: "3 and 5", "if x is 5", "line 5" and "rounded to 5" do. An answer
+    that is denied ("not \\boxed{5}") or taken back ("Wait, that is wrong") is none.
 
     What is stated is read as a number only if all of it is one, perhaps in a few words: `2*5`,
     `5x`, `x > 5`, `5 million` and "not 5" are no numbers, and none inside or before them is taken.
@@ -94,16 +97,11 @@ def choice_reward(
 
     Letters are found as in `accuracy_reward`; see `localrl.rewards.letters.chosen`.
     """
-    golds = accepted(answer, solution, len(completions), _gold_letter)
+    golds = accepted(answer, solution, len(completions), gold_letter)
     return [
         float(chosen(text_of(completion)) in letters) if letters else None
         for completion, letters in zip(completions, golds, strict=True)
     ]
-
-
-def _gold_letter(value: Any) -> str | None:
-    text = text_of_gold(value)
-    return None if text is None else choice(text)
 
 
 def _answer(text: str, gold: Gold) -> Number | str | None:
@@ -111,7 +109,7 @@ def _answer(text: str, gold: Gold) -> Number | str | None:
     if gold.letter is not None:
         return chosen(text)
     text = without_thought(text)
-    boxed = last_boxed(text)
+    boxed = boxed_answer(text)
     statement = stated(text) if boxed is None else boxed
     if gold.number is not None:
         return last_number(text) if statement is None else read_statement(statement)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from localrl.rewards.answers import Completion, text_of
-from localrl.rewards.extract import last_boxed, stated
+from localrl.rewards.extract import boxed_answer, stated
 
 LONGEST = 300
 """Maximum characters in a conclusion; a longer one is wrong."""
@@ -30,7 +30,7 @@ def base_reward(
 
 def conclusion(text: str) -> str:
     """The content of the last \\boxed{}, else after the last "Answer:"; empty without either."""
-    boxed = last_boxed(text)
+    boxed = boxed_answer(text)
     found = ((stated(text) or "") if boxed is None else boxed).strip(_EDGES)
     return found if len(found) <= LONGEST else ""
 

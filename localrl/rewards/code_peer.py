@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import itertools
 import json
 import math
 import operator
@@ -21,13 +22,14 @@ import os
 import struct
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 HEADER = struct.Struct("!I")
 MESSAGE_LIMIT = 32 << 20
+ORDERINGS = ("__lt__", "__le__", "__gt__", "__ge__")
 SOLUTION = "solution"
 TESTS = "tests"
 
@@ -327,7 +329,10 @@ def exception(name: str, message: str) -> Exception:
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
-            return kind(message)
+            error = kind(message)
+            if isinstance(error, IndexError):
+                error.from_program = True  # pyright: ignore[reportAttributeAccessIssue]
+            return error
         except TypeError:
             pass  # one that needs more than a message
     return RemoteError(f"{name}: {message}")
@@ -374,6 +379,55 @@ def in_order(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda left, right: function(ordered(left), ordered(right))
 
 
+def comparing(thing: Any, name: str) -> Any:
+    """The attribute of a thing; if it compares by order, it refuses NaN."""
+    if name == "sort" and isinstance(thing, list):
+        return by_order(thing.sort)
+    function = getattr(thing, name)
+    if name not in ORDERINGS:
+        return function
+    ordered(thing)
+    return lambda *others: function(*map(ordered, others))
+
+
+def attribute(thing: Any, name: str, *default: Any) -> Any:
+    """`getattr`, but refusing NaN in what compares by order."""
+    if name in ORDERINGS and hasattr(thing, name):
+        return comparing(thing, name)
+    return getattr(thing, name, *default)
+
+
+def method_caller(name: str, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+    """`operator.methodcaller`, but refusing NaN in what compares by order."""
+    return lambda thing: comparing(thing, name)(*args, **kwargs)
+
+
+def looped(kind: type) -> type:
+    """A class of the tests; the program's IndexError does not end a loop over its objects.
+
+    Python loops over a class that has only `__getitem__`, and over a `Sequence`, until IndexError.
+    """
+    if "__getitem__" in vars(kind):
+        if getattr(kind, "__iter__", None) in (None, Sequence.__iter__):
+            setattr(kind, "__iter__", lambda self: steps(self, itertools.count()))  # noqa: B010
+        if hasattr(kind, "__len__") and not hasattr(kind, "__reversed__"):
+            backwards = lambda self: steps(self, reversed(range(len(self))))  # noqa: E731
+            setattr(kind, "__reversed__", backwards)  # noqa: B010
+    return kind
+
+
+def steps(sequence: Any, places: Iterable[int]) -> Iterator[Any]:
+    """The items at some places, up to an IndexError; it is an error if the program raised it."""
+    for place in places:
+        try:
+            item = sequence[place]
+        except IndexError as error:
+            if getattr(error, "from_program", False):
+                raise RuntimeError("the program raised IndexError") from error
+            return
+        yield item
+
+
 def for_effect(function: Any) -> Any:
     """The function, for a call whose result is not used: it may change its first argument."""
     if not isinstance(function, Remote):
@@ -385,7 +439,10 @@ def for_effect(function: Any) -> Any:
 
 GUARDS = {
     "__ordered__": ordered,
+    "__comparing__": comparing,
     "__for_effect__": for_effect,
+    "__looped__": looped,
+    "getattr": attribute,
     **{function.__name__: by_order(function) for function in (max, min, sorted)},
 }
 """Names that the tests are given, see `code_tests`."""
@@ -402,7 +459,9 @@ def run_tests(asked: dict[str, Any]) -> None:
     sys.modules[TESTS] = module
     module.__dict__.update(GUARDS)
     for compare in (operator.lt, operator.le, operator.gt, operator.ge):
-        setattr(operator, compare.__name__, in_order(compare))
+        for name in (compare.__name__, f"__{compare.__name__}__"):
+            setattr(operator, name, in_order(compare))
+    operator.methodcaller = method_caller  # pyright: ignore[reportAttributeAccessIssue]
     take_names(peer.receive(), peer, module, attributes_used(asked["tests"]))
     for source, counted in asked["tests"]:
         passed = run_test(source, module)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from localrl.rewards.context import denied_around, taken_back
 from localrl.rewards.notation import MAX_ANSWER
 
-BOX = "\\boxed"
+BOXES = ("\\boxed", "\\fbox")
 BOXES_TRIED = 4
 THOUGHT_END = "</think>"
 GSM8K = "####"
@@ -20,22 +21,40 @@ _ANSWER_IS = re.compile(
 _DECORATION = re.compile(r"(?:[\s:*_`]|\$\$?(?=\s)|\\[\[(])*")
 _HEADING = re.compile(r"[\s*_]*(?:(?:the )?final )?answer[\s*_:]*\n", re.IGNORECASE)
 
-_TAKEN_BACK = re.compile(r"\W*(?:no[,.:]|(?:wait|actually|sorry|oops|correction)\b)", re.IGNORECASE)
-
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last closed \\boxed{...}, with balanced braces; None without one.
+    """The content of the last closed \\boxed{...} or \\fbox{...}; None without one.
 
-    Only the last `BOXES_TRIED` boxes are checked, and `MAX_ANSWER` characters of each.
+    Braces in it are balanced. Only the last `BOXES_TRIED` boxes are checked, and `MAX_ANSWER`
+    characters of each.
     """
+    found = _last_box(text)
+    return None if found is None else text[found[1] : found[2]]
+
+
+def boxed_answer(text: str) -> str | None:
+    """The content of the last box, as `last_boxed` finds it; empty if the text denies it.
+
+    It does in "not \\boxed{5}", "\\boxed{5} is wrong" and the like.
+    """
+    found = _last_box(text)
+    if found is None:
+        return None
+    box, start, end = found
+    return "" if denied_around(text[:box], text[end + 1 :]) else text[start:end]
+
+
+def _last_box(text: str) -> tuple[int, int, int] | None:
+    """Where the last closed box begins, and its content begins and ends."""
     place = len(text)
     for _ in range(BOXES_TRIED):
-        place = text.rfind(BOX, 0, place)
+        place, box = max((text.rfind(box, 0, place), box) for box in BOXES)
         if place < 0:
             return None
-        content = _braced(text[place + len(BOX) :][:MAX_ANSWER])
+        start = place + len(box)
+        content = _braced(text[start:][:MAX_ANSWER])
         if content is not None:
-            return content
+            return place, text.index("{", start) + 1, text.index("{", start) + 1 + len(content)
     return None
 
 
@@ -69,10 +88,10 @@ def without_thought(text: str) -> str:
 
 def _first_line(text: str) -> str:
     line, _, rest = _undecorated(text).partition("\n")
-    if _TAKEN_BACK.match(rest):
-        return ""
     if line.rstrip(" *_").endswith(":"):
-        line = _undecorated(rest).partition("\n")[0]
+        line, _, rest = _undecorated(rest).partition("\n")
+    if rest.strip() and taken_back(rest):
+        return ""
     return line.strip()
 
 

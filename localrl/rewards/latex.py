@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from localrl.rewards.answers import Completion, text_of
-from localrl.rewards.extract import last_boxed, without_thought
+from localrl.rewards.extract import boxed_answer, without_thought
 from localrl.rewards.golds import accepted
 
 
@@ -30,7 +30,7 @@ def math_verify_reward(
     rewards: list[float | None] = []
     for completion, wanted in zip(completions, golds, strict=True):
         text = without_thought(text_of(completion))
-        boxed = last_boxed(text)
+        boxed = boxed_answer(text)
         found = parse(text if boxed is None else f"\\boxed{{{boxed}}}") if wanted else []
         right = any(verify(one, found) for one in wanted)
         rewards.append(float(right) if wanted else None)

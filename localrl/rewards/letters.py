@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from localrl.rewards.extract import GSM8K, last_boxed, last_line, stated, without_thought
+from localrl.rewards.context import taken_back
+from localrl.rewards.extract import GSM8K, boxed_answer, last_line, stated, without_thought
 from localrl.rewards.notation import MAX_ANSWER, simplify
 
 _ALONE = re.compile(r"[\s(\[*_`]*([A-Za-z])[\s)\]*_`.:,]*")
@@ -12,31 +13,49 @@ _FIRST = re.compile(r"[\s*_`]*(?:\(([A-Za-z])\)|([A-Z])[).:](?![A-Z]\.))")
 _OPTION = re.compile(r"\s*(?:the )?(?:option|choice) {1,3}\(?([A-Za-z])\b", re.IGNORECASE)
 
 _ANNOUNCED = re.compile(
-    r"\b(?:answer|option|choice|alternative|letter)[\s*_`\"]{0,4}"
+    r"\b(?:answer|option|choice|alternative|letter|statement|one|solution|result)[\s*_`\"]{0,4}"
     r"(?:(?:is|must be|should be|would be)\b|:|=)"
-    r"|\b(?:i|we)(?: would| will|'d|'ll)? (?:choose|chose|pick|picked|select|selected|go with)\b",
+    r"|\b(?:i|we)(?: would| will|'d|'ll)? (?:choose|chose|pick|picked|select|selected|go with)\b"
+    r"|\b(?:believe|think|say|guess|conclude)(?: that)? it(?: is|'s| must be)\b"
+    r"|(?:\u7b54\u6848|\u9009\u9879)\s?(?:\u662f|\u4e3a|[:\uff1a])|\u9009\u62e9?",  # Chinese
     re.IGNORECASE,
 )
+_SHORT = re.compile(
+    r"(?:(?:so|thus|therefore|hence|then)\b,? )?(?:(?:the|my|our|final|correct|best|right) )*"
+    r"(?:ans(?:wer)?|option|choice|solution|result|choose|select|pick|letter)\b"
+    r"(?:[.:]| ?[-\u2013\u2014=](?= ))?(?: the)?(?: (?:option|choice|answer))? ",
+    re.IGNORECASE,
+)
+"""A line that names a choice without a verb: Answer B, Thus, option B."""
 _LEAD = re.compile(
-    r"(?:[\s:*_`\[\"$]|\\(?:boxed|text|textbf|mathrm|mathbf) ?\{|(?:clearly|therefore|thus|simply"
-    r"|obviously|definitely|the|correct|right|best|option|choice|letter|answer|alternative)\b)*",
+    r"(?:[\s:*_`\[\"$\u201c\u2018\uff1a]|\\(?:boxed|text|textbf|mathrm|mathbf) ?\{"
+    r"|(?:clearly|therefore|thus|simply|obviously|definitely|the|correct|right|best|option|choice|letter|answer|alternative)\b)*",
     re.IGNORECASE,
 )
+_LETTER = re.compile(r"[(\[*_\"'$\u201c\u2018]*[A-Z]\b(?!['\u2019])")
 _LEADING = re.compile(
-    r"\(\s?([A-Za-z])\s?\)|'([A-Z])'"
+    r"\(\s?([A-Za-z])\s?\)|['\u2018]([A-Z])['\u2019]"
     r"|([A-Z])(?![\w'\u2019^(]|\s?[-+=<>/*]\s?(?:[0-9+]|\w\b))",
     re.ASCII,
 )
 _ARTICLE = re.compile(
     r" (?!(?:because|since|as|is|was|for|which|with|that|and|but|due|given|so|in|by)\b)[a-z]"
 )
-_SEVERAL = re.compile(
-    r"[)\]*_`\"'} .:]*(?:[,;/&]|\b(?:or|and|nor)\b)[ (*]*"
-    r"(?:(?:or|and|nor|maybe)\b[ (*]*)?[A-Z]\b(?!')"
+_JOINED = (
+    r"(?:or|and|nor|to|through|thru|till|until|plus|minus|with|but|maybe|perhaps|possibly|however"
+    r"|rather|also|even|either|otherwise|else|as well(?: as)?|together|alternatively|both"
+    r"|versus|vs)"
 )
+_SEVERAL = re.compile(
+    rf"[)\]*_`\"'}} .:]*(?:[,;/&+~\u2013\u2014-]|\b{_JOINED}\b)[ (*,]*"
+    rf"(?:{_JOINED}\b[ (*,]*){{0,3}}(?:(?:option|choice) )?[A-Z]\b(?!['\u2019])",
+)
+_CONDITION = re.compile(r"\W*(?:unless|if|except|only if|provided|assuming)\b", re.IGNORECASE)
 _TAKEN_BACK = re.compile(
-    r"\W*(?:(?:no|or|hmm|wait|actually|sorry|oops)\b|not\b(?!\W*(?-i:[A-Z])\b)"
-    r"|(?:is|was)(?: not| wrong| incorrect| false|n't)\b)"
+    r"\W*(?:(?:no|nope|or|h+m+|wait|actually|sorry|oops)\b|not\b(?!\W*(?-i:[A-Z])\b)"
+    r"|but,? (?:no|wait|actually|then|not(?! because)|i|that|this|it)\b"
+    r"|(?:is|was)(?: not| wrong| incorrect| false|n't)\b"
+    r"|(?:cannot|can't|could not|couldn't) be\b)"
     r"|[)\]*_\"' ]*\?"
     r"|(?s:.*)\b(?:wait|actually|sorry|oops|correction)\s?[,.:!]",
     re.IGNORECASE,
@@ -44,6 +63,8 @@ _TAKEN_BACK = re.compile(
 _CONCLUDED = re.compile(
     r".*\b(?:so|thus|therefore|hence)\b([^()]*\(([A-Z])\)[^()]*)", re.IGNORECASE
 )
+_OTHERS = re.compile(r"\W*not (?:(?:option|choice) )?\(?[A-Z]\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?]\s|\n")
 _QUOTED = re.compile(r"(?:\"(.*)\"|'(.*)')\.?", re.DOTALL)
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 _CORRECT = re.compile(
@@ -77,7 +98,7 @@ def chosen(text: str) -> str | None:
     takes it back; else in the last line.
     """
     text = without_thought(text)
-    boxed = last_boxed(text)
+    boxed = boxed_answer(text)
     if boxed is not None:
         return _leading(simplify(boxed))
     statement = _statement(text)
@@ -89,7 +110,11 @@ def _statement(text: str) -> str | None:
     if "<answer>" in text or GSM8K in text:
         return stated(text)
     ends = [match.end() for match in _ANNOUNCED.finditer(text)]
-    return text[ends[-1] :] if ends else None
+    if ends:
+        return text[ends[-1] :]
+    line = last_line(text).lstrip("*_# ")
+    short = _SHORT.match(line)
+    return line[short.end() :] if short and _LETTER.match(line, short.end()) else None
 
 
 def _leading(text: str) -> str | None:
@@ -97,7 +122,7 @@ def _leading(text: str) -> str | None:
     text = text[:MAX_ANSWER]
     lead = _LEAD.match(text)
     text = text[lead.end() :] if lead else text
-    alone = _ALONE.fullmatch(text.rstrip('}$" '))
+    alone = _ALONE.fullmatch(text.rstrip('}$" \u201d\u2019\u3002'))
     if alone:
         return alone[1].upper()
     match = _LEADING.match(text)
@@ -125,7 +150,11 @@ def _of_line(line: str) -> str | None:
 
 def _undecided(rest: str) -> bool:
     """True if the text after a letter names another one, or takes it back."""
-    return bool(_SEVERAL.match(rest) or _TAKEN_BACK.match(rest))
+    if any(pattern.match(rest) for pattern in (_SEVERAL, _CONDITION, _TAKEN_BACK)):
+        return True
+    ends = _SENTENCE_END.search(rest)
+    later = "" if ends is None else rest[ends.end() :]
+    return not _OTHERS.match(later) and taken_back(later)
 
 
 def _denied(line: str) -> bool:

@@ -28,7 +28,9 @@ _NAMES = {
     "g": "gram grams",
     "kg": "kilogram kilograms kilo kilos kgs",
     "tonne": "tonnes",
-    "lb": "lbs pound pounds £",
+    "lb": "lbs",
+    "pound": "pounds",
+    "£": "gbp quid",
     "oz": "ounce ounces",
     "ml": "milliliter milliliters millilitre millilitres",
     "cl": "centiliter centiliters centilitre centilitres",
@@ -53,13 +55,27 @@ _NAMES = {
     "°C": "celsius °c",
     "°F": "fahrenheit °f",
     "rad": "radian radians",
+    "megam": "megameter megameters megametre megametres",
+    "megag": "megagram megagrams",
     "hz": "hertz",
-    "khz": "kilohertz",
-    "kj": "kilojoule kilojoules",
-    "kw": "kilowatt kilowatts",
-    "kwh": "",
     "am": "",
     "pm": "",
+}
+_SCALED = {
+    "w": "watt",
+    "wh": "watthour",
+    "j": "joule",
+    "hz": "hertz",
+    "pa": "pascal",
+    "byte": "byte",
+    "bit": "bit",
+}
+_PREFIXES = {"k": "kilo", "mega": "mega", "m": "milli", "g": "giga", "t": "tera"}
+_NAMES |= {name: f"{name}s" for name in _SCALED.values() if name != "hertz"}
+_NAMES |= {
+    f"{sign}{unit}": f"{prefix}{name} {prefix}{name}s"
+    for unit, name in _SCALED.items()
+    for sign, prefix in _PREFIXES.items()
 }
 _KNOWN = {name: unit for unit, names in _NAMES.items() for name in (unit.lower(), *names.split())}
 """Every name of a unit, and how it is written when compared."""
@@ -70,7 +86,12 @@ _ONE = (
 )
 _PART = re.compile(_ONE)
 _MEASURE = re.compile(rf"(?:{_ONE})?(?: ?(?:/|\bper) ?{_ONE})*")
+_BITS = re.compile(r"\b([kKMGT])([Bb])(?=[/\s.]|$)")
+_MEGA = re.compile(r"\bM(?=(?:W|Wh|J|Hz|Pa|byte|bit|m|g)\b)")
+"""Capitals that tell one unit from another: MW, mW; MB, Mb."""
 _SPELLINGS = (
+    (re.compile(r"\bwatt[ -]hour"), "watthour"),
+    (re.compile(r"\b((?:kilo|mega|giga|milli)watt)[ -]hour"), "\\1hour"),
     (re.compile(r"(?:\u00b0|degrees?) ?([cf])(?:elsius|ahrenheit)?\b"), "\u00b0\\1"),
     (re.compile(r"\bper cent\b"), "percent"),
     (re.compile(r"\bmph\b"), "mi/h"),
@@ -83,7 +104,7 @@ _LARGE = re.compile(r"[MKBTG]\b")
 """Capitals that alone stand for millions and the like."""
 
 _ALTOGETHER = re.compile(
-    r"(?:in total|in all|altogether|total|overall|left|remaining|each|more|short)\b ?"
+    r"(?:in total|in all|altogether|total|overall|left|remaining|more|short)\b ?"
 )
 _WORDS = re.compile(r"[a-z'-]{2,}(?: [a-z'-]+)*")
 _NOUNS = re.compile(r"[a-z](?=[a-z'-]*[aeiouy])[a-z'-]{2,}(?: [a-z][a-z'-]*)*")
@@ -106,6 +127,8 @@ def read_unit(rest: str, currency: str = "") -> str | None:
     if unit in _APART and not (apart and (unit != "in" or not words)):
         return None
     if (words and not (unit or apart)) or NO_NOUNS & {*re.split("[ '-]", words)}:
+        return None
+    if "n't" in words or words.startswith(("each", "apiece")):
         return None
     if words and not (_WORDS if unit else _NOUNS).fullmatch(words):
         return None
@@ -133,6 +156,8 @@ def agree(one: str, other: str) -> bool:
     """
     if not one or not other or one == other:
         return True
+    if "pound" in (one, other) and {one, other} & {"lb", "£"}:
+        return True
     if _measure(_lower(one))[0] or _measure(_lower(other))[0]:
         return False
     words, others = set(one.split()), set(other.split())
@@ -140,10 +165,15 @@ def agree(one: str, other: str) -> bool:
 
 
 def _lower(text: str) -> str:
-    text = text.lower()
+    if not text.islower():
+        text = _MEGA.sub("mega", _BITS.sub(_bits, text)).lower()
     for spelling, unit in _SPELLINGS:
         text = spelling.sub(unit, text)
     return text
+
+
+def _bits(found: re.Match[str]) -> str:
+    return f"{found[1]}{'byte' if found[2] == 'B' else 'bit'}"
 
 
 def _measure(text: str) -> tuple[str, str]:

@@ -12,6 +12,16 @@ MAX_ANSWER = 2000
 """Maximum characters in an answer; a longer text is not one."""
 CURRENCIES = "$€£¥₹"
 
+_GREEK = {
+    **{"alpha": "\u03b1", "beta": "\u03b2", "gamma": "\u03b3", "delta": "\u03b4"},
+    **{"epsilon": "\u03b5", "varepsilon": "\u03b5", "zeta": "\u03b6", "eta": "\u03b7"},
+    **{"theta": "\u03b8", "vartheta": "\u03b8", "iota": "\u03b9", "kappa": "\u03ba"},
+    **{"lambda": "\u03bb", "mu": "\u00b5", "nu": "\u03bd", "xi": "\u03be", "pi": "\u03c0"},
+    **{"rho": "\u03c1", "varrho": "\u03c1", "sigma": "\u03c3", "tau": "\u03c4"},
+    **{"upsilon": "\u03c5", "phi": "\u03c6", "varphi": "\u03c6", "chi": "\u03c7"},
+    **{"psi": "\u03c8", "omega": "\u03c9"},
+}
+_LETTER = "A-Za-z\u00b5\u0391-\u03c9"
 _COMMANDS = {
     **dict.fromkeys(("left", "right", "displaystyle", "therefore", "limits"), ""),
     **dict.fromkeys(("quad", "qquad", "space"), " "),
@@ -29,7 +39,8 @@ _COMMANDS = {
     "rbrace": "\\}",
     "div": "\u00f7",
     "pm": "\u00b1",
-    "pi": "\u03c0",
+    **_GREEK,
+    **dict.fromkeys(("emptyset", "varnothing"), "\u2205"),
     "infty": "\u221e",
     "cup": "\u222a",
     "cap": "\u2229",
@@ -49,7 +60,8 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u200b\u2060\ufeff\u200e\u200f", None),
         **dict.fromkeys("\u2212\u2013\u2010\u2011\ufe63\uff0d", "-"),
         **dict.fromkeys("\u00d7\u00b7\u22c5\u2217", "*"),
-        **dict.fromkeys("\u066b\uff0e", "."),
+        **dict.fromkeys("\u066b\uff0e\u3002\uff61", "."),
+        **{"\u221b": "\u221a[3]", "\u221c": "\u221a[4]"},
         **dict.fromkeys("\u066c\uff0c", ","),
         **dict.fromkeys("\u066a\uff05", "%"),
         **{"\u00bd": " 1/2", "\u00bc": " 1/4", "\u00be": " 3/4", "\u2153": " 1/3"},
@@ -63,13 +75,13 @@ _STYLED = re.compile(
 )
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:align|aligned|equation|gather|gathered)\*?\}")
 _CROSS = re.compile(r"(?<=[0-9]) ?x ?(?=\$?[0-9])")
-_ARGUMENT = r"(?:\{([^{}]*)\}|([0-9A-Za-z\u03c0]))"
+_ARGUMENT = rf"(?:\{{([^{{}}]*)\}}|([0-9{_LETTER}]))"
 _FRACTION = re.compile(rf"\\frac ?{_ARGUMENT} ?{_ARGUMENT}")
 _ROOT = re.compile(rf"\\sqrt ?(?:\[([^\[\]{{}}]{{1,9}})\] ?)?{_ARGUMENT}")
-_PLAIN_ROOT = re.compile(r"\u221a ?([0-9]+(?:\.[0-9]+)?|[A-Za-z\u03c0])")
+_PLAIN_ROOT = re.compile(rf"\u221a(\[[34]\])? ?([0-9]+(?:\.[0-9]+)?|[{_LETTER}])")
 _NAMED_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt ?\(")
-_ATOM = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|[A-Za-z\u03c0]|\u221a\([^()]*\)")
-_FACTOR = re.compile(r" ?(?:[A-Za-z\u03c0](?![A-Za-z])|[0-9(\\\u221a])")
+_ATOM = re.compile(rf"[0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|[{_LETTER}]|\u221a\([^()]*\)")
+_FACTOR = re.compile(rf" ?(?:[{_LETTER}](?![A-Za-z])|[0-9(\\\u221a])")
 _TIMES_POWER = re.compile(r"(?<=[0-9.]) ?\* ?10 ?\^ ?(?:\{([+-]?[0-9]+)\}|([+-]?[0-9]+))")
 _POWER = re.compile(r"(?<![\w.^{])10\^(?:\{([+-]?[0-9]+)\}|([+-]?[0-9]+))")
 
@@ -89,7 +101,7 @@ def plain(text: str) -> str:
     text = _without_dollars(text)
     if not text.isascii():
         text = _DIGIT.sub(_ascii_digit, text.translate(_CHARACTERS))
-        text = _PLAIN_ROOT.sub("\u221a(\\1)", text)
+        text = _PLAIN_ROOT.sub("\u221a\\1(\\2)", text)
     if "\\" in text or "{,}" in text:
         text = _without_latex(text)
     if "sqrt" in text:

@@ -29,7 +29,7 @@ UNSIGNED = (
 _NUMBER = re.compile(
     rf" ?(?P<sign>[+-]?) ?(?P<currency>[{CURRENCIES}]?) ?(?P<minus>-?)(?>{UNSIGNED})"
 )
-_ASSIGNED = re.compile(r"\\?[A-Za-z]\w{0,20} ?= ?")
+_ASSIGNED = re.compile(r"\\?[^\W\d_]\w{0,20} ?= ?")
 
 
 class Number(NamedTuple):
@@ -60,6 +60,10 @@ def parse(text: str) -> Number | None:
     """`read_number` of a text that is simplified already."""
     assigned = _ASSIGNED.match(text)
     text = text[assigned.end() :] if assigned else text
+    if text[:1] == "-" and (inner := _unbracketed(text[1:].lstrip())) is not None:
+        number = parse(inner) if inner[:1].isdigit() else None
+        if number is not None:
+            return number._replace(value=-number.value)
     inner = _unbracketed(text)
     match = _NUMBER.match(text if inner is None else inner)
     if match is None or (match["sign"] and match["minus"]):

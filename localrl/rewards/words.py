@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from localrl.rewards.notation import CURRENCIES, MAX_ANSWER, simplify
 from localrl.rewards.rational import parse
@@ -16,6 +17,10 @@ _FACTOR = re.compile(r"(?<=[0-9)])\*(?=[a-z\u03c0\u221a(])")
 _BETWEEN_DIGITS = re.compile(r"(?<=[0-9]) (?=[0-9])")
 _SINGLE = re.compile(r"([\^_])\{(\w)\}")
 _BRACKETS = re.compile(r"[()\[\]{},]")
+_SIGNS = {"\u2265": ">=", "\u2264": "<=", "\u2260": "!=", "\u2205": "{}", "\u00b5": "\u03bc"}
+_SYMBOL = r"(?:[a-z\u03b1-\u03c9]|\u221a(?:\[\d\])?\([0-9a-z]{1,20}\))"
+_OVER = re.compile(rf"(?P<open>\()?([0-9]{{0,50}})({_SYMBOL})(?(open)\))/([0-9]{{1,50}})")
+_TIMES = re.compile(rf"\(([0-9]{{1,50}})/([0-9]{{1,50}})\)\*?({_SYMBOL})")
 _NUMBER = re.compile(r"[-+]?[0-9./()e+-]+")
 
 
@@ -27,6 +32,7 @@ def as_words(text: str) -> str:
     """
     bare = simplify(text[:MAX_ANSWER].strip(_DECORATION))
     bare = bare.replace("\\{", "{").replace("\\}", "}").casefold()
+    bare = bare.translate(str.maketrans(_SIGNS))
     bare = _PI.sub("\u03c0", bare.translate(dict.fromkeys(map(ord, CURRENCIES))))
     bare = _BETWEEN_DIGITS.sub("_", bare)  # 1 2 is not 12
     bare = _FACTOR.sub("", "".join(bare.split()).strip(".,;\"'*_`"))
@@ -63,4 +69,18 @@ def _split(text: str) -> list[str] | None:
 
 def _value(text: str) -> str:
     number = parse(text) if _NUMBER.fullmatch(text) else None
-    return text if number is None else str(number.value)
+    return _multiple(text) if number is None else str(number.value)
+
+
+def _multiple(text: str) -> str:
+    """A rational multiple of one letter or root in one form: 2π/3 and (2/3)π are (2/3)π."""
+    sign = "-" if text.startswith("-") else ""
+    over = _OVER.fullmatch(text, len(sign))
+    times = _TIMES.fullmatch(text, len(sign))
+    if over:
+        top, symbol, bottom = over[2] or "1", over[3], over[4]
+    elif times:
+        top, bottom, symbol = times.groups()
+    else:
+        return text
+    return text if not int(bottom) else f"{sign}({Fraction(int(top), int(bottom))}){symbol}"

@@ -11,6 +11,8 @@ import numpy as np
 
 from localrl.policy.tokenizer import Tokenizer
 from localrl.records import Example, Group, Leaf, Node, RewardSpec, ScoredGroup
+from localrl.rewards.golds import gold_letter, text_of_gold
+from localrl.tasks.rows import is_empty
 
 CALLS = (1, 4, 15, 60, 120)
 """Numbers of answers scored in each call of the rewards: 200 in all."""
@@ -22,6 +24,12 @@ LEADS = {
     "localrl.rewards.accuracy:reasoning_accuracy_reward": "</think>",
 }
 """Text that a right answer needs before it, by built-in reward."""
+READERS = {
+    "localrl.rewards.accuracy:choice_reward": gold_letter,
+    "localrl.rewards.accuracy:": text_of_gold,
+    "localrl.rewards.latex:": text_of_gold,
+}
+"""Built-in rewards that take `solution` where they cannot read `answer`, and what reads it."""
 TAKES_LISTS = "localrl.rewards.json_answers:"
 """Built-in rewards for which a list is one answer; for others it holds accepted ones."""
 
@@ -31,10 +39,11 @@ def gold_completion(
 ) -> Group:
     """Return a group whose only completion is the gold answer, or empty without one.
 
-    It has no prompt tokens, which rewards do not see. Of a list of accepted answers it is the
-    first; the first of `rewards` may need more words.
+    It has no prompt tokens, which rewards do not see. Of several accepted answers it is the first
+    that the first of `rewards` can read, which may need more words.
     """
-    return completion_of(example, _gold_text(example.answer, rewards[:1]), tokenizer)
+    target = rewards[0].target if rewards else ""
+    return completion_of(example, _gold_text(_chosen(example, target), target), tokenizer)
 
 
 def completion_of(example: Example, text: str, tokenizer: Tokenizer) -> Group:
@@ -45,10 +54,24 @@ def completion_of(example: Example, text: str, tokenizer: Tokenizer) -> Group:
     return Group(example, (), (node,), (Leaf(0, "stop", text),), 1)
 
 
-def _gold_text(gold: Any, rewards: Sequence[RewardSpec]) -> str:
-    target = rewards[0].target if rewards else ""
-    if isinstance(gold, list) and gold and not target.startswith(TAKES_LISTS):
-        gold = gold[0]
+def _chosen(example: Example, target: str) -> Any:
+    """The gold answer that a reward compares with, of the columns it looks at."""
+    if target.startswith(TAKES_LISTS):
+        return example.answer
+    golds = _accepted(example.answer)
+    read = next((READERS[place] for place in READERS if target.startswith(place)), None)
+    if read is not None:
+        golds += _accepted(example.columns.get("solution"))
+        golds = [gold for gold in golds if read(gold) is not None] or golds
+    return golds[0] if golds else None
+
+
+def _accepted(answer: Any) -> list[Any]:
+    values = answer if isinstance(answer, (list, tuple)) else [answer]
+    return [value for value in values if not is_empty(value)]
+
+
+def _gold_text(gold: Any, target: str) -> str:
     if gold is None:
         return ""
     text = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)

@@ -150,7 +150,7 @@ def to_example(place: str, row: Mapping[str, Any], system: str | None) -> Exampl
     """Convert one row to an example. Raises: DataError, see `read_examples`."""
     column, prompt = _prompt(place, row)
     messages = _messages(place, row, column, prompt)
-    own = next((text for text in (row.get("system"), system) if not _is_blank(text)), None)
+    own = next((text for text in (row.get("system"), system) if not is_empty(text)), None)
     if own is not None and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": read_text(place, "system", own)}, *messages)
     answer, tools = _answer(row), _tools(place, row)
@@ -190,7 +190,7 @@ def _check_columns(
 def _prompt(place: str, row: Mapping[str, Any]) -> tuple[str, str | list[Any]]:
     """Return the first prompt of the row that is not empty, after its column."""
     there = [name for name in PROMPTS if name in row]
-    filled = [name for name in there if not _is_blank(row[name])]
+    filled = [name for name in there if not is_empty(row[name])]
     if there and not filled:
         raise DataError(f"{place}: {there[0]} is empty. Fill it in, or remove the row.")
     if not filled:
@@ -262,17 +262,16 @@ def _check_unicode(place: str, *parts: Any) -> None:
         ) from None
 
 
-def _is_blank(value: Any) -> bool:
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list)) and not value)
+def is_empty(value: Any) -> bool:
+    """True of None, a blank text, and a list of nothing else: another column is read instead."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _answer(row: Mapping[str, Any]) -> Any:
     """The gold answer, None if the row has none; in GSM8K's format the part after `####`."""
-    answer = next((row[name] for name in ANSWERS if not _is_empty(row.get(name))), None)
+    answer = next((row[name] for name in ANSWERS if not is_empty(row.get(name))), None)
     if isinstance(answer, str) and GSM8K in answer:
         return answer.rpartition(GSM8K)[2].strip()
     return answer

@@ -13,8 +13,8 @@ from localrl.rewards.accuracy import accuracy_reward, choice_reward, reasoning_a
 from localrl.rewards.answers import final_answer
 from localrl.rewards.extract import last_boxed
 from localrl.rewards.json_answers import get_json_reward, json_reward
+from localrl.rewards.last_numbers import last_number
 from localrl.rewards.rational import read_number
-from localrl.rewards.statements import last_number
 
 SIZE = 10_000
 

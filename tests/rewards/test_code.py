@@ -266,6 +266,27 @@ CHEATS = {
             "assert not any(abs(a - b) > 1e-6 for a, b in zip(both(2), [1.0, 2.0]))",
             "assert 3 < f(2) < 5 or not 3 < f(2)",
             "import operator\nassert not any(map(operator.gt, map(f, [1, 2]), [1, 4]))",
+            "assert not abs(f(2) - 4).__gt__(1e-6)",
+            "assert not list(filter((1e-6).__lt__, [f(2) - 4]))",
+            "assert not float.__ge__(f(2), 1e-6)",
+            "assert not getattr(f(2), '__gt__')(1e-6)",
+            "import operator\nassert not operator.__gt__(f(2), 4)",
+            "from operator import methodcaller\nassert not methodcaller('__gt__', 4)(f(2))",
+            "xs = [1.0, f(2)]\nxs.sort()\nassert xs[0] == 1.0",
+        ],
+    ),
+    "IndexError": (
+        "def f(*x): raise IndexError\n",
+        [
+            "class Q:\n    def __getitem__(self, i): return f(i)\n"
+            "assert all(v == i for i, v in enumerate(Q()))",
+            "class Q:\n    __getitem__ = lambda self, i: f(i)\nassert list(Q()) == []",
+            "class Q:\n    def __getitem__(self, i): return f(i)\nassert 3 not in Q()",
+            "class Q:\n    def __getitem__(self, i): return f(i)\n    def __len__(self): return 2\n"
+            "assert list(reversed(Q())) == []",
+            "from collections.abc import Sequence\nclass Q(Sequence):\n"
+            "    def __getitem__(self, i): return f(i)\n    def __len__(self): return 2\n"
+            "assert list(Q()) == []",
         ],
     ),
     "StopIteration": (
@@ -346,7 +367,8 @@ def test_the_same_kinds_of_tests_pass_what_is_right(sandbox: Sandbox) -> None:
         "def keep_even(values):\n"
         "    values[:] = [v for v in values if v % 2 == 0]\n"
         "    return len(values)\n"
-        "def ends(): raise StopIteration('at once')"
+        "def ends(): raise StopIteration('at once')\n"
+        "def first(values): return values[0]"
     )
     tests = [
         "assert not abs(square(2) - 4) > 1e-6 and 3 < square(2) <= 4 < square(3)",
@@ -365,6 +387,16 @@ def test_the_same_kinds_of_tests_pass_what_is_right(sandbox: Sandbox) -> None:
         "names = Names()\nnames.add(square(2))\nassert names == [4]",
         "exec('y = 4')\nassert square(2) == y",
         "try:\n    ends()\nexcept RuntimeError as error:\n    assert 'StopIteration' in str(error)",
+        "assert (5).__gt__(square(2)) and list(filter((3).__lt__, map(square, [1, 2]))) == [4]",
+        "xs = [square(2), 1]\nxs.sort(reverse=True)\nassert xs == [4, 1]",
+        "class Q:\n    def __getitem__(self, i): return square([1, 2, 3][i])\n"
+        "assert list(Q()) == [1, 4, 9] and Q()[1] == 4",
+        "class Q:\n    def __getitem__(self, i): return first([])\n"
+        "try:\n    Q()[0]\n    assert 0\nexcept IndexError: pass",
+        "assert getattr(square(2), 'real') == 4 and getattr(square(2), 'none', 7) == 7",
+        "class V:\n    def __init__(self, x): self.x = x\n"
+        "    def __lt__(self, other): return self.x < other.x\n"
+        "assert V.__lt__(V(1), V(square(2))) and sorted([V(2), V(1)])[0].x == 1",
         "seen = []\nassert [seen.append(x) for x in map(square, [1, 2])] and seen == [1, 4]",
     ]
     assert score(sandbox, program, tests) == 1.0
