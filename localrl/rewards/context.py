@@ -36,6 +36,7 @@ _TURN = re.compile(
     r"|rather|instead|wrong|incorrect|edit)\b)",
     re.IGNORECASE,
 )
+_MIDWAY = re.compile(rf"[,;:\u2014\u2013(-] ?(?:no |but |or |and )?{_AFRESH}", re.IGNORECASE)
 _LATER = re.compile(rf"\W*(?:(?:no|but|and|oh|ah),? )?{_AFRESH}", re.IGNORECASE)
 _ASIDE = re.compile(r"\b(?:wait|actually|sorry|oops|correction) ?[,.:!]", re.IGNORECASE)
 _WRONG = (
@@ -91,9 +92,15 @@ def taken_back(rest: str) -> bool:
     answer wrong; a later one only if it begins afresh, as in "Wait, it is 6".
     """
     first, *others = _SENTENCE_END.split(rest[:READ].lstrip(" \t\r\n.!;)*_$}"))
-    if _TURN.match(first) or _CONDEMNED.search(first) or _ASIDE.search(rest[:READ]):
+    if _TURN.match(first) or _CONDEMNED.search(first) or anew(rest):
         return True
     return any(map(_LATER.match, others))
+
+
+def anew(rest: str) -> bool:
+    """True if the text behind an answer turns in the middle of a sentence: ", scratch that, 6"."""
+    rest = rest[:READ]
+    return _ASIDE.search(rest) is not None or _MIDWAY.search(rest) is not None
 
 
 def denied_around(before: str, after: str) -> bool:

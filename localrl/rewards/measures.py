@@ -88,6 +88,7 @@ _PART = re.compile(_ONE)
 _MEASURE = re.compile(rf"(?:{_ONE})?(?: ?(?:/|\bper) ?{_ONE})*")
 _BITS = re.compile(r"\b([kKMGT])([Bb])(?=[/\s.]|$)")
 _MEGA = re.compile(r"\bM(?=(?:W|Wh|J|Hz|Pa|byte|bit|m|g)\b)")
+_ALONE = re.compile(r"(?<![A-Za-z])[WJ](?![A-Za-z])")
 """Capitals that tell one unit from another: MW, mW; MB, Mb."""
 _SPELLINGS = (
     (re.compile(r"\bwatt[ -]hour"), "watthour"),
@@ -166,7 +167,8 @@ def agree(one: str, other: str) -> bool:
 
 def _lower(text: str) -> str:
     if not text.islower():
-        text = _MEGA.sub("mega", _BITS.sub(_bits, text)).lower()
+        text = _MEGA.sub("mega", _BITS.sub(_bits, text))
+        text = _ALONE.sub(lambda found: _SCALED[found[0].lower()], text).lower()
     for spelling, unit in _SPELLINGS:
         text = spelling.sub(unit, text)
     return text
