@@ -109,6 +109,8 @@ _ALTOGETHER = re.compile(
 )
 _WORDS = re.compile(r"[a-z'-]{2,}(?: [a-z'-]+)*")
 _NOUNS = re.compile(r"[a-z](?=[a-z'-]*[aeiouy])[a-z'-]{2,}(?: [a-z][a-z'-]*)*")
+_SHARED = re.compile(r"(?:each|apiece|for (?:each|every))\b")
+_OF_A_NUMBER = re.compile(r"of (?:[a-z]\b|[0-9])")
 
 _PLURAL = re.compile(r"(?!always|perhaps|across|besides|less|plus)[a-z]{3,}s\b")
 
@@ -129,7 +131,9 @@ def read_unit(rest: str, currency: str = "") -> str | None:
         return None
     if (words and not (unit or apart)) or NO_NOUNS & {*re.split("[ '-]", words)}:
         return None
-    if "n't" in words or words.startswith(("each", "apiece")):
+    if "n't" in words or _SHARED.match(words):
+        return None
+    if unit == "%" and _OF_A_NUMBER.match(words):
         return None
     if words and not (_WORDS if unit else _NOUNS).fullmatch(words):
         return None

@@ -133,7 +133,7 @@ def equals(left: str, *, whole: bool = False) -> bool:
     word = side[-1].lower() if side else ""
     if word in PLACES or word in REFUSED_BEFORE or (word in _DOUBTS and not whole):
         return False
-    if whole and _DOUBTS & {*re.findall(r"[a-z']+", left.lower())}:
+    if whole and (_DOUBTS | {"given", "where"}) & {*re.findall(r"[a-z']+", left.lower())}:
         return False
     return bool(_NAME.fullmatch(term) or _ARITHMETIC.fullmatch(term))
 
