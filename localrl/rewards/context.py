@@ -21,7 +21,9 @@ _CLAUSE_END = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?;\n]+[\s)*_$}]*")
 _WORDS = re.compile(r"[A-Za-z']+")
-_POSSIBLE = re.compile(r"\b(?:could|might|may) (?:also )?(?:be|equal|have been)\b", re.IGNORECASE)
+_POSSIBLE = re.compile(
+    r"\b(?:could|might|may) (?:also )?(?:be|equal|have been)\b|\bgiven that\b", re.IGNORECASE
+)
 
 _AFRESH = (
     r"(?:wait|hold on|sorry|oops|whoops|correction|scratch (?:that|it)|strike (?:that|it)"
@@ -36,6 +38,7 @@ _TURN = re.compile(
     r"|rather|instead|wrong|incorrect|edit)\b)",
     re.IGNORECASE,
 )
+_MIDWAY = re.compile(rf"[,;:\u2014\u2013(-] ?(?:no |but |or |and )?{_AFRESH}", re.IGNORECASE)
 _LATER = re.compile(rf"\W*(?:(?:no|but|and|oh|ah),? )?{_AFRESH}", re.IGNORECASE)
 _ASIDE = re.compile(r"\b(?:wait|actually|sorry|oops|correction) ?[,.:!]", re.IGNORECASE)
 _WRONG = (
@@ -43,7 +46,7 @@ _WRONG = (
     r"|not (?:right|correct|true|valid|possible|it|so|quite|the (?:[a-z]+ )?(?:answer|solution))"
     r"|too (?:small|big|large|high|low|many|few|much|little))\b"
 )
-_IS = r"(?: ?(?:is|was|am|looks|seems|must be)\b|'s) "
+_IS = r"(?: ?(?:is|was|am|would be|looks|seems|must be)\b|'s) "
 _CONDEMNED = re.compile(
     rf"\b(?:that|this|it|which|i|answer|result|value|above){_IS}{_WRONG}"
     r"|\b(?:that|this|it|which|answer|result)(?: (?:is|was))?(?:n't| cannot be| can't be)\b",
@@ -53,13 +56,15 @@ _BEHIND = re.compile(
     rf"[\W_]{{0,9}}(?:{_IS.replace(' ?', '')}{_WRONG}|(?:is|was|does|do|did)(?:n't| not) "
     r"(?:the |a |an |my )?(?:right|correct|answer|solution|true|valid|possible|what|it|so|work|fit"
     r"|hold|final|equal)\b|(?:is|was)(?:n't| not)\W*$|(?:cannot|can't|could not|couldn't) be\b"
-    r"|fails\b)"
+    r"|fails\b|is (?:never|no)\b(?: the| an?)? (?:answer|solution))"
+    rf"|[^\w.]{{0,6}}(?:but |which |and |that |this |it )+(?:is|was) {_WRONG}"
     r"|[^\w,.;:]{0,6}\(?(?:wrong|incorrect|false)\b"
     r"|[^\w.]{0,6}\? *(?:no|nope|not|wrong)\b",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
     r"(?:\b(?:not|never|neither|nor|cannot|without|excluding|except|unlike)|n't"
+    r"|\banything but|\bdoubt (?:that )?it is|\bif (?:it|that|x) (?:is|was|were)"
     r"|\b(?:different|far|apart|aside) from|(?<!none )\bother than"
     r"|\b(?:rather|less|more|greater|larger|smaller|fewer|lower|higher|bigger) than|\binstead of"
     r"|\bwrong(?:ly)? to (?:say|answer|write|claim)|\b(?:could|might|may) be)"
@@ -91,14 +96,20 @@ def taken_back(rest: str) -> bool:
     answer wrong; a later one only if it begins afresh, as in "Wait, it is 6".
     """
     first, *others = _SENTENCE_END.split(rest[:READ].lstrip(" \t\r\n.!;)*_$}"))
-    if _TURN.match(first) or _CONDEMNED.search(first) or _ASIDE.search(rest[:READ]):
+    if _TURN.match(first) or _CONDEMNED.search(first) or anew(rest):
         return True
     return any(map(_LATER.match, others))
 
 
+def anew(rest: str) -> bool:
+    """True if the text behind an answer turns in the middle of a sentence: ", scratch that, 6"."""
+    rest = rest[:READ]
+    return _ASIDE.search(rest) is not None or _MIDWAY.search(rest) is not None
+
+
 def denied_around(before: str, after: str) -> bool:
     """True if an answer, such as a box, is denied directly before it or called wrong behind it."""
-    if _DENIED.search(before[-NEAR:]) or _BEHIND.match(after[:NEAR]):
+    if _DENIED.search(before[-NEAR:]) or _BEHIND.match(after[:NEAR]) or anew(after):
         return True
     ends = _SENTENCE_END.search(after[:READ])
     return ends is not None and taken_back(after[ends.end() :])

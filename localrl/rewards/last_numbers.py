@@ -41,7 +41,9 @@ _IN_TEXT = re.compile(
 )
 _TOUCHING = re.compile(r"[A-Za-zµ]+(?:/[a-z]+)?[²³]?")
 _REFUSED_AFTER = re.compile(
-    r"(?:[a-z]+ )?than\b|at (?:the )?(?:least|most)\b"
+    r"(?:[a-z]+ )?than\b|for (?:each|every)\b|(?:percent |per cent )?of (?:[b-z]\b|[0-9])"
+    r"|from (?:the )?(?:end|start|top|bottom|zero|[b-z])\b|(?:before|after) [b-z]\b"
+    r"|at (?:the )?(?:least|most)\b"
     r"|(?:is|was) (?:[a-z]+ )?(?:not|wrong|incorrect)\b|(?:is|was)n't\b",
     re.IGNORECASE,
 )

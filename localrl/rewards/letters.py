@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
-from localrl.rewards.context import taken_back
+from localrl.rewards.context import anew, taken_back
 from localrl.rewards.extract import GSM8K, boxed_answer, last_line, stated, without_thought
 from localrl.rewards.notation import MAX_ANSWER, simplify
 
@@ -16,20 +17,23 @@ _ANNOUNCED = re.compile(
     r"\b(?:answer|option|choice|alternative|letter|statement|one|solution|result)[\s*_`\"]{0,4}"
     r"(?:(?:is|must be|should be|would be)\b|:|=)"
     r"|\b(?:i|we)(?: would| will|'d|'ll)? (?:choose|chose|pick|picked|select|selected|go with)\b"
-    r"|\b(?:believe|think|say|guess|conclude)(?: that)? it(?: is|'s| must be)\b"
+    r"|\b(?:i|we)(?: would|'d) say\b|\b(?:believe|think|say|guess"
+    r"|conclude)(?: that)? it(?: is|'s| must be)\b"
     r"|(?:\u7b54\u6848|\u9009\u9879)\s?(?:\u662f|\u4e3a|[:\uff1a])|\u9009\u62e9?",  # Chinese
     re.IGNORECASE,
 )
 _SHORT = re.compile(
     r"(?:(?:so|thus|therefore|hence|then)\b,? )?(?:(?:the|my|our|final|correct|best|right) )*"
-    r"(?:ans(?:wer)?|option|choice|solution|result|choose|select|pick|letter)\b"
+    r"(?:ans(?:wer)?|option|choice|solution|result|choose|select|pick|letter|correct"
+    r"|selected|chosen)\b"
     r"(?:[.:]| ?[-\u2013\u2014=](?= ))?(?: the)?(?: (?:option|choice|answer))? ",
     re.IGNORECASE,
 )
 """A line that names a choice without a verb: Answer B, Thus, option B."""
 _LEAD = re.compile(
     r"(?:[\s:*_`\[\"$\u201c\u2018\uff1a]|\\(?:boxed|text|textbf|mathrm|mathbf) ?\{"
-    r"|(?:clearly|therefore|thus|simply|obviously|definitely|the|correct|right|best|option|choice|letter|answer|alternative)\b)*",
+    r"|(?:clearly|therefore|thus|simply|obviously|definitely|the|correct|right|best"
+    r"|option|choice|letter|answer|alternative)\b)*",
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"[(\[*_\"'$\u201c\u2018]*[A-Z]\b(?!['\u2019])")
@@ -47,14 +51,19 @@ _JOINED = (
     r"|versus|vs)"
 )
 _SEVERAL = re.compile(
-    rf"[)\]*_`\"'}} .:]*(?:[,;/&+~\u2013\u2014-]|\b{_JOINED}\b)[ (*,]*"
+    rf"[)\]*_`\"'}} .:]*(?:[,;/&+~*\u00d7\u2013\u2014-]|\b{_JOINED}\b)[ (*,]*"
     rf"(?:{_JOINED}\b[ (*,]*){{0,3}}(?:(?:option|choice) )?[A-Z]\b(?!['\u2019])",
 )
-_CONDITION = re.compile(r"\W*(?:unless|if|except|only if|provided|assuming)\b", re.IGNORECASE)
+_CONDITION = re.compile(
+    r"\W*(?:(?:unless|if|except|only if|provided|assuming)\b"
+    r"|(?:al)?though\b.{0,30}\b(?:could|might|may)\b)",
+    re.IGNORECASE,
+)
+_DOUBTED = re.compile(r"(?:\b(?:not|never|if|unless|cannot)|n't)\b[a-z ]{0,20}$", re.IGNORECASE)
 _TAKEN_BACK = re.compile(
     r"\W*(?:(?:no|nope|or|h+m+|wait|actually|sorry|oops)\b|not\b(?!\W*(?-i:[A-Z])\b)"
     r"|but,? (?:no|wait|actually|then|not(?! because)|i|that|this|it)\b"
-    r"|(?:is|was)(?: not| wrong| incorrect| false|n't)\b"
+    r"|(?:is|was)(?: not| wrong| incorrect| false|n't)\b|fails\b|does(?:n't| not)\b"
     r"|(?:cannot|can't|could not|couldn't) be\b)"
     r"|[)\]*_\"' ]*\?"
     r"|(?s:.*)\b(?:wait|actually|sorry|oops|correction)\s?[,.:!]",
@@ -65,16 +74,18 @@ _CONCLUDED = re.compile(
 )
 _OTHERS = re.compile(r"\W*not (?:(?:option|choice) )?\(?[A-Z]\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?]\s|\n")
-_QUOTED = re.compile(r"(?:\"(.*)\"|'(.*)')\.?", re.DOTALL)
+_QUOTED = re.compile(r"[\"\u201c\u00ab](.*)[\"\u201d\u00bb]\.?|'(.*)'\.?", re.DOTALL)
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 _CORRECT = re.compile(
-    r"(?:(?:so|thus|therefore|hence|then)\b,? )?(?:the )?(?:(?:option|choice|answer|letter) )?"
+    r"(?:(?:so|thus|therefore|hence|then)\b,? )?(?:the )?(?:(?:option|choice|answer"
+    r"|letter|statement) )?"
     r"\(?([A-Z])\)? (?:is|must be) (?:the |therefore |clearly |obviously )*"
     r"(?:correct|right|best|true|answer)\b",
     re.IGNORECASE,
 )
 _THEREFORE = re.compile(
-    r"(?:so|thus|therefore|hence|it is|it's|it must be)\b[,:]? +\(?([A-Z])\)?\W*", re.IGNORECASE
+    r"(?:so|thus|therefore|hence|it is|it's|it (?:must|should) be)\b[,:]? +\(?([A-Z])\)?\W*",
+    re.IGNORECASE,
 )
 
 
@@ -109,9 +120,10 @@ def _statement(text: str) -> str | None:
     """The text after the last words that announce a choice."""
     if "<answer>" in text or GSM8K in text:
         return stated(text)
-    ends = [match.end() for match in _ANNOUNCED.finditer(text)]
-    if ends:
-        return text[ends[-1] :]
+    found = deque(_ANNOUNCED.finditer(text), maxlen=1)
+    if found:
+        start, end = found[0].span()
+        return "" if _DOUBTED.search(text[max(start - 40, 0) : start]) else text[end:]
     line = last_line(text).lstrip("*_# ")
     short = _SHORT.match(line)
     return line[short.end() :] if short and _LETTER.match(line, short.end()) else None
@@ -150,7 +162,7 @@ def _of_line(line: str) -> str | None:
 
 def _undecided(rest: str) -> bool:
     """True if the text after a letter names another one, or takes it back."""
-    if any(pattern.match(rest) for pattern in (_SEVERAL, _CONDITION, _TAKEN_BACK)):
+    if anew(rest) or any(p.match(rest) for p in (_SEVERAL, _CONDITION, _TAKEN_BACK)):
         return True
     ends = _SENTENCE_END.search(rest)
     later = "" if ends is None else rest[ends.end() :]

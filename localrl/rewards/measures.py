@@ -88,6 +88,7 @@ _PART = re.compile(_ONE)
 _MEASURE = re.compile(rf"(?:{_ONE})?(?: ?(?:/|\bper) ?{_ONE})*")
 _BITS = re.compile(r"\b([kKMGT])([Bb])(?=[/\s.]|$)")
 _MEGA = re.compile(r"\bM(?=(?:W|Wh|J|Hz|Pa|byte|bit|m|g)\b)")
+_ALONE = re.compile(r"(?<![A-Za-z])[WJ](?![A-Za-z])")
 """Capitals that tell one unit from another: MW, mW; MB, Mb."""
 _SPELLINGS = (
     (re.compile(r"\bwatt[ -]hour"), "watthour"),
@@ -108,6 +109,8 @@ _ALTOGETHER = re.compile(
 )
 _WORDS = re.compile(r"[a-z'-]{2,}(?: [a-z'-]+)*")
 _NOUNS = re.compile(r"[a-z](?=[a-z'-]*[aeiouy])[a-z'-]{2,}(?: [a-z][a-z'-]*)*")
+_SHARED = re.compile(r"(?:each|apiece|for (?:each|every))\b")
+_OF_A_NUMBER = re.compile(r"of (?:[a-z]\b|[0-9])")
 
 _PLURAL = re.compile(r"(?!always|perhaps|across|besides|less|plus)[a-z]{3,}s\b")
 
@@ -128,7 +131,9 @@ def read_unit(rest: str, currency: str = "") -> str | None:
         return None
     if (words and not (unit or apart)) or NO_NOUNS & {*re.split("[ '-]", words)}:
         return None
-    if "n't" in words or words.startswith(("each", "apiece")):
+    if "n't" in words or _SHARED.match(words):
+        return None
+    if unit == "%" and _OF_A_NUMBER.match(words):
         return None
     if words and not (_WORDS if unit else _NOUNS).fullmatch(words):
         return None
@@ -166,7 +171,8 @@ def agree(one: str, other: str) -> bool:
 
 def _lower(text: str) -> str:
     if not text.islower():
-        text = _MEGA.sub("mega", _BITS.sub(_bits, text)).lower()
+        text = _MEGA.sub("mega", _BITS.sub(_bits, text))
+        text = _ALONE.sub(lambda found: _SCALED[found[0].lower()], text).lower()
     for spelling, unit in _SPELLINGS:
         text = spelling.sub(unit, text)
     return text

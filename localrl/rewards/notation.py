@@ -19,7 +19,9 @@ _GREEK = {
     **{"lambda": "\u03bb", "mu": "\u00b5", "nu": "\u03bd", "xi": "\u03be", "pi": "\u03c0"},
     **{"rho": "\u03c1", "varrho": "\u03c1", "sigma": "\u03c3", "tau": "\u03c4"},
     **{"upsilon": "\u03c5", "phi": "\u03c6", "varphi": "\u03c6", "chi": "\u03c7"},
-    **{"psi": "\u03c8", "omega": "\u03c9"},
+    **{"psi": "\u03c8", "omega": "\u03c9", "Gamma": "\u0393", "Delta": "\u0394"},
+    **{"Theta": "\u0398", "Lambda": "\u039b", "Xi": "\u039e", "Pi": "\u03a0", "Sigma": "\u03a3"},
+    **{"Phi": "\u03a6", "Psi": "\u03a8", "Omega": "\u03a9"},
 }
 _LETTER = "A-Za-z\u00b5\u0391-\u03c9"
 _COMMANDS = {

@@ -55,6 +55,9 @@ _NAME = re.compile(r"\\?[^\W\d_]\w{0,20}'?(?:_\{?\w{1,9}\}?)?|[A-Za-z]\([^()]{1,
 _ARITHMETIC = re.compile(r"[0-9+\-*/() .,%$€£\u00f7^{}²³!\u221a]*")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]+[,.]?")
 _EQUAL_FACTORIAL = re.compile(r"(?<![\w.])([0-9]{1,2})!=([0-9]{1,99})(?![\w.]\w)")
+_NEGATED = re.compile(
+    r"(?<![\w)\]}])(?<![0-9)\]}] )(?<!\b[A-Za-z] )- ?\(([0-9.]+ ?/ ?[0-9.]+)\)(?! ?[\w(^/*])"
+)
 _WORD_AND_NUMBER = re.compile(r"\b([A-Za-z]{3,9}) \(([0-9]{1,3})\)")
 _DOUBTS = DENIALS | SUPPOSITIONS
 
@@ -130,13 +133,14 @@ def equals(left: str, *, whole: bool = False) -> bool:
     word = side[-1].lower() if side else ""
     if word in PLACES or word in REFUSED_BEFORE or (word in _DOUBTS and not whole):
         return False
-    if whole and _DOUBTS & {*re.findall(r"[a-z']+", left.lower())}:
+    if whole and (_DOUBTS | {"given", "where"}) & {*re.findall(r"[a-z']+", left.lower())}:
         return False
     return bool(_NAME.fullmatch(term) or _ARITHMETIC.fullmatch(term))
 
 
 def with_spaces(line: str) -> str:
-    """Write `5!=120` as `5! =120` where that is so, and `five (5)` as `5`."""
+    """Write `5!=120` as `5! =120` where that is so, `five (5)` as `5` and `-(1/2)` as `-1/2`."""
+    line = _NEGATED.sub(r"-\1", line)
     return _as_number(_factorial(line))
 
 

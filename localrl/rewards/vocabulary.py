@@ -21,7 +21,8 @@ CHANGES = _set("""
 """Words after a number that make another one of it, or none."""
 
 NOT_BEHIND = _set("""
-    ago base binary octal hexadecimal hex ternary wrong wrongly incorrect incorrectly false mistaken
+    ago earlier later base binary octal hexadecimal hex ternary wrong wrongly incorrect
+    incorrectly false mistaken
     mistake mistakenly not never cannot impossible unlikely invalid fails fail failed too if unless
     assuming provided suppose excluded rejected doubtful
     doesn't isn't can't don't won't
@@ -36,6 +37,7 @@ NO_NOUNS = (
     might must has have had be been if then else ago base bases binary octal hexadecimal hex
     ternary decimal thou away from with without by before after modulo
     using given st nd rd th less fewer exceeds equals
+    ahead earlier later maybe perhaps possibly ish below above
 """)
 )
 """Words that what is counted does not consist of."""
@@ -43,6 +45,7 @@ NO_NOUNS = (
 NOT_AFTER = CHANGES | _set("""
     ago away as base bases binary octal hexadecimal hex ternary each apiece thou modulo st nd rd th
     too if when while assuming provided less fewer exceeds below above under over
+    ahead maybe perhaps possibly ish without
 """)
 """Words directly after the last number of a text that make another one of it, or none."""
 
