@@ -45,7 +45,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def _last_box(text: str) -> tuple[int, int, int] | None:
-    """Where the last closed box begins, and its content begins and ends."""
+    """Return where the last closed box begins, and where its content begins and ends."""
     place = len(text)
     for _ in range(BOXES_TRIED):
         place, box = max((text.rfind(box, 0, place), box) for box in BOXES)
