@@ -48,6 +48,7 @@ _REFUSED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _MARKS = ',;:.?"\u2014\u201c\u201d\u2026\u2248#)]~'
+_PHRASE = re.compile(r"\b(?:adds? up to|(?:gives?|gave|given|throws?|threw) away)$")
 _NEVER = REFUSED_BEFORE | LABELS
 _OTHER = re.compile(
     r"(?:\b(?:is|are|was|were|has|have|had|gets?|equals?)|=) [$€£]?-?[0-9][^;]{0,200}?"
@@ -133,7 +134,8 @@ def _free_before(before: str, after: str, *, noun: bool) -> bool:
     if last in _MARKS:
         return _free_behind_mark(text, touching=touching)
     if last.isalpha() or (last == "'" and text[-2:-1].isalpha()):
-        return not _RATIO.search(text) and _word_before(text, noun=noun)
+        told = _PHRASE.search(text) is not None
+        return told or (not _RATIO.search(text) and _word_before(text, noun=noun))
     if last == "=":
         return equals(text[:-1])
     if last in "-+":

@@ -105,7 +105,7 @@ TELLS = _set("""
     only just exactly precisely about approximately around roughly simply now still also
     altogether therefore thus so hence then finally overall actually already a an its his her their
     our my your him them us me it you all namely there
-    exist exists existed i've we've it's that's there's he's she's
+    exist exists existed worth i've we've it's that's there's he's she's
 """)
 """Words directly before the last number of a text after which it is what the text says."""
 
@@ -138,7 +138,8 @@ REFUSED_IN_SUBJECT = (
 
 AMOUNTS = _set("""
     total cost price amount number value answer result distance length area volume speed rate age
-    average mean maximum minimum weight height width perimeter profit sum consists
+    average mean maximum minimum weight height width perimeter profit sum consists balance refund
+    discount loss salary income fee bill tax score length size population revenue
 """)
 """Words after which "a ... of 5" is 5, unlike "half of 5"."""
 
