@@ -487,6 +487,7 @@ def synthetic() -> dict[str, dict[str, list[dict]]]:
 
 
 def test_the_page_says_what_the_results_say(tmp_path):
+    pytest.importorskip("matplotlib")
     page = tmp_path / "strategies.md"
     page.write_text(f"# Mine\n\nbefore\n{BEGIN}\nold\n{END}\nafter\n")
     write(synthetic(), tmp_path)
