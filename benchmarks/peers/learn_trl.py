@@ -19,9 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES=""
-)
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 ROWS = 32
 """Prompts generated at once in an evaluation."""
 
@@ -125,6 +123,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
     sys.path.insert(0, job["repository"])
+    os.environ.update({**dict.fromkeys(OFFLINE, "1"), "CUDA_VISIBLE_DEVICES": ""})
     import torch
     from datasets import Dataset
     from peft import LoraConfig

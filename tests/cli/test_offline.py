@@ -65,7 +65,11 @@ def home(tmp_path, tiny_folder) -> Path:
 
 def environment(home: Path, hole: BlackHole) -> dict[str, str]:
     """All that could lead a client out of this machine leads into the hole."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.endswith("_OFFLINE") and not k.startswith("HF_")
+    }
     proxies = ("http_proxy", "https_proxy", "all_proxy")
     clean = {k: v for k, v in clean.items() if k.lower() not in (*proxies, "no_proxy")}
     return {

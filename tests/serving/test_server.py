@@ -161,11 +161,11 @@ def calling():
 def test_tools_are_called_and_their_results_read(calling):
     for _ in range(40):
         choice = chat(calling, "What is 47 times 85?", tools=[TOOL])
-        if choice["finish_reason"] == "tool_calls":
+        if choice["finish_reason"] == "tool_calls" and "47*85" in str(choice["message"]):
             break
     [call] = choice["message"]["tool_calls"]
     assert call["function"]["name"] == "calculate"
-    assert eval(json.loads(call["function"]["arguments"])["expression"]) == 3995
+    assert json.loads(call["function"]["arguments"])["expression"] == "47*85"
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "tool_call_id": call["id"], "content": "3995"}
     messages = [*user("What is 47 times 85?"), said, result]
