@@ -52,7 +52,7 @@ from learning_runs import ROOT, Job, identity, machine, make
 from localrl.runs.logs import JsonLines
 
 SEEDS = (0, 1, 2, 3, 4)
-QUIET_S = {"refuse": 240.0, "mark": 30.0}
+QUIET_S = {"refuse": 240.0, "mark": 5.0}
 """The longest wait for the load to fall, which it does slowly after the run before, by --busy."""
 POLL_S = 5.0
 ROOM_S = 600.0
