@@ -164,10 +164,10 @@ SMOLLM2 = Subject(
         *("flat-8", "flat-8 in small steps", "pairs", "pairs + reuse"),
         *("2-GRPO in small steps", "CPPO in small steps"),
     ),
-    rates=(1.5e-4, 3e-4, 6e-4),
+    rates=(3e-4,),
     tuning_seeds=(100,),
     budget=18_000,
-    every=2_000,
+    every=3_000,
     prompts=64,
     seconds="wall_s",
 )
