@@ -14,7 +14,7 @@ class Arm:
 
     settings: Settings = field(default_factory=dict)
     rival: str | None = None
-    """Name of its stage in rivals.py."""
+    """Name of its stage, see stages.py."""
     paper: str = ""
     """arXiv number of a strategy that is not localrl's own."""
     biased: bool = False
@@ -88,7 +88,18 @@ RIVALS = {
     "CPPO with allocation": Arm(shaped(16, 8, **GRPO), "pruning", CPPO, biased=True),
     "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="GRPO-8"),
 }
-ARMS = OURS | RIVALS
+PAIRS = shaped(8, 2, **TRACKER)
+PREFIXES = "2605.05112"
+STAGED = {
+    "pairs + prefixes": Arm(PAIRS, "prefixes", PREFIXES, biased=True),
+    "pairs + weighted prefixes": Arm(PAIRS, "weighted prefixes"),
+    "pairs + allocation": Arm(PAIRS, "allocation"),
+    "pairs + early end": Arm(PAIRS, "early end"),
+    "pairs + early end + prefixes": Arm(PAIRS, "early end + prefixes", PREFIXES, biased=True),
+    "flat-8 in small steps + early end": Arm(shaped(2, 8), "early end"),
+}
+"""Ideas written as stages."""
+ARMS = OURS | RIVALS | STAGED
 """Names without commas: options separate them so."""
 BASES = ("flat-8", "flat-8 in small steps")
 """What arms are compared with; the second says what is not merely the size of the steps."""

@@ -178,7 +178,8 @@ def make(job: Job, *, python: str | None = None) -> Run:
 
 def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     """Return the evaluations of one run, and why it ended."""
-    from rivals import discarded, with_rival
+    from rivals import discarded
+    from stages import with_stages
 
     from localrl.config import RunConfig
     from localrl.processes.heartbeat import Heartbeat
@@ -192,7 +193,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()
     )
     with opened as session:
-        session = with_rival(session, job.made_by.rival)
+        session = with_stages(session, job.made_by.rival)
 
         def tokens() -> int:
             return session.tokens + discarded(session).tokens

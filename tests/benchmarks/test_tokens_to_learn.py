@@ -108,7 +108,10 @@ def test_arms_differ_and_the_named_ones_exist():
     assert set(same) <= {"flat-8", "TRL"}  # TRL's step has that shape
     assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms} <= set(ARMS)
     assert set(OURS) <= set(EMBEDDED.arms)
-    assert all(arm.biased == name.startswith("CPPO") for name, arm in ARMS.items())
+    biased = {"pruning", "prefixes"}
+    assert all(
+        arm.biased == bool(biased & {*(arm.rival or "").split(" + ")}) for arm in ARMS.values()
+    )
 
 
 def test_results_name_no_folder_of_this_machine():
