@@ -84,9 +84,12 @@ def identity(run: Run) -> str:
 
 
 def with_paths(settings: Settings) -> Settings:
-    """Return the settings with the repository's reward files at their absolute paths."""
-    rewards = settings.get("task.rewards", [])
-    return settings | {"task.rewards": [str(ROOT / each) for each in rewards]}
+    """Return the settings with the repository's data and reward files at their absolute paths."""
+    task, rewards = settings["task.name"], settings.get("task.rewards", [])
+    return settings | {
+        "task.name": str(ROOT / task) if task.startswith("benchmarks/") else task,
+        "task.rewards": [str(ROOT / each) if "/" in each else each for each in rewards],
+    }
 
 
 # Where and when
@@ -157,7 +160,8 @@ def make(job: Job, *, python: str | None = None) -> Run:
 
 def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     """Return the evaluations of one run, and why it ended."""
-    from rivals import discarded, with_rival
+    from rivals import discarded
+    from stages import with_stage
 
     from localrl.config import RunConfig
     from localrl.processes.heartbeat import Heartbeat
@@ -171,7 +175,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()
     )
     with opened as session:
-        session = with_rival(session, job.made_by.rival)
+        session = with_stage(session, job.made_by.rival)
 
         def tokens() -> int:
             return session.tokens + discarded(session).tokens
