@@ -39,7 +39,6 @@ from localrl.records import Batch, Example, Group, ScoredGroup
 from localrl.training.session import Session
 
 HINT = "\n\nThe right answer is: {answer}\nRepeat it in the form that was asked for."
-"""Text after the last message of the user."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ RULES = {
 
 def with_distillation(session: Session, name: str) -> Session:
     """Return the session with the rule of this name."""
-    return replace(instead(Distilling, session), rule=RULES[name])
+    return replace(instead(Distilling, session), rule=RULES[name], hint=HINT)
 
 
 @dataclass(eq=False)
@@ -89,7 +88,8 @@ class Distilling(Session):
     """A session whose tokens get their advantages from the model that knows the answer."""
 
     rule: Rule = Rule()
-    hint: str = HINT
+    hint: str = ""
+    """Text behind the user's last message; `{answer}` stands for the right one."""
 
     def select(
         self, step: int, scored: Sequence[ScoredGroup], credits: Sequence[Credit]
