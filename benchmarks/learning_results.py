@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,12 +129,17 @@ def cost(run: Run, goal: float, axis: str = "tokens") -> Cost:
 # Pairs
 
 
-def timed(run: Run, at_once: int = 1) -> bool:
-    """Return True if the run had the cores it wanted, so that its seconds count."""
+def timed(run: Run, subject: Subject) -> bool:
+    """Return True if the run had the cores it wanted, so that its seconds count.
+
+    A processor's seconds in one thread leave out what it waited for, and always count.
+    """
     where = run["where"]
+    if subject.seconds == "cpu_s":
+        return True
     if where.get("waited") is not None:
         return where["waited"] <= MOST_WAITED
-    return where["load"] <= MOST_LOAD + at_once - 1
+    return where["load"] <= MOST_LOAD + subject.at_once - 1
 
 
 def paired(run: Run, base: Run) -> bool:
@@ -145,20 +150,21 @@ def paired(run: Run, base: Run) -> bool:
 
 
 def pairs_of(
-    arm: dict[int, list[Run]], base: dict[int, list[Run]], seconds: bool, at_once: int = 1
+    arm: dict[int, list[Run]], base: dict[int, list[Run]], counts: Callable[[Run], bool] | None
 ) -> list[tuple[Run, Run]]:
     """Return for each common seed a run of the arm and one of the base.
 
-    seconds: only quiet ones on one machine within an hour.
+    counts: says which runs' seconds count; only those on one machine within an hour are then
+    paired. None: tokens are compared, and any two will do.
     """
     found = []
     for seed in sorted(arm.keys() & base.keys()):
         both = [(mine, other) for mine in arm[seed] for other in base[seed]]
-        if seconds:
+        if counts is not None:
             both = [
                 (mine, other)
                 for mine, other in both
-                if timed(mine, at_once) and timed(other, at_once) and paired(mine, other)
+                if counts(mine) and counts(other) and paired(mine, other)
             ]
         found += both[:1]
     return found
@@ -255,10 +261,8 @@ class Part:
 
     def against(self, arm: str, base: str, axis: str) -> Ratio | None:
         """Return an arm's cost against a base arm's, paired over seeds."""
-        seconds = axis == self.subject.seconds
-        runs = pairs_of(
-            self.arms.get(arm, {}), self.arms.get(base, {}), seconds, self.subject.at_once
-        )
+        counts = self.timed if axis == self.subject.seconds else None
+        runs = pairs_of(self.arms.get(arm, {}), self.arms.get(base, {}), counts)
         both = [(self._cost(mine, axis), self._cost(other, axis)) for mine, other in runs]
         return ratio(both)
 
@@ -283,7 +287,7 @@ class Part:
 
     def timed(self, run: Run) -> bool:
         """Return True if the seconds of a run count."""
-        return timed(run, self.subject.at_once)
+        return timed(run, self.subject)
 
 
 def collect(subject: Subject, known: Known) -> Iterator[Part]:

@@ -102,11 +102,10 @@ def planned(jobs: Sequence[Job], known: Callable[[], Known], base: str = "") -> 
 
 def _fresh(job: Job, known: Known) -> bool:
     """Return True if a quiet run of this job on this machine can still be paired with one now."""
-    at_once = SUBJECTS[job.subject].at_once
     return any(
         time.time() - run["where"]["started"] < HOUR_S - ROOM_S
         and run["where"]["machine"] == machine()
-        and timed(run, at_once)
+        and timed(run, SUBJECTS[job.subject])
         for run in known.get(identity(job.record), ())
     )
 

@@ -27,6 +27,8 @@ from learning_runs import COSTS, Job, identity
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+COMPARED = (*BASES, "pairs")
+"""Arms that the tables compare with: the bases, and the default."""
 ORDER = ("smollm2", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
@@ -79,9 +81,9 @@ def intro(parts: Mapping[str, Sequence[Part]]) -> str:
         f"compared between runs on one machine that began within {HOUR_S / 60:.0f} minutes and\n"
         f"had its cores: their threads waited for one at most {MOST_WAITED:.0%} of the time, or,\n"
         f"where that is not known, they began at a load of at most {MOST_LOAD:g} ({loud} of\n"
-        f"{len(runs)} runs did not). ≥ marks a lower bound: a run that never gets there counts as\n"
-        "all it spent. *Slanted* arms are biased: their expected gradient is not that of the\n"
-        "sampled groups."
+        f"{len(runs)} runs did not); a processor's seconds in one thread always count. ≥ marks\n"
+        "a lower bound: a run that never gets there counts as all it spent. *Slanted* arms are\n"
+        "biased: their expected gradient is not that of the sampled groups."
     )
     return f"{how}\n\n{verdict([part for some in parts.values() for part in some])}"
 
@@ -138,12 +140,12 @@ def table_of_costs(part: Part) -> str:
         row = [shown(arm), f"{lr:g}", len(seeds)]
         for axis, scale in zip(axes, (1000, 1), strict=True):
             row += [average(part.costs(arm, axis), scale)]
-            row += [_against(part, arm, base, axis) for base in BASES]
+            row += [_against(part, arm, base, axis) for base in COMPARED]
         rows.append(row)
     words = "seconds" if axes[1] == "wall_s" else "processor seconds"
     heads = ["arm", "lr", "seeds", f"tokens to {part.goal.goal:g}, thousands"]
-    heads += [f"of {base}" for base in BASES]
-    return table([*heads, words, *(f"of {base}" for base in BASES)], rows)
+    heads += [f"of {base}" for base in COMPARED]
+    return table([*heads, words, *(f"of {base}" for base in COMPARED)], rows)
 
 
 def _against(part: Part, arm: str, base: str, axis: str) -> str:

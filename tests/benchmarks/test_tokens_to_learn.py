@@ -188,12 +188,17 @@ def test_seconds_are_paired_within_an_hour_on_one_quiet_machine():
     served["where"]["waited"] = 0.04
     other = near | {"where": near["where"] | {"machine": "another"}}
     assert [paired(run, base) for run in (near, late, other)] == [True, False, False]
-    assert [timed(loud), timed(loud, at_once=2)] == [False, True]
-    assert [timed(waited), timed(served)] == [False, True]
-    assert pairs_of({0: [late, near]}, {0: [base]}, seconds=True) == [(near, base)]
-    assert pairs_of({0: [late]}, {0: [base]}, seconds=True) == []
-    assert pairs_of({0: [loud]}, {0: [base]}, seconds=True) == []
-    assert pairs_of({0: [loud], 1: [near]}, {0: [base]}, seconds=False) == [(loud, base)]
+    two = replace(SMOLLM2, at_once=2)
+    assert [timed(loud, subject) for subject in (SMOLLM2, two, EMBEDDED)] == [False, True, True]
+    assert [timed(run, SMOLLM2) for run in (waited, served)] == [False, True]
+
+    def quiet(run: dict) -> bool:
+        return timed(run, SMOLLM2)
+
+    assert pairs_of({0: [late, near]}, {0: [base]}, quiet) == [(near, base)]
+    assert pairs_of({0: [late]}, {0: [base]}, quiet) == []
+    assert pairs_of({0: [loud]}, {0: [base]}, quiet) == []
+    assert pairs_of({0: [loud], 1: [near]}, {0: [base]}, None) == [(loud, base)]
 
 
 # Rates and resuming
@@ -262,6 +267,7 @@ def test_the_base_runs_again_before_an_arm_that_would_have_no_partner(monkeypatc
     assert list(planned(jobs, lambda: known(old))) == [pairs, single]  # nothing is paired
     new = finished(base, (0, 0.3), started=time.time() - 600)
     assert left(jobs, new) == [pairs, single]
+    monkeypatch.setattr(tokens_to_learn, "timed", lambda run, _: run["where"]["load"] < 1)
     loud = finished(base, (0, 0.3), started=time.time() - 600, load=9.0)
     assert left(jobs, loud) == [base, pairs, single]
     assert left(jobs[:1], old) == []
@@ -511,8 +517,8 @@ def test_the_page_says_what_the_results_say(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["pairs", f"{SMOLLM2.rates[0]:g}", "2", "10"]
     assert cells[4].startswith("0.51 (0.50 to 0.52)")
-    assert cells[6] == "10"
-    assert cells[7] == "0.50, 1 pair"  # the second seed's partner ran over an hour earlier
+    assert cells[7] == "10"
+    assert cells[8] == "0.50, 1 pair"  # the second seed's partner ran over an hour earlier
     assert "| *CPPO* |" in part
     assert "- pairs: tokens on `facts`" in text
     assert "Not better on any task: *CPPO*." in text
