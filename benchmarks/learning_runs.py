@@ -84,10 +84,12 @@ def identity(run: Run) -> str:
 
 
 def with_paths(settings: Settings) -> Settings:
-    """Return the settings with the repository's files at their absolute paths."""
-    rewards, task = settings.get("task.rewards", []), settings["task.name"]
-    found = {"task.rewards": [str(ROOT / each) for each in rewards]}
-    return settings | found | ({"task.name": str(ROOT / task)} if task.endswith(".py") else {})
+    """Return the settings with the repository's data and reward files at their absolute paths."""
+    task, rewards = settings["task.name"], settings.get("task.rewards", [])
+    return settings | {
+        "task.name": str(ROOT / task) if task.startswith("benchmarks/") else task,
+        "task.rewards": [str(ROOT / each) if "/" in each else each for each in rewards],
+    }
 
 
 # Where and when
@@ -179,7 +181,8 @@ def make(job: Job, *, python: str | None = None) -> Run:
 
 def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     """Return the evaluations of one run, and why it ended."""
-    from rivals import discarded, with_rival
+    from rivals import discarded
+    from stages import with_stages
 
     from localrl.config import RunConfig
     from localrl.processes.heartbeat import Heartbeat
@@ -193,7 +196,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()
     )
     with opened as session:
-        session = with_rival(session, job.made_by.rival)
+        session = with_stages(session, job.made_by.rival)
 
         def tokens() -> int:
             return session.tokens + discarded(session).tokens
