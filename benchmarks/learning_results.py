@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from learning_arms import ARMS, BASES, Goal, Subject
+from learning_arms import ARMS, BASES, SUBJECTS, Goal, Subject
 from learning_runs import Job, Run, identity
 
 from localrl.runs.logs import read_jsonl
@@ -24,7 +24,7 @@ HOUR_S = 3600.0
 """Most seconds between the starts of two runs whose seconds are compared."""
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""What was spent, of one kind, and pass@1, at each evaluation."""
+"""What was spent, of one kind, and the goal's measure, at each evaluation."""
 Known = dict[str, list[Run]]
 """The runs there are, by `identity`: the arm that others are paired with may be made again."""
 
@@ -76,7 +76,8 @@ def missing(jobs: Sequence[Job], known: Known) -> list[Job]:
 
 def curve(run: Run, axis: str = "tokens") -> Curve:
     """Return what a run had spent and reached at each evaluation."""
-    points = [(each[axis], each["pass@1"]) for each in run["evaluations"]]
+    measure = SUBJECTS[run["subject"]].tasks[run["task"]].measure
+    points = [(each[axis], each[measure]) for each in run["evaluations"]]
     spent, accuracy = np.array(points, dtype=float).T
     return spent, accuracy
 
@@ -212,7 +213,7 @@ def rate(subject: Subject, arm: str, known: Known) -> float | None:
     """Return the tuned rate with the fewest tokens to the goal; None while a run is missing.
 
     A rate that gets there with every seed goes before one that does not; of rates that never get
-    there, the one with the higher pass@1 at its best is taken.
+    there, the one that was higher at its best is taken.
     """
     if len(subject.rates) == 1:
         return subject.rates[0]
@@ -229,7 +230,7 @@ def rate(subject: Subject, arm: str, known: Known) -> float | None:
 
 
 def badness(runs: Sequence[Run], goal: float) -> tuple[int, float, float]:
-    """Return runs that never got there, tokens to the goal, and how low pass@1 stayed."""
+    """Return runs that never got there, tokens to the goal, and how low it stayed."""
     spent = [cost(run, goal) for run in runs]
     best = sum(float(curve(run)[1].max()) for run in runs)
     return sum(each.bound for each in spent), sum(each.value for each in spent), -best

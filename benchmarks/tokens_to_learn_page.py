@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import numpy as np
-from learning_arms import ARMS, BASES, SUBJECTS, Arm, Settings, Subject
+from learning_arms import ARMS, BASES, SUBJECTS, Arm, Settings, Subject, base_of
 from learning_results import (
     HOUR_S,
     MOST_LOAD,
@@ -29,7 +29,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 COMPARED = (*BASES, "pairs")
 """Arms that the tables compare with: the bases, and the default."""
-ORDER = ("smollm2", "embedded", "choices")
+ORDER = ("smollm2", "smollm2-long", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
     "flat-8": "#666666",
@@ -100,7 +100,8 @@ def verdict(parts: Sequence[Part]) -> str:
 
 def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
     """Return everything about one model."""
-    title = "SmolLM2-135M-Instruct" if subject.name == "smollm2" else "the embedded model"
+    pretrained = subject.name.startswith("smollm2")
+    title = "SmolLM2-135M-Instruct" if pretrained else "the embedded model"
     blocks = []
     for part in parts:
         blocks += [f"### `{part.task}` with {title}", best(part), table_of_costs(part)]
@@ -117,17 +118,20 @@ def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
 
 
 def best(part: Part) -> str:
-    """Return what the arm with the fewest tokens needs of flat-8's tokens and seconds."""
-    found = {arm: part.against(arm, BASES[0], "tokens") for arm in part.arms if arm not in BASES}
+    """Return what the arm with the fewest tokens needs of the base's tokens and seconds."""
+    base = base_of(part.arms)
+    found = {arm: part.against(arm, base, "tokens") for arm in part.arms if arm not in BASES}
     means = {arm: each.mean for arm, each in found.items() if each}
     if not means:
-        return f"No arm can be compared with {BASES[0]} yet."
+        return f"No arm can be compared with {base or BASES[0]} yet."
     arm = min(means, key=lambda name: means[name])
-    seconds = part.against(arm, BASES[0], part.subject.seconds)
-    base = next(iter(part.arms[arm].values()))[0]["evaluations"][0]["pass@1"]
+    seconds = part.against(arm, base, part.subject.seconds)
+    began = next(iter(part.arms[arm].values()))[0]["evaluations"][0][part.goal.measure]
+    kind = " of mean reward" if part.goal.measure == "mean_reward" else ""
     return (
-        f"From {base:.2f} to {part.goal.goal:g}, the fewest tokens are those of {shown(arm)}: "
-        f"{found[arm]} of {BASES[0]}'s, and {seconds or 'an unknown share'} of its seconds."
+        f"From {began:.2f} to {part.goal.goal:g}{kind}, the fewest tokens are those of"
+        f" {shown(arm)}: {found[arm]} of {base}'s, and {seconds or 'an unknown share'} of its"
+        " seconds."
     )
 
 

@@ -28,7 +28,7 @@ import learning_runs
 import outsider
 import tokens_to_learn
 from distillation import RULES
-from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, OURS, SMOLLM2, SUBJECTS
+from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, LONG, OURS, SMOLLM2, SUBJECTS
 from learning_results import (
     Cost,
     bootstrap,
@@ -120,6 +120,29 @@ def test_results_name_no_folder_of_this_machine():
     assert str(learning_runs.ROOT) not in json.dumps(record)
     rewards = with_paths(record["settings"])["task.rewards"]
     assert all(Path(each.partition(".py:")[0] + ".py").exists() for each in rewards)
+
+
+def test_the_long_task_asks_for_eight_facts_and_begins_the_answer():
+    told = described(Job.of(LONG, "eight facts", "pairs", 3e-4, 0))
+    assert [len(told["train"]), len(told["held_out"])] == [64, LONG.prompts]
+    asked, begun = told["train"][0]["prompt"]
+    facts = json.loads(told["train"][0]["answer"])
+    assert len(facts) == 8
+    assert all(f'"{key}"' in asked["content"] for key in facts)
+    assert all(str(value) in asked["content"] for value in facts.values())
+    assert json.dumps(facts, indent=2).startswith(begun["content"])
+
+
+def test_a_task_may_be_judged_by_its_mean_reward():
+    one = Job.of(LONG, "eight facts", "pairs", 3e-4, 0)
+    made = finished(one, (0, 0.0), (10, 0.0), (20, 0.1))
+    for each, reward in zip(made["evaluations"], (0.2, 0.4, 0.6), strict=True):
+        each["mean_reward"] = reward
+    assert cost(made, 0.5) == Cost(pytest.approx(15_000))
+    assert not learning_runs.learned(made["evaluations"], LONG.tasks["eight facts"])
+    for each in made["evaluations"][1:]:
+        each["mean_reward"] = LONG.tasks["eight facts"].stop + 0.01
+    assert learning_runs.learned(made["evaluations"], LONG.tasks["eight facts"])
 
 
 # Costs
@@ -343,7 +366,9 @@ class FakeSession:
         self._accuracies = iter(accuracies)
 
     def evaluate(self, step: int) -> SimpleNamespace:
-        return SimpleNamespace(pass_at_1=next(self._accuracies), mean_completion_tokens=9.0)
+        return SimpleNamespace(
+            pass_at_1=next(self._accuracies), mean_reward=0.5, mean_completion_tokens=9.0
+        )
 
 
 def learned(monkeypatch, accuracies: list[float], error: Exception | None = None):
