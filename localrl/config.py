@@ -54,6 +54,18 @@ ALIASES = {
 KAPPA = 4.0
 """Default of `learning.kappa`; with two siblings, one alone is a poor baseline: see
 docs/strategies.md."""
+REMOVED: Mapping[str, Any] = {
+    "rollout.prompt_order": "shuffled",
+    "rollout.uniform_share": 0.1,
+    "rollout.rounds": 0,
+    "rollout.give_up": 0.9,
+    "rollout.roots": 2,
+    "rollout.replay_groups": 0,
+    "rollout.replay_age": 8,
+    "rollout.replay_drift": 0.02,
+    "learning.keep_completions": 0,
+}
+"""Settings of earlier versions with the values that change nothing, which are accepted."""
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
@@ -204,11 +216,26 @@ def _canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in settings.items():
         key = ALIASES.get(name, name)
+        if key in REMOVED:
+            _check_removed(key, value)
+            continue
         _spec(key)
         if key in result:
             raise ConfigError(f"{key} is set twice, the second time as {name!r}. Keep one of them.")
         result[key] = value
     return result
+
+
+def _check_removed(key: str, value: Any) -> None:
+    """Check that a removed setting has the value without effect.
+
+    Raises: ConfigError if it has not.
+    """
+    if value != REMOVED[key]:
+        raise ConfigError(
+            f"{key} is {value!r}, but this setting was removed: it did not help, see "
+            "docs/strategies.md. Leave it out, or use version 0.1."
+        )
 
 
 def _spec(key: str) -> dataclasses.Field[Any]:
