@@ -21,9 +21,9 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
+from localrl.learning.downsample import max_variance
 
 from localrl.learning.credit import assign_credit
-from localrl.learning.downsample import max_variance
 from localrl.learning.objectives import OBJECTIVES, weigh_prompt
 from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 
