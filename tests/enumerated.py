@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ REWARD = "def reward(completion_ids):\n    return [3 not in ids for ids in compl
 PAIRS = {"rollout.group_size": 2}
 TREE = {"rollout.strategy": "tree", "rollout.group_size": 4, "rollout.fork_gap": 1}
 PERIOD = {"rollout.fork_rule": "periodic"}
-REPLAY = {"rollout.replay_age": 1, "rollout.replay_groups": 10_000}
 FRESH: dict[str, dict[str, Any]] = {
     "flat": {"rollout.group_size": 4},
     "pairs": PAIRS,
@@ -49,16 +47,10 @@ FRESH: dict[str, dict[str, Any]] = {
     "tree by entropy": TREE,
     "tree by period": TREE | PERIOD,
     "adaptive": {"rollout.strategy": "adaptive", "rollout.group_size": 4},
-    "adaptive tree": TREE | PERIOD | {"rollout.strategy": "adaptive-tree", "rollout.roots": 1},
     "early ends": PAIRS | {"rollout.stop_text": "aa"},
     "small advantages": PAIRS | {"learning.min_advantage": 0.5},
-    "down-sampling": {"rollout.group_size": 4, "learning.keep_completions": 2},
 }
 """Strategies for new groups."""
-REPLAYED: dict[str, dict[str, Any]] = {
-    "with the tracker": {"rollout.group_size": 4, "learning.kappa": 20.0} | REPLAY,
-    "leave-one-out": {"rollout.group_size": 4, "learning.kappa": 0.0} | REPLAY,
-}
 REUSE = PAIRS | {"rollout.reuse": 0.5}
 
 
@@ -123,7 +115,7 @@ def learn(session: Session, step: int, scored: Sequence[ScoredGroup]) -> None:
     """Let tracker and sampler learn from groups, as after a step that changed no weight."""
     credits = [session.credit(step, group) for group in scored]
     session.tracker.update(scored, credits)
-    session.sampler.learn(scored, step)
+    session.sampler.learn(scored)
 
 
 @dataclass(frozen=True)
@@ -132,8 +124,6 @@ class Block:
 
     scored: Sequence[ScoredGroup]
     step: int
-    prompts: int
-    """Number of prompts sampled for them."""
     factor: float = 1.0
     """The documented factor on the gradient."""
 
@@ -143,7 +133,7 @@ def fresh(session: Session, blocks: int, prompts: int) -> Iterator[Block]:
     for step in range(1, blocks + 1):
         scored = session.sampler.collect(step, examples(step, prompts), step)
         roots = sum(node.parent < 0 for group in scored for node in group.group.nodes)
-        yield Block(scored, step, prompts, roots / prompts / session.sampler.shape.planned_roots)
+        yield Block(scored, step, roots / prompts / session.sampler.shape.planned_roots)
         learn(session, step, scored)
 
 
@@ -153,22 +143,8 @@ def reused(session: Session, blocks: int, prompts: int) -> Iterator[Block]:
         seen = examples(step, prompts)
         learn(session, step, session.sampler.collect(step, seen, step))
         scored = session.sampler.collect(step + 1, seen, step + 1)
-        yield Block(scored, step + 1, prompts)
+        yield Block(scored, step + 1)
         learn(session, step + 1, scored)
-
-
-def replayed(session: Session, blocks: int, prompts: int, reward: float) -> Iterator[Block]:
-    """Yield all groups that come back a step later; `reward` is the one to expect."""
-    before = session.sampler.collect(1, examples(1, prompts), 1)
-    for step in range(2, blocks + 2):
-        expected = before[0].group.nodes[0].expected_reward
-        assert expected is not None
-        size, kappa = len(before[0].rewards), session.config.tracker_weight
-        learn(session, step - 1, before)
-        new = session.sampler.collect(step, examples(step, prompts), step)
-        back = session.sampler.replay(step, new, step)
-        yield Block(back, step, prompts, mixed_weight(reward, size, kappa, expected))
-        before = new
 
 
 def estimate(session: Session, block: Block) -> np.ndarray:
@@ -176,8 +152,7 @@ def estimate(session: Session, block: Block) -> np.ndarray:
     credits = [session.credit(block.step, group) for group in block.scored]
     batch = session.select(block.step, block.scored, credits).batch
     found = flattened(session.updater.gradient(batch, session.plan)[0])
-    # Divided by all prompts, also by those of which nothing came back.
-    return -LONGEST * len(block.scored) / block.prompts * found
+    return -LONGEST * found
 
 
 def cut_anywhere(
@@ -199,22 +174,6 @@ def with_learned(session: Session, block: Block) -> Block:
     return replace(block, scored=scored)
 
 
-def mixed_weight(p: float, size: int, kappa: float, expected: float) -> float:
-    """Compute w(p) of keeping only the flat groups whose rewards, 0 or 1, are unequal.
-
-        w(p) = sum_{k=1}^{G-1} P(k) / G * (k A_1(k) / p - (G - k) A_0(k) / (1 - p))
-
-    P(k) is the chance of k ones, A_1 and A_0 are the advantages of a 1 and a 0 among them.
-    """
-    total = 0.0
-    for ones in range(1, size):
-        chance = comb(size, ones) * p**ones * (1 - p) ** (size - ones)
-        right = 1 - (ones - 1 + kappa * expected) / (size - 1 + kappa)
-        wrong = 0 - (ones + kappa * expected) / (size - 1 + kappa)
-        total += chance / size * (ones * right / p - (size - ones) * wrong / (1 - p))
-    return total
-
-
 def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     """List all completions; `stop` is a run of tokens that ends one."""
     found: list[tuple[int, ...]] = []
@@ -229,8 +188,8 @@ def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     return found
 
 
-def exact_gradient(model: Any, stop: Sequence[int] = ()) -> tuple[np.ndarray, float]:
-    """Compute the gradient (P,) of the expected reward by the adapters, and that reward."""
+def exact_gradient(model: Any, stop: Sequence[int] = ()) -> np.ndarray:
+    """Compute the gradient (P,) of the expected reward by the adapters."""
     listed = completions(stop)
     ids = np.array([[A, *one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
     lengths = np.array([[len(one)] for one in listed])
@@ -244,8 +203,7 @@ def exact_gradient(model: Any, stop: Sequence[int] = ()) -> tuple[np.ndarray, fl
         chosen = mx.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
         return (mx.exp((chosen * mask).sum(axis=-1)) * rewards).sum()
 
-    value, gradient = nn.value_and_grad(model, expected)()
-    return flattened(gradient), value.item()
+    return flattened(nn.value_and_grad(model, expected)()[1])
 
 
 def flattened(gradient: Any) -> np.ndarray:

@@ -42,14 +42,6 @@ def importance(group: Group) -> list[np.ndarray]:
     return weights
 
 
-def with_old_logprobs(group: Group, logprobs: Sequence[np.ndarray]) -> Group:
-    """Set each node's `old_logprobs` (n,) in a group written by an earlier policy."""
-    nodes = [
-        replace(node, old_logprobs=old) for node, old in zip(group.nodes, logprobs, strict=True)
-    ]
-    return replace(group, nodes=tuple(nodes))
-
-
 def with_scored_logprobs(group: Group, logprobs: Sequence[np.ndarray]) -> Group:
     """Set `scored_logprobs` (n,) of the fresh nodes of a group that was just sampled."""
     nodes = [

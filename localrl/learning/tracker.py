@@ -63,11 +63,6 @@ class Tracker:
         known = self._of(key)
         return known.total / known.count
 
-    def difficulty(self, key: str) -> float | None:
-        """Expected reward scaled to the range of rewards, 0 to 1."""
-        value = self.value(key)
-        return None if value is None else self.place(value)
-
     def expected_tokens(self, key: str) -> float | None:
         """Expected length of a completion; None until one has been seen."""
         known = self._of(key)

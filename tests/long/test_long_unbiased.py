@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from enumerated import (
     FRESH,
-    REPLAYED,
     REUSE,
     Measured,
     cut_anywhere,
@@ -14,7 +13,6 @@ from enumerated import (
     fresh,
     make_files,
     opened,
-    replayed,
     reused,
     stop_of,
 )
@@ -44,18 +42,9 @@ def test_new_groups(name, files, tmp_path, monkeypatch):
     monkeypatch.setattr(forking, "FIRST_TOKENS", 1)
     settings = FRESH[name]
     with opened(files, tmp_path / "run", settings) as session:
-        exact, _ = exact_gradient(session.policy.model, stop_of(settings))
+        exact = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, PROMPTS)]
     check(name, Measured.of(found, exact))
-
-
-@pytest.mark.parametrize("name", REPLAYED)
-def test_replayed_groups(name, files, tmp_path):
-    with opened(files, tmp_path / "run", REPLAYED[name]) as session:
-        exact, reward = exact_gradient(session.policy.model)
-        blocks = replayed(session, BLOCKS, PROMPTS, reward)
-        found = [(estimate(session, block), block.factor) for block in blocks]
-    check(f"replay, {name}", Measured.of(found, exact))
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -63,7 +52,7 @@ def test_reused_completions(cut, files, tmp_path, monkeypatch):
     if cut:
         monkeypatch.setattr(reuse, "accepted", cut_anywhere)
     with opened(files, tmp_path / "run", REUSE) as session:
-        exact, _ = exact_gradient(session.policy.model)
+        exact = exact_gradient(session.policy.model)
         blocks = reused(session, 2 * BLOCKS, PROMPTS)
         found = [(estimate(session, block), block.factor) for block in blocks]
     check("reused prefixes" if cut else "reused completions", Measured.of(found, exact))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 from enumerated import (
     FRESH,
-    REPLAYED,
     REUSE,
     Measured,
     cut_anywhere,
@@ -17,7 +16,6 @@ from enumerated import (
     fresh,
     make_files,
     opened,
-    replayed,
     reused,
     stop_of,
     with_learned,
@@ -32,7 +30,6 @@ PROMPTS = {
     "tree by entropy": 30,
     "tree by period": 24,
     "adaptive": 30,
-    "adaptive tree": 24,
     "early ends": 44,
 }
 """Prompts of a block: enough for three standard errors below a tenth."""
@@ -65,27 +62,16 @@ def check_noticed(measured: Measured) -> None:
 def test_new_groups(name, files, tmp_path):
     settings, prompts = FRESH[name], PROMPTS[name]
     with opened(files, tmp_path / "run", settings) as session:
-        exact, _ = exact_gradient(session.policy.model, stop_of(settings))
+        exact = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, prompts)]
     check(Measured.of(found, exact))
-
-
-def test_replayed_groups(files, tmp_path):
-    kept, learned = [], []
-    with opened(files, tmp_path / "run", REPLAYED["with the tracker"]) as session:
-        exact, reward = exact_gradient(session.policy.model)
-        for block in replayed(session, BLOCKS, 64, reward):
-            kept.append((estimate(session, block), block.factor))
-            learned.append((estimate(session, with_learned(session, block)), block.factor))
-    check(Measured.of(kept, exact))
-    check_noticed(Measured.of(learned, exact))
 
 
 def test_reused_completions(files, tmp_path):
     """An unchanged policy accepts them whole."""
     kept, learned = [], []
     with opened(files, tmp_path / "run", REUSE) as session:
-        exact, _ = exact_gradient(session.policy.model)
+        exact = exact_gradient(session.policy.model)
         for block in reused(session, BLOCKS, 80):
             kept.append((estimate(session, block), block.factor))
             learned.append((estimate(session, with_learned(session, block)), block.factor))
@@ -96,6 +82,6 @@ def test_reused_completions(files, tmp_path):
 def test_reused_prefixes(files, tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "accepted", cut_anywhere)
     with opened(files, tmp_path / "run", REUSE) as session:
-        exact, _ = exact_gradient(session.policy.model)
+        exact = exact_gradient(session.policy.model)
         found = [(estimate(session, b), b.factor) for b in reused(session, BLOCKS, 56)]
     check(Measured.of(found, exact))
