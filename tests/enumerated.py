@@ -124,6 +124,8 @@ class Block:
 
     scored: Sequence[ScoredGroup]
     step: int
+    prompts: int
+    """Number of prompts sampled for them."""
     factor: float = 1.0
     """The documented factor on the gradient."""
 
@@ -133,7 +135,7 @@ def fresh(session: Session, blocks: int, prompts: int) -> Iterator[Block]:
     for step in range(1, blocks + 1):
         scored = session.sampler.collect(step, examples(step, prompts), step)
         roots = sum(node.parent < 0 for group in scored for node in group.group.nodes)
-        yield Block(scored, step, roots / prompts / session.sampler.shape.planned_roots)
+        yield Block(scored, step, prompts, roots / prompts / session.sampler.shape.planned_roots)
         learn(session, step, scored)
 
 
@@ -143,7 +145,7 @@ def reused(session: Session, blocks: int, prompts: int) -> Iterator[Block]:
         seen = examples(step, prompts)
         learn(session, step, session.sampler.collect(step, seen, step))
         scored = session.sampler.collect(step + 1, seen, step + 1)
-        yield Block(scored, step + 1)
+        yield Block(scored, step + 1, prompts)
         learn(session, step + 1, scored)
 
 
@@ -152,7 +154,8 @@ def estimate(session: Session, block: Block) -> np.ndarray:
     credits = [session.credit(block.step, group) for group in block.scored]
     batch = session.select(block.step, block.scored, credits).batch
     found = flattened(session.updater.gradient(batch, session.plan)[0])
-    return -LONGEST * found
+    # Divided by all prompts, also by those of which nothing came back.
+    return -LONGEST * len(block.scored) / block.prompts * found
 
 
 def cut_anywhere(
@@ -188,12 +191,18 @@ def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     return found
 
 
-def exact_gradient(model: Any, stop: Sequence[int] = ()) -> np.ndarray:
-    """Compute the gradient (P,) of the expected reward by the adapters."""
-    listed = completions(stop)
+def exact_gradient(
+    model: Any, stop: Sequence[int] = (), begun: tuple[int, ...] = ()
+) -> tuple[np.ndarray, float]:
+    """Compute the gradient (P,) of the expected reward by the adapters, and that reward.
+
+    begun: tokens that completions begin with, which are given and not drawn.
+    """
+    listed = [one for one in completions(stop) if one[: len(begun)] == begun]
     ids = np.array([[A, *one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
     lengths = np.array([[len(one)] for one in listed])
-    mask = mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
+    places = np.arange(LONGEST)
+    mask = mx.array(((len(begun) <= places) & (places < lengths)).astype(np.float32))
     rewards = mx.array(np.array([S not in one for one in listed], np.float32))
     tokens = mx.array(ids)
 
@@ -203,7 +212,8 @@ def exact_gradient(model: Any, stop: Sequence[int] = ()) -> np.ndarray:
         chosen = mx.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
         return (mx.exp((chosen * mask).sum(axis=-1)) * rewards).sum()
 
-    return flattened(nn.value_and_grad(model, expected)()[1])
+    value, gradient = nn.value_and_grad(model, expected)()
+    return flattened(gradient), value.item()
 
 
 def flattened(gradient: Any) -> np.ndarray:

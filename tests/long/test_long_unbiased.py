@@ -42,7 +42,7 @@ def test_new_groups(name, files, tmp_path, monkeypatch):
     monkeypatch.setattr(forking, "FIRST_TOKENS", 1)
     settings = FRESH[name]
     with opened(files, tmp_path / "run", settings) as session:
-        exact = exact_gradient(session.policy.model, stop_of(settings))
+        exact, _ = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, PROMPTS)]
     check(name, Measured.of(found, exact))
 
@@ -52,7 +52,7 @@ def test_reused_completions(cut, files, tmp_path, monkeypatch):
     if cut:
         monkeypatch.setattr(reuse, "accepted", cut_anywhere)
     with opened(files, tmp_path / "run", REUSE) as session:
-        exact = exact_gradient(session.policy.model)
+        exact, _ = exact_gradient(session.policy.model)
         blocks = reused(session, 2 * BLOCKS, PROMPTS)
         found = [(estimate(session, block), block.factor) for block in blocks]
     check("reused prefixes" if cut else "reused completions", Measured.of(found, exact))

@@ -62,7 +62,7 @@ def check_noticed(measured: Measured) -> None:
 def test_new_groups(name, files, tmp_path):
     settings, prompts = FRESH[name], PROMPTS[name]
     with opened(files, tmp_path / "run", settings) as session:
-        exact = exact_gradient(session.policy.model, stop_of(settings))
+        exact, _ = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, prompts)]
     check(Measured.of(found, exact))
 
@@ -71,7 +71,7 @@ def test_reused_completions(files, tmp_path):
     """An unchanged policy accepts them whole."""
     kept, learned = [], []
     with opened(files, tmp_path / "run", REUSE) as session:
-        exact = exact_gradient(session.policy.model)
+        exact, _ = exact_gradient(session.policy.model)
         for block in reused(session, BLOCKS, 80):
             kept.append((estimate(session, block), block.factor))
             learned.append((estimate(session, with_learned(session, block)), block.factor))
@@ -82,6 +82,6 @@ def test_reused_completions(files, tmp_path):
 def test_reused_prefixes(files, tmp_path, monkeypatch):
     monkeypatch.setattr(reuse, "accepted", cut_anywhere)
     with opened(files, tmp_path / "run", REUSE) as session:
-        exact = exact_gradient(session.policy.model)
+        exact, _ = exact_gradient(session.policy.model)
         found = [(estimate(session, b), b.factor) for b in reused(session, BLOCKS, 56)]
     check(Measured.of(found, exact))
