@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,14 +131,21 @@ BASES = ("flat-8", "flat-8 in small steps")
 """What arms are compared with; the second says what is not merely the size of the steps."""
 
 
+def base_of(arms: Iterable[str]) -> str:
+    """Return the first of `BASES` that is among these arms; empty if none is."""
+    return next((base for base in BASES if base in set(arms)), "")
+
+
 @dataclass(frozen=True)
 class Goal:
-    """A task and the held-out pass@1 to reach on it."""
+    """A task and what to reach on its held-out prompts."""
 
     settings: Settings
     goal: float
     stop: float
     """A run ends when two evaluations in a row are above this."""
+    measure: str = "pass@1"
+    """What is to reach the goal; or mean_reward, where few completions are right as a whole."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,24 @@ SMOLLM2 = Subject(
     prompts=64,
     seconds="wall_s",
 )
+LONG = Subject(
+    name="smollm2-long",
+    settings=SMOLLM2.settings | {"rollout.max_completion_tokens": 112},
+    tasks={
+        "eight facts": Goal(
+            {"task.name": "benchmarks/eight_facts.py", **STRICT}, 0.6, 0.7, "mean_reward"
+        ),
+    },
+    arms=("flat-8 in small steps", "pairs", "tree by entropy", "tree by period"),
+    rates=(3e-4,),
+    tuning_seeds=(),
+    budget=36_000,
+    every=4_500,
+    prompts=64,
+    seconds="wall_s",
+)
+"""Where branching should pay if anywhere: completions of about 70 tokens with partial credit; the
+base model's mean reward is 0.27. The one learning rate is that of examples/smollm2."""
 CHOICES = Subject(
     name="choices",
     settings={"memory.threads": 1, "rollout.max_completion_tokens": 1},
@@ -230,4 +256,4 @@ CHOICES = Subject(
     at_once=2,
 )
 """The embedded model names the first of five letters where it would have guessed."""
-SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2, CHOICES)}
+SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2, LONG, CHOICES)}
