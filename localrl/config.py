@@ -66,6 +66,8 @@ REMOVED: Mapping[str, Any] = {
     "learning.keep_completions": 0,
 }
 """Settings of earlier versions with the values that change nothing, which are accepted."""
+REMOVED_STRATEGIES: Mapping[str, str] = {"adaptive-tree": "tree"}
+"""Earlier values of rollout.strategy, and what stands for them where nothing is trained."""
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
@@ -103,13 +105,22 @@ class RunConfig:
         return config
 
     @classmethod
-    def of_run(cls, file: Path, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    def of_run(
+        cls, file: Path, settings: Mapping[str, Any] | None = None, *, to_train: bool = False
+    ) -> RunConfig:
         """Build a configuration from a run's config.toml, also an older run's, and settings over
         it.
 
+        to_train: removed settings that had an effect are an error; otherwise they do not matter.
+
         Raises: as `create` does.
         """
-        return cls.create({**OLDER_RUNS, **read_toml(file), **_canonical(settings or {})})
+        own = _read(file)
+        if not to_train:
+            own = {key: value for key, value in own.items() if key not in REMOVED}
+            if (strategy := str(own.get("rollout.strategy"))) in REMOVED_STRATEGIES:
+                own["rollout.strategy"] = REMOVED_STRATEGIES[strategy]
+        return cls.create({**OLDER_RUNS, **_canonical(own), **_canonical(settings or {})})
 
     @property
     def eval_temperature(self) -> float:
@@ -176,6 +187,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises: ConfigError if the file is missing, is not TOML, or contains an unknown key.
     """
+    return _canonical(_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a TOML file, with its sections' keys as `section.key`.
+
+    Raises: ConfigError if it is missing or is not TOML.
+    """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -188,7 +207,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             flat.update({f"{name}.{key}": entry for key, entry in value.items()})
         else:
             flat[name] = value
-    return _canonical(flat)
+    return flat
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 import tomllib
+from functools import partial
 
 import pytest
 
-from localrl.config import ALIASES, REMOVED, RunConfig, keys, parse_setting
+from localrl.config import ALIASES, OLDER_RUNS, REMOVED, RunConfig, keys, parse_setting
 from localrl.errors import ConfigError
 
 
@@ -144,6 +145,14 @@ def test_a_run_older_than_a_setting_keeps_what_it_did(tmp_path):
     assert RunConfig.create(file=file).eval_temperature == 0.7
 
 
+def test_a_run_of_a_removed_strategy_can_be_looked_at(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('[rollout]\nstrategy = "adaptive-tree"\n')
+    assert RunConfig.of_run(file).rollout.strategy == "tree"
+    with pytest.raises(ConfigError, match="must be flat, tree or adaptive"):
+        RunConfig.of_run(file, to_train=True)
+
+
 @pytest.mark.parametrize("key", REMOVED)
 def test_a_removed_setting_may_have_no_effect(tmp_path, key):
     """Older runs have all of them in their config.toml."""
@@ -152,6 +161,8 @@ def test_a_removed_setting_may_have_no_effect(tmp_path, key):
     file.write_text(f"[{section}]\n{name} = {json.dumps(REMOVED[key])}\n")
     assert RunConfig.create({key: REMOVED[key]}, file=file) == RunConfig.create()
     file.write_text(f"[{section}]\n{name} = 3\n")
-    for read in (lambda: RunConfig.of_run(file), lambda: RunConfig.create({key: 3})):
+    assert RunConfig.of_run(file) == RunConfig.create(OLDER_RUNS)  # to look at it, or to export it
+    again = partial(RunConfig.of_run, file, to_train=True)
+    for read in (again, lambda: RunConfig.create({key: 3})):
         with pytest.raises(ConfigError, match=f"^{key} is 3, but this setting was removed"):
             read()

@@ -114,7 +114,7 @@ def train(
 
     def resolve() -> RunConfig:
         if resume:
-            return RunConfig.of_run(_stopped_run(config, overwrite, given), given)
+            return RunConfig.of_run(_stopped_run(config, overwrite, given), given, to_train=True)
         return RunConfig.create(given, file=config)
 
     if print_config:
