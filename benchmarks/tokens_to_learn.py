@@ -252,11 +252,13 @@ def one(options: Options, subject: str, task: str, arm: str, lr: float, seed: in
 def _arms(subject: Subject, arms: str, python: str | None) -> list[str]:
     """Return the names of the arms to run.
 
-    Raises: ClickException for an unknown one, or one that lacks its environment.
+    Raises: ClickException for an unknown or removed one, or one that lacks its environment.
     """
     names = [name.strip() for name in arms.split(",")] if arms else list(subject.arms)
     if unknown := [name for name in names if name not in ARMS]:
         raise click.ClickException(f"There is no arm {unknown[0]!r}; there are {', '.join(ARMS)}.")
+    if gone := [name for name in names if ARMS[name].removed]:
+        raise click.ClickException(f"{gone[0]} was removed from localrl: only its results remain.")
     if not python and any(ARMS[name].outside for name in names):
         raise click.ClickException("TRL runs in an environment of its own: add --python.")
     return names

@@ -212,8 +212,9 @@ def _whose(arm: Arm) -> str:
 
 
 def shown(arm: str) -> str:
-    """Return an arm's name, slanted if it is biased."""
-    return f"*{arm}*" if ARMS[arm].biased else arm
+    """Return an arm's name, slanted if it is biased, and that it was removed if it was."""
+    name = f"*{arm}*" if ARMS[arm].biased else arm
+    return f"{name} (removed)" if ARMS[arm].removed else name
 
 
 def words(settings: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from localrl.config import RunConfig
-from localrl.errors import DataError, LocalRLError
+from localrl.errors import ConfigError, DataError, LocalRLError
 from localrl.runs.logs import JsonLines
 from localrl.training import setup
 
@@ -28,7 +28,7 @@ import learning_runs
 import outsider
 import tokens_to_learn
 from distillation import RULES
-from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, LONG, OURS, SMOLLM2, SUBJECTS
+from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, LONG, OURS, REMOVED, SMOLLM2, SUBJECTS
 from learning_results import (
     Cost,
     bootstrap,
@@ -48,7 +48,7 @@ from learning_results import (
 from learning_runs import Job, add_costs, identity, make, with_paths
 from outsider import described
 from tokens_to_learn import Bench, planned, turns
-from tokens_to_learn_page import BEGIN, COLORS, END, average, collect, insert, write
+from tokens_to_learn_page import BEGIN, COLORS, END, average, collect, insert, shown, write
 
 RATE = EMBEDDED.rates[0]
 NOON = 1_800_000_000.0
@@ -93,7 +93,7 @@ def store(path: Path, *runs: dict) -> None:
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [name for name in ARMS if name not in REMOVED])
 def test_the_settings_of_every_arm_exist(subject, arm):
     for task in subject.tasks:
         settings = Job.of(subject, task, arm, 6e-4, 3).settings
@@ -101,6 +101,18 @@ def test_the_settings_of_every_arm_exist(subject, arm):
         assert config.learning.lr == 6e-4
         assert config.run.seed == 3
     assert "," not in arm
+
+
+@pytest.mark.parametrize("arm", REMOVED)
+def test_a_removed_arm_is_refused_and_its_results_are_found(arm):
+    run = Job.of(EMBEDDED, "steps", arm, 1e-3, 0)
+    with pytest.raises(ConfigError, match=r"removed|must be flat"):
+        RunConfig.create(with_paths(run.settings))
+    said = CliRunner().invoke(
+        tokens_to_learn.main, ["run", "--subject", "embedded", "--arms", f"pairs,{arm}"]
+    )
+    assert f"{arm} was removed" in said.output
+    assert shown(arm) == f"{arm} (removed)"
 
 
 def test_arms_differ_and_the_named_ones_exist():
