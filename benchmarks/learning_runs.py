@@ -84,9 +84,12 @@ def identity(run: Run) -> str:
 
 
 def with_paths(settings: Settings) -> Settings:
-    """Return the settings with the repository's reward files at their absolute paths."""
-    rewards = settings.get("task.rewards", [])
-    return settings | {"task.rewards": [str(ROOT / each) for each in rewards]}
+    """Return the settings with the repository's data and reward files at their absolute paths."""
+    task, rewards = settings["task.name"], settings.get("task.rewards", [])
+    return settings | {
+        "task.name": str(ROOT / task) if task.startswith("benchmarks/") else task,
+        "task.rewards": [str(ROOT / each) if "/" in each else each for each in rewards],
+    }
 
 
 # Where and when

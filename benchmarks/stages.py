@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from allocation import Allocation
 from deciding import ending_early
+from distillation import RULES, with_distillation
+from options import OVER, with_options
 from prefixes import STAGES, with_prefixes
 from rivals import instead, with_rival
 
@@ -20,6 +22,10 @@ def with_stages(session: Session, names: str | None) -> Session:
 def _with(session: Session, name: str) -> Session:
     if name in STAGES:
         return with_prefixes(session, STAGES[name])
+    if name in RULES:
+        return with_distillation(session, name)
+    if name in OVER:
+        return with_options(session, name)
     if name == "allocation":
         session.sampler = instead(Allocation, session.sampler)
         return session

@@ -27,7 +27,7 @@ from learning_runs import COSTS, Job, identity
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-ORDER = ("smollm2", "embedded")
+ORDER = ("smollm2", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
     "flat-8": "#666666",
@@ -98,7 +98,7 @@ def verdict(parts: Sequence[Part]) -> str:
 
 def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
     """Return everything about one model."""
-    title = {"smollm2": "SmolLM2-135M-Instruct", "embedded": "the embedded model"}[subject.name]
+    title = "SmolLM2-135M-Instruct" if subject.name == "smollm2" else "the embedded model"
     blocks = []
     for part in parts:
         blocks += [f"### `{part.task}` with {title}", best(part), table_of_costs(part)]

@@ -27,7 +27,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import learning_runs
 import outsider
 import tokens_to_learn
-from learning_arms import ARMS, BASES, EMBEDDED, OURS, SMOLLM2, SUBJECTS
+from distillation import RULES
+from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, OURS, SMOLLM2, SUBJECTS
 from learning_results import (
     Cost,
     bootstrap,
@@ -106,9 +107,9 @@ def test_arms_differ_and_the_named_ones_exist():
     records = [json.dumps({**job(arm).record, "arm": ""}, sort_keys=True) for arm in ARMS]
     same = [arm for arm in ARMS if records.count(records[list(ARMS).index(arm)]) > 1]
     assert set(same) <= {"flat-8", "TRL"}  # TRL's step has that shape
-    assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms} <= set(ARMS)
+    assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms, *CHOICES.arms} <= set(ARMS)
     assert set(OURS) <= set(EMBEDDED.arms)
-    biased = {"pruning", "prefixes"}
+    biased = {"pruning", "prefixes", "options", "options in log text", *RULES}
     assert all(
         arm.biased == bool(biased & {*(arm.rival or "").split(" + ")}) for arm in ARMS.values()
     )
