@@ -34,7 +34,7 @@ FinishReason = Literal["stop", "closed", "decided", "length", "loop", "turns", "
 """Reasons a completion ended: end token, stop text, decided outcome, maximum length, repetition,
 last turn of an environment, failure."""
 
-DropReason = Literal["no reward", "no coefficient", "down-sampled", "truncated"]
+DropReason = Literal["no reward", "no coefficient", "truncated"]
 """Reasons a completion is not trained on."""
 
 
