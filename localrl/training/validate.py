@@ -47,10 +47,20 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
         _check_trees(config, shape)
     _check_weights(config, shape)
     _check_reuse(config, shape)
-    if config.rollout.reuse and (task.environment or config.task.environment or config.task.tools):
+    if task.environment or config.task.environment or config.task.tools:
+        _check_turns(config)
+
+
+def _check_turns(config: RunConfig) -> None:
+    if config.rollout.reuse:
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
             "environment cannot be restarted from its middle. Set it to 0."
+        )
+    if config.task.decided:
+        raise ConfigError(
+            f"task.decided is {config.task.decided}, but what ends a completion that talks to an "
+            "environment is the environment. Leave it out."
         )
 
 
