@@ -44,7 +44,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
     for chart in charts(run):
         yield from curve(chart, max(10, width - LABEL - 32))
     yield f"\nstep {run.step}"
-    for key in KEYS:
+    for key in ("loss", *KEYS) if run.supervised else KEYS:
         if run.steps[-1].get(key) is not None:
             yield _row("  " + key, facts.with_unit(key, run.steps[-1][key]))
 
