@@ -166,8 +166,8 @@ SMOLLM2 = Subject(
     ),
     rates=(1.5e-4, 3e-4, 6e-4),
     tuning_seeds=(100,),
-    budget=24_000,
-    every=1_500,
+    budget=18_000,
+    every=2_000,
     prompts=64,
     seconds="wall_s",
 )

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -101,11 +101,20 @@ class Where:
     """Seconds since 1970."""
     load: float
     """Mean number of processes that wanted a core in the minute before."""
+    waited: float | None = None
+    """Seconds that its threads were ready and had no core, in all, as a share of the run's; None
+    where the system does not say."""
 
     @classmethod
     def now(cls) -> Where:
         """Return the present circumstances."""
         return cls(machine(), time.time(), os.getloadavg()[0])
+
+    def after(self, waited_s: float | None) -> Where:
+        """Return the circumstances of the whole run, whose threads waited for this long."""
+        if waited_s is None:
+            return self
+        return replace(self, waited=round(waited_s / (time.time() - self.started), 4))
 
 
 def machine() -> str:
@@ -116,6 +125,16 @@ def machine() -> str:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model n")]
     name = next(iter(names), platform.processor() or platform.machine())
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def waited_s() -> float | None:
+    """Return the seconds that threads of this process were ready and had no core; None if unknown.
+
+    A load says how many wanted a core before the run. This says whether it got what it wanted,
+    also on a machine where others work at a lower priority.
+    """
+    told = list(Path("/proc/self/task").glob("*/schedstat"))
+    return sum(int(path.read_text().split()[1]) for path in told) / 1e9 if told else None
 
 
 class Clock:
@@ -148,10 +167,12 @@ def make(job: Job, *, python: str | None = None) -> Run:
             raise LocalRLError(f"{job.arm} needs --python, the interpreter of its environment.")
         evaluations, ended = learn_outside(job, python)
     else:
+        before = waited_s()
         with TemporaryDirectory() as place:
             folder = Path(place) / "run"
             evaluations, ended = learn(job, folder)
             add_costs(evaluations, folder)
+        where = where.after(None if before is None else (waited_s() or 0.0) - before)
     return {**job.record, "where": asdict(where), "ended": ended, "evaluations": evaluations}
 
 

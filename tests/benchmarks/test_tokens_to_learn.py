@@ -178,9 +178,14 @@ def test_seconds_are_paired_within_an_hour_on_one_quiet_machine():
     near = finished(job("pairs"), (0, 0.3), (9, 0.9), started=NOON + 3000)
     late = finished(job("pairs"), (0, 0.3), (9, 0.9), started=NOON + 3700)
     loud = finished(job("pairs"), (0, 0.3), (9, 0.9), load=1.6)
+    waited = finished(job("pairs"), (0, 0.3), (9, 0.9))
+    waited["where"]["waited"] = 0.06
+    served = finished(job("pairs"), (0, 0.3), (9, 0.9), load=9.0)
+    served["where"]["waited"] = 0.04
     other = near | {"where": near["where"] | {"machine": "another"}}
     assert [paired(run, base) for run in (near, late, other)] == [True, False, False]
     assert [timed(loud), timed(loud, at_once=2)] == [False, True]
+    assert [timed(waited), timed(served)] == [False, True]
     assert pairs_of({0: [late, near]}, {0: [base]}, seconds=True) == [(near, base)]
     assert pairs_of({0: [late]}, {0: [base]}, seconds=True) == []
     assert pairs_of({0: [loud]}, {0: [base]}, seconds=True) == []
@@ -391,6 +396,8 @@ def test_a_run_of_the_embedded_model_ends_up_in_the_results(tmp_path):
     assert last["rollouts"] >= 32
     assert last["wall_s"] > 0
     assert run["where"]["load"] >= 0
+    if Path("/proc/self/schedstat").exists():
+        assert 0 <= run["where"]["waited"] < 8
     assert run["where"]["machine"]
     assert "discarded" not in last
 
