@@ -132,8 +132,7 @@ def _resolve(given: dict[str, Any], *, data: str | None, run: str | None) -> Run
 
     Raises: ConfigError if it is unclear what to learn from, or a setting would have no effect.
     """
-    from localrl.config import RunConfig
-    from localrl.settings import ALIASES
+    from localrl.config import ALIASES, RunConfig
     from localrl.tasks.loading import NO_TASK
 
     if data and run:

@@ -67,7 +67,7 @@ class Console:
         name = EMBEDDED_MODEL if own else config.model.path
         demonstration = " (embedded, with the demonstration settings)" if own else ""
         self._write(f"model    {name}{demonstration}")
-        self._write(f"task     {session.task.name}: {session.task.description}")
+        self._write(f"task     {_task(session)}")
         self._write(
             f"step     {_of_step(session)}, lr {config.learning.lr:g}, LoRA rank {config.lora.rank}"
         )
@@ -189,6 +189,15 @@ class Console:
             self._line.write(text)
         else:
             click.echo(text, err=True)
+
+
+def _task(session: Session) -> str:
+    """Describe what is learned from, and what is measured."""
+    task, given = session.task, session.demonstrations
+    if given is None:
+        return f"{task.name}: {task.description}"
+    measured = f"; measured on {task.name}" if session.held_out else ""
+    return f"{given.about}{measured}"
 
 
 def _of_step(session: Session) -> str:

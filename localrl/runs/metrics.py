@@ -157,7 +157,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
         "completions/clipped_ratio": float(
             np.mean([completion.finish_reason == "length" for completion in completions])
         ),
-        "entropy": mean_or_none(known[~np.isnan(known)]),
+        "entropy": None if np.isnan(known).any() else float(known.mean()),
         "rollout/groups": len(scored),
         "tree/saved_tokens": int(written.sum()) - sampled,
         "tree/forks_per_path": float(np.mean([f for group in scored for f in _forks(group)])),

@@ -39,13 +39,13 @@ class Demonstrations:
 
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    """Those that only evaluations use."""
+    """Worked examples that only evaluations use."""
     written: Mapping[str, Written]
     """The tokens of each, by id."""
     texts: Mapping[str, tuple[Mapping[str, Any], ...]]
     """The chat messages after the prompt of each, by id."""
     about: str
-    """Where they come from, and how many they are."""
+    """Description: the source, and the number of examples."""
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class SupervisedTask:
 
     @property
     def description(self) -> str:
-        """What is learned from."""
+        """Description of the worked examples."""
         return self.demonstrations.about
 
     @property
