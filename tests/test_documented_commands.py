@@ -160,16 +160,18 @@ def place(command: Command, world: Path, folder: Path) -> None:
             shutil.copytree(found, folder / found.name)
         elif found.name in named:
             (folder / found.name).symlink_to(found)
-    if "--pairs" in words:
-        prefer(folder / words[2] / "rollouts.jsonl")
-    if "--from-rollouts" in words:
-        prefer(folder / words[3] / "rollouts.jsonl")
+    prefer(words, folder)
     if words[1] in ("train", "sft") and "--out" in words and "--resume" not in words:
         shutil.rmtree(folder / words[words.index("--out") + 1], ignore_errors=True)
 
 
-def prefer(rollouts: Path) -> None:
-    """Give the first completion of each group another reward than a random model's others."""
+def prefer(words: tuple[str, ...], folder: Path) -> None:
+    """Let the first completion of each group be right where a command takes a run's rollouts."""
+    place = {"--pairs": 2, "--from-rollouts": 3}
+    named = [words[at] for option, at in place.items() if option in words]
+    if not named:
+        return
+    rollouts = folder / named[0] / "rollouts.jsonl"
     groups = [json.loads(line) for line in rollouts.read_text().splitlines()]
     for group in groups:
         right = {"reward": 1.0, "parts": {"right": 1.0}, "text": "right", "finish_reason": "stop"}

@@ -44,6 +44,8 @@ class _Turn:
 
     before: Messages
     message: Mapping[str, Any]
+    calls: Sequence[ToolCall]
+    """The tool calls of the turn, also if its content shows them."""
 
     @property
     def whole(self) -> Messages:
@@ -70,7 +72,7 @@ def encode_conversations(
 def _encode_batch(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Messages]
 ) -> list[Written | DataError]:
-    turns = [_turns(e.messages, c) for e, c in zip(examples, completions, strict=True)]
+    turns = [_turns(tokenizer, e.messages, c) for e, c in zip(examples, completions, strict=True)]
     prompts = tokenizer.attempt_prompts(examples)
     texts = _render(tokenizer, examples, turns)
     found: list[Written | DataError] = []
@@ -84,10 +86,22 @@ def _encode_batch(
     return found
 
 
-def _turns(prompt: Messages, completion: Messages) -> list[_Turn]:
-    messages = (*prompt, *completion)
-    places = range(len(prompt), len(messages))
-    return [_Turn(messages[:i], messages[i]) for i in places if messages[i]["role"] == "assistant"]
+def _turns(tokenizer: Tokenizer, prompt: Messages, completion: Messages) -> list[_Turn]:
+    shown = (*prompt, *(_once(tokenizer, message) for message in completion))
+    return [
+        _Turn(shown[:i], shown[i], _calls(message))
+        for i, message in enumerate((*prompt, *completion))
+        if i >= len(prompt) and message["role"] == "assistant"
+    ]
+
+
+def _once(tokenizer: Tokenizer, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message without its tool calls if its content has them too, as rollouts store it:
+    a template would write them twice."""
+    start = tokenizer.inner.tool_call_start if tokenizer.inner.has_tool_calling else None
+    if not start or start not in (message.get("content") or ""):
+        return message
+    return {name: value for name, value in message.items() if name != "tool_calls"}
 
 
 def _render(
@@ -126,7 +140,7 @@ def _encode(
                 tokenizer,
                 replies,
                 ended=True,
-                calls=_calls(turn.message),
+                calls=turn.calls,
                 tools=example.tools or None,
             )
         ids += [*said, *between]

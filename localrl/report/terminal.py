@@ -31,6 +31,8 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
     """Yield status, evaluation, warnings, curves and the last step, line by line."""
     yield _row("run", f"{run.path}, {facts.state(run)}")
     yield _row("model", facts.model(run))
+    if run.supervised:
+        yield _row("worked examples", str(run.settings["task.demonstrations"]))
     yield _row("task", str(run.settings.get("task.name", "unknown")))
     for score in facts.first_and_last(run):
         yield _row(facts.moment(score), facts.score_words(score))

@@ -47,7 +47,7 @@ def open_task(
     cannot be used.
     """
     path = Path(config.name).expanduser()
-    if config.columns and not is_data(config.name):
+    if config.columns and not config.demonstrations and not is_data(config.name):
         raise ConfigError(
             f"task.columns names columns of data, but {config.name} is a built-in task. Remove it."
         )

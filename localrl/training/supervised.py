@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from localrl.config import RunConfig
 from localrl.memory.plan import PromptLength
 from localrl.processes.worker import Worker
 from localrl.records import Work
 from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
-from localrl.tasks.loading import NO_TASK, is_data
+from localrl.tasks.loading import NO_TASK
 from localrl.training.demonstrations import SupervisedTask, open_demonstrations
 from localrl.training.given import Given
 from localrl.training.opened_task import OpenedTask, checked_tokenizer, open_and_check
@@ -38,7 +37,7 @@ def open_supervised(
     measured = None
     if config.task.name != NO_TASK:
         measured = open_and_check(
-            replace(resolved, config=_measured(config)),
+            resolved,
             worker,
             warn,
             beat,
@@ -60,8 +59,3 @@ def open_supervised(
         return replace(measured, config=config, task=task, prompts=prompts, demonstrations=found)
     scorer = Scorer((), InProcess(worker, {}), warn, beat=beat, scores=False)
     return OpenedTask(config, task, None, scorer, tokenizer, prompts, (), found)
-
-
-def _measured(config: RunConfig) -> RunConfig:
-    """Return the settings for the task alone: columns are renamed in data, and not in others."""
-    return config if is_data(config.task.name) else config.replace("task.columns", ())

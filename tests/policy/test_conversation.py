@@ -9,12 +9,15 @@ import pytest
 import tiny
 from byte_tokenizers import CHATML, folder_with
 
+from localrl.config import RunConfig
 from localrl.errors import DataError
 from localrl.policy.conversation import Written, encode_conversations
+from localrl.policy.loading import find_model
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.policy.turns import answer_ids
 from localrl.records import Example
-from localrl.settings import ModelConfig
+from localrl.runs.logs import read_jsonl
+from localrl.train import train
 
 ASKS = {"role": "user", "content": "2 + 2?"}
 SAYS = {"role": "assistant", "content": "4, I think"}
@@ -43,9 +46,8 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def opened(base, tmp_path):
-    def open_tokenizer(template: str | None = CHATML, **wish: str) -> Tokenizer:
-        folder = folder_with(base, tmp_path / str(len(list(tmp_path.iterdir()))), template)
-        return load_tokenizer(folder, ModelConfig(**wish))
+    def open_tokenizer(template: str | None = CHATML) -> Tokenizer:
+        return load_tokenizer(folder_with(base, tmp_path / "model", template))
 
     return open_tokenizer
 
@@ -107,6 +109,42 @@ def test_a_turn_is_what_the_template_writes_or_else_the_content(opened, template
     [(own, text)] = parts(tokenizer, encode(tokenizer, said))
     end = "<|im_end|>" if template in (THINKING, BEGUN) else "<|end|>"
     assert (own, text) == (True, expected + end)
+
+
+def test_a_sampled_conversation_with_tools_has_the_tokens_that_were_sampled(tmp_path):
+    settings = {
+        "model.path": "turns-0.1m",
+        "task.name": "calculator:1",
+        "task.eval_prompts": 0,
+        "rollout.prompts_per_step": 2,
+        "rollout.group_size": 4,
+        "rollout.max_turns": 2,
+        "run.steps": 1,
+        "run.out": str(tmp_path / "run"),
+    }
+    train(RunConfig.create(settings), progress=False)
+    tokenizer = load_tokenizer(find_model("turns-0.1m"))
+    called = 0
+    for record in read_jsonl(tmp_path / "run" / "rollouts.jsonl"):
+        for leaf in record["leaves"]:
+            if leaf["finish_reason"] != "stop":
+                continue
+            called += len(leaf["messages"]) > 1
+            nodes = path_to(record["nodes"], leaf["node"])
+            found = encode(tokenizer, *leaf["messages"], prompt=record["messages"])
+            assert isinstance(found, Written)
+            assert found.token_ids.tolist() == [t for node in nodes for t in node["token_ids"]]
+            own = [s for n in nodes for s in n.get("sampled") or [True] * len(n["token_ids"])]
+            assert found.by_model.tolist() == own
+    assert called
+
+
+def path_to(nodes, end: int):
+    found = []
+    while end >= 0:
+        found.append(nodes[end])
+        end = nodes[end]["parent"]
+    return found[::-1]
 
 
 @pytest.mark.parametrize(

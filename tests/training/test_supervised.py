@@ -272,10 +272,10 @@ def test_training_goes_on_from_the_run_itself(whole, tiny_folder, tmp_path):
     }
     train(RunConfig.create(settings), progress=False)
     one, other = (
-        mx.load(str(folder / "adapter" / "adapters.safetensors"))
+        (folder / "adapter" / "adapters.safetensors").read_bytes()
         for folder in (whole[0], tmp_path / "run")
     )
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert one == other
 
 
 SAID = {"role": "assistant", "content": "3"}
