@@ -26,23 +26,24 @@ from localrl.runs.logs import read_jsonl
 from localrl.tasks.builtin import load_task
 from localrl.utils.intervals import wilson
 
-MODEL, TASK = "smollm2-135m", "reversal:2"
-EXAMPLES, HELD_OUT, SEEDS = 200, 96, (0, 1, 2)
+MODEL, TASK = "smollm2-135m", "reversal:1"
+EXAMPLES, HELD_OUT, SEEDS = 200, 64, (0, 1, 2)
 COMMON = {
     "task.eval_prompts": HELD_OUT,
     "rollout.prompts_per_step": 8,
     "rollout.max_completion_tokens": 64,
-    "learning.lr": 3e-4,
 }
-SFT = {"run.steps": 50}
-TRAIN = {"rollout.group_size": 4, "run.steps": 30}
+SFT = {"run.steps": 30, "learning.lr": 1e-3}
+TRAIN = {"rollout.group_size": 4, "run.steps": 16, "learning.lr": 3e-4}
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
 @click.command(help=__doc__)
 @click.option("--machine", required=True, help="What it runs on, in words.")
-def main(machine: str) -> None:
+@click.option("--threads", default=0, help="CPU threads; default: as localrl chooses.")
+def main(machine: str, threads: int) -> None:
     """Measure what is missing, then print the table."""
+    COMMON["memory.threads"] = threads
     known = {row["seed"] for row in results()}
     for seed in SEEDS:
         if seed not in known:
