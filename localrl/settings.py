@@ -104,6 +104,9 @@ class TaskConfig:
     """The task, its rewards and its prompts."""
 
     name: str = setting("steps", "built-in task, or your data: a table, folder or user/name")
+    demonstrations: str | None = setting(
+        None, "worked examples to learn from, for `localrl sft`: a table, or a run's successes"
+    )
     columns: tuple[str, ...] = setting(
         (), "columns of your data under other names, e.g. prompt=question"
     )

@@ -42,6 +42,7 @@ from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
 from localrl.training.calibrate import calibrate_plan
+from localrl.training.demonstrations import Demonstrations, check_room
 from localrl.training.given import NOTHING, Given
 from localrl.training.memory_plan import (
     make_plan,
@@ -53,6 +54,8 @@ from localrl.training.memory_plan import (
 )
 from localrl.training.opened_task import open_and_check
 from localrl.training.sampler import Rescore, Sampler
+from localrl.training.supervised import open_supervised
+from localrl.training.validate import as_supervised
 
 ROUNDING = 0.01
 """Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in
@@ -86,6 +89,8 @@ def resolve(config: RunConfig, *, starts: bool = True) -> ResolvedConfig:
             f"{config.model.dtype}. Set model.dtype to auto, or model.engine to mlx."
         )
     backend.compute_on_cpu(config.model.on_cpu)
+    if config.supervised:
+        config = as_supervised(config)
     rewards = parse_rewards(
         config.task.rewards, config.task.reward_weights or None, config.task.reward_settings
     )
@@ -122,6 +127,17 @@ class Components:
     held_out: list[Example]
     judges: Sequence[str]
     """A line on each model that the rewards ask."""
+
+    @property
+    def demonstrations(self) -> Demonstrations | None:
+        """The completions that a supervised run is given; None if a run samples its own."""
+        return self.sampler.demonstrations
+
+    @property
+    def evaluates(self) -> bool:
+        """True if there is anything to evaluate on: prompts, or worked examples."""
+        given = self.demonstrations
+        return bool(self.held_out or (given is not None and given.held_out))
 
     @property
     def least_rows(self) -> int:
@@ -161,21 +177,26 @@ def open_components(
         time_limit_s=limits.reward_timeout_s,
         memory_limit_bytes=limits.reward_memory_mb * 2**20,
     ) as worker:
-        opened = open_and_check(
-            resolved,
-            worker,
-            warn,
-            beat,
-            given=given,
-            trains=trains,
-            whole=whole,
-            try_rewards=trains and plan is None,
-        )
+        if trains and resolved.config.supervised:
+            opened = open_supervised(resolved, worker, warn, beat, given=given)
+        else:
+            opened = open_and_check(
+                resolved,
+                worker,
+                warn,
+                beat,
+                given=given,
+                trains=trains,
+                whole=whole,
+                try_rewards=trains and plan is None,
+            )
         config, task, environments = opened.config, opened.task, opened.environments
         resolved, tokenizer = replace(resolved, config=config), opened.tokenizer
         turns = environments is not None
         request = local_plan_request(resolved, prompts=opened.prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
+        if opened.demonstrations is not None:
+            check_room(opened.demonstrations, plan)
         beat(Work("loading the model"))
         loaded = load(resolved, tokenizer)
         beat(Work("checking that the model computes rightly"))
@@ -186,7 +207,15 @@ def open_components(
         if environments is not None:
             environments.connect(policy.tokenizer)
         updates = config.run.steps * config.learning.updates_per_step
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat, updates)
+        updater = Updater(
+            policy,
+            config.learning,
+            config.rollout.temperature,
+            warn,
+            beat,
+            updates,
+            supervised=opened.demonstrations is not None,
+        )
         if trains:
             _check_rounding(updater, warn)
         may_checkpoint = trains and _may_recompute(policy, warn)
@@ -220,6 +249,7 @@ def open_components(
                 _rescore(updater),
                 environments,
                 ranks,
+                opened.demonstrations,
             ),
             updater=updater,
             tracker=tracker,

@@ -20,6 +20,7 @@ from localrl.rollouts.decided import Decide
 from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
 from localrl.tasks.loading import is_data, open_task, with_environments
+from localrl.training.demonstrations import Demonstrations
 from localrl.training.given import Given
 from localrl.training.prompt_lengths import read_prompts
 from localrl.training.reward_checks import check_columns, check_rewards, find_judges
@@ -44,6 +45,8 @@ class OpenedTask:
     prompts: PromptLength
     judges: tuple[str, ...]
     """A line on each model that the rewards ask."""
+    demonstrations: Demonstrations | None = None
+    """Completions that are given; None if they are sampled."""
 
     @property
     def held_out(self) -> list[Example]:
@@ -87,7 +90,7 @@ def open_and_check(
         check_columns(task, held_out, decider)
         decide = partial(_decided, decider)
     judges = find_judges(task, worker)
-    tokenizer = _tokenizer(resolved, warn)
+    tokenizer = checked_tokenizer(resolved, warn)
     scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
     if try_rewards and environments is None:
         beat(Work("trying the rewards on gold answers"))
@@ -111,7 +114,7 @@ def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
     return decided
 
 
-def _tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
+def checked_tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
     """Load the tokenizer; warn of what it does not give back, or refuse it if checks are strict."""
     settings = resolved.config.model
     tokenizer = load_tokenizer(resolved.model_folder, settings)
