@@ -58,4 +58,14 @@ def open_supervised(
             prompts = measured.prompts
         return replace(measured, config=config, task=task, prompts=prompts, demonstrations=found)
     scorer = Scorer((), InProcess(worker, {}), warn, beat=beat, scores=False)
-    return OpenedTask(config, task, None, scorer, tokenizer, prompts, (), found)
+    return OpenedTask(
+        config,
+        task,
+        environments=None,
+        scorer=scorer,
+        decide=None,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        judges=(),
+        demonstrations=found,
+    )
