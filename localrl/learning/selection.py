@@ -100,7 +100,7 @@ def _truncated(group: Group) -> frozenset[int]:
     """Nodes of which every completion was cut off for length."""
     ends: dict[bool, set[int]] = {True: set(), False: set()}
     for leaf in group.leaves:
-        ends[leaf.finish_reason == "length"].update(group.path(leaf.node))
+        ends[leaf.finish_reason == "length"].update(group.nodes_of(leaf))
     return frozenset(ends[True] - ends[False])
 
 
@@ -110,7 +110,7 @@ def _factors(group: Group, leaf_weights: np.ndarray, masked: Collection[int]) ->
     for n in masked:
         factors[n] = 0 * factors[n]
     for leaf, weight in zip(group.leaves, leaf_weights, strict=True):
-        for n in group.path(leaf.node):
+        for n in group.nodes_of(leaf):
             factors[n] = factors[n] * weight
         if leaf.finish_reason == "loop":
             _silence_repetition(group, leaf.node, factors)
@@ -139,7 +139,7 @@ def _dropped(
     group = scored.group
     reasons: list[DropReason | None] = []
     for leaf, reward, weight in zip(group.leaves, scored.rewards, weights, strict=True):
-        if any(nodes[n].trained.any() for n in group.path(leaf.node)):
+        if any(nodes[n].trained.any() for n in group.nodes_of(leaf)):
             reasons.append(None)
         elif reward is None:
             reasons.append("no reward")
@@ -159,7 +159,7 @@ def _batch_nodes(
     offset: int,
 ) -> list[BatchNode]:
     group = scored.group
-    ends = {leaf.node for leaf in group.leaves}
+    ends = {end for leaf in group.leaves for end in (leaf.node, *leaf.beside)}
     shares = token_shares(objective, group, credit)
     coefficients = token_coefficients(group, replace(credit, weights=shares))
     return [

@@ -12,6 +12,7 @@ from localrl.config import RolloutConfig
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
 from localrl.records import Example, Group, ScoredGroup
+from localrl.rollouts.agents import AgentTurns, common_prompt, run_agents
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
@@ -94,7 +95,7 @@ def sample_groups(
     round: int = 0,
     expected_tokens: Sequence[float | None] = (),
     begun: Sequence[Sequence[Prefix]] = (),
-    turns: Turns | None = None,
+    turns: Turns | AgentTurns | None = None,
 ) -> list[Group]:
     """Sample a group for every example, or one round of it, all decoded as one batch.
 
@@ -103,8 +104,21 @@ def sample_groups(
     kernels differ by the number of rows. Roots are numbered across rounds.
     `expected_tokens` is the expected completion length for each example. Each prefix in `begun`
     replaces one root of its example, at most all of them. With `turns`, completions continue after
-    their environment has replied, see `run_turns`.
+    their environment has replied, see `run_turns`; or agents make their prompts, see `run_agents`.
     """
+    if isinstance(turns, AgentTurns):
+        return run_agents(
+            decoder,
+            examples,
+            turns,
+            roots=shape.roots,
+            planned_roots=shape.planned_roots,
+            max_completion_tokens=max_completion_tokens,
+            seed=seed,
+            step=step,
+            version=version,
+            round=round,
+        )
     begun = begun or [()] * len(examples)
     expected = expected_tokens or [None] * len(examples)
     requests = [
@@ -153,7 +167,7 @@ def sample_groups(
 
 def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
     """Merge two groups of one prompt; the second group's roots follow the first group's."""
-    one, two = first.group, second.group
+    one, two = common_prompt([first.group, second.group])
     offset = len(one.nodes)
     nodes = [
         replace(node, parent=node.parent + offset if node.parent >= 0 else -1) for node in two.nodes

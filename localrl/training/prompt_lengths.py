@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from localrl.agents.agents import Agents
 from localrl.config import RunConfig
 from localrl.errors import DataError, LocalRLError
 from localrl.memory.plan import PromptLength
@@ -36,7 +37,7 @@ def read_prompts(
     warn: Callable[[str], None] = lambda line: None,
     *,
     trains: bool = True,
-    environments: Environments | None = None,
+    environments: Environments | Agents | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[Task, PromptLength]:
     """Render and count every prompt that a run may draw, so that none ends it later.
@@ -55,7 +56,7 @@ def read_prompts(
         count = len(task.held_out)  # those left out are replaced by later ones
     examples = [*training, *task.evaluation(count)]
     seen = examples
-    if environments is not None:
+    if isinstance(environments, Environments):
         seen = [environments.with_tools(example) for example in examples]
     lengths = check_prompts(seen, tokenizer, task.name, beat)
     warn_of_prompts(examples, tokenizer, warn)
@@ -69,6 +70,8 @@ def read_prompts(
             f"task.filter_overlong_prompts leaves out {len(long)} of {len(examples)} prompts, "
             f"which have more than {most} tokens (the longest has {max(n for _, n in long)})"
         )
+    if config.task.agent:
+        return task, _allowed(config, "an agent makes them")
     if environments is not None or config.task.environment or config.task.tools or task.environment:
         return task, _allowed(config, "an environment may add to them")
     return task, _planned(config, [n for n in lengths if n <= most], complete=complete)
