@@ -240,7 +240,7 @@ class AgentEnd:
     """"error" if it failed: the completion has no reward."""
     text: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
-    """What it returned, or else what the model wrote and read, for rewards and people."""
+    """The messages that it returned, or else those that the model wrote and read."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ GIVEN = ("example", "base_url", "api_key")
 
 @dataclass(frozen=True)
 class AgentOutcome:
-    """What an agent returned, for rewards that name `environments`."""
+    """The outcome of an agent, for rewards that name `environments`."""
 
     reward: float | None
     """None if it returned no number."""

@@ -30,7 +30,7 @@ class Asked:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What the messages say, and before that the tools."""
+        """The tools, and what each message says, as texts to compare."""
         return (json.dumps(self.tools, default=repr), *map(key_of, self.messages))
 
 
@@ -59,18 +59,18 @@ class _Turn:
     """A call that was answered."""
 
     keys: tuple[str, ...]
-    """Those of the request and of the turn."""
+    """Keys of the request and of the turn."""
     ids: tuple[int, ...]
     """Everything from the sequence's beginning to the end of the turn."""
     sequence: int
     calls: tuple[ToolCall, ...]
     messages: tuple[Mapping[str, Any], ...]
-    """Those of the request, and the turn."""
+    """Messages of the request, and the turn."""
 
 
 @dataclass(eq=False)
 class Conversation:
-    """What an agent has asked and was answered, in one completion."""
+    """The calls of an agent, and the turns that it got, in one completion."""
 
     number: int
     max_tokens: int
@@ -82,7 +82,7 @@ class Conversation:
     cut: FinishReason | None = None
     """The limit that a call was refused for, if one was."""
     last: FinishReason = "stop"
-    """How the latest turn ended."""
+    """The reason why the latest turn ended."""
     _ends: list[tuple[int, ...]] = field(default_factory=list)
     """All tokens of each sequence."""
     _first: list[int] = field(default_factory=list)

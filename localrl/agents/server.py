@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(eq=False)
 class Tray:
-    """What an agent has sent and the run has not taken yet."""
+    """Requests, or a result, that an agent has sent and the run has not taken yet."""
 
     requests: deque[Request] = field(default_factory=deque)
     result: Mapping[str, Any] | None = None
@@ -87,7 +87,7 @@ class AgentServer(ThreadingHTTPServer):
         self.facts = ServedFacts((), vocabulary, None)
         self._trays: dict[int, Tray] = {}
         self._changed = threading.Condition()
-        super().__init__((LOOPBACK, 0), _Handler)
+        super().__init__((LOOPBACK, 0), _AgentHandler)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()
 
@@ -164,7 +164,7 @@ class AgentServer(ThreadingHTTPServer):
             return True
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _AgentHandler(BaseHTTPRequestHandler):
     """Reads one agent's requests, and waits for the answers."""
 
     server: AgentServer  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -172,7 +172,10 @@ def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
     nodes = [
         replace(node, parent=node.parent + offset if node.parent >= 0 else -1) for node in two.nodes
     ]
-    leaves = [replace(leaf, node=leaf.node + offset) for leaf in two.leaves]
+    leaves = [
+        replace(leaf, node=leaf.node + offset, beside=tuple(n + offset for n in leaf.beside))
+        for leaf in two.leaves
+    ]
     group = replace(one, nodes=(*one.nodes, *nodes), leaves=(*one.leaves, *leaves))
     parts = {name: (*values, *second.parts[name]) for name, values in first.parts.items()}
     return ScoredGroup(group, (*first.rewards, *second.rewards), parts)

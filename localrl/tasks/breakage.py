@@ -19,9 +19,9 @@ class Breakage:
     """The latest tries of something that may break, and the first time that it did."""
 
     name: str
-    """What breaks, as in "environment"."""
+    """Its name, as in "environment"."""
     tries: str
-    """What is counted, as in "turns"."""
+    """Name of what is counted, as in "turns"."""
     warn: Callable[[str], None]
     _broken: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
 

@@ -248,7 +248,7 @@ def open_environments(
 
 
 def row_of(example: Example) -> dict[str, Any]:
-    """What `reset` and agents get: the data columns, with the prompt as messages."""
+    """Return what `reset` and agents get: the data columns, with the prompt as messages."""
     messages = [dict(message) for message in example.messages]
     return {"prompt": messages, "answer": example.answer, **example.columns}
 
