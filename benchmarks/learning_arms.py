@@ -14,7 +14,7 @@ class Arm:
 
     settings: Settings = field(default_factory=dict)
     rival: str | None = None
-    """Name of its stage in rivals.py."""
+    """Name of its stage, see stages.py."""
     paper: str = ""
     """arXiv number of a strategy that is not localrl's own."""
     biased: bool = False
@@ -88,7 +88,36 @@ RIVALS = {
     "CPPO with allocation": Arm(shaped(16, 8, **GRPO), "pruning", CPPO, biased=True),
     "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="GRPO-8"),
 }
-ARMS = OURS | RIVALS
+PAIRS = shaped(8, 2, **TRACKER)
+PREFIXES = "2605.05112"
+STAGED = {
+    "pairs + prefixes": Arm(PAIRS, "prefixes", PREFIXES, biased=True),
+    "pairs + weighted prefixes": Arm(PAIRS, "weighted prefixes"),
+    "pairs + allocation": Arm(PAIRS, "allocation"),
+    "pairs + early end": Arm(PAIRS, "early end"),
+    "pairs + early end + prefixes": Arm(PAIRS, "early end + prefixes", PREFIXES, biased=True),
+    "flat-8 in small steps + early end": Arm(shaped(2, 8), "early end"),
+}
+"""Ideas written as stages."""
+OPSD, SRPO = "2601.18734", "2604.02288"
+DISTILLED = {
+    "distillation": Arm(shaped(8, 2), "distillation", OPSD, biased=True),
+    "distillation to go": Arm(shaped(8, 2), "distillation to go", OPSD, biased=True),
+    "distillation clipped": Arm(shaped(8, 2), "distillation clipped", OPSD, biased=True),
+    "pairs + distillation": Arm(shaped(8, 2, **TRACKER), "distillation and reward", biased=True),
+    "pairs + distilled failures": Arm(
+        shaped(8, 2, **TRACKER), "distillation of failures", SRPO, biased=True
+    ),
+}
+"""Towards the model that knows the answer, so their gradient is not that of a reward. They need a
+model that can read a hint, which the embedded one cannot."""
+LISTED = {
+    "options": Arm(shaped(8, 2), "options", biased=True),
+    "options in text": Arm(shaped(8, 2), "options in text"),
+    "options in log text": Arm(shaped(8, 2), "options in log text", biased=True),
+}
+"""For tasks with a column `options`."""
+ARMS = OURS | RIVALS | STAGED | DISTILLED | LISTED
 """Names without commas: options separate them so."""
 BASES = ("flat-8", "flat-8 in small steps")
 """What arms are compared with; the second says what is not merely the size of the steps."""
@@ -139,7 +168,7 @@ EMBEDDED = Subject(
         "steps": Goal({"task.name": "steps"}, 0.85, 0.9),
         "sorting": Goal({"task.name": "sorting"}, 0.85, 0.9),
     },
-    arms=tuple(name for name, arm in ARMS.items() if not arm.outside),
+    arms=tuple(name for name, arm in (OURS | RIVALS).items() if not arm.outside),
     rates=(1.2e-3, 2.4e-3, 4.8e-3),
     tuning_seeds=(100, 101),
     budget=40_000,
@@ -164,11 +193,34 @@ SMOLLM2 = Subject(
         *("flat-8", "flat-8 in small steps", "pairs", "pairs + reuse"),
         *("2-GRPO in small steps", "CPPO in small steps"),
     ),
-    rates=(1.5e-4, 3e-4, 6e-4),
+    rates=(3e-4,),
     tuning_seeds=(100,),
-    budget=24_000,
-    every=1_500,
+    budget=18_000,
+    every=3_000,
     prompts=64,
     seconds="wall_s",
 )
-SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2)}
+CHOICES = Subject(
+    name="choices",
+    settings={"memory.threads": 1, "rollout.max_completion_tokens": 1},
+    tasks={
+        "first letter": Goal(
+            {
+                "task.name": "benchmarks/first_letter",
+                "task.rewards": ["accuracy"],
+            },
+            0.85,
+            0.9,
+        )
+    },
+    arms=("flat-8", "flat-8 in small steps", "pairs", *LISTED),
+    rates=(1.2e-3, 2.4e-3, 4.8e-3),
+    tuning_seeds=(100, 101),
+    budget=8_000,
+    every=200,
+    prompts=128,
+    seconds="cpu_s",
+    at_once=2,
+)
+"""The embedded model names the first of five letters where it would have guessed."""
+SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2, CHOICES)}

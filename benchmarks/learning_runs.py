@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,9 +84,12 @@ def identity(run: Run) -> str:
 
 
 def with_paths(settings: Settings) -> Settings:
-    """Return the settings with the repository's reward files at their absolute paths."""
-    rewards = settings.get("task.rewards", [])
-    return settings | {"task.rewards": [str(ROOT / each) for each in rewards]}
+    """Return the settings with the repository's data and reward files at their absolute paths."""
+    task, rewards = settings["task.name"], settings.get("task.rewards", [])
+    return settings | {
+        "task.name": str(ROOT / task) if task.startswith("benchmarks/") else task,
+        "task.rewards": [str(ROOT / each) if "/" in each else each for each in rewards],
+    }
 
 
 # Where and when
@@ -101,11 +104,20 @@ class Where:
     """Seconds since 1970."""
     load: float
     """Mean number of processes that wanted a core in the minute before."""
+    waited: float | None = None
+    """Seconds that its threads were ready and had no core, in all, as a share of the run's; None
+    where the system does not say."""
 
     @classmethod
     def now(cls) -> Where:
         """Return the present circumstances."""
         return cls(machine(), time.time(), os.getloadavg()[0])
+
+    def after(self, waited_s: float | None) -> Where:
+        """Return the circumstances of the whole run, whose threads waited for this long."""
+        if waited_s is None:
+            return self
+        return replace(self, waited=round(waited_s / (time.time() - self.started), 4))
 
 
 def machine() -> str:
@@ -116,6 +128,16 @@ def machine() -> str:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model n")]
     name = next(iter(names), platform.processor() or platform.machine())
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def waited_s() -> float | None:
+    """Return the seconds that threads of this process were ready and had no core; None if unknown.
+
+    A load says how many wanted a core before the run. This says whether it got what it wanted,
+    also on a machine where others work at a lower priority.
+    """
+    told = list(Path("/proc/self/task").glob("*/schedstat"))
+    return sum(int(path.read_text().split()[1]) for path in told) / 1e9 if told else None
 
 
 class Clock:
@@ -148,16 +170,19 @@ def make(job: Job, *, python: str | None = None) -> Run:
             raise LocalRLError(f"{job.arm} needs --python, the interpreter of its environment.")
         evaluations, ended = learn_outside(job, python)
     else:
+        before = waited_s()
         with TemporaryDirectory() as place:
             folder = Path(place) / "run"
             evaluations, ended = learn(job, folder)
             add_costs(evaluations, folder)
+        where = where.after(None if before is None else (waited_s() or 0.0) - before)
     return {**job.record, "where": asdict(where), "ended": ended, "evaluations": evaluations}
 
 
 def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     """Return the evaluations of one run, and why it ended."""
-    from rivals import discarded, with_rival
+    from rivals import discarded
+    from stages import with_stages
 
     from localrl.config import RunConfig
     from localrl.processes.heartbeat import Heartbeat
@@ -171,7 +196,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()
     )
     with opened as session:
-        session = with_rival(session, job.made_by.rival)
+        session = with_stages(session, job.made_by.rival)
 
         def tokens() -> int:
             return session.tokens + discarded(session).tokens

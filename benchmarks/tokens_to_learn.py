@@ -14,7 +14,7 @@ pretrained one takes 3 to 5 minutes a run on two idle cores. Tokens that a strat
 throws away count; those of evaluations do not.
 
 Seconds are compared only between runs on one machine whose starts are less than an hour apart and
-which began at a load of at most 1.5. All arms of a seed therefore run in turn, and flat-8 again
+which had the cores that they wanted. All arms of a seed therefore run in turn, and flat-8 again
 where they are resumed later. A machine that does not become quiet ends the command, or with
 --busy mark is only noted.
 """
@@ -52,7 +52,7 @@ from learning_runs import ROOT, Job, identity, machine, make
 from localrl.runs.logs import JsonLines
 
 SEEDS = (0, 1, 2, 3, 4)
-QUIET_S = {"refuse": 240.0, "mark": 30.0}
+QUIET_S = {"refuse": 240.0, "mark": 0.0}
 """The longest wait for the load to fall, which it does slowly after the run before, by --busy."""
 POLL_S = 5.0
 ROOM_S = 600.0

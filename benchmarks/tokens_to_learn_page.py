@@ -13,6 +13,7 @@ from learning_arms import ARMS, BASES, SUBJECTS, Arm, Settings, Subject
 from learning_results import (
     HOUR_S,
     MOST_LOAD,
+    MOST_WAITED,
     Cost,
     Known,
     Part,
@@ -26,7 +27,7 @@ from learning_runs import COSTS, Job, identity
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-ORDER = ("smollm2", "embedded")
+ORDER = ("smollm2", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
     "flat-8": "#666666",
@@ -75,10 +76,12 @@ def intro(parts: Mapping[str, Sequence[Part]]) -> str:
         "is fitted to a run's evaluations (pool adjacent violators); the goal is reached where it\n"
         "crosses. Tokens that a strategy samples and discards count. Ratios are paired over\n"
         "seeds: geometric mean and 95 % bootstrap interval. Seconds are those of training steps,\n"
-        f"compared between runs on one machine that began within {HOUR_S / 60:.0f} minutes at a\n"
-        f"load of at most {MOST_LOAD:g} ({loud} of {len(runs)} runs began above it). ≥ marks a\n"
-        "lower bound: a run that never gets there counts as all it spent. *Slanted* arms are\n"
-        "biased: their expected gradient is not that of the sampled groups."
+        f"compared between runs on one machine that began within {HOUR_S / 60:.0f} minutes and\n"
+        f"had its cores: their threads waited for one at most {MOST_WAITED:.0%} of the time, or,\n"
+        f"where that is not known, they began at a load of at most {MOST_LOAD:g} ({loud} of\n"
+        f"{len(runs)} runs did not). ≥ marks a lower bound: a run that never gets there counts as\n"
+        "all it spent. *Slanted* arms are biased: their expected gradient is not that of the\n"
+        "sampled groups."
     )
     return f"{how}\n\n{verdict([part for some in parts.values() for part in some])}"
 
@@ -95,7 +98,7 @@ def verdict(parts: Sequence[Part]) -> str:
 
 def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
     """Return everything about one model."""
-    title = {"smollm2": "SmolLM2-135M-Instruct", "embedded": "the embedded model"}[subject.name]
+    title = "SmolLM2-135M-Instruct" if subject.name == "smollm2" else "the embedded model"
     blocks = []
     for part in parts:
         blocks += [f"### `{part.task}` with {title}", best(part), table_of_costs(part)]

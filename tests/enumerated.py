@@ -229,12 +229,18 @@ def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     return found
 
 
-def exact_gradient(model: Any, stop: Sequence[int] = ()) -> tuple[np.ndarray, float]:
-    """Compute the gradient (P,) of the expected reward by the adapters, and that reward."""
-    listed = completions(stop)
+def exact_gradient(
+    model: Any, stop: Sequence[int] = (), begun: tuple[int, ...] = ()
+) -> tuple[np.ndarray, float]:
+    """Compute the gradient (P,) of the expected reward by the adapters, and that reward.
+
+    begun: tokens that completions begin with, which are given and not drawn.
+    """
+    listed = [one for one in completions(stop) if one[: len(begun)] == begun]
     ids = np.array([[A, *one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
     lengths = np.array([[len(one)] for one in listed])
-    mask = mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
+    places = np.arange(LONGEST)
+    mask = mx.array(((len(begun) <= places) & (places < lengths)).astype(np.float32))
     rewards = mx.array(np.array([S not in one for one in listed], np.float32))
     tokens = mx.array(ids)
 

@@ -8,13 +8,13 @@ import numpy as np
 from forests import flat_group
 
 from localrl.backend import mx, nn, tree_flatten
-from localrl.config import LearningConfig
 from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import Objective, denominator, make_objective, weigh_prompt
 from localrl.learning.pass_logprobs import PassLogprobs
 from localrl.learning.selection import Selection, select
 from localrl.learning.update import Updater, global_norm
 from localrl.records import Batch, Group, Leaf, MemoryPlan, Node, ScoredGroup
+from localrl.settings import LearningConfig
 
 TEMPERATURE = 0.8
 LMAX = 40

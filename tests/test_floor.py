@@ -14,7 +14,6 @@ import pytest
 from arrays import array_policy
 
 from localrl.backend import mx
-from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import merged
 from localrl.engines.cpu.math import FusedLinear
@@ -28,6 +27,7 @@ from localrl.records import Example, ScoredGroup
 from localrl.rollouts import decode
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
+from localrl.settings import LearningConfig
 
 P, G, S = 9, 4, 12
 HEADS = 3

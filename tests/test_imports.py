@@ -14,7 +14,7 @@ from waiting import DEADLINE_S
 PACKAGE = Path(__file__).parent.parent / "localrl"
 
 FLOORS = (
-    {"records", "errors", "backend"},
+    {"records", "errors", "backend", "settings"},
     {"embedded", "processes", "utils"},
     {"config", "gguf", "rewards"},
     {"distributed", "memory", "policy", "runs"},

@@ -26,11 +26,11 @@ def killer(tiny_folder, engine):
 
 
 @pytest.mark.exact
-def test_killed_many_times_it_ends_the_same(killer, tmp_path, engine):
+def test_killed_many_times_it_ends_the_same(killer, tmp_path):
     killer.run(tmp_path / "whole", kills=0)
     expected = outcome(tmp_path / "whole")
     runs = 0
-    while killer.kills < (20 if engine == "cpu" else 7):
+    while killer.kills < 7:
         out = tmp_path / f"run-{runs}"
         killer.run(out, kills=7)
         assert outcome(out) == expected

@@ -13,12 +13,12 @@ from steps import plan, selection
 
 from localrl import RunConfig, train
 from localrl.backend import tree_flatten
-from localrl.config import LearningConfig
 from localrl.errors import LocalRLError
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import NO_UPDATE, Updater
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.logs import read_jsonl
+from localrl.settings import LearningConfig
 from localrl.training.session import NullProgress
 from localrl.training.state import read
 

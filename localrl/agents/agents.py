@@ -22,7 +22,7 @@ from localrl.agents.chat import (
     logprobs_of,
     read_turn,
 )
-from localrl.agents.conversations import Asked, Conversation, Limits, TooMuch, messages_of
+from localrl.agents.conversations import AgentLimits, Asked, Conversation, TooMuch, messages_of
 from localrl.agents.server import AgentServer, Request
 from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ class Agents:
 
     target: str
     worker: Worker
-    limits: Limits
+    limits: AgentLimits
     warn: Callable[[str], None]
     beat: Callable[[Work], None]
     tokenizer: Tokenizer | None = None
@@ -319,7 +319,7 @@ class Agents:
 def open_agents(
     target: str,
     worker: Worker,
-    limits: Limits,
+    limits: AgentLimits,
     *,
     warn: Callable[[str], None],
     beat: Callable[[Work], None],

@@ -35,8 +35,8 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits on an agent."""
+class AgentLimits:
+    """AgentLimits on an agent."""
 
     calls: int
     """`rollout.max_turns`."""
@@ -94,7 +94,7 @@ class Conversation:
         asked: Asked,
         rendered: tuple[int, ...],
         tokenizer: Tokenizer,
-        limits: Limits,
+        limits: AgentLimits,
         *,
         most: int | None,
         stop: tuple[str, ...],

@@ -132,12 +132,12 @@ def _opened(
 
     Data without a reward and an environment gets `accuracy`.
     """
-    from localrl.config import TaskConfig
     from localrl.policy.loading import find_model
     from localrl.policy.tokenizer import load_tokenizer
     from localrl.processes.worker import Worker
     from localrl.rewards.catalog import parse_rewards
     from localrl.rewards.scoring import Scorer
+    from localrl.settings import TaskConfig
     from localrl.tasks.files import OnePrompt
     from localrl.tasks.loading import is_data, open_task, with_environments
 

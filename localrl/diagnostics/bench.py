@@ -17,7 +17,7 @@ import numpy as np
 
 from localrl import backend
 from localrl.backend import mx
-from localrl.config import LearningConfig, RunConfig
+from localrl.config import RunConfig
 from localrl.diagnostics.bench_fit import fit
 from localrl.diagnostics.bench_floor import measure_rates, needed
 from localrl.engines.choose import choose_engine
@@ -33,6 +33,7 @@ from localrl.rollouts.batch import TreeRequest
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.runs.folder import package_versions
+from localrl.settings import LearningConfig
 from localrl.training.components import load, local_plan_request, open_policy, resolve
 from localrl.training.memory_plan import make_plan
 

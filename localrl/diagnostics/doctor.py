@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from localrl import backend
-from localrl.config import RolloutConfig
 from localrl.diagnostics.doctor_machine import (
     SAME_VERSION,
     CheckResult,
@@ -42,6 +41,7 @@ from localrl.policy.scoring import forest_agrees
 from localrl.records import Batch, BatchNode
 from localrl.rewards.code import check_code_rewards
 from localrl.runs.folder import package_versions
+from localrl.settings import RolloutConfig
 from localrl.utils.packaged import PACKAGED_MODELS, PackagedModel, find_packaged
 
 LOWEST = {

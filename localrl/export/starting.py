@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from localrl.config import LoraConfig, RunConfig
+from localrl.config import RunConfig
 from localrl.errors import ConfigError
 from localrl.export.adapters import Adapter, read_adapter
+from localrl.settings import LoraConfig
 
 
 def starting_adapter(config: RunConfig, blocks: int) -> tuple[RunConfig, Adapter | None]:

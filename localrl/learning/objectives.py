@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from localrl.config import LearningConfig
 from localrl.errors import ConfigError
 from localrl.learning.credit import Credit
 from localrl.learning.weighting import effective_weight, prompt_weight
 from localrl.records import Group, ScoredGroup
+from localrl.settings import LearningConfig
 
 Length = Literal["constant", "sequence", "group", "step"]
 """Divisor of the sums: the configured length of a completion, the tokens of each completion, of

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from localrl.backend import mx, nn, optim, tree_flatten, tree_map, tree_unflatten
-from localrl.config import LearningConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.shard import shard_batch
 from localrl.errors import LocalRLError
@@ -26,6 +25,7 @@ from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
 from localrl.records import Batch, MemoryPlan, StepStats, Work
+from localrl.settings import LearningConfig
 from localrl.utils.rounding import beyond_rounding
 
 LOGGER = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from localrl.config import LIMIT_FORM
 from localrl.errors import ConfigError
 from localrl.memory.machine import Machine
+from localrl.settings import LIMIT_FORM
 
 UNITS = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
 """Bytes per unit; units are case-insensitive."""

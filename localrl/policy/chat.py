@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, TypeVar
 
-from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.processes.worker import Reply, Worker
+from localrl.settings import ModelConfig
 
 TIME_LIMIT_S = 10.0
 """Time limit for one batch of conversations, in seconds."""

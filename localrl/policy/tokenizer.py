@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.policy.chat import ChatTemplate, Messages, Tools, read_template, settled
 from localrl.policy.folder import check_texts
@@ -22,6 +21,7 @@ from localrl.policy.prompt_format import (
     unknown_token,
 )
 from localrl.records import Example
+from localrl.settings import ModelConfig
 
 UNFINISHED = "\ufffd"
 """Replacement character that tokenizers emit for bytes that do not form a character."""

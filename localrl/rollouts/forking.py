@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrl.config import RolloutConfig
 from localrl.records import Group, mean_or_none
 from localrl.rollouts.decode import LiveView
 from localrl.rollouts.groups import Shape
+from localrl.settings import RolloutConfig
 
 FIRST_TOKENS = 4
 """Minimum length of a path before it forks: earlier forks would share almost nothing."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from localrl.config import RolloutConfig
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
 from localrl.records import Example, Group, ScoredGroup
@@ -17,6 +16,7 @@ from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
 from localrl.rollouts.turns import Turns, run_turns
+from localrl.settings import RolloutConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from localrl.config import TaskConfig
 from localrl.errors import ConfigError, DataError
 from localrl.processes.worker import Worker
+from localrl.settings import TaskConfig
 from localrl.tasks.base import RewardSpec
 from localrl.tasks.builtin import BuiltinTask, list_tasks, load_task
 from localrl.tasks.environments import Environments, open_environments

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from localrl.agents.agents import Agents, open_agents
-from localrl.agents.conversations import Limits
+from localrl.agents.conversations import AgentLimits
 from localrl.config import RunConfig
 from localrl.memory.plan import PromptLength
 from localrl.policy.roundtrip import check_tokenizer
@@ -110,7 +110,7 @@ def _with_turns(
     if target is None:
         return with_environments(config.task, task, worker, warn)
     rollout = config.rollout
-    limits = Limits(rollout.max_turns, rollout.max_prompt_tokens, config.task.agent_timeout_s)
+    limits = AgentLimits(rollout.max_turns, rollout.max_prompt_tokens, config.task.agent_timeout_s)
     agents = open_agents(target, worker, limits, warn=warn, beat=beat)
     return replace(task, rewards=(*task.rewards, agents.reward)), agents
 

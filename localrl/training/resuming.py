@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localrl.config import LoraConfig, RunConfig, keys
+from localrl.config import RunConfig, keys
 from localrl.errors import ConfigError
 from localrl.export.adapters import CONFIG as ADAPTER_CONFIG
 from localrl.memory.adapting import smaller
@@ -18,6 +18,7 @@ from localrl.records import MemoryPlan
 from localrl.rollouts.groups import Shape
 from localrl.runs.checkpoints import Checkpoints
 from localrl.runs.folder import STEP_LOGS, RunFolder, reopen_run
+from localrl.settings import LoraConfig
 from localrl.training.state import State, check_sources, read, restore
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from localrl.agents.agents import open_agents
-from localrl.agents.conversations import Limits
+from localrl.agents.conversations import AgentLimits
 from localrl.config import LearningConfig
 from localrl.embedded import embedded_model_path
 from localrl.engines.open import make_policy
@@ -38,7 +38,7 @@ from programs import MANNERS
 PROGRAMS = Path(__file__).with_name("programs.py")
 GUESSING = load_task("guessing", train_prompts=0)
 THREE = Shape(3, 3)
-LIMITS = Limits(calls=4, prompt_tokens=100, seconds=300.0)
+LIMITS = AgentLimits(calls=4, prompt_tokens=100, seconds=300.0)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import learning_runs
 import outsider
 import tokens_to_learn
-from learning_arms import ARMS, BASES, EMBEDDED, OURS, SMOLLM2, SUBJECTS
+from distillation import RULES
+from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, OURS, SMOLLM2, SUBJECTS
 from learning_results import (
     Cost,
     bootstrap,
@@ -106,9 +107,12 @@ def test_arms_differ_and_the_named_ones_exist():
     records = [json.dumps({**job(arm).record, "arm": ""}, sort_keys=True) for arm in ARMS]
     same = [arm for arm in ARMS if records.count(records[list(ARMS).index(arm)]) > 1]
     assert set(same) <= {"flat-8", "TRL"}  # TRL's step has that shape
-    assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms} <= set(ARMS)
+    assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms, *CHOICES.arms} <= set(ARMS)
     assert set(OURS) <= set(EMBEDDED.arms)
-    assert all(arm.biased == name.startswith("CPPO") for name, arm in ARMS.items())
+    biased = {"pruning", "prefixes", "options", "options in log text", *RULES}
+    assert all(
+        arm.biased == bool(biased & {*(arm.rival or "").split(" + ")}) for arm in ARMS.values()
+    )
 
 
 def test_results_name_no_folder_of_this_machine():
@@ -178,9 +182,14 @@ def test_seconds_are_paired_within_an_hour_on_one_quiet_machine():
     near = finished(job("pairs"), (0, 0.3), (9, 0.9), started=NOON + 3000)
     late = finished(job("pairs"), (0, 0.3), (9, 0.9), started=NOON + 3700)
     loud = finished(job("pairs"), (0, 0.3), (9, 0.9), load=1.6)
+    waited = finished(job("pairs"), (0, 0.3), (9, 0.9))
+    waited["where"]["waited"] = 0.06
+    served = finished(job("pairs"), (0, 0.3), (9, 0.9), load=9.0)
+    served["where"]["waited"] = 0.04
     other = near | {"where": near["where"] | {"machine": "another"}}
     assert [paired(run, base) for run in (near, late, other)] == [True, False, False]
     assert [timed(loud), timed(loud, at_once=2)] == [False, True]
+    assert [timed(waited), timed(served)] == [False, True]
     assert pairs_of({0: [late, near]}, {0: [base]}, seconds=True) == [(near, base)]
     assert pairs_of({0: [late]}, {0: [base]}, seconds=True) == []
     assert pairs_of({0: [loud]}, {0: [base]}, seconds=True) == []
@@ -391,6 +400,8 @@ def test_a_run_of_the_embedded_model_ends_up_in_the_results(tmp_path):
     assert last["rollouts"] >= 32
     assert last["wall_s"] > 0
     assert run["where"]["load"] >= 0
+    if Path("/proc/self/schedstat").exists():
+        assert 0 <= run["where"]["waited"] < 8
     assert run["where"]["machine"]
     assert "discarded" not in last
 

@@ -6,10 +6,10 @@ import pytest
 from shared_updates import compare_with_one
 from steps import ragged_group, selection
 
-from localrl.config import LearningConfig
 from localrl.distributed.shard import shard_batch
 from localrl.learning.objectives import make_objective
 from localrl.records import ScoredGroup
+from localrl.settings import LearningConfig
 
 
 def test_the_sum_of_shares_is_the_gradient_of_the_whole(tmp_path):

@@ -13,13 +13,13 @@ from steps import TEMPERATURE, plan, ragged_group, selection
 from tiny import make_tiny_policy
 
 from localrl.backend import tree_flatten
-from localrl.config import LearningConfig
 from localrl.distributed.collective import join
 from localrl.distributed.launch import find_place
 from localrl.distributed.shard import shard_batch
 from localrl.learning.objectives import make_objective
 from localrl.learning.update import Updater
 from localrl.records import ScoredGroup
+from localrl.settings import LearningConfig
 
 out, prompts = Path(sys.argv[1]), int(sys.argv[2])
 place = find_place()

@@ -13,11 +13,11 @@ from samples import sample
 from steps import plan, relative_difference, selection
 
 from localrl.backend import mx
-from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
 from localrl.policy.packing import row_batches
+from localrl.settings import LearningConfig
 
 CASES = [
     *(("mlx", name) for name in ("qwen3", "llama", "gemma3_text", "gemma4_text", "lfm2")),

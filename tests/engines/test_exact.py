@@ -19,7 +19,6 @@ from forests import flat_group, forest, scored
 from steps import TEMPERATURE, plan, relative_difference, selection
 
 from localrl.backend import mx, nn, tree_unflatten
-from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.engines.mlx import gated_delta, mamba
 from localrl.engines.open import make_policy
@@ -28,6 +27,7 @@ from localrl.learning.update import Updater
 from localrl.policy.lora import adapted_layers
 from localrl.policy.model import Policy, load_model
 from localrl.records import Batch, Group
+from localrl.settings import LearningConfig
 
 SHAPES = {**tiny.FAMILIES, **tiny.UNPLANNED}
 for name in ("qwen3_5", "qwen3_5_moe"):  # three layers instead of four: mlx-lm's loop is slow

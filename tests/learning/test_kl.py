@@ -20,12 +20,12 @@ from steps import (
 )
 
 from localrl.backend import mx, tree_flatten, tree_map
-from localrl.config import KL_ESTIMATORS, LearningConfig
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.objective import kl_terms
 from localrl.learning.objectives import make_objective
 from localrl.learning.update import Updater, global_norm
 from localrl.policy.lora import LoRALinear, adapters_off
+from localrl.settings import KL_ESTIMATORS, LearningConfig
 
 COEF = 0.5
 

@@ -19,12 +19,12 @@ from steps import (
 
 from localrl import config
 from localrl.backend import tree_map
-from localrl.config import LearningConfig
 from localrl.errors import ConfigError
 from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import OBJECTIVES, Objective, make_objective, token_shares
 from localrl.learning.update import global_norm
 from localrl.learning.weighting import weighting_names
+from localrl.settings import LearningConfig
 
 LENGTHS = ((1, 3, 2), (2, 4))
 REWARDS = ((1.0, 0.0, 0.25), (0.0, 1.0))

@@ -11,11 +11,11 @@ from forests import scored
 from steps import TEMPERATURE, plain_logprobs, plan, ragged_group, relative_difference, selection
 
 from localrl.backend import mx, tree_flatten, tree_map
-from localrl.config import LearningConfig
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.learning.objectives import OBJECTIVES, make_objective
 from localrl.learning.update import Updater
 from localrl.policy.model import Policy
+from localrl.settings import LearningConfig
 
 BF16 = 0.05
 """Standard deviation in nats of what bfloat16 puts between sampler and update: 0.04 in the mean."""

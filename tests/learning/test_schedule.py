@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localrl.config import LR_SCHEDULES, RunConfig
+from localrl.config import RunConfig
 from localrl.errors import ConfigError
 from localrl.learning.schedule import rate_factor
+from localrl.settings import LR_SCHEDULES
 from localrl.training.resuming import changed_settings
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from forests import flat_group, forest, node, scored
 
-from localrl.config import LearningConfig
 from localrl.learning.credit import Credit, assign_credit
 from localrl.learning.objectives import OBJECTIVES, make_objective
 from localrl.learning.selection import round_small, select
 from localrl.records import Group, Leaf
+from localrl.settings import LearningConfig
 
 CLIPPED = OBJECTIVES["clipped"]
 

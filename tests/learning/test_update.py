@@ -19,7 +19,6 @@ from steps import (
 )
 
 from localrl.backend import mx, nn, tree_flatten
-from localrl.config import LearningConfig
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.engines.mlx.network import Network
 from localrl.errors import LocalRLError
@@ -28,6 +27,7 @@ from localrl.learning.credit import assign_credit, token_coefficients
 from localrl.learning.objectives import OBJECTIVES, make_objective
 from localrl.learning.update import Updater, global_norm
 from localrl.records import Batch
+from localrl.settings import LearningConfig
 
 
 def groups():

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from localrl.backend import tree_flatten
-from localrl.config import LearningConfig, RunConfig
+from localrl.config import RunConfig
 from localrl.engines.memory import engines_for
 from localrl.learning.update import Updater
 from localrl.memory import calibration
@@ -24,6 +24,7 @@ from localrl.memory.machine import Machine
 from localrl.memory.plan import MEASURED_SHARE, fit
 from localrl.memory.sizes import quantised, read_sizes
 from localrl.records import Batch, BatchNode
+from localrl.settings import LearningConfig
 from localrl.training.calibrate import calibrate_plan, measure, peak_of
 from localrl.training.memory_plan import (
     make_plan,

@@ -12,7 +12,6 @@ import pytest
 import tiny
 
 from localrl.backend import mx
-from localrl.config import LearningConfig
 from localrl.engines.cpu import attention
 from localrl.engines.cpu import memory as cpu_memory
 from localrl.engines.cpu.memory import fits
@@ -32,6 +31,7 @@ from localrl.memory.estimate import (
 from localrl.memory.sizes import FULL, NONE, read_sizes
 from localrl.policy.model import load_model
 from localrl.records import MemoryPlan
+from localrl.settings import LearningConfig
 from localrl.training.memory_plan import sizes_of
 
 CONFIG = {

@@ -9,12 +9,12 @@ import pytest
 import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.memory.machine import resident_bytes
 from localrl.policy import chat
 from localrl.policy.chat import ChatTemplate, thinking_switch
 from localrl.policy.tokenizer import load_tokenizer
+from localrl.settings import ModelConfig
 
 TOOL = {
     "type": "function",

@@ -11,7 +11,6 @@ import tiny
 from forests import forest, scored
 
 from localrl.backend import mx, nn, tree_flatten
-from localrl.config import LearningConfig
 from localrl.engines import choose
 from localrl.engines.choose import choose_engine
 from localrl.engines.mlx.engine import MLXEngine
@@ -25,6 +24,7 @@ from localrl.learning.update import Updater, global_norm
 from localrl.policy.model import load_model
 from localrl.policy.scoring import forest_agrees
 from localrl.records import MemoryPlan
+from localrl.settings import LearningConfig
 
 LEARNING = LearningConfig(clip_low=1.0, clip_high=100.0)
 GEMMA3 = {"model_type": "gemma3", "text_config": {**tiny.CONFIG, **tiny.FAMILIES["gemma3_text"]}}

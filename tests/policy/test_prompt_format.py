@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from localrl.config import ModelConfig
 from localrl.errors import ConfigError, DataError
 from localrl.policy.prompt_format import continued
 from localrl.policy.roundtrip import check_tokenizer, find_faults
@@ -20,6 +19,7 @@ from localrl.policy.templated import find_templated
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.policy.turns import read_calls
 from localrl.records import Example
+from localrl.settings import ModelConfig
 
 USER = {"role": "user", "content": "What is 6 * 7?"}
 

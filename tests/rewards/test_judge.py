@@ -14,7 +14,7 @@ import pytest
 from judges import Answer, completion, judge_server
 from waiting import DEADLINE_S
 
-from localrl.config import RunConfig, TaskConfig
+from localrl.config import RunConfig
 from localrl.errors import ConfigError, RewardError, Stopped
 from localrl.processes.worker import Worker
 from localrl.records import Example, Group, Leaf, Node
@@ -26,6 +26,7 @@ from localrl.rewards.chat_client import KEY_VARIABLE, NoAnswer, find_server, rea
 from localrl.rewards.judge import get_judge_rank_reward, get_judge_reward
 from localrl.rewards.scoring import Scorer
 from localrl.runs.logs import read_jsonl
+from localrl.settings import TaskConfig
 from localrl.train import train
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from localrl.config import RolloutConfig
 from localrl.errors import ConfigError
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import ONE, Shape, make_shape
+from localrl.settings import RolloutConfig
 
 
 @pytest.mark.parametrize(

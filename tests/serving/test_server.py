@@ -16,7 +16,6 @@ from asking import chat, fetch, greedy, post, served, stream, user
 from waiting import DEADLINE_S
 
 from localrl.backend import mx
-from localrl.config import ModelConfig
 from localrl.embedded import embedded_model_path
 from localrl.engines.open import make_policy
 from localrl.errors import ConfigError, LocalRLError
@@ -25,6 +24,7 @@ from localrl.policy.model import load_model
 from localrl.policy.tokenizer import load_tokenizer
 from localrl.serving.model import Names, ServedModel, ServedTokenizer, ServeLimits
 from localrl.serving.server import ChatServer, serve
+from localrl.settings import ModelConfig
 
 NAMES = Names("tiny", "tiny-run")
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.CHARACTERS)

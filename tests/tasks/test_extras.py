@@ -6,10 +6,10 @@ import importlib.util
 
 import pytest
 
-from localrl.config import TaskConfig
 from localrl.errors import ConfigError
 from localrl.processes.worker import Worker
 from localrl.rewards.catalog import parse_rewards
+from localrl.settings import TaskConfig
 from localrl.tasks.loading import open_task
 
 

@@ -14,13 +14,13 @@ from samples import sample
 from steps import plan, ragged_group, selection
 
 from localrl.backend import mx
-from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import buffers, decode
 from localrl.engines.cpu.decode import CPUState
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
 from localrl.rollouts import decode as rollouts_decode
+from localrl.settings import LearningConfig
 
 PROMPTS = (5, 6, 7), (1, 2, 3, 4, 8, 9), (10, 11)
 

@@ -12,7 +12,6 @@ from forests import flat_group, forest, scored
 from steps import plan, ragged_group, relative_difference, selection
 
 from localrl.backend import mx, tree_flatten
-from localrl.config import LearningConfig
 from localrl.engines.choose import choose_engine
 from localrl.engines.cpu import attention
 from localrl.engines.cpu.attention import Attention, as_columns, as_heads
@@ -25,6 +24,7 @@ from localrl.policy.forest_packing import Level
 from localrl.policy.packing import forest_batches, row_batches
 from localrl.policy.scoring import group_logprobs
 from localrl.records import Batch, ScoredGroup
+from localrl.settings import LearningConfig
 
 WITH_KL = LearningConfig(clip_low=1.0, clip_high=100.0, kl_coef=0.1)
 TEMPERATURE = 0.8

@@ -12,7 +12,6 @@ from forests import flat_group, forest, scored
 from steps import plan, relative_difference, selection
 
 from localrl.backend import mx, tree_flatten
-from localrl.config import LearningConfig
 from localrl.engines.mlx.checkpointing import PROBED, checkpointed
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.engines.mlx.network import Network
@@ -20,6 +19,7 @@ from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
 from localrl.policy.model import Policy
 from localrl.records import Batch, Group
+from localrl.settings import LearningConfig
 
 WITH_KL = LearningConfig(clip_low=1.0, clip_high=100.0, kl_coef=0.1)
 DEEP = {"intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 128, "bits": None}

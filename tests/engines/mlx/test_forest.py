@@ -8,7 +8,6 @@ import tiny
 from forests import flat_group, forest, scored
 
 from localrl.backend import mx, nn, tree_flatten
-from localrl.config import LearningConfig
 from localrl.engines.mlx.forest import LevelState
 from localrl.learning.credit import assign_credit
 from localrl.learning.objectives import make_objective
@@ -18,6 +17,7 @@ from localrl.policy.forest_packing import pack_forest
 from localrl.policy.packing import forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
 from localrl.records import Batch, Group, MemoryPlan, ScoredGroup
+from localrl.settings import LearningConfig
 
 WIDE = LearningConfig(clip_low=1.0, clip_high=100.0)
 

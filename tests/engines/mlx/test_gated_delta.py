@@ -12,10 +12,10 @@ from forests import flat_group, scored
 from steps import plan, selection
 
 from localrl.backend import mx
-from localrl.config import LearningConfig
 from localrl.engines.mlx.gated_delta import CHUNK, _inverse, gated_delta
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import Updater
+from localrl.settings import LearningConfig
 
 
 def draw(tokens, *, rows=2, key_heads=2, heads=4, key_size=16, size=8, seed=0):
