@@ -45,8 +45,9 @@ class StopWhileSampling(Heartbeat):
         self.left = token
 
     def beat(self, work=None):
-        self.left -= work is not None and work.name == "sampling"
-        if self.left == 0:
+        samples = work is not None and work.name == "sampling"
+        self.left -= samples
+        if samples and self.left == 0:
             self.stop("the test says so")
         super().beat(work)
 
