@@ -86,6 +86,7 @@ class AgentServer(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe(24)
         self.facts = ServedFacts((), vocabulary, None)
         self._trays: dict[int, Tray] = {}
+        self._awaited: set[int] = set()
         self._changed = threading.Condition()
         super().__init__((LOOPBACK, 0), _AgentHandler)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True)
@@ -129,12 +130,12 @@ class AgentServer(ThreadingHTTPServer):
         """
         while True:
             with self._changed:
-                waiting = [number for number in numbers if not self._trays[number].settled]
+                self._awaited = {n for n in numbers if not self._trays[n].settled}
                 left = until - time.monotonic()
-                if not waiting or left <= 0:
-                    return waiting
-                self._changed.wait(min(left, LOOK_S))
-            if not look():
+                if self._awaited and left > 0:
+                    self._changed.wait(min(left, LOOK_S))
+                waiting = sorted(self._awaited)
+            if not waiting or left <= 0 or not look():
                 return waiting
 
     def take(self, number: int) -> Request | Mapping[str, Any]:
@@ -160,7 +161,9 @@ class AgentServer(ThreadingHTTPServer):
             if number not in self._trays:
                 return False
             change(self._trays[number])
-            self._changed.notify_all()
+            self._awaited.discard(number)
+            if not self._awaited:
+                self._changed.notify_all()
             return True
 
 

@@ -111,6 +111,7 @@ def written(group, index):
 def test_an_agent_that_does_what_an_environment_does_gets_the_same(policy, worker, run):
     examples = [GUESSING.train(n) for n in range(3)]
     environments = open_environments(GUESSING.environment, (), worker, limit_s=60.0, warn=print)
+    assert environments is not None
     environments.connect(policy.tokenizer)
     prompts = environments.prompts(examples)
     known = sample_with(policy, Turns(environments.answer, 4), examples, THREE, 60,

@@ -71,6 +71,7 @@ def test_an_agent_plays_as_the_environment_does(policy, worker, name):
     task = load_task("guessing", train_prompts=0)
     examples = [task.train(n) for n in range(4)]
     environments = open_environments(task.environment, (), worker, limit_s=60.0, warn=print)
+    assert environments is not None
     environments.connect(policy.tokenizer)
     prompts = environments.prompts(examples)
     known = sample(policy, Turns(environments.answer, 4), examples, prompts)
