@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import inspect
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ def check(target: str) -> list[str]:
 def start(target: str, agents: Sequence[Mapping[str, Any]], url: str, token: str) -> None:
     """Start a thread for each agent; it has `number` and `example`. url, token: of the server."""
     environment_child.keep({})
+    _go_there_directly(urlsplit(url).hostname or "")
     function, parameters = load(target)
     named = signature(parameters)["named"]
     for agent in agents:
@@ -48,6 +50,14 @@ def start(target: str, agents: Sequence[Mapping[str, Any]], url: str, token: str
         kwargs = {name: given[name] for name in GIVEN if named is None or name in named}
         report = (f"{base}/result", token)
         threading.Thread(target=_run, args=(function, kwargs, *report), daemon=True).start()
+
+
+def _go_there_directly(host: str) -> None:
+    """Keep clients from asking a proxy for this machine's own address."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = os.environ.get(name, "")
+        if host not in hosts.split(","):
+            os.environ[name] = f"{hosts},{host}".lstrip(",")
 
 
 def remember(rewards: Mapping[str, float | None]) -> None:

@@ -205,11 +205,8 @@ def _group(
 ) -> Group:
     """Build the record of an example's completions."""
     begun = [sequence.prompt for talk in talks for sequence in talk.sequences]
-    prompt = (
-        _shared(begun, example)
-        if begun
-        else tokenizer.encode(example.messages, tools=example.tools or None)
-    )
+    # Without any call there is no prompt, and nothing is trained: one token stands for it.
+    prompt = _shared(begun, example) if begun else tokenizer.plain_tokens()[:1]
     nodes: list[Node] = []
     leaves = []
     for talk in talks:

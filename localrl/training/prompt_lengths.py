@@ -49,6 +49,8 @@ def read_prompts(
     Raises: DataError, naming file and line, for prompts that are too long or that the chat template
     refuses; ConfigError for those that the model cannot read.
     """
+    if config.task.agent:
+        return task, _allowed(config, "an agent makes them")
     training, complete = _training(config, task) if trains else ([], True)
     filters = config.task.filter_overlong_prompts
     count = config.task.held_out
@@ -70,8 +72,6 @@ def read_prompts(
             f"task.filter_overlong_prompts leaves out {len(long)} of {len(examples)} prompts, "
             f"which have more than {most} tokens (the longest has {max(n for _, n in long)})"
         )
-    if config.task.agent:
-        return task, _allowed(config, "an agent makes them")
     if environments is not None or config.task.environment or config.task.tools or task.environment:
         return task, _allowed(config, "an environment may add to them")
     return task, _planned(config, [n for n in lengths if n <= most], complete=complete)
