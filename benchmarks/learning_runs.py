@@ -210,6 +210,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
                 "wall_s": clock.wall_s,
                 "cpu_s": clock.cpu_s,
                 "pass@1": found.pass_at_1,
+                "mean_reward": found.mean_reward,
                 "mean_completion_tokens": found.mean_completion_tokens,
                 "discarded": discarded(session).completions,
             }
@@ -226,7 +227,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
                 return evaluations, str(error)
             if due(evaluations[-1]["tokens"], tokens(), job.every) or tokens() >= job.budget:
                 evaluations.append(evaluate())
-                if learned(evaluations, job.goal.stop):
+                if learned(evaluations, job.goal):
                     return evaluations, "learned"
     return evaluations, "budget"
 
@@ -236,9 +237,10 @@ def due(last: int, now: int, every: int) -> bool:
     return now // every > last // every
 
 
-def learned(evaluations: Sequence[Run], stop: float) -> bool:
+def learned(evaluations: Sequence[Run], goal: Goal) -> bool:
     """Return True if the last two evaluations are above the mark."""
-    return len(evaluations) > 1 and all((each["pass@1"] or 0) > stop for each in evaluations[-2:])
+    last = [each[goal.measure] or 0 for each in evaluations[-2:]]
+    return len(last) > 1 and min(last) > goal.stop
 
 
 def add_costs(evaluations: Sequence[Run], folder: Path) -> None:

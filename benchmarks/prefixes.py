@@ -115,7 +115,7 @@ class Prefixes(Sampler):
         """Return at most one prefix for each example."""
         keys = {example.id: example.tracker_key for example in examples}
         self._before = {
-            name: (self.tracker.difficulty(key) or 0.0, self.tracker.expected_tokens(key) or 0.0)
+            name: (self._expected(key), self.tracker.expected_tokens(key) or 0.0)
             for name, key in keys.items()
         }
         self._begun = {}
@@ -126,6 +126,11 @@ class Prefixes(Sampler):
                 if begun is not None:
                     self._begun[example.id] = begun
         return [[self._begun[e.id].prefix] if e.id in self._begun else () for e in examples]
+
+    def _expected(self, key: str) -> float:
+        """Return the expected reward within the range of rewards, 0 to 1; 0 if unknown."""
+        value = self.tracker.value(key)
+        return 0.0 if value is None else self.tracker.place(value)
 
     def draw(self, example: Example, visit: Visit, step: int) -> Begun | None:
         """Return a prefix of the newest completion with the outcome that is needed, if any."""
@@ -156,9 +161,9 @@ class Prefixes(Sampler):
         nodes = (node if node.old_logprobs is None else context(node) for node in group.nodes)
         return replace(group, nodes=tuple(nodes))
 
-    def learn(self, scored: Sequence[ScoredGroup], version: int) -> None:
+    def learn(self, scored: Sequence[ScoredGroup]) -> None:
         """Store the fresh completions of a step; a visit without any keeps the one before."""
-        super().learn(scored, version)
+        super().learn(scored)
         for group in scored:
             example = group.group.example
             fresh = [

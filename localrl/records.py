@@ -34,7 +34,7 @@ FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
 """Reasons a completion ended: end token, stop text, maximum length, repetition, last turn of an
 environment, failure."""
 
-DropReason = Literal["no reward", "no coefficient", "down-sampled", "truncated"]
+DropReason = Literal["no reward", "no coefficient", "truncated"]
 """Reasons a completion is not trained on."""
 
 

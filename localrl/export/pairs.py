@@ -25,7 +25,7 @@ class WrittenPairs:
     path: Path
     pairs: int
     groups: int
-    """Number of stored groups, each counted once although it may have been replayed."""
+    """Number of stored groups."""
 
 
 def export_pairs(run: Path, out: Path) -> WrittenPairs:
@@ -97,7 +97,7 @@ def _completion(leaf: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _groups(source: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the groups of a file of rollouts, replayed ones left out.
+    """Yield the groups of a file of rollouts; those that an earlier version replayed come once.
 
     Raises: DataError if a line is no group.
     """

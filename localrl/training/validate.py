@@ -99,11 +99,6 @@ def _check_trees(config: RunConfig, shape: Shape) -> None:
             "the one completion a token belongs to; in a tree completions share tokens. Choose "
             "another objective, or rollout.strategy=flat."
         )
-    if config.learning.keep_completions:
-        raise ConfigError(
-            f"learning.keep_completions is {config.learning.keep_completions}, which drops whole "
-            "completions; in a tree they share tokens. Set it to 0, or rollout.strategy=flat."
-        )
 
 
 def _check_weights(config: RunConfig, shape: Shape) -> None:
@@ -120,20 +115,10 @@ def _check_weights(config: RunConfig, shape: Shape) -> None:
             f"learning.objective={name} divides by the number of sampled tokens; with rounds, that "
             "number depends on the rewards. Choose clipped or rloo, or rollout.strategy=flat."
         )
-    if shape.rounds > 1 and shape.leaves == 1 and not config.tracker_weight:
-        raise ConfigError(
-            "learning.kappa is 0 and a round has one completion: the first has nothing to be "
-            "compared with. Leave kappa out, or lower rollout.rounds."
-        )
 
 
 def _check_reuse(config: RunConfig, shape: Shape) -> None:
     rollout = config.rollout
-    if rollout.replay_groups and shape.leaves * shape.rounds == 1:
-        raise ConfigError(
-            f"rollout.replay_groups is {rollout.replay_groups}, but only groups with unequal "
-            "rewards are replayed, and a group of one has none. Raise rollout.group_size."
-        )
     if rollout.reuse and not reused_roots(config, shape):
         raise ConfigError(
             f"rollout.reuse is {rollout.reuse:g}, but of {shape.roots} completions (of the first "
