@@ -7,7 +7,6 @@ become the calls of `rollouts/agents.py`. See docs/agents.md.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,29 +14,18 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from localrl.agents.chat import (
-    check_offered,
-    completion,
-    for_template,
-    logprobs_of,
-    read_turn,
-)
+from localrl.agents.chat import completion, logprobs_of, read_turn
 from localrl.agents.conversations import AgentLimits, Asked, Conversation, TooMuch, messages_of
+from localrl.agents.reading import RequestReader
 from localrl.agents.server import AgentServer, Request
 from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import Tokenizer
 from localrl.processes.worker import Reply, Worker
 from localrl.records import AgentCall, AgentEnd, Example, ModelTurn, RewardSpec, Work
-from localrl.serving.requests import Body
 from localrl.tasks.breakage import Breakage
 from localrl.tasks.environments import row_of
 
 CHILD = "localrl.agents.child"
-NEUTRAL: Mapping[str, Any] = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "top_k"), 0),
-    **{"top_p": 1, "repetition_penalty": 1, "logit_bias": {}, "seed": None, "temperature": None},
-}
-"""Settings of sampling that requests may have, and values that change nothing; the run's count."""
 
 Asking = AgentCall | AgentEnd
 
@@ -60,11 +48,10 @@ class Agents:
     limits: AgentLimits
     warn: Callable[[str], None]
     beat: Callable[[Work], None]
-    tokenizer: Tokenizer | None = None
-    """Tokenizer of the model, once it is loaded; see `connect`."""
     has_tools: bool = False
     """Always False: tools are the agent's own."""
     _server: AgentServer | None = None
+    _reader: RequestReader | None = None
     _numbers: Iterator[int] = field(default_factory=count)
     _talks: dict[int, Conversation] = field(default_factory=dict)
     """Agents at work."""
@@ -75,7 +62,6 @@ class Agents:
     """True if the child still runs an agent that was given up."""
     _lost: Reply | None = None
     """The failure of the child, if one ended the last waiting."""
-    _told: bool = False
 
     def __post_init__(self) -> None:
         self._breakage = Breakage("agent", "completions", self.warn)
@@ -87,7 +73,7 @@ class Agents:
 
     def connect(self, tokenizer: Tokenizer) -> None:
         """Connect the agents to a model, and begin to listen on this machine."""
-        self.tokenizer = tokenizer
+        self._reader = RequestReader(tokenizer, self.warn)
         self._server = AgentServer(len(tokenizer.inner))
 
     def close(self) -> None:
@@ -152,8 +138,8 @@ class Agents:
 
     @property
     def _model(self) -> Tokenizer:
-        assert self.tokenizer is not None, "connect() comes first"
-        return self.tokenizer
+        assert self._reader is not None, "connect() comes first"
+        return self._reader.tokenizer
 
     @property
     def _listening(self) -> AgentServer:
@@ -223,73 +209,21 @@ class Agents:
 
     def _calls(self, requests: Mapping[int, Request]) -> dict[int, Asking]:
         """Return the calls of these requests; those that cannot be made are refused."""
-        asked = {number: self._read(request) for number, request in requests.items()}
-        groups: dict[str, list[int]] = {}
-        for number, one in asked.items():
-            if one is not None:
-                groups.setdefault(json.dumps(one.tools), []).append(number)
+        assert self._reader is not None
         calls: dict[int, Asking] = {}
-        for numbers in groups.values():
-            some = [asked[number] for number in numbers]
-            tools = some[0].tools or None if some[0] else None
-            texts = self._model.attempt([one.messages for one in some if one], tools)
-            for number, one, text in zip(numbers, some, texts, strict=True):
-                request = requests[number]
-                if isinstance(text, DataError) or one is None:
-                    request.refuse(str(text))
-                elif call := self._call(number, request, one, text):
-                    calls[number] = call
+        for number, asked in self._reader.read(requests):
+            request, talk = requests[number], self._talks[number]
+            try:
+                call = talk.call(asked, self._model, self.limits)
+            except TooMuch as error:
+                talk.cut = error.reason
+                request.refuse(str(error))
+            except (DataError, ConfigError) as error:
+                request.refuse(str(error))
+            else:
+                calls[number] = call
+                self._taken[number] = _Taken(request, asked, call)
         return calls
-
-    def _call(self, number: int, request: Request, asked: Asked, text: str) -> AgentCall | None:
-        """Return the call of a request whose prompt is rendered; None if it is refused."""
-        talk, body = self._talks[number], request.body
-        stop = body.get("stop", ())
-        try:
-            rendered = self._model.encode_prompt_text(text)
-            call = talk.call(
-                asked,
-                rendered,
-                self._model,
-                self.limits,
-                most=body.get("max_completion_tokens", body.get("max_tokens")),
-                stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            )
-        except TooMuch as error:
-            talk.cut = error.reason
-            request.refuse(str(error))
-            return None
-        except (DataError, ConfigError) as error:
-            request.refuse(str(error))
-            return None
-        self._taken[number] = _Taken(request, asked, call)
-        return call
-
-    def _read(self, request: Request) -> Asked | None:
-        """Return the conversation of a request; None if it cannot be answered."""
-        body = request.body
-        try:
-            _check_body(body)
-            check_offered(self._model, body.get("tools", ()))
-            asked = Asked(tuple(for_template(body["messages"])), tuple(body.get("tools", ())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            request.refuse(f"{type(error).__name__}: {error}")
-            return None
-        except (DataError, ConfigError) as error:
-            request.refuse(str(error))
-            return None
-        self._tell_sampling(body)
-        return asked
-
-    def _tell_sampling(self, body: Body) -> None:
-        """Warn once of settings of sampling in a request."""
-        named = [name for name, value in NEUTRAL.items() if body.get(name, value) != value]
-        if named and not self._told:
-            self._told = True
-            self.warn(
-                f"The agent's requests set {', '.join(named)}, which does nothing in training: all "
-                "turns are sampled by the run's own settings (rollout.temperature)."
-            )
 
     def _settle(self) -> None:
         """Let the rewards find what the agents returned. All have ended.
@@ -357,18 +291,3 @@ def _number(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _check_body(body: Body) -> None:
-    """Check what `read_request` leaves to mlx-lm's server.
-
-    Raises: ValueError.
-    """
-    for name in ("max_completion_tokens", "max_tokens"):
-        most = body.get(name, 1)
-        if type(most) is not int or most < 1:
-            raise ValueError(f"{name} is {most!r}; give a whole number from 1")
-    if body.get("top_logprobs"):
-        raise ValueError("top_logprobs is not supported; logprobs are")
-    if "chat_template_kwargs" in body:
-        raise ValueError("chat_template_kwargs is not supported: set model.thinking of the run")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localrl.policy.tokenizer import Tokenizer
-from localrl.policy.turns import ToolCall, check_tools, read_calls
+from localrl.policy.turns import ToolCall, read_calls
 from localrl.records import ModelTurn
 
 Message = Mapping[str, Any]
@@ -65,22 +65,16 @@ def read_turn(
     return Written(content, reasoning, tuple(calls), "tool_calls" if calls else reason)
 
 
-def check_offered(tokenizer: Tokenizer, tools: Sequence[Any]) -> None:
-    """Check that the model can be offered tools.
-
-    Raises: ConfigError if the format of its calls is unknown.
-    """
-    if tools:
-        check_tools(tokenizer)
-
-
 def _thoughts(tokenizer: Tokenizer, text: str) -> tuple[str, str]:
     """Split a turn into thoughts and the rest, as mlx-lm's server does for models that think."""
     inner = tokenizer.inner
-    if not getattr(inner, "has_thinking", False) or inner.think_end not in text:
+    if not inner.has_thinking:
         return "", text
-    before, _, after = text.partition(inner.think_end)
-    return before.partition(inner.think_start)[2] or before, after.lstrip("\n")
+    before, ended, after = text.partition(inner.think_end)
+    thoughts = before.partition(inner.think_start)[2]
+    if not ended:
+        return (thoughts, "") if inner.think_start in text else ("", text)
+    return thoughts or before, after.lstrip("\n")
 
 
 def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:

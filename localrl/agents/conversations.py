@@ -22,11 +22,16 @@ from localrl.records import AgentCall, FinishReason, ModelTurn
 
 @dataclass(frozen=True)
 class Asked:
-    """A request's conversation."""
+    """A request that can be answered."""
 
     messages: tuple[Mapping[str, Any], ...]
-    """In the form that templates take."""
+    """Its conversation, in the form that templates take."""
     tools: tuple[Mapping[str, Any], ...]
+    rendered: tuple[int, ...]
+    """Its prompt, as the template renders it."""
+    most: int | None = None
+    """Its own limit of tokens."""
+    stop: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -36,7 +41,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class AgentLimits:
-    """AgentLimits on an agent."""
+    """Limits on an agent."""
 
     calls: int
     """`rollout.max_turns`."""
@@ -89,26 +94,15 @@ class Conversation:
     """Number of messages in each sequence's first request."""
     _asked: tuple[Asked, AgentCall] | None = None
 
-    def call(
-        self,
-        asked: Asked,
-        rendered: tuple[int, ...],
-        tokenizer: Tokenizer,
-        limits: AgentLimits,
-        *,
-        most: int | None,
-        stop: tuple[str, ...],
-    ) -> AgentCall:
+    def call(self, asked: Asked, tokenizer: Tokenizer, limits: AgentLimits) -> AgentCall:
         """Return the call for a turn.
-
-        rendered: the request's prompt; most: the request's own limit of tokens.
 
         Raises: TooMuch if the completion has no call or token left; DataError if the prompt of a
         new sequence is too long; ConfigError as `answer_ids` does.
         """
         if len(self.turns) >= limits.calls:
             raise TooMuch(f"the run allows {limits.calls} calls (rollout.max_turns)", "turns")
-        sequence, prompt = self._link(asked, rendered, tokenizer)
+        sequence, prompt = self._link(asked, tokenizer)
         if sequence is None and len(prompt) > limits.prompt_tokens:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens; the run allows {limits.prompt_tokens} "
@@ -123,7 +117,7 @@ class Conversation:
                 "length",
             )
         self.used += read
-        call = AgentCall(self.number, prompt, sequence, min(room, most or room), stop)
+        call = AgentCall(self.number, prompt, sequence, min(room, asked.most or room), asked.stop)
         self._asked = asked, call
         return call
 
@@ -152,15 +146,14 @@ class Conversation:
         turn = self.turns[-1]
         return turn.messages[self._first[turn.sequence] :]
 
-    def _link(
-        self, asked: Asked, rendered: tuple[int, ...], tokenizer: Tokenizer
-    ) -> tuple[int | None, tuple[int, ...]]:
+    def _link(self, asked: Asked, tokenizer: Tokenizer) -> tuple[int | None, tuple[int, ...]]:
         """Return the sequence that a request continues, if one, and its prompt's tokens."""
+        rendered = asked.rendered
         whole = [s for s, ids in enumerate(self._ends) if rendered[: len(ids)] == ids]
         if whole:
             return max(whole, key=lambda s: len(self._ends[s])), rendered
         keys = asked.keys
-        said = [turn for turn in self.turns if keys[: len(turn.keys)] == turn.keys]
+        said = [turn for turn in self.turns[::-1] if keys[: len(turn.keys)] == turn.keys]
         if not said:
             return None, rendered
         turn = max(said, key=lambda turn: len(turn.keys))

@@ -28,11 +28,10 @@ class Talk:
         self.tokenizer, self.conversation = tokenizer, Conversation(0, most)
 
     def ask(self, messages, most=None):
-        asked = Asked(tuple(for_template(messages)), ())
-        rendered = self.tokenizer.encode(asked.messages)
-        return self.conversation.call(
-            asked, rendered, self.tokenizer, LIMITS, most=most, stop=()
-        ), rendered
+        plain = tuple(for_template(messages))
+        rendered = self.tokenizer.encode(plain)
+        asked = Asked(plain, (), rendered, most)
+        return self.conversation.call(asked, self.tokenizer, LIMITS), rendered
 
     def write(self, ids, content):
         turn = ModelTurn(Example("x", (FIRST,)), 0, tuple(ids), content, "stop")
