@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from localrl.agents.chat import Written, for_template, key_of
+from localrl.agents.chat import Written, for_template, key_of, read_turn
 from localrl.agents.conversations import AgentLimits, Asked, Conversation, TooMuch
 from localrl.embedded import embedded_model_path
 from localrl.errors import DataError
@@ -158,3 +161,21 @@ def test_messages_as_clients_write_them():
     ]
     keys = [key_of(message) for message in for_template([dumped, {**dumped, "reasoning": "so"}])]
     assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<think>so</think>\n\nyes", "so", "yes"),
+        ("so</think>yes", "so", "yes"),
+        ("<think>so", "so", ""),
+        ("yes", "", "yes"),
+    ],
+)
+def test_thoughts_are_apart_from_what_is_said(text, reasoning, content):
+    thinks = {"has_thinking": True, "think_start": "<think>", "think_end": "</think>"}
+    tokenizer: Any = SimpleNamespace(inner=SimpleNamespace(**thinks))
+    turn = ModelTurn(Example("x", (FIRST,)), 0, (1, 2), text, "stop")
+    written = read_turn(tokenizer, turn, (), ())
+    assert (written.reasoning, written.content) == (reasoning, content)
+    assert ("reasoning" in written.message("x")) == bool(reasoning)
