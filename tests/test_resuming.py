@@ -39,7 +39,6 @@ SMALL = {
 PARTS = {
     "trees": {
         "rollout.strategy": "tree",
-        "rollout.fork_gap": 2,
         "rollout.reuse": 0.5,
         "learning.kl_coef": 0.01,
         "learning.updates_per_step": 2,
