@@ -183,7 +183,8 @@ def table(recipe: Recipe, runs: Sequence[ArmRun]) -> Iterator[str]:
         f"{sizes['model.path']}, {sizes['task.train_prompts']:,} problems of {sizes['task.name']}, "
         "each seen once"
     )
-    yield f"{'':{WIDTH}}{'before':>8}{'after':>8}{'95 % interval':>18}{'tokens':>14}{'seconds':>10}"
+    shares = f"{'right answers, %':{WIDTH}}{'before':>8}{'after':>8}{'95 % interval':>18}"
+    yield f"{shares}{'tokens':>14}{'seconds':>10}"
     yield "measured here"
     for run in runs:
         yield _measured(result(run))
@@ -195,7 +196,7 @@ def table(recipe: Recipe, runs: Sequence[ArmRun]) -> Iterator[str]:
 
 def _measured(found: ArmResult) -> str:
     low, high = found.interval or (None, None)
-    interval = "-" if low is None else f"{low:.3f} to {high:.3f}"
+    interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
     return (
         f"  {found.arm:{WIDTH - 2}}{_share(found.before):>8}{_share(found.after):>8}{interval:>18}"
         f"{found.tokens:>14,}{found.seconds:>10,.0f}"
@@ -209,4 +210,4 @@ def _published(line: PublishedRun) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{100 * value:.2f}"

@@ -105,11 +105,11 @@ def test_a_stopped_comparison_goes_on_and_is_made_once(place, capfd):
     arguments += ["--data", problems, "--out", place / "out", *words(SMALL)]
     done = within.localrl(capfd, *arguments, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert "run 1 of 2: GRPO, 16 completions, up to 6 completions" in done.stdout
+    assert "run 1 of 2: GRPO-16, up to 6 completions" in done.stdout
     table = done.stdout.partition("measured here\n")[2].splitlines()
-    assert table[0].split()[:4] == ["GRPO,", "16", "completions", "0.000"]
-    assert table[1].split()[:2] == ["pairs", "0.000"]
-    assert "0.804" in done.stdout.partition("published: arXiv 2503.22342v1")[2]
+    assert table[0].split()[:2] == ["GRPO-16", "0.00"]
+    assert table[1].split()[:2] == ["pairs", "0.00"]
+    assert "80.41" in done.stdout.partition("published: arXiv 2503.22342v1")[2]
     read = [read_run(run.folder) for run in runs]
     assert [[step["step"] for step in run.steps] for run in read] == [[1, 2, 3], [1]]
     kept = json.loads((place / "out" / RESULTS).read_text())
