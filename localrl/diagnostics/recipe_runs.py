@@ -195,8 +195,7 @@ def table(recipe: Recipe, runs: Sequence[ArmRun]) -> Iterator[str]:
 
 
 def _measured(found: ArmResult) -> str:
-    low, high = found.interval or (None, None)
-    interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
+    interval = " to ".join(f"{100 * end:.1f}" for end in found.interval or ()) or "-"
     return (
         f"  {found.arm:{WIDTH - 2}}{_share(found.before):>8}{_share(found.after):>8}{interval:>18}"
         f"{found.tokens:>14,}{found.seconds:>10,.0f}"
