@@ -265,6 +265,7 @@ def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
         "step": step,
         "example": group.example.id,
         "messages": group.example.messages,
+        "prompt_ids": group.prompt_ids,
         "planned_roots": group.planned_roots,
         "nodes": nodes,
         "leaves": [_leaf(leaf, i, record) for i, leaf in enumerate(group.leaves)],
@@ -303,6 +304,8 @@ def _leaf(leaf: Leaf, index: int, record: GroupRecord) -> dict[str, Any]:
         "parts": {name: values[index] for name, values in scored.parts.items()},
         "text": leaf.text,
     }
+    if leaf.beside:
+        line["beside"] = leaf.beside
     if leaf.messages:
         line["messages"] = leaf.messages
     if record.dropped[index] is not None:

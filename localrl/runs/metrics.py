@@ -38,7 +38,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "loss": (
         "",
-        "the objective; near 0 on fresh rollouts, where only its gradient matters",
+        "the objective; near 0 on fresh rollouts, where only its gradient matters; of given "
+        "completions their mean -log-probability per token",
     ),
     "grad_norm": ("", "global norm of the gradient before clipping"),
     "learning_rate": ("", "learning rate of this step's first update"),
@@ -59,11 +60,16 @@ METRICS: dict[str, tuple[str, str]] = {
     "rollout/groups": ("groups", "prompts of the step"),
     "rollout/informative_groups": ("groups", "groups with a coefficient other than 0"),
     "rollout/turns": ("turns", "mean over completions, if they talk to an environment"),
+    "rollout/sequences": (
+        "sequences",
+        "mean over completions: 1, or more if an agent's call did not continue an earlier one",
+    ),
+    "rollout/failed": ("completions", "whose environment or agent failed: they have no reward"),
     "tools/call_frequency": ("calls", "tool calls, mean over completions"),
     "tools/failure_frequency": ("share", "tool calls of the step that failed; null without any"),
     "rollout/rounds": ("rounds", "largest number of rounds of a prompt"),
     "rollout/completions": ("completions", "completions of the step"),
-    "rollout/tokens": ("tokens", "completion tokens sampled in the step"),
+    "rollout/tokens": ("tokens", "completion tokens sampled, or given, in the step"),
     "rollout/reused_tokens": ("tokens", "tokens of earlier completions that new ones started from"),
     "rollout/rescored_tokens": (
         "tokens",
@@ -123,6 +129,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval/n": ("completions", "held-out completions that have a reward"),
     "eval/mean_reward": ("reward", "mean over these completions"),
     "eval/mean_completion_tokens": ("tokens", "mean length of held-out completions"),
+    "eval/loss": (
+        "nats",
+        "mean -log-probability per token of held-out worked examples, if completions are given",
+    ),
     "eval/temperature": ("", "sampling temperature of the evaluation; 0 means greedy decoding"),
 }
 """Unit and meaning of every key of metrics.jsonl."""
@@ -134,6 +144,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     lengths = [int(completion.sampled.sum()) for completion in completions]
     entropies = np.concatenate([completion.entropies for completion in completions])
     written = np.concatenate([completion.sampled for completion in completions])
+    known = entropies[written]  # NaN where no sampler wrote the token
     sampled = sum(_sampled(group) for group in scored)
     reused = sum(_sampled(group, stale=True) for group in scored)
     rewards = _known([reward for group in scored for reward in group.rewards])
@@ -148,7 +159,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
         "completions/clipped_ratio": float(
             np.mean([completion.finish_reason == "length" for completion in completions])
         ),
-        "entropy": float(entropies[written].mean()),
+        "entropy": None if np.isnan(known).any() else float(known.mean()),
         "rollout/groups": len(scored),
         "tree/saved_tokens": int(written.sum()) - sampled,
         "tree/forks_per_path": float(np.mean([f for group in scored for f in _forks(group)])),
@@ -168,7 +179,13 @@ def _turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     """Return the metrics of completions that talk to an environment; empty for others."""
     leaves = [leaf for group in scored for leaf in group.group.leaves]
     turns = [sum(m["role"] == "assistant" for m in leaf.messages) for leaf in leaves]
-    return {"rollout/turns": float(np.mean(turns))} if any(turns) else {}
+    if not any(turns):
+        return {}
+    return {
+        "rollout/turns": float(np.mean(turns)),
+        "rollout/sequences": float(np.mean([1 + len(leaf.beside) for leaf in leaves])),
+        "rollout/failed": sum(leaf.finish_reason == "error" for leaf in leaves),
+    }
 
 
 def selection_metrics(

@@ -23,6 +23,8 @@ GYM_PROMPTS = 1000
 
 ROWS = "rows"
 """Name of tasks whose rows were handed over in Python."""
+NO_TASK = "none"
+"""Name of the task of a supervised run that samples nothing."""
 FUNCTION = "examples"
 """Function that a Python data file defines: no arguments, returns rows as in a JSONL file."""
 
@@ -45,7 +47,7 @@ def open_task(
     cannot be used.
     """
     path = Path(config.name).expanduser()
-    if config.columns and not is_data(config.name):
+    if config.columns and not config.demonstrations and not is_data(config.name):
         raise ConfigError(
             f"task.columns names columns of data, but {config.name} is a built-in task. Remove it."
         )
@@ -54,6 +56,11 @@ def open_task(
     hold_out: HoldOut = "all" if whole else "some" if config.held_out else "none"
     if rows is not None:
         return _rows_task(config, rewards, rows, hold_out)
+    if config.name == NO_TASK and not path.exists():
+        raise ConfigError(
+            "This run has worked examples and no task, so there is nothing to sample or to "
+            "measure. Name a task with --task."
+        )
     if config.name == ROWS and not path.exists():
         raise ConfigError(
             "The problems of this task were rows handed to train() in Python: only a program that "
@@ -63,7 +70,7 @@ def open_task(
         task = load_task(config.name, train_prompts=config.train_prompts)
         return replace(task, rewards=tuple(rewards)) if rewards else task
     script = path.suffix == ".py" and not path.is_dir()
-    if not rewards and not config.environment:
+    if not rewards and not config.environment and not config.agent:
         if not script:
             find_source(config.name)  # what is wrong with the data is told first
         raise ConfigError(
@@ -75,7 +82,7 @@ def open_task(
             path.stem,
             str(path),
             rewards,
-            _rows(path, worker),
+            python_rows(path, worker),
             config.train_prompts,
             system=config.system,
             columns=config.columns,
@@ -121,7 +128,7 @@ def _rows_task(
     hold_out: HoldOut,
 ) -> FileTask:
     """Make a task from rows of this process."""
-    if not rewards and not config.environment:
+    if not rewards and not config.environment and not config.agent:
         raise ConfigError(
             "No reward is set, so the answers to these rows cannot be scored. Hand functions over, "
             "as in train(config, data=rows, rewards=[score]), or set task.rewards."
@@ -164,7 +171,7 @@ def is_data(name: str) -> bool:
     return "/" in name or bool(Path(name).suffix) or Path(name).exists()
 
 
-def _rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
+def python_rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows that the file's `examples()` returns, each with its place."""
     if not path.exists():
         check_table(path)

@@ -32,6 +32,11 @@ def fit_prompts(config: RunConfig, task: Task, warn: Callable[[str], None]) -> R
     return config.replace("rollout.prompts_per_step", there)
 
 
+def as_supervised(config: RunConfig) -> RunConfig:
+    """Return the settings of a run that learns from given completions: one for each prompt."""
+    return config.replace("rollout.strategy", "flat").replace("rollout.group_size", 1)
+
+
 def check(config: RunConfig, shape: Shape, task: Task) -> None:
     """Reject settings that cannot work together.
 
@@ -43,14 +48,44 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
             "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "
             "be compared with. Leave kappa out, or raise the group size."
         )
+    if config.task.agent:
+        _check_agent(config, shape)
     if shape.leaves > shape.roots:
         _check_trees(config, shape)
     _check_weights(config, shape)
     _check_reuse(config, shape)
-    if config.rollout.reuse and (task.environment or config.task.environment or config.task.tools):
+    if task.environment or config.task.environment or config.task.tools:
+        _check_turns(config)
+
+
+def _check_turns(config: RunConfig) -> None:
+    if config.rollout.reuse:
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
             "environment cannot be restarted from its middle. Set it to 0."
+        )
+    if config.task.decided:
+        raise ConfigError(
+            f"task.decided is {config.task.decided}, but what ends a completion that talks to an "
+            "environment is the environment. Leave it out."
+        )
+
+
+def _check_agent(config: RunConfig, shape: Shape) -> None:
+    task, rollout = config.task, config.rollout
+    if task.environment or task.tools:
+        raise ConfigError(
+            "task.agent and an environment or tools are set; an agent brings its own. Keep one."
+        )
+    if shape.leaves > shape.roots:
+        raise ConfigError(
+            f"rollout.strategy is {rollout.strategy}, but an agent cannot be copied where a "
+            "completion forks. Set it to flat or adaptive."
+        )
+    if rollout.reuse:
+        raise ConfigError(
+            f"rollout.reuse is {rollout.reuse:g}, but an agent cannot be restarted from its "
+            "middle. Set it to 0."
         )
 
 
