@@ -21,7 +21,7 @@ WIDTH = 26
 
 
 @dataclass(frozen=True)
-class Request:
+class Changes:
     """The user's changes to a recipe; None where there is none."""
 
     out: Path
@@ -80,18 +80,18 @@ class ArmResult:
     """Seconds of training steps, without evaluations."""
 
 
-def plan(recipe: Recipe, request: Request) -> list[ArmRun]:
+def plan(recipe: Recipe, changes: Changes) -> list[ArmRun]:
     """Return the runs to make.
 
     Raises: ConfigError if the settings cannot be, or a folder has a run of other settings.
     """
-    if request.data is not None and request.problems is None:
+    if changes.data is not None and changes.problems is None:
         raise ConfigError(
-            f"Of {request.data} nobody knows how many problems to train on. Say it with --problems."
+            f"Of {changes.data} nobody knows how many problems to train on. Say it with --problems."
         )
-    if "run.out" in (request.settings or {}):
+    if "run.out" in (changes.settings or {}):
         raise ConfigError("Every run has a folder of its own. Name the one around them with --out.")
-    runs = [_arm(recipe, request, name) for name in recipe.arms]
+    runs = [_arm(recipe, changes, name) for name in recipe.arms]
     for run in runs:
         if not RunConfig.create(run.settings).task.held_out:
             raise ConfigError(
@@ -102,22 +102,22 @@ def plan(recipe: Recipe, request: Request) -> list[ArmRun]:
     return runs
 
 
-def _arm(recipe: Recipe, request: Request, name: str) -> ArmRun:
-    problems = recipe.problems if request.problems is None else request.problems
+def _arm(recipe: Recipe, changes: Changes, name: str) -> ArmRun:
+    problems = recipe.problems if changes.problems is None else changes.problems
     settings = {
         **recipe.settings,
-        "model.path": request.model or recipe.model,
-        "task.name": request.data or recipe.data,
+        "model.path": changes.model or recipe.model,
+        "task.name": changes.data or recipe.data,
         "task.train_prompts": problems,
         "task.eval_prompts": recipe.held_out,
         **recipe.arms[name],
-        **(request.settings or {}),
+        **(changes.settings or {}),
     }
     prompts = min(problems, settings["rollout.prompts_per_step"])
     steps = {"run.steps": math.ceil(problems / prompts)}
     slug = re.sub(r"\W+", "-", name.lower())
     return ArmRun(
-        name, request.out / slug, {**steps, **settings, "rollout.prompts_per_step": prompts}
+        name, changes.out / slug, {**steps, **settings, "rollout.prompts_per_step": prompts}
     )
 
 
