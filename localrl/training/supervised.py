@@ -58,4 +58,13 @@ def open_supervised(
             prompts = measured.prompts
         return replace(measured, config=config, task=task, prompts=prompts, demonstrations=found)
     scorer = Scorer((), InProcess(worker, {}), warn, beat=beat, scores=False)
-    return OpenedTask(config, task, None, scorer, tokenizer, prompts, (), found)
+    return OpenedTask(
+        config=config,
+        task=task,
+        environments=None,
+        scorer=scorer,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        judges=(),
+        demonstrations=found,
+    )
