@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,15 @@ class Arm:
 
     settings: Settings = field(default_factory=dict)
     rival: str | None = None
-    """Name of its stage in rivals.py."""
+    """Name of its stage, see stages.py."""
     paper: str = ""
     """arXiv number of a strategy that is not localrl's own."""
     biased: bool = False
     """True if the expected gradient is not that of the sampled groups."""
     outside: bool = False
     """True if TRL runs it, in an environment of its own."""
+    removed: bool = False
+    """True if localrl does not have its settings any more; its results stay."""
     rate_of: str = ""
     """The arm whose learning rate it takes; empty: it is tuned itself."""
 
@@ -40,7 +43,7 @@ BASE: Settings = {
     "learning.warmup_steps": 2,
     "learning.lr_schedule": "constant",
 }
-"""Said in full, so that arms stay what they are when defaults change."""
+"""Said in full, so that arms stay what they are when defaults change or settings are removed."""
 
 
 def shaped(prompts: int, completions: int, **settings: Any) -> Settings:
@@ -63,15 +66,9 @@ OURS = {
     "pairs": Arm(shaped(8, 2, **TRACKER)),
     "pairs in larger steps": Arm(shaped(16, 2, **TRACKER)),
     "single": Arm(shaped(16, 1, **TRACKER)),
-    "single + thompson": Arm(shaped(16, 1, **THOMPSON)),
     "adaptive": Arm(shaped(4, 8, **TRACKER, **ADAPTIVE)),
-    "adaptive + thompson": Arm(shaped(4, 8, **THOMPSON, **ADAPTIVE)),
     "tree by entropy": Arm(shaped(3, 8, **TREE | {"rollout__fork_rule": "entropy"})),
     "tree by period": Arm(shaped(3, 8, **TREE)),
-    "adaptive-tree": Arm(shaped(3, 8, **FOREST)),
-    "adaptive-tree + thompson": Arm(shaped(3, 8, **FOREST | THOMPSON)),
-    "tracker + down-sampling": Arm(shaped(2, 8, **TRACKER, learning__keep_completions=4)),
-    "pairs + replay": Arm(shaped(8, 2, **TRACKER, rollout__replay_groups=4)),
     "pairs + reuse": Arm(shaped(8, 2, **TRACKER, rollout__reuse=0.5)),
 }
 DAPO, GRESO, CPPO = "2503.14476", "2506.02177", "2503.22342"
@@ -88,20 +85,67 @@ RIVALS = {
     "CPPO with allocation": Arm(shaped(16, 8, **GRPO), "pruning", CPPO, biased=True),
     "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="GRPO-8"),
 }
-ARMS = OURS | RIVALS
+REMOVED = {
+    "single + thompson": Arm(shaped(16, 1, **THOMPSON), removed=True),
+    "adaptive + thompson": Arm(shaped(4, 8, **THOMPSON, **ADAPTIVE), removed=True),
+    "adaptive-tree": Arm(shaped(3, 8, **FOREST), removed=True),
+    "adaptive-tree + thompson": Arm(shaped(3, 8, **FOREST | THOMPSON), removed=True),
+    "tracker + down-sampling": Arm(
+        shaped(2, 8, **TRACKER, learning__keep_completions=4), removed=True
+    ),
+    "pairs + replay": Arm(shaped(8, 2, **TRACKER, rollout__replay_groups=4), removed=True),
+}
+"""Strategies of version 0.1 that were no better than the same without them."""
+PAIRS = shaped(8, 2, **TRACKER)
+PREFIXES = "2605.05112"
+STAGED = {
+    "pairs + prefixes": Arm(PAIRS, "prefixes", PREFIXES, biased=True),
+    "pairs + weighted prefixes": Arm(PAIRS, "weighted prefixes"),
+    "pairs + allocation": Arm(PAIRS, "allocation"),
+    "pairs + early end": Arm(PAIRS, "early end"),
+    "pairs + early end + prefixes": Arm(PAIRS, "early end + prefixes", PREFIXES, biased=True),
+    "flat-8 in small steps + early end": Arm(shaped(2, 8), "early end"),
+}
+"""Ideas written as stages."""
+OPSD, SRPO = "2601.18734", "2604.02288"
+DISTILLED = {
+    "distillation": Arm(shaped(8, 2), "distillation", OPSD, biased=True),
+    "distillation to go": Arm(shaped(8, 2), "distillation to go", OPSD, biased=True),
+    "distillation clipped": Arm(shaped(8, 2), "distillation clipped", OPSD, biased=True),
+    "pairs + distillation": Arm(shaped(8, 2, **TRACKER), "distillation and reward", biased=True),
+    "pairs + distilled failures": Arm(
+        shaped(8, 2, **TRACKER), "distillation of failures", SRPO, biased=True
+    ),
+}
+"""Towards the model that knows the answer, so their gradient is not that of a reward. They need a
+model that can read a hint, which the embedded one cannot."""
+LISTED = {
+    "options": Arm(shaped(8, 2), "options", biased=True),
+    "options in text": Arm(shaped(8, 2), "options in text"),
+    "options in log text": Arm(shaped(8, 2), "options in log text", biased=True),
+}
+"""For tasks with a column `options`."""
+ARMS = OURS | REMOVED | RIVALS | STAGED | DISTILLED | LISTED
 """Names without commas: options separate them so."""
 BASES = ("flat-8", "flat-8 in small steps")
 """What arms are compared with; the second says what is not merely the size of the steps."""
 
 
+def base_of(arms: Iterable[str]) -> str:
+    """Return the first of `BASES` that is among these arms; empty if none is."""
+    return next((base for base in BASES if base in set(arms)), "")
+
+
 @dataclass(frozen=True)
 class Goal:
-    """A task and the held-out pass@1 to reach on it."""
+    """A task and what to reach on its held-out prompts."""
 
     settings: Settings
     goal: float
     stop: float
     """A run ends when two evaluations in a row are above this."""
+    measure: str = "pass@1"
+    """What is to reach the goal; or mean_reward, where few completions are right as a whole."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +183,7 @@ EMBEDDED = Subject(
         "steps": Goal({"task.name": "steps"}, 0.85, 0.9),
         "sorting": Goal({"task.name": "sorting"}, 0.85, 0.9),
     },
-    arms=tuple(name for name, arm in ARMS.items() if not arm.outside),
+    arms=tuple(name for name, arm in (OURS | RIVALS).items() if not arm.outside),
     rates=(1.2e-3, 2.4e-3, 4.8e-3),
     tuning_seeds=(100, 101),
     budget=40_000,
@@ -164,11 +208,52 @@ SMOLLM2 = Subject(
         *("flat-8", "flat-8 in small steps", "pairs", "pairs + reuse"),
         *("2-GRPO in small steps", "CPPO in small steps"),
     ),
-    rates=(1.5e-4, 3e-4, 6e-4),
+    rates=(3e-4,),
     tuning_seeds=(100,),
     budget=18_000,
-    every=2_000,
+    every=3_000,
     prompts=64,
     seconds="wall_s",
 )
-SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2)}
+LONG = Subject(
+    name="smollm2-long",
+    settings=SMOLLM2.settings | {"rollout.max_completion_tokens": 112},
+    tasks={
+        "eight facts": Goal(
+            {"task.name": "benchmarks/eight_facts.py", **STRICT}, 0.6, 0.7, "mean_reward"
+        ),
+    },
+    arms=("flat-8 in small steps", "pairs", "tree by entropy", "tree by period"),
+    rates=(3e-4,),
+    tuning_seeds=(),
+    budget=36_000,
+    every=4_500,
+    prompts=64,
+    seconds="wall_s",
+)
+"""Where branching should pay if anywhere: completions of about 70 tokens with partial credit; the
+base model's mean reward is 0.27. The one learning rate is that of examples/smollm2."""
+CHOICES = Subject(
+    name="choices",
+    settings={"memory.threads": 1, "rollout.max_completion_tokens": 1},
+    tasks={
+        "first letter": Goal(
+            {
+                "task.name": "benchmarks/first_letter",
+                "task.rewards": ["accuracy"],
+            },
+            0.85,
+            0.9,
+        )
+    },
+    arms=("flat-8", "flat-8 in small steps", "pairs", *LISTED),
+    rates=(1.2e-3, 2.4e-3, 4.8e-3),
+    tuning_seeds=(100, 101),
+    budget=8_000,
+    every=200,
+    prompts=128,
+    seconds="cpu_s",
+    at_once=2,
+)
+"""The embedded model names the first of five letters where it would have guessed."""
+SUBJECTS = {subject.name: subject for subject in (EMBEDDED, SMOLLM2, LONG, CHOICES)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from learning_arms import ARMS, BASES, Goal, Subject
+from learning_arms import ARMS, BASES, SUBJECTS, Goal, Subject
 from learning_runs import Job, Run, identity
 
 from localrl.runs.logs import read_jsonl
@@ -24,7 +24,7 @@ HOUR_S = 3600.0
 """Most seconds between the starts of two runs whose seconds are compared."""
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""What was spent, of one kind, and pass@1, at each evaluation."""
+"""What was spent, of one kind, and the goal's measure, at each evaluation."""
 Known = dict[str, list[Run]]
 """The runs there are, by `identity`: the arm that others are paired with may be made again."""
 
@@ -76,7 +76,8 @@ def missing(jobs: Sequence[Job], known: Known) -> list[Job]:
 
 def curve(run: Run, axis: str = "tokens") -> Curve:
     """Return what a run had spent and reached at each evaluation."""
-    points = [(each[axis], each["pass@1"]) for each in run["evaluations"]]
+    measure = SUBJECTS[run["subject"]].tasks[run["task"]].measure
+    points = [(each[axis], each[measure]) for each in run["evaluations"]]
     spent, accuracy = np.array(points, dtype=float).T
     return spent, accuracy
 
@@ -129,12 +130,17 @@ def cost(run: Run, goal: float, axis: str = "tokens") -> Cost:
 # Pairs
 
 
-def timed(run: Run, at_once: int = 1) -> bool:
-    """Return True if the run had the cores it wanted, so that its seconds count."""
+def timed(run: Run, subject: Subject) -> bool:
+    """Return True if the run had the cores it wanted, so that its seconds count.
+
+    A processor's seconds in one thread leave out what it waited for, and always count.
+    """
     where = run["where"]
+    if subject.seconds == "cpu_s":
+        return True
     if where.get("waited") is not None:
         return where["waited"] <= MOST_WAITED
-    return where["load"] <= MOST_LOAD + at_once - 1
+    return where["load"] <= MOST_LOAD + subject.at_once - 1
 
 
 def paired(run: Run, base: Run) -> bool:
@@ -145,20 +151,21 @@ def paired(run: Run, base: Run) -> bool:
 
 
 def pairs_of(
-    arm: dict[int, list[Run]], base: dict[int, list[Run]], seconds: bool, at_once: int = 1
+    arm: dict[int, list[Run]], base: dict[int, list[Run]], counts: Callable[[Run], bool] | None
 ) -> list[tuple[Run, Run]]:
     """Return for each common seed a run of the arm and one of the base.
 
-    seconds: only quiet ones on one machine within an hour.
+    counts: says which runs' seconds count; only those on one machine within an hour are then
+    paired. None: tokens are compared, and any two will do.
     """
     found = []
     for seed in sorted(arm.keys() & base.keys()):
         both = [(mine, other) for mine in arm[seed] for other in base[seed]]
-        if seconds:
+        if counts is not None:
             both = [
                 (mine, other)
                 for mine, other in both
-                if timed(mine, at_once) and timed(other, at_once) and paired(mine, other)
+                if counts(mine) and counts(other) and paired(mine, other)
             ]
         found += both[:1]
     return found
@@ -206,7 +213,7 @@ def rate(subject: Subject, arm: str, known: Known) -> float | None:
     """Return the tuned rate with the fewest tokens to the goal; None while a run is missing.
 
     A rate that gets there with every seed goes before one that does not; of rates that never get
-    there, the one with the higher pass@1 at its best is taken.
+    there, the one that was higher at its best is taken.
     """
     if len(subject.rates) == 1:
         return subject.rates[0]
@@ -223,7 +230,7 @@ def rate(subject: Subject, arm: str, known: Known) -> float | None:
 
 
 def badness(runs: Sequence[Run], goal: float) -> tuple[int, float, float]:
-    """Return runs that never got there, tokens to the goal, and how low pass@1 stayed."""
+    """Return runs that never got there, tokens to the goal, and how low it stayed."""
     spent = [cost(run, goal) for run in runs]
     best = sum(float(curve(run)[1].max()) for run in runs)
     return sum(each.bound for each in spent), sum(each.value for each in spent), -best
@@ -255,10 +262,8 @@ class Part:
 
     def against(self, arm: str, base: str, axis: str) -> Ratio | None:
         """Return an arm's cost against a base arm's, paired over seeds."""
-        seconds = axis == self.subject.seconds
-        runs = pairs_of(
-            self.arms.get(arm, {}), self.arms.get(base, {}), seconds, self.subject.at_once
-        )
+        counts = self.timed if axis == self.subject.seconds else None
+        runs = pairs_of(self.arms.get(arm, {}), self.arms.get(base, {}), counts)
         both = [(self._cost(mine, axis), self._cost(other, axis)) for mine, other in runs]
         return ratio(both)
 
@@ -283,7 +288,7 @@ class Part:
 
     def timed(self, run: Run) -> bool:
         """Return True if the seconds of a run count."""
-        return timed(run, self.subject.at_once)
+        return timed(run, self.subject)
 
 
 def collect(subject: Subject, known: Known) -> Iterator[Part]:

@@ -84,9 +84,12 @@ def identity(run: Run) -> str:
 
 
 def with_paths(settings: Settings) -> Settings:
-    """Return the settings with the repository's reward files at their absolute paths."""
-    rewards = settings.get("task.rewards", [])
-    return settings | {"task.rewards": [str(ROOT / each) for each in rewards]}
+    """Return the settings with the repository's data and reward files at their absolute paths."""
+    task, rewards = settings["task.name"], settings.get("task.rewards", [])
+    return settings | {
+        "task.name": str(ROOT / task) if task.startswith("benchmarks/") else task,
+        "task.rewards": [str(ROOT / each) if "/" in each else each for each in rewards],
+    }
 
 
 # Where and when
@@ -178,7 +181,8 @@ def make(job: Job, *, python: str | None = None) -> Run:
 
 def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     """Return the evaluations of one run, and why it ended."""
-    from rivals import discarded, with_rival
+    from rivals import discarded
+    from stages import with_stages
 
     from localrl.config import RunConfig
     from localrl.processes.heartbeat import Heartbeat
@@ -192,7 +196,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()
     )
     with opened as session:
-        session = with_rival(session, job.made_by.rival)
+        session = with_stages(session, job.made_by.rival)
 
         def tokens() -> int:
             return session.tokens + discarded(session).tokens
@@ -206,6 +210,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
                 "wall_s": clock.wall_s,
                 "cpu_s": clock.cpu_s,
                 "pass@1": found.pass_at_1,
+                "mean_reward": found.mean_reward,
                 "mean_completion_tokens": found.mean_completion_tokens,
                 "discarded": discarded(session).completions,
             }
@@ -222,7 +227,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
                 return evaluations, str(error)
             if due(evaluations[-1]["tokens"], tokens(), job.every) or tokens() >= job.budget:
                 evaluations.append(evaluate())
-                if learned(evaluations, job.goal.stop):
+                if learned(evaluations, job.goal):
                     return evaluations, "learned"
     return evaluations, "budget"
 
@@ -232,9 +237,10 @@ def due(last: int, now: int, every: int) -> bool:
     return now // every > last // every
 
 
-def learned(evaluations: Sequence[Run], stop: float) -> bool:
+def learned(evaluations: Sequence[Run], goal: Goal) -> bool:
     """Return True if the last two evaluations are above the mark."""
-    return len(evaluations) > 1 and all((each["pass@1"] or 0) > stop for each in evaluations[-2:])
+    last = [each[goal.measure] or 0 for each in evaluations[-2:]]
+    return len(last) > 1 and min(last) > goal.stop
 
 
 def add_costs(evaluations: Sequence[Run], folder: Path) -> None:

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from localrl.learning.credit import assign_credit
-from localrl.learning.downsample import max_variance
 from localrl.learning.objectives import OBJECTIVES, weigh_prompt
 from localrl.records import Example, Group, Leaf, Node, ScoredGroup
 
@@ -132,16 +131,6 @@ def shipped(rewards: Rewards, prompt_weight: str = "none") -> np.ndarray:
     return np.array([credit.coefficient(i) for i in range(len(rewards))])
 
 
-def stratified(rewards: Rewards) -> np.ndarray:
-    """Four completions of greatest variance stand for all; leave-one-out over all."""
-    return shipped(rewards) * keep_four(rewards)
-
-
-def keep_four(rewards: Rewards) -> np.ndarray:
-    """Weights that are 0 for what is dropped."""
-    return max_variance(rewards, 4, np.arange(len(rewards)) / len(rewards))
-
-
 @cache
 def in_pairs(rewards: Rewards, round_size: int | None = 2) -> np.ndarray:
     """Sums over what came, divided by 8; baselines know their own round and those before."""
@@ -152,12 +141,19 @@ def in_pairs(rewards: Rewards, round_size: int | None = 2) -> np.ndarray:
 # Coefficients, given rewards: rules that are here for comparison only.
 
 
+def four_of(rewards: Rewards) -> np.ndarray:
+    """True for four completions whose rewards have the greatest variance: two of each if can be."""
+    ones = np.array(rewards) == 1
+    wanted = np.clip(2, 4 - (~ones).sum(), ones.sum())
+    return np.where(ones, ones.cumsum() <= wanted, (~ones).cumsum() <= 4 - wanted)
+
+
 def renormalised(rewards: Rewards) -> np.ndarray:
     """Four of greatest variance, with their own mean and population deviation.
 
     PODS, Xu et al. 2025 (2504.13818), without weights.
     """
-    kept = keep_four(rewards) > 0
+    kept = four_of(rewards)
     values = np.array(rewards)[kept]
     result = np.zeros(len(rewards))
     if values.std() > 0:
@@ -170,18 +166,16 @@ def balanced_four(rewards: Rewards) -> np.ndarray:
 
     Reinforce-Ada, balanced (2510.04996). These are four of greatest variance too.
     """
-    return (np.array(rewards) - np.mean(rewards)) * (keep_four(rewards) > 0) / 4
+    return (np.array(rewards) - np.mean(rewards)) * four_of(rewards) / 4
 
 
 KNOWN = {
     "none": (1, 1, 1, 1, 1, 1, 1, 1, 1),
     "std": (2.4, 2.3, 2.2, 1.9, 1.7, 1.9, 2.2, 2.3, 2.4),
     "maxrl": (6.6, 6.0, 5.2, 3.5, 2.0, 1.3, 1.1, 1.1, 1.0),
-    "stratified": (1, 1, 1, 1, 1, 1, 1, 1, 1),
     "refill": (6.7, 3.0, 1.8, 1.1, 1.0, 1.1, 1.8, 3.0, 6.7),
     "pods": (6.3, 5.4, 4.3, 2.6, 2.0, 2.6, 4.3, 5.4, 6.2),
     "ada": (7.2, 5.9, 4.0, 1.6, 1.0, 1.6, 4.0, 5.9, 7.2),
-    "ada-stratified": (1.2, 1.3, 1.3, 1.1, 1.0, 1.1, 1.3, 1.3, 1.2),
 }
 """Earlier figures at PROBABILITIES: simulated, 10^5 groups each, to one decimal."""
 
@@ -190,12 +184,10 @@ RULES = {
     "mean": Rule("`mean` (Dr. GRPO), 8", eight, partial(shipped, prompt_weight="mean")),
     "std": Rule("`std` (GRPO), 8", eight, partial(shipped, prompt_weight="std")),
     "maxrl": Rule("`maxrl`, 8", eight, partial(shipped, prompt_weight="maxrl")),
-    "stratified": Rule("`none`, 16, keep 4, strata re-weighted", sixteen, stratified),
     "rounds": Rule("`none`, rounds of 2 until mixed, up to 8, sum / 8", pairs, in_pairs),
     "refill": Rule("*DAPO's sampling, RLOO: 8, drawn again until mixed*", refill, shipped),
     "pods": Rule("*PODS: 16, keep 4, renormalised*", sixteen, renormalised),
     "ada": Rule("*Reinforce-Ada, balanced: 8 to 32, keep 2 + 2*", ada, balanced_four),
-    "ada-stratified": Rule("*same sampling, strata re-weighted*", ada, stratified),
     "hindsight": Rule(
         "*rounds of 2 as above, all rounds in the baseline*",
         pairs,

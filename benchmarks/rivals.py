@@ -36,9 +36,9 @@ WALK = 4
 def with_rival(session: Session, name: str | None) -> Session:
     """Return the session with a rival's stage in place of the product's; None: as it is."""
     if name == "pruning":
-        return _instead(Pruning, session)
+        return instead(Pruning, session)
     if name is not None:
-        session.sampler = _instead(SAMPLERS[name], session.sampler)
+        session.sampler = instead(SAMPLERS[name], session.sampler)
     return session
 
 
@@ -240,6 +240,6 @@ SAMPLERS: dict[str, type[DynamicSampling]] = {
 }
 
 
-def _instead(kind: type, stage: Any) -> Any:
+def instead(kind: type, stage: Any) -> Any:
     """Return a stage of this subclass with the same components."""
     return kind(**{each.name: getattr(stage, each.name) for each in fields(stage) if each.init})

@@ -34,7 +34,7 @@ from threading import Lock
 from typing import Any
 
 import click
-from learning_arms import ARMS, BASES, SUBJECTS, Subject
+from learning_arms import ARMS, SUBJECTS, Subject, base_of
 from learning_results import (
     HOUR_S,
     MOST_LOAD,
@@ -102,11 +102,10 @@ def planned(jobs: Sequence[Job], known: Callable[[], Known], base: str = "") -> 
 
 def _fresh(job: Job, known: Known) -> bool:
     """Return True if a quiet run of this job on this machine can still be paired with one now."""
-    at_once = SUBJECTS[job.subject].at_once
     return any(
         time.time() - run["where"]["started"] < HOUR_S - ROOM_S
         and run["where"]["machine"] == machine()
-        and timed(run, at_once)
+        and timed(run, SUBJECTS[job.subject])
         for run in known.get(identity(job.record), ())
     )
 
@@ -246,17 +245,20 @@ def one(options: Options, subject: str, task: str, arm: str, lr: float, seed: in
         lines.append(run)
     last = run["evaluations"][-1]
     spent = f"{last['tokens']} tokens, {last['wall_s']:.0f} s"
-    click.echo(f"pass@1 {last['pass@1']:.3f}, {spent}, {run['ended']}")
+    measure = bench.subject.tasks[task].measure
+    click.echo(f"{measure} {last[measure]:.3f}, {spent}, {run['ended']}")
 
 
 def _arms(subject: Subject, arms: str, python: str | None) -> list[str]:
     """Return the names of the arms to run.
 
-    Raises: ClickException for an unknown one, or one that lacks its environment.
+    Raises: ClickException for an unknown or removed one, or one that lacks its environment.
     """
     names = [name.strip() for name in arms.split(",")] if arms else list(subject.arms)
     if unknown := [name for name in names if name not in ARMS]:
         raise click.ClickException(f"There is no arm {unknown[0]!r}; there are {', '.join(ARMS)}.")
+    if gone := [name for name in names if ARMS[name].removed]:
+        raise click.ClickException(f"{gone[0]} was removed from localrl: only its results remain.")
     if not python and any(ARMS[name].outside for name in names):
         raise click.ClickException("TRL runs in an environment of its own: add --python.")
     return names
@@ -279,7 +281,7 @@ def run_missing(
         schedule(bench, [job for arm in names for job in tuning(bench.subject, arm)])
     jobs = turns(bench.subject, names, [int(seed) for seed in seeds.split(",")], bench.known())
     wanted = tasks.split(",") if tasks else list(bench.subject.tasks)
-    schedule(bench, [job for job in jobs if job.task in wanted], BASES[0])
+    schedule(bench, [job for job in jobs if job.task in wanted], base_of(names))
 
 
 @main.command(help="The runs that there are, and those that are missing.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import numpy as np
-from learning_arms import ARMS, BASES, SUBJECTS, Arm, Settings, Subject
+from learning_arms import ARMS, BASES, SUBJECTS, Arm, Settings, Subject, base_of
 from learning_results import (
     HOUR_S,
     MOST_LOAD,
@@ -27,7 +27,9 @@ from learning_runs import COSTS, Job, identity
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-ORDER = ("smollm2", "embedded")
+COMPARED = (*BASES, "pairs")
+"""Arms that the tables compare with: the bases, and the default."""
+ORDER = ("smollm2", "smollm2-long", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
     "flat-8": "#666666",
@@ -79,9 +81,9 @@ def intro(parts: Mapping[str, Sequence[Part]]) -> str:
         f"compared between runs on one machine that began within {HOUR_S / 60:.0f} minutes and\n"
         f"had its cores: their threads waited for one at most {MOST_WAITED:.0%} of the time, or,\n"
         f"where that is not known, they began at a load of at most {MOST_LOAD:g} ({loud} of\n"
-        f"{len(runs)} runs did not). ≥ marks a lower bound: a run that never gets there counts as\n"
-        "all it spent. *Slanted* arms are biased: their expected gradient is not that of the\n"
-        "sampled groups."
+        f"{len(runs)} runs did not); a processor's seconds in one thread always count. ≥ marks\n"
+        "a lower bound: a run that never gets there counts as all it spent. *Slanted* arms are\n"
+        "biased: their expected gradient is not that of the sampled groups."
     )
     return f"{how}\n\n{verdict([part for some in parts.values() for part in some])}"
 
@@ -98,7 +100,8 @@ def verdict(parts: Sequence[Part]) -> str:
 
 def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
     """Return everything about one model."""
-    title = {"smollm2": "SmolLM2-135M-Instruct", "embedded": "the embedded model"}[subject.name]
+    pretrained = subject.name.startswith("smollm2")
+    title = "SmolLM2-135M-Instruct" if pretrained else "the embedded model"
     blocks = []
     for part in parts:
         blocks += [f"### `{part.task}` with {title}", best(part), table_of_costs(part)]
@@ -115,17 +118,20 @@ def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
 
 
 def best(part: Part) -> str:
-    """Return what the arm with the fewest tokens needs of flat-8's tokens and seconds."""
-    found = {arm: part.against(arm, BASES[0], "tokens") for arm in part.arms if arm not in BASES}
+    """Return what the arm with the fewest tokens needs of the base's tokens and seconds."""
+    base = base_of(part.arms)
+    found = {arm: part.against(arm, base, "tokens") for arm in part.arms if arm not in BASES}
     means = {arm: each.mean for arm, each in found.items() if each}
     if not means:
-        return f"No arm can be compared with {BASES[0]} yet."
+        return f"No arm can be compared with {base or BASES[0]} yet."
     arm = min(means, key=lambda name: means[name])
-    seconds = part.against(arm, BASES[0], part.subject.seconds)
-    base = next(iter(part.arms[arm].values()))[0]["evaluations"][0]["pass@1"]
+    seconds = part.against(arm, base, part.subject.seconds)
+    began = next(iter(part.arms[arm].values()))[0]["evaluations"][0][part.goal.measure]
+    kind = " of mean reward" if part.goal.measure == "mean_reward" else ""
     return (
-        f"From {base:.2f} to {part.goal.goal:g}, the fewest tokens are those of {shown(arm)}: "
-        f"{found[arm]} of {BASES[0]}'s, and {seconds or 'an unknown share'} of its seconds."
+        f"From {began:.2f} to {part.goal.goal:g}{kind}, the fewest tokens are those of"
+        f" {shown(arm)}: {found[arm]} of {base}'s, and {seconds or 'an unknown share'} of its"
+        " seconds."
     )
 
 
@@ -138,12 +144,12 @@ def table_of_costs(part: Part) -> str:
         row = [shown(arm), f"{lr:g}", len(seeds)]
         for axis, scale in zip(axes, (1000, 1), strict=True):
             row += [average(part.costs(arm, axis), scale)]
-            row += [_against(part, arm, base, axis) for base in BASES]
+            row += [_against(part, arm, base, axis) for base in COMPARED]
         rows.append(row)
     words = "seconds" if axes[1] == "wall_s" else "processor seconds"
     heads = ["arm", "lr", "seeds", f"tokens to {part.goal.goal:g}, thousands"]
-    heads += [f"of {base}" for base in BASES]
-    return table([*heads, words, *(f"of {base}" for base in BASES)], rows)
+    heads += [f"of {base}" for base in COMPARED]
+    return table([*heads, words, *(f"of {base}" for base in COMPARED)], rows)
 
 
 def _against(part: Part, arm: str, base: str, axis: str) -> str:
@@ -206,8 +212,9 @@ def _whose(arm: Arm) -> str:
 
 
 def shown(arm: str) -> str:
-    """Return an arm's name, slanted if it is biased."""
-    return f"*{arm}*" if ARMS[arm].biased else arm
+    """Return an arm's name, slanted if it is biased, and that it was removed if it was."""
+    name = f"*{arm}*" if ARMS[arm].biased else arm
+    return f"{name} (removed)" if ARMS[arm].removed else name
 
 
 def words(settings: Mapping[str, Any]) -> str:

@@ -54,6 +54,20 @@ ALIASES = {
 KAPPA = 4.0
 """Default of `learning.kappa`; with two siblings, one alone is a poor baseline: see
 docs/strategies.md."""
+REMOVED: Mapping[str, Any] = {
+    "rollout.prompt_order": "shuffled",
+    "rollout.uniform_share": 0.1,
+    "rollout.rounds": 0,
+    "rollout.give_up": 0.9,
+    "rollout.roots": 2,
+    "rollout.replay_groups": 0,
+    "rollout.replay_age": 8,
+    "rollout.replay_drift": 0.02,
+    "learning.keep_completions": 0,
+}
+"""Settings of earlier versions with the values that change nothing, which are accepted."""
+REMOVED_STRATEGIES: Mapping[str, str] = {"adaptive-tree": "tree"}
+"""Earlier values of rollout.strategy, and what stands for them where nothing is trained."""
 OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
@@ -91,13 +105,22 @@ class RunConfig:
         return config
 
     @classmethod
-    def of_run(cls, file: Path, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    def of_run(
+        cls, file: Path, settings: Mapping[str, Any] | None = None, *, to_train: bool = False
+    ) -> RunConfig:
         """Build a configuration from a run's config.toml, also an older run's, and settings over
         it.
 
+        to_train: removed settings that had an effect are an error; otherwise they do not matter.
+
         Raises: as `create` does.
         """
-        return cls.create({**OLDER_RUNS, **read_toml(file), **_canonical(settings or {})})
+        own = _read(file)
+        if not to_train:
+            own = {key: value for key, value in own.items() if key not in REMOVED}
+            if (strategy := str(own.get("rollout.strategy"))) in REMOVED_STRATEGIES:
+                own["rollout.strategy"] = REMOVED_STRATEGIES[strategy]
+        return cls.create({**OLDER_RUNS, **_canonical(own), **_canonical(settings or {})})
 
     @property
     def supervised(self) -> bool:
@@ -169,6 +192,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises: ConfigError if the file is missing, is not TOML, or contains an unknown key.
     """
+    return _canonical(_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a TOML file, with its sections' keys as `section.key`.
+
+    Raises: ConfigError if it is missing or is not TOML.
+    """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -181,7 +212,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             flat.update({f"{name}.{key}": entry for key, entry in value.items()})
         else:
             flat[name] = value
-    return _canonical(flat)
+    return flat
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -209,11 +240,26 @@ def _canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in settings.items():
         key = ALIASES.get(name, name)
+        if key in REMOVED:
+            _check_removed(key, value)
+            continue
         _spec(key)
         if key in result:
             raise ConfigError(f"{key} is set twice, the second time as {name!r}. Keep one of them.")
         result[key] = value
     return result
+
+
+def _check_removed(key: str, value: Any) -> None:
+    """Check that a removed setting has the value without effect.
+
+    Raises: ConfigError if it has not.
+    """
+    if value != REMOVED[key]:
+        raise ConfigError(
+            f"{key} is {value!r}, but this setting was removed: it did not help, see "
+            "docs/strategies.md. Leave it out, or use version 0.1."
+        )
 
 
 def _spec(key: str) -> dataclasses.Field[Any]:

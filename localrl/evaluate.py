@@ -139,8 +139,13 @@ def sampled_tokens(scored: ScoredGroup) -> int:
 
 
 def at_temperature(decoder: Decoder, temperature: float) -> Decoder:
-    """Copy a decoder with another temperature and its own counts and pace."""
-    return replace(decoder, temperature=temperature, counts=DecodeCounts(), pace=Pace())
+    """Copy a decoder with another temperature and its own counts and pace.
+
+    Its completions go on even when their outcome is decided.
+    """
+    return replace(
+        decoder, temperature=temperature, counts=DecodeCounts(), pace=Pace(), decisions=None
+    )
 
 
 def _digest(examples: Sequence[Example]) -> str:

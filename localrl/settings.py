@@ -12,8 +12,7 @@ OBJECTIVES = ("clipped", "grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo", "rl
 PROMPT_WEIGHTS = ("none", "mean", "std", "maxrl")
 """Prompt weights defined in `localrl.learning.weighting`."""
 
-STRATEGIES = ("flat", "tree", "adaptive", "adaptive-tree")
-PROMPT_ORDERS = ("shuffled", "thompson")
+STRATEGIES = ("flat", "tree", "adaptive")
 FORK_RULES = ("entropy", "periodic")
 THINKING = ("auto", "on", "off")
 DEVICES = ("auto", "cpu")
@@ -113,6 +112,9 @@ class TaskConfig:
     )
     rewards: tuple[str, ...] = setting((), "rewards, as file.py:name; unset: the task's own")
     reward_weights: tuple[float, ...] = setting((), "one weight per reward; unset: all 1")
+    decided: str | None = setting(
+        None, "function that tells when an outcome is decided, to end there, as file.py:name"
+    )
     system: str | None = setting(None, "system message for data without one")
     filter_overlong_prompts: bool = setting(
         False, "leave out rows with prompts above rollout.max_prompt_tokens, and say how many"
@@ -180,30 +182,14 @@ class RolloutConfig:
     """Sampling of completions."""
 
     prompts_per_step: int = setting(16, "distinct prompts per step", low=1)
-    prompt_order: str = setting(
-        "shuffled", "all prompts in turn, or the most informative ones", choices=PROMPT_ORDERS
-    )
-    uniform_share: float = setting(
-        0.1, "thompson: share of prompts still taken in turn", low=0.01, high=1.0
-    )
     group_size: int = setting(0, "maximum completions per prompt; 0: 2 if flat, else 8", low=0)
     strategy: str = setting("flat", "independent completions, trees, rounds", choices=STRATEGIES)
-    rounds: int = setting(0, "adaptive: maximum rounds per group; 0: chosen", low=0)
-    give_up: float = setting(
-        0.9, "adaptive: stop a group that is this likely to stay uniform", low=0.0, high=1.0
-    )
-    roots: int = setting(2, "independent roots of a tree", low=1)
     fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
     fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
     stop_loops: bool = setting(
         False, "end a completion that repeats itself; its repetition is not trained: a bias"
     )
     stop_text: tuple[str, ...] = setting((), "end a completion after these texts, e.g. </answer>")
-    replay_groups: int = setting(0, "earlier groups replayed per step", low=0)
-    replay_age: int = setting(8, "maximum age of a replayed group, in updates", low=1)
-    replay_drift: float = setting(
-        0.02, "maximum drift of a replayed group, in nats: a bias, as its tokens decide", low=0.0
-    )
     reuse: float = setting(
         0.0, "share of completions that continue a prefix of an earlier one", low=0.0, high=1.0
     )
@@ -252,11 +238,6 @@ class LearningConfig:
         None,
         "weight of the tracker in baselines; unset: 0 in flat groups above 2, else 4",
         low=0.0,
-    )
-    keep_completions: int = setting(
-        0,
-        "completions trained per flat group, by variance; over 2 different rewards: a bias; 0: all",
-        low=0,
     )
     mask_truncated: bool = setting(
         False, "leave completions cut off for length out of the update: they teach nothing, a bias"

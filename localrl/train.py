@@ -96,8 +96,7 @@ def train_step(session: Session, step: int) -> None:
 
     examples = sampler.choose(step)
     session.make_room(step, examples)
-    fresh = sampler.collect(step, examples, version)
-    scored = fresh + sampler.replay(step, fresh, version)
+    scored = sampler.collect(step, examples, version)
     clock.lap("time/rollout_s")
     credits = [session.credit(step, group) for group in scored]
     selection = session.select(step, scored, credits)
@@ -105,7 +104,7 @@ def train_step(session: Session, step: int) -> None:
     if stats.problem:
         session.run.event("update_skipped", step=step, reason=stats.problem)
     clock.lap("time/update_s")
-    session.learn(fresh, credits, stats, version)
+    session.learn(scored, credits, stats)
 
     session.log_step(
         step,
@@ -115,10 +114,8 @@ def train_step(session: Session, step: int) -> None:
         {
             "epoch": session.epoch(step),
             "learning_rate": learning_rate,
-            **rollout_metrics(fresh),
-            **selection_metrics(
-                fresh, scored[len(fresh) :], selection.dropped, selection.trained_tokens
-            ),
+            **rollout_metrics(scored),
+            **selection_metrics(scored, selection.dropped, selection.trained_tokens),
             **update_metrics(stats),
             **{name: count - before[name] for name, count in session.counters().items()},
             **clock.laps,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ REWARD = "def reward(completion_ids):\n    return [3 not in ids for ids in compl
 PAIRS = {"rollout.group_size": 2}
 TREE = {"rollout.strategy": "tree", "rollout.group_size": 4, "rollout.fork_gap": 1}
 PERIOD = {"rollout.fork_rule": "periodic"}
-REPLAY = {"rollout.replay_age": 1, "rollout.replay_groups": 10_000}
 FRESH: dict[str, dict[str, Any]] = {
     "flat": {"rollout.group_size": 4},
     "pairs": PAIRS,
@@ -49,16 +47,10 @@ FRESH: dict[str, dict[str, Any]] = {
     "tree by entropy": TREE,
     "tree by period": TREE | PERIOD,
     "adaptive": {"rollout.strategy": "adaptive", "rollout.group_size": 4},
-    "adaptive tree": TREE | PERIOD | {"rollout.strategy": "adaptive-tree", "rollout.roots": 1},
     "early ends": PAIRS | {"rollout.stop_text": "aa"},
     "small advantages": PAIRS | {"learning.min_advantage": 0.5},
-    "down-sampling": {"rollout.group_size": 4, "learning.keep_completions": 2},
 }
 """Strategies for new groups."""
-REPLAYED: dict[str, dict[str, Any]] = {
-    "with the tracker": {"rollout.group_size": 4, "learning.kappa": 20.0} | REPLAY,
-    "leave-one-out": {"rollout.group_size": 4, "learning.kappa": 0.0} | REPLAY,
-}
 REUSE = PAIRS | {"rollout.reuse": 0.5}
 
 
@@ -123,7 +115,7 @@ def learn(session: Session, step: int, scored: Sequence[ScoredGroup]) -> None:
     """Let tracker and sampler learn from groups, as after a step that changed no weight."""
     credits = [session.credit(step, group) for group in scored]
     session.tracker.update(scored, credits)
-    session.sampler.learn(scored, step)
+    session.sampler.learn(scored)
 
 
 @dataclass(frozen=True)
@@ -157,20 +149,6 @@ def reused(session: Session, blocks: int, prompts: int) -> Iterator[Block]:
         learn(session, step + 1, scored)
 
 
-def replayed(session: Session, blocks: int, prompts: int, reward: float) -> Iterator[Block]:
-    """Yield all groups that come back a step later; `reward` is the one to expect."""
-    before = session.sampler.collect(1, examples(1, prompts), 1)
-    for step in range(2, blocks + 2):
-        expected = before[0].group.nodes[0].expected_reward
-        assert expected is not None
-        size, kappa = len(before[0].rewards), session.config.tracker_weight
-        learn(session, step - 1, before)
-        new = session.sampler.collect(step, examples(step, prompts), step)
-        back = session.sampler.replay(step, new, step)
-        yield Block(back, step, prompts, mixed_weight(reward, size, kappa, expected))
-        before = new
-
-
 def estimate(session: Session, block: Block) -> np.ndarray:
     """Estimate the gradient of the expected reward times the block's factor, (P,)."""
     credits = [session.credit(block.step, group) for group in block.scored]
@@ -199,22 +177,6 @@ def with_learned(session: Session, block: Block) -> Block:
     return replace(block, scored=scored)
 
 
-def mixed_weight(p: float, size: int, kappa: float, expected: float) -> float:
-    """Compute w(p) of keeping only the flat groups whose rewards, 0 or 1, are unequal.
-
-        w(p) = sum_{k=1}^{G-1} P(k) / G * (k A_1(k) / p - (G - k) A_0(k) / (1 - p))
-
-    P(k) is the chance of k ones, A_1 and A_0 are the advantages of a 1 and a 0 among them.
-    """
-    total = 0.0
-    for ones in range(1, size):
-        chance = comb(size, ones) * p**ones * (1 - p) ** (size - ones)
-        right = 1 - (ones - 1 + kappa * expected) / (size - 1 + kappa)
-        wrong = 0 - (ones + kappa * expected) / (size - 1 + kappa)
-        total += chance / size * (ones * right / p - (size - ones) * wrong / (1 - p))
-    return total
-
-
 def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     """List all completions; `stop` is a run of tokens that ends one."""
     found: list[tuple[int, ...]] = []
@@ -229,12 +191,18 @@ def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     return found
 
 
-def exact_gradient(model: Any, stop: Sequence[int] = ()) -> tuple[np.ndarray, float]:
-    """Compute the gradient (P,) of the expected reward by the adapters, and that reward."""
-    listed = completions(stop)
+def exact_gradient(
+    model: Any, stop: Sequence[int] = (), begun: tuple[int, ...] = ()
+) -> tuple[np.ndarray, float]:
+    """Compute the gradient (P,) of the expected reward by the adapters, and that reward.
+
+    begun: tokens that completions begin with, which are given and not drawn.
+    """
+    listed = [one for one in completions(stop) if one[: len(begun)] == begun]
     ids = np.array([[A, *one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
     lengths = np.array([[len(one)] for one in listed])
-    mask = mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
+    places = np.arange(LONGEST)
+    mask = mx.array(((len(begun) <= places) & (places < lengths)).astype(np.float32))
     rewards = mx.array(np.array([S not in one for one in listed], np.float32))
     tokens = mx.array(ids)
 

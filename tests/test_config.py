@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import tomllib
+from functools import partial
 
 import pytest
 
-from localrl.config import ALIASES, RunConfig, keys, parse_setting
+from localrl.config import ALIASES, OLDER_RUNS, REMOVED, RunConfig, keys, parse_setting
 from localrl.errors import ConfigError
 
 
@@ -36,15 +38,15 @@ def test_the_printed_configuration_reads_back(tmp_path):
 def test_what_is_unset_stays_unset_and_what_is_set_reads_back(tmp_path):
     settings = {
         "model.path": "m",
-        "rollout.strategy": "adaptive-tree",
+        "rollout.strategy": "adaptive",
         "rollout.stop_text": ['"é\\\n\x7f</answer>\t', "\n\n"],
         "rollout.stop_loops": True,
-        "rollout.give_up": 1,
+        "rollout.reuse": 1,
         "task.cut_reward": -1,
         "learning.kappa": 0,
     }
     config = RunConfig.create(settings)
-    assert (config.task.cut_reward, config.learning.kappa, config.rollout.give_up) == (-1.0, 0, 1.0)
+    assert (config.task.cut_reward, config.learning.kappa, config.rollout.reuse) == (-1.0, 0, 1.0)
     plain = RunConfig()
     assert (plain.task.cut_reward, plain.learning.kappa, plain.rollout.stop_text) == (
         None,
@@ -86,18 +88,10 @@ def test_trl_spellings_are_aliases():
         ({"learning.prompt_weight": "var"}, "must be none, mean, std or maxrl"),
         ({"learning.kl_estimator": "k4"}, "must be k1, k2 or k3"),
         ({"learning.kl_coef": -0.1}, "must be at least 0.0"),
-        ({"rollout.strategy": "rounds"}, "must be flat, tree, adaptive or adaptive-tree"),
-        ({"rollout.prompt_order": "random"}, "must be shuffled or thompson"),
-        ({"rollout.uniform_share": 0.0}, "between 0.01 and 1.0"),
-        ({"rollout.rounds": -1}, "rollout.rounds is -1; it must be at least 0"),
-        ({"rollout.give_up": 1.1}, "between 0.0 and 1.0"),
+        ({"rollout.strategy": "rounds"}, "must be flat, tree or adaptive"),
         ({"rollout.stop_loops": 1}, "1; it must be of type bool"),
         ({"rollout.stop_text": 3}, "has 3; each must be of type str"),
-        ({"rollout.replay_groups": -1}, "must be at least 0"),
-        ({"rollout.replay_age": 0}, "rollout.replay_age is 0; it must be at least 1"),
-        ({"rollout.replay_drift": -0.1}, "must be at least 0.0"),
         ({"rollout.reuse": 1.5}, "between 0.0 and 1.0"),
-        ({"learning.keep_completions": -1}, "must be at least 0"),
         ({"learning.min_advantage": -0.1}, "must be at least 0.0"),
         ({"learning.kappa": -1}, "must be at least 0.0"),
         ({"task.cut_reward": "none"}, "'none'; it must be of type float"),
@@ -149,3 +143,26 @@ def test_a_run_older_than_a_setting_keeps_what_it_did(tmp_path):
     assert RunConfig.of_run(file).eval_temperature == 1.0
     assert RunConfig.of_run(file, {"task.eval_temperature": 0.5}).eval_temperature == 0.5
     assert RunConfig.create(file=file).eval_temperature == 0.7
+
+
+def test_a_run_of_a_removed_strategy_can_be_looked_at(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('[rollout]\nstrategy = "adaptive-tree"\n')
+    assert RunConfig.of_run(file).rollout.strategy == "tree"
+    with pytest.raises(ConfigError, match="must be flat, tree or adaptive"):
+        RunConfig.of_run(file, to_train=True)
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_setting_may_have_no_effect(tmp_path, key):
+    """Older runs have all of them in their config.toml."""
+    section, name = key.split(".")
+    file = tmp_path / "config.toml"
+    file.write_text(f"[{section}]\n{name} = {json.dumps(REMOVED[key])}\n")
+    assert RunConfig.create({key: REMOVED[key]}, file=file) == RunConfig.create()
+    file.write_text(f"[{section}]\n{name} = 3\n")
+    assert RunConfig.of_run(file) == RunConfig.create(OLDER_RUNS)  # to look at it, or to export it
+    again = partial(RunConfig.of_run, file, to_train=True)
+    for read in (again, lambda: RunConfig.create({key: 3})):
+        with pytest.raises(ConfigError, match=f"^{key} is 3, but this setting was removed"):
+            read()

@@ -57,7 +57,7 @@ def run(folder, out, **settings):
 STRATEGIES = {
     "flat": {},
     "tree": {"rollout.strategy": "tree", "rollout.fork_gap": 2},
-    "adaptive-tree": {"rollout.strategy": "adaptive-tree", "rollout.roots": 1},
+    "adaptive": {"rollout.strategy": "adaptive"},
 }
 
 

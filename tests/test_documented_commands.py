@@ -32,12 +32,14 @@ from written import TEMPLATE, write_model
 
 NETWORK = "needs the network; tests/export has a Hub of its own"
 REAL = "measures whole steps of a real model's size: minutes on a CPU"
+RECIPE = "needs GSM8K and hours; tests/diagnostics/test_recipes.py runs it on a tiny model"
 JUDGE = "needs Ollama or LM Studio; tests/rewards has judges of its own"
 EXTRA = "needs packages that the tests do not install"
 NOT_RUN = {
     "localrl pull smollm2-135m": NETWORK,
     "localrl pull mlx-community/Qwen3-0.6B-4bit": NETWORK,
     "localrl pull mlx-community/Qwen3.5-0.8B-4bit": NETWORK,
+    "localrl pull Qwen/Qwen2.5-1.5B-Instruct": NETWORK,
     "localrl pull --data user/problems:train.jsonl --out problems.jsonl": NETWORK,
     "localrl pull --data openai/gsm8k:main": NETWORK,
     "localrl push runs/problems-1 you/my-skill": NETWORK,
@@ -46,6 +48,9 @@ NOT_RUN = {
     "localrl train --task problems.jsonl --reward judge --set task.judge_model=qwen3:8b": JUDGE,
     "localrl bench --shape qwen3-0.6b": REAL,
     "localrl bench --shape qwen3.5-0.8b": REAL,
+    "localrl bench --recipe gsm8k-cppo": RECIPE,
+    "localrl bench --recipe gsm8k-cppo --problems 400 --set task.eval_prompts=200"
+    " --out runs/gsm8k-small": RECIPE,
     "localrl train --set run.report_to=tensorboard": EXTRA,
     'localrl train --set run.report_to=["tensorboard", "wandb"]': EXTRA,
 }

@@ -7,12 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import tiny
-from forests import flat_group, scored
 
 from localrl import RunConfig, train
-from localrl.records import Example
-from localrl.rollouts.replay import Replay
-from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.logs import read_jsonl
 from localrl.utils.repetition import repeated_from
 
@@ -22,13 +18,11 @@ BASE = {
     "task.cut_reward": -0.25,
     "rollout.prompts_per_step": 3,
     "rollout.group_size": 6,
-    "rollout.prompt_order": "thompson",
-    "rollout.uniform_share": 0.3,
     "rollout.stop_loops": True,
     "rollout.max_completion_tokens": 56,
     "rollout.max_prompt_tokens": 40,
     "rollout.temperature": 0.4,
-    "rollout.replay_groups": 2,
+    "rollout.reuse": 0.5,
     "learning.lr": 7e-4,
     "learning.warmup_steps": 0,
     "run.steps": 6,
@@ -36,12 +30,10 @@ BASE = {
 }
 EVERYTHING = BASE | {
     "rollout.strategy": "adaptive",
-    "rollout.reuse": 0.5,
-    "learning.keep_completions": 3,
     "learning.min_advantage": 0.3,
 }
 TREES = BASE | {
-    "rollout.strategy": "adaptive-tree",
+    "rollout.strategy": "tree",
     "rollout.group_size": 8,
     "rollout.fork_gap": 3,
 }
@@ -101,36 +93,38 @@ def contents(folder):
 @pytest.mark.exact
 def test_everything_at_once_can_be_repeated(start, everything):
     assert contents(everything) == contents(start("again", EVERYTHING))
-    other = contents(start("other", EVERYTHING, **{"run.seed": 1, "run.steps": 1}))
-    assert contents(everything)[1][:2000] != other[1][:2000]
 
 
 @pytest.mark.exact
-def test_trees_in_rounds_can_be_repeated(start, trees):
+def test_trees_can_be_repeated(start, trees):
     assert contents(trees) == contents(start("trees again", TREES))
 
 
-def counted(groups, fresh_groups):
+@pytest.mark.exact
+@pytest.mark.parametrize(("name", "settings"), [("everything", EVERYTHING), ("trees", TREES)])
+def test_small_batches_sample_the_same(start, name, settings, everything, trees):
+    sizes = {"memory.decode_rows": 8, "memory.micro_rows": 2, "run.steps": 2}
+    folder = start(f"{name} in small batches", settings, **sizes)
+    whole = read_jsonl({"everything": everything, "trees": trees}[name] / "rollouts.jsonl")
+    for line, other in zip(read_jsonl(folder / "rollouts.jsonl"), whole, strict=False):
+        assert [n["token_ids"] for n in line["nodes"]] == [n["token_ids"] for n in other["nodes"]]
+
+
+def counted(groups):
     """What a step's metrics must say, counted from its lines of rollouts.jsonl."""
-    fresh, replayed = groups[:fresh_groups], groups[fresh_groups:]
     leaves = [leaf for group in groups for leaf in group["leaves"]]
     reasons = Counter(leaf.get("dropped") for leaf in leaves)
     return {
-        "rollout/groups": len(fresh),
-        "rollout/rounds": 1 + max(n.get("round", 0) for group in fresh for n in group["nodes"]),
-        "rollout/completions": sum(len(group["leaves"]) for group in fresh),
-        "rollout/tokens": tokens(fresh, stale=False),
-        "rollout/reused_tokens": tokens(fresh, stale=True),
-        "replay/groups": len(replayed),
-        "replay/tokens": tokens(replayed, stale=True),
+        "rollout/groups": len(groups),
+        "rollout/rounds": 1 + max(n.get("round", 0) for group in groups for n in group["nodes"]),
+        "rollout/completions": len(leaves),
+        "rollout/tokens": tokens(groups, stale=False),
+        "rollout/reused_tokens": tokens(groups, stale=True),
         "selection/trained": reasons[None],
         "selection/no_reward": reasons["no reward"],
         "selection/no_coefficient": reasons["no coefficient"],
-        "selection/down_sampled": reasons["down-sampled"],
         "selection/truncated": reasons["truncated"],
-        "reward": pytest.approx(
-            np.mean([leaf["reward"] for group in fresh for leaf in group["leaves"]])
-        ),
+        "reward": pytest.approx(np.mean([leaf["reward"] for leaf in leaves])),
     }
 
 
@@ -146,14 +140,13 @@ def test_every_file_tells_the_same(name, everything, trees):
     sampled = updates = 0
     for line in metrics(folder):
         groups = [group for group in lines if group["step"] == line["step"]]
-        expected = counted(groups, line["rollout/groups"])
+        expected = counted(groups)
         assert {key: line[key] for key in expected} == expected
         assert sum(v for k, v in line.items() if k.startswith("selection/")) == sum(
             len(group["leaves"]) for group in groups
         )
-        had = line["rollout/tokens"] + line["rollout/reused_tokens"] + line["replay/tokens"]
+        had = line["rollout/tokens"] + line["rollout/reused_tokens"]
         assert had == line["update/trained_tokens"] + line["update/skipped_tokens"]
-        assert tokens(groups[line["rollout/groups"] :], stale=False) == 0
         sampled += line["rollout/tokens"]
         assert line["num_tokens"] == sampled
         # Stale tokens, and no others, were written before some earlier update.
@@ -161,9 +154,7 @@ def test_every_file_tells_the_same(name, everything, trees):
             version = node.get("version", 0)
             assert version == updates or ("old_logprobs" in node and version < updates)
         updates += line["update/applied"]
-    assert len(lines) == sum(
-        line["rollout/groups"] + line["replay/groups"] for line in metrics(folder)
-    )
+    assert len(lines) == sum(line["rollout/groups"] for line in metrics(folder))
 
 
 def test_trained_tokens_are_those_of_kept_completions_up_to_their_loops(everything):
@@ -191,9 +182,11 @@ def trainable(group) -> int:
 def test_everything_did_happen(everything):
     lines = metrics(everything)
     for key in (
-        "rollout/reused_tokens", "replay/groups", "replay/tokens", "selection/trained",
-        "selection/no_coefficient", "selection/down_sampled", "update/skipped_tokens",
-    ):  # fmt: skip
+        "rollout/reused_tokens",
+        "selection/trained",
+        "selection/no_coefficient",
+        "update/skipped_tokens",
+    ):
         assert any(line[key] > 0 for line in lines), key
     rounds = {line["rollout/rounds"] for line in lines}
     assert max(rounds) == 3 > min(rounds)
@@ -212,10 +205,9 @@ def test_everything_did_happen(everything):
     assert max(sizes) > 0.3
 
 
-def test_trees_were_replayed_and_came_in_rounds(trees):
+def test_trees_forked_and_began_with_what_was_reused(trees):
     lines = metrics(trees)
-    assert any(line["replay/groups"] for line in lines)
-    assert {line["rollout/rounds"] for line in lines} == {1, 2}
+    assert any(line["rollout/reused_tokens"] for line in lines)
     assert any(line["tree/saved_tokens"] for line in lines)
 
 
@@ -226,13 +218,11 @@ def test_a_single_prompt_is_enough(start):
     lines = metrics(start("single", EVERYTHING, **SINGLE, **{"rollout.group_size": 4}))
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert all(line["rollout/groups"] == 1 for line in lines)
-    # The prompt is always among the fresh ones, and is not replayed beside itself.
-    assert not any(line["replay/groups"] for line in lines)
     assert any(line["update/applied"] for line in lines)
 
 
 def test_a_single_completion_of_a_single_prompt_is_enough(start):
-    lone = {"rollout.group_size": 1, "rollout.replay_groups": 0, "rollout.strategy": "flat"}
+    lone = {"rollout.group_size": 1, "rollout.reuse": 0.0, "rollout.strategy": "flat"}
     lines = metrics(start("lone", BASE, **SINGLE, **lone))
     assert all(line["rollout/completions"] == 1 for line in lines)
     # At first there is nothing to compare with, later the tracker.
@@ -251,31 +241,3 @@ def test_whole_completions_are_reused_and_one_stays_fresh(start):
             line["rollout/tokens"] + line["rollout/reused_tokens"]
         )
         assert 0.6 < share < 1.0
-
-
-def test_another_prompt_template_makes_earlier_rollouts_useless():
-    group = scored(flat_group(2), [1.0, 0.0])
-    example, prompt = group.group.example, group.group.prompt_ids
-    replays, earlier = Replay(), CompletionCache()
-    replays.add([group], 0)
-    earlier.add([group.group])
-
-    def replayed(encode) -> list:
-        return replays.draw(
-            1,
-            updates=1,
-            max_age=8,
-            difficulty=lambda _: 0.5,
-            encode=encode,
-            address=(0, "replay"),
-        )
-
-    def other(example: Example) -> tuple[int, ...]:
-        return (7, *prompt)
-
-    assert earlier.drafts(example.id, prompt, 2, address=(0,)) is not None
-    assert earlier.drafts(example.id, other(example), 2, address=(0,)) is None
-    assert [found.group.prompt_ids for found in replayed(lambda _: prompt)] == [prompt]
-    assert replayed(other) == []
-    assert replays.counts.prompt == 1
-    assert replayed(lambda _: prompt) == []  # it is forgotten for good

@@ -13,7 +13,7 @@ SETTINGS = {
     "run.steps": 6,
     "run.eval_every": 0,
     "run.checkpoint_every": 1,
-    "rollout.replay_groups": 1,
+    "rollout.reuse": 0.5,
 }
 
 

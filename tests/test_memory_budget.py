@@ -54,7 +54,6 @@ SETTINGS = {
 }
 TREES = {
     "rollout.strategy": "tree",
-    "rollout.roots": 1,
     "rollout.fork_rule": "periodic",
     "rollout.fork_gap": 2,
 }
@@ -365,10 +364,7 @@ EVERYTHING = {
     "rollout.group_size": 4,
     "rollout.max_completion_tokens": 10,
     "rollout.strategy": "adaptive",
-    "rollout.replay_groups": 1,
-    "rollout.replay_drift": 10.0,
     "rollout.reuse": 0.5,
-    "rollout.prompt_order": "thompson",
     "learning.updates_per_step": 2,
     "learning.lr": 0.002,
     "learning.warmup_steps": 0,
@@ -427,7 +423,7 @@ def test_after_a_refusal_a_step_is_done_again_with_less(
     assert [line["step"] for line in steps(result.folder)] == [1, 2, 3]
     assert_alike(result.folder, whole)
     told, expected = steps(result.folder), steps(whole)
-    for key in ("rewards/failures", "rollout/reused_tokens", "replay/groups", "num_tokens"):
+    for key in ("rewards/failures", "rollout/reused_tokens", "num_tokens"):
         assert [line[key] for line in told] == [line[key] for line in expected]
 
 

@@ -6,16 +6,17 @@ import json
 import re
 import shutil
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 
-from localrl.config import RunConfig
+from localrl.config import REMOVED, RunConfig
 from localrl.errors import CheckpointError, ConfigError, Stopped
 from localrl.export.adapters import adapter_of, write_adapter
 from localrl.processes.heartbeat import Heartbeat
-from localrl.runs.checkpoints import damage
+from localrl.runs.checkpoints import Checkpoints, damage
 from localrl.runs.logs import read_jsonl
 from localrl.train import train
 from localrl.training.resuming import reopen
@@ -36,19 +37,14 @@ SMALL = {
     "run.checkpoint_every": 2,
 }
 PARTS = {
-    "flat": {},
-    "everything": {
-        "rollout.strategy": "adaptive-tree",
-        "rollout.roots": 1,
+    "trees": {
+        "rollout.strategy": "tree",
         "rollout.fork_gap": 2,
-        "rollout.replay_groups": 2,
-        "rollout.replay_drift": 10.0,
-        "rollout.reuse": 0.0,
-        "rollout.prompt_order": "thompson",
+        "rollout.reuse": 0.5,
+        "learning.kl_coef": 0.01,
         "learning.updates_per_step": 2,
-        "learning.min_advantage": 0.05,
     },
-    "reuse": {"rollout.reuse": 0.5, "learning.kappa": 4.0, "learning.kl_coef": 0.01},
+    "rounds": {"rollout.strategy": "adaptive", "learning.min_advantage": 0.05},
 }
 UNTIMED = ("time/", "memory/", "step_time")
 
@@ -241,21 +237,6 @@ def test_a_checkpoint_of_a_run_whose_kl_was_measured_from_the_base_is_refused():
         check_sources({"model": "a"}, {"model": "a", "starting adapter": "b"})
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, tmp_path, whole):
-    settings, expected, _ = whole
-    if settings:
-        pytest.skip("one strategy is enough")
-    out = tmp_path / "run"
-    with pytest.raises(Stopped):
-        train(config(tiny_folder, out, **settings), heartbeat=StopAt(70))
-    newest = max((out / "checkpoints").glob("step-*"))
-    data = bytearray((newest / "weights.safetensors").read_bytes())
-    data[-1] ^= 1
-    (newest / "weights.safetensors").write_bytes(data)
-    train(config(tiny_folder, out, **settings), resume=True)
-    assert outcome(out) == expected
-
-
 KEPT = {"run.eval_every": 0, "run.checkpoint_every": 1, "run.keep_every": 2}
 
 
@@ -272,6 +253,19 @@ def lose(file, step):
     lines = file.read_bytes().splitlines(keepends=True)
     first = next(n for n, line in enumerate(lines) if json.loads(line)["step"] == step)
     file.write_bytes(b"".join(lines[:first]) + lines[first][:9])
+
+
+@pytest.mark.exact
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tiny_folder, tmp_path, kept):
+    out = tmp_path / "run"
+    shutil.copytree(kept, out)
+    file = out / "checkpoints" / "step-000006" / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    train(config(tiny_folder, out, **KEPT), resume=True)
+    assert resumed(out)[0] == 5
+    assert outcome(out) == outcome(kept)
 
 
 def resumed(out):
@@ -397,13 +391,37 @@ def test_a_run_that_never_got_to_a_checkpoint_begins_again(tiny_folder, tmp_path
     assert train(config(tiny_folder, out), resume=True).steps == 6
 
 
-def test_a_run_older_than_the_temperature_of_evaluations_keeps_what_it_had(tiny_folder, tmp_path):
+def as_version_0_1(out):
+    """Write the settings and the newest checkpoint of a run as version 0.1 did."""
+    file = out / "config.toml"
+    text = re.sub(r"(?m)^eval_temperature.*$", "", file.read_text())
+    for key, value in REMOVED.items():
+        section, name = key.split(".")
+        text = re.sub(rf"(?m)^\[{section}\].*$", rf"\g<0>\n{name} = {json.dumps(value)}", text)
+    file.write_text(text)
+    store = Checkpoints(out / "checkpoints", pytest.fail)
+    step = store.steps()[-1]
+    folder = store.folder / f"step-{step:06d}"
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    state = json.loads(contents["state.json"])
+    fields = {"capacity": 4096, "_stored": {"mapping": []}}
+    fields["counts"] = {"record": "ReplayCounts", "fields": {"drawn": 0}}
+    state["values"]["mapping"].append(["replays", {"record": "Replay", "fields": fields}])
+    contents["state.json"] = json.dumps(state).encode()
+    del contents["manifest.json"]
+    files = {name: partial(Path.write_bytes, data=data) for name, data in contents.items()}
+    store.save(step, files, size=1)
+
+
+def test_a_run_of_version_0_1_keeps_what_it_had(tiny_folder, tmp_path):
     out = tmp_path / "run"
     stopped(tiny_folder, out, **{"rollout.temperature": 0.7})
     file = out / "config.toml"
     assert "eval_temperature = 0.7 " in file.read_text()
-    file.write_text(re.sub(r"(?m)^eval_temperature.*$", "", file.read_text()))
+    as_version_0_1(out)
+    assert "replay_groups = 0" in file.read_text()
     result = train(RunConfig.of_run(file, {"run.out": str(out)}), resume=True)
     assert result.adapter is not None
     assert result.adapter.temperature == 1.0
     assert "eval_temperature = 1.0 " in file.read_text()
+    assert "replay" not in file.read_text()

@@ -53,10 +53,8 @@ def redraw(line) -> ScoredGroup:
         logprobs = np.array(entry["sampled_logprobs"], np.float32)
         entropies = np.array(entry["entropies"], np.float32)
         sampled = np.ones(len(tokens), bool)
-        weight, number = entry.get("cond_weight", 1.0), entry.get("round", 0)
-        nodes.append(
-            Node(entry["parent"], tokens, sampled, logprobs, entropies, weight, round=number)
-        )
+        weight = entry.get("cond_weight", 1.0)
+        nodes.append(Node(entry["parent"], tokens, sampled, logprobs, entropies, weight))
     leaves = tuple(Leaf(e["node"], e["finish_reason"], e["text"]) for e in line["leaves"])
     example = Example(id=line["example"], messages=tuple(line["messages"]))
     group = Group(example, (), tuple(nodes), leaves, line["planned_roots"])
@@ -64,13 +62,11 @@ def redraw(line) -> ScoredGroup:
     return ScoredGroup(group, rewards, {})
 
 
-@pytest.mark.parametrize("strategy", ["tree", "adaptive-tree"])
 @pytest.mark.parametrize("rule", ["entropy", "periodic"])
-def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule, strategy):
+def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule):
     from localrl.policy.tokenizer import load_tokenizer
 
-    settings = {"rollout.strategy": strategy, "rollout.roots": 1 if "-" in strategy else 2}
-    folder = run(**{"rollout.fork_rule": rule, "learning.kappa": 0.0, **settings})
+    folder = run(**{"rollout.fork_rule": rule, "learning.kappa": 0.0})
     tokenizer = load_tokenizer(tiny_folder)
     forked = 0
     for line in read_jsonl(folder / "rollouts.jsonl"):
@@ -85,9 +81,8 @@ def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule, strategy
         credit = assign_credit(scored)
         logged = [entry["advantage"] for entry in line["nodes"]]
         assert credit.advantages == pytest.approx(logged, abs=1e-4)
-        came = sum(node.parent < 0 for node in group.nodes) / group.planned_roots
-        assert came == 1 or strategy == "adaptive-tree"
-        assert sum(credit.weights[leaf.node] for leaf in group.leaves) == pytest.approx(came)
+        assert sum(node.parent < 0 for node in group.nodes) == group.planned_roots == 2
+        assert sum(credit.weights[leaf.node] for leaf in group.leaves) == pytest.approx(1)
     assert forked
 
 
@@ -111,20 +106,8 @@ def test_flat_groups_save_prompts_alone(run):
 
 
 @pytest.mark.exact
-def test_the_same_seed_grows_the_same_trees(run):
-    one, other = run("a"), run("b")
-    assert (one / "rollouts.jsonl").read_bytes() == (other / "rollouts.jsonl").read_bytes()
-    adapter = Path("adapter") / "adapters.safetensors"
-    assert (one / adapter).read_bytes() == (other / adapter).read_bytes()
-
-
-@pytest.mark.exact
-@pytest.mark.parametrize("strategy", ["flat", "tree"])
-def test_decode_batch_sizes_change_neither_ids_nor_the_update(run, strategy):
-    folders = [
-        run(str(rows), **{"rollout.strategy": strategy, "memory.decode_rows": rows, "run.steps": 2})
-        for rows in (24, 7)
-    ]
+def test_decode_batch_sizes_change_neither_ids_nor_the_update(run):
+    folders = [run(str(rows), **{"memory.decode_rows": rows, "run.steps": 2}) for rows in (24, 7)]
     one, other = (list(read_jsonl(folder / "rollouts.jsonl")) for folder in folders)
     for a, b in zip(one, other, strict=True):
         assert [n["token_ids"] for n in a["nodes"]] == [n["token_ids"] for n in b["nodes"]]
@@ -143,34 +126,17 @@ def test_trees_learn(run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout.roots": 7}, "rollout.roots is 7, more than the 6 completions"),
         ({"memory.decode_rows": 5}, "a tree may have 6 leaves at once"),
-        (
-            {"rollout.strategy": "adaptive-tree", "rollout.roots": 4},
-            "more than the 3 completions per",
-        ),
-        ({"rollout.strategy": "adaptive-tree", "rollout.rounds": 4}, "4 rounds cannot divide"),
-        (
-            {"rollout.strategy": "adaptive-tree", "memory.decode_rows": 2},
-            "a tree may have 3 leaves at once",
-        ),
-        ({"rollout.strategy": "adaptive-tree", "learning.objective": "grpo"}, "is grpo, which"),
-        ({"learning.keep_completions": 3}, "learning.keep_completions is 3"),
+        ({"rollout.group_size": 1}, "group_size is 1, but a tree has 2 independent roots"),
         ({"learning.objective": "grpo"}, "learning.objective is grpo, which divides by the length"),
         ({"learning.objective": "gspo"}, "learning.objective is gspo"),
-        ({"rollout.strategy": "trees"}, "must be flat, tree, adaptive or adaptive-tree"),
+        ({"rollout.strategy": "adaptive-tree"}, "must be flat, tree or adaptive"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(run, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(**changes)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_tree_of_one_root_needs_no_tracker(run):
-    line = steps(run(**{"rollout.roots": 1, "learning.kappa": 0.0}))[-1]
-    assert line["tree/forks_per_path"] > 0
-    assert line["update/trained_tokens"] > 0
 
 
 @pytest.mark.exact

@@ -114,7 +114,9 @@ def sft(
 
     def resolve() -> RunConfig:
         if resume:
-            return RunConfig.of_run(stopped_run(flags["data"], overwrite, given), given)
+            return RunConfig.of_run(
+                stopped_run(flags["data"], overwrite, given), given, to_train=True
+            )
         return _resolve(given, data=flags["data"], run=flags["from_rollouts"])
 
     start(

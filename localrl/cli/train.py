@@ -62,7 +62,7 @@ FLAGS = {
 @click.option("--eval-every", type=int, help="Also evaluate every N steps.")
 @click.option("--out", metavar="DIR", help="Run folder; default: a new one under runs/.")
 @click.option("--memory-limit", metavar="SIZE", help="Maximum memory of the process: 6GB or 70%.")
-@click.option("--rollouts", metavar="STRATEGY", help="flat, tree, adaptive or adaptive-tree.")
+@click.option("--rollouts", metavar="STRATEGY", help="flat, tree or adaptive.")
 @set_option("Any other setting.")
 @click.option("--overwrite", is_flag=True, help="Move an existing run folder out of the way.")
 @click.option("--resume", is_flag=True, help="Resume the run in --out, or the newest.")
@@ -103,7 +103,7 @@ def train(
 
     def resolve() -> RunConfig:
         if resume:
-            return RunConfig.of_run(stopped_run(config, overwrite, given), given)
+            return RunConfig.of_run(stopped_run(config, overwrite, given), given, to_train=True)
         return RunConfig.create(given, file=config)
 
     start(

@@ -26,14 +26,14 @@ def gather(ranks: Ranks, value: T) -> list[T]:
     return [from_bytes(data, TYPES) for data in ranks.gather(to_bytes(value, TYPES))]
 
 
-def map_sharded(
+def map_sharded_groups(
     ranks: Ranks,
     examples: Sequence[Example],
-    work: Callable[[Sequence[int]], Sequence[T]],
-) -> list[T]:
-    """Return results for all examples; each rank computes those of its own share.
+    work: Callable[[Sequence[int]], Sequence[ScoredGroup]],
+) -> list[ScoredGroup]:
+    """Return the groups of all examples; each rank computes those of its own share.
 
-    work: maps indices to one result for each.
+    work: maps indices to one group for each. Groups travel without their examples.
 
     Raises: LocalRLError if another rank does not have the same examples.
     """
@@ -42,30 +42,15 @@ def map_sharded(
     if ranks.size == 1:
         return found
     ids = [example.id for example in examples]
-    told = gather(ranks, {"ids": ids, "found": found})
+    told = gather(ranks, {"ids": ids, "found": [_with(group, None) for group in found]})
     for rank, one in enumerate(told):
         if one["ids"] != ids:
             raise LocalRLError(
                 f"The ranks have diverged: rank {rank} works on {one['ids'][:3]}, rank "
                 f"{ranks.rank} on {ids[:3]}. Continue from the last checkpoint with --resume."
             )
-    return ranks.unshard([one["found"] for one in told])
-
-
-def map_sharded_groups(
-    ranks: Ranks,
-    examples: Sequence[Example],
-    work: Callable[[Sequence[int]], Sequence[ScoredGroup]],
-) -> list[ScoredGroup]:
-    """Return the same for groups, which travel without their examples."""
-    if ranks.size == 1:
-        return list(work(range(len(examples))))
-
-    def bare(indices: Sequence[int]) -> list[Any]:
-        return [_with(group, None) for group in work(indices)]
-
-    found = map_sharded(ranks, examples, bare)
-    return [_with(group, example) for group, example in zip(found, examples, strict=True)]
+    bare = ranks.unshard([one["found"] for one in told])
+    return [_with(group, example) for group, example in zip(bare, examples, strict=True)]
 
 
 def _with(scored: ScoredGroup, example: Example | None) -> ScoredGroup:

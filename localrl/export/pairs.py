@@ -24,7 +24,7 @@ class WrittenPairs:
     path: Path
     pairs: int
     groups: int
-    """Number of stored groups, each counted once although it may have been replayed."""
+    """Number of stored groups."""
 
 
 def export_pairs(run: Path, out: Path) -> WrittenPairs:

@@ -137,7 +137,7 @@ def _copy_json(source: Path, folder: Path, keys: Sequence[str], **more: str) -> 
 def _samples(run: Path) -> Iterator[Sample]:
     """Yield one completion of each of the first groups of the last step."""
     lines = list(read_jsonl(run / "rollouts.jsonl"))
-    last = [line for line in lines if line["step"] == lines[-1]["step"] and not line["replayed"]]
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
     for line in last[:SAMPLES]:
         prompt = "\n\n".join(str(message.get("content") or "") for message in line["messages"])
         leaf = line["leaves"][0]

@@ -2,7 +2,7 @@
 
 The coefficient of each token is fixed here, before the update:
 
-    coefficient = share * advantage * weight of its completion * importance of its prefix
+    coefficient = share * advantage * importance of its prefix
 
 and 0 for repeated text. Tokens whose coefficient is 0 cost nothing in the update.
 """
@@ -50,28 +50,25 @@ def select(
     credits: Sequence[Credit],
     z: float,
     objective: Objective,
-    leaf_weights: Sequence[np.ndarray] | None = None,
     *,
     mask_truncated: bool = False,
 ) -> Selection:
     """Keep the informative groups; with a KL, all that have a reward.
 
     `z` counts all prompts of the step, kept or not: dropped groups would have added 0 to the sum,
-    so dropping them must not change the quotient. `leaf_weights` are the down-sampling weights,
-    (leaves,) per group; they multiply completions that share no tokens. With `mask_truncated` no
-    token is trained that only completions cut off for length have; their rewards stay in the
-    baselines, and they in Z. This is a bias: what they would have taught is missing.
+    so dropping them must not change the quotient. With `mask_truncated` no token is trained that
+    only completions cut off for length have; their rewards stay in the baselines, and they in Z.
+    This is a bias: what they would have taught is missing.
     """
     prompts: list[tuple[int, ...]] = []
     nodes: list[BatchNode] = []
     informative, dropped = [], []
-    for i, (group, credit) in enumerate(zip(scored, credits, strict=True)):
-        weights = leaf_weights[i] if leaf_weights else np.ones(len(group.rewards))
+    for group, credit in zip(scored, credits, strict=True):
         masked = _truncated(group.group) if mask_truncated else frozenset[int]()
-        factors = _factors(group.group, weights, masked)
+        factors = _factors(group.group, masked)
         fresh = _batch_nodes(group, credit, objective, factors, len(prompts), len(nodes))
         informative.append(any((abs(node.coefficients) > NEGLIGIBLE).any() for node in fresh))
-        dropped.append(_dropped(group, fresh, weights, masked))
+        dropped.append(_dropped(group, fresh, masked))
         if any(reason is None for reason in dropped[-1]):
             prompts.append(group.group.prompt_ids)
             nodes += fresh
@@ -104,14 +101,12 @@ def _truncated(group: Group) -> frozenset[int]:
     return frozenset(ends[True] - ends[False])
 
 
-def _factors(group: Group, leaf_weights: np.ndarray, masked: Collection[int]) -> list[np.ndarray]:
+def _factors(group: Group, masked: Collection[int]) -> list[np.ndarray]:
     """Factor on each token's share, (n,) per node; 0 for the masked nodes."""
     factors = importance(group)
     for n in masked:
         factors[n] = 0 * factors[n]
-    for leaf, weight in zip(group.leaves, leaf_weights, strict=True):
-        for n in group.path(leaf.node):
-            factors[n] = factors[n] * weight
+    for leaf in group.leaves:
         if leaf.finish_reason == "loop":
             _silence_repetition(group, leaf.node, factors)
     return factors
@@ -130,15 +125,12 @@ def _silence_repetition(group: Group, end: int, factors: list[np.ndarray]) -> No
 
 
 def _dropped(
-    scored: ScoredGroup,
-    nodes: Sequence[BatchNode],
-    weights: np.ndarray,
-    masked: Collection[int],
+    scored: ScoredGroup, nodes: Sequence[BatchNode], masked: Collection[int]
 ) -> tuple[DropReason | None, ...]:
     """Reason each completion has nothing to train; None if it has."""
     group = scored.group
     reasons: list[DropReason | None] = []
-    for leaf, reward, weight in zip(group.leaves, scored.rewards, weights, strict=True):
+    for leaf, reward in zip(group.leaves, scored.rewards, strict=True):
         if any(nodes[n].trained.any() for n in group.path(leaf.node)):
             reasons.append(None)
         elif reward is None:
@@ -146,7 +138,7 @@ def _dropped(
         elif leaf.node in masked:
             reasons.append("truncated")
         else:
-            reasons.append("no coefficient" if weight else "down-sampled")
+            reasons.append("no coefficient")
     return tuple(reasons)
 
 

@@ -10,7 +10,7 @@ log-ratios are shrunk by the share of their mean square that rounding explains.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,47 +40,6 @@ def importance(group: Group) -> list[np.ndarray]:
         sums.append(float(along[-1]) if len(along) else before)
         weights.append(np.minimum(np.exp(np.clip(along, -LARGEST_LOG, LARGEST_LOG)), TRUNCATION))
     return weights
-
-
-@dataclass(frozen=True)
-class Drift:
-    """The policy's distance from those that wrote a group, over its stale sampled tokens."""
-
-    k3: float
-    """Mean of rho - log rho - 1, rho = old / written probability: a non-negative estimate of the KL
-    divergence."""
-    mean_log: float
-    """Mean log rho: average increase of a token's log-probability, in nats."""
-
-
-def drift(group: Group) -> Drift:
-    """Compute a group's drift, 0 without stale tokens; log-ratios are clipped at 20 nats."""
-    stale = [
-        np.clip(log_ratio, -LARGEST_LOG, LARGEST_LOG)[node.sampled]
-        for node, log_ratio in zip(group.nodes, _log_ratios(group), strict=True)
-        if node.old_logprobs is not None
-    ]
-    logs = np.concatenate(stale) if stale else np.zeros(0)
-    if not len(logs):
-        return Drift(0.0, 0.0)
-    return Drift(float(np.mean(np.expm1(logs) - logs)), float(logs.mean()))
-
-
-def too_far(group: Group, limit: float) -> bool:
-    """Return True if the group's policy is too different to learn from.
-
-    This holds if its mean K3 or its |mean log rho| is above `limit`, or either is NaN.
-    """
-    found = drift(group)
-    return not (found.k3 <= limit and abs(found.mean_log) <= limit)
-
-
-def with_old_logprobs(group: Group, logprobs: Sequence[np.ndarray]) -> Group:
-    """Set each node's `old_logprobs` (n,) in a group written by an earlier policy."""
-    nodes = [
-        replace(node, old_logprobs=old) for node, old in zip(group.nodes, logprobs, strict=True)
-    ]
-    return replace(group, nodes=tuple(nodes))
 
 
 def with_scored_logprobs(group: Group, logprobs: Sequence[np.ndarray]) -> Group:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from localrl.learning.credit import Credit
-from localrl.records import Example, ScoredGroup, mean_or_none
-from localrl.utils.rng import keyed_generator
+from localrl.records import ScoredGroup, mean_or_none
 
 HALF_LIFE = 0.06
 """Drift in nats after which old rewards count half."""
@@ -64,11 +63,6 @@ class Tracker:
         known = self._of(key)
         return known.total / known.count
 
-    def difficulty(self, key: str) -> float | None:
-        """Expected reward scaled to the range of rewards, 0 to 1."""
-        value = self.value(key)
-        return None if value is None else self.place(value)
-
     def expected_tokens(self, key: str) -> float | None:
         """Expected length of a completion; None until one has been seen."""
         known = self._of(key)
@@ -80,17 +74,6 @@ class Tracker:
         place = self.place(known.total / known.count) if known.count else 0.5
         count = known.count or PRIOR_SAMPLES
         return max(FLOOR, count * place), max(FLOOR, count * (1 - place))
-
-    def worth(self, examples: Sequence[Example], *address: int | str) -> np.ndarray:
-        """Learning value per token of each example, (n,): sqrt(p (1 - p) / expected tokens).
-
-        p is drawn from the posterior (Thompson 1933), so that rarely seen prompts are tried too.
-        The standard deviation of the reward is what a completion teaches (see docs/strategies.md).
-        """
-        alpha, beta = np.reshape([self.posterior(e.tracker_key) for e in examples], (-1, 2)).T
-        p = keyed_generator(*address).beta(alpha, beta)
-        tokens = [self.expected_tokens(e.tracker_key) or 1.0 for e in examples]
-        return np.sqrt(p * (1 - p) / np.array(tokens))
 
     def drifted(self, nats: float) -> None:
         """Record that the policy has moved by this much."""

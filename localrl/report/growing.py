@@ -14,9 +14,11 @@ TAIL = 256
 """Bytes before the last position that show whether a file was cut and written anew."""
 KEPT = "learned from"
 FATE = re.compile(
-    rb'"kept": (true|false), "reason": (?:null|"([^"\\]*)"), "replayed": (?:true|false)\}\s*$'
+    rb'"kept": (true|false), "reason": (?:null|"([^"\\]*)")'
+    rb'(?:, "replayed": (?:true|false))?\}\s*$'
 )
-"""End of a line of rollouts.jsonl, so that a group can be counted without being parsed."""
+"""End of a line of rollouts.jsonl, so that a group can be counted without being parsed; in an older
+log, lines say last whether their group was replayed."""
 
 
 class GrowingFile:

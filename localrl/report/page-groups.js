@@ -16,7 +16,7 @@ function openGroups() {
       lowest: rewards.length ? Math.min(...rewards) : null,
       highest: rewards.length ? Math.max(...rewards) : null,
       tokens: group.nodes.reduce((sum, node) => sum + node.n, 0),
-      outcome: fate(group) + (group.replayed ? ", replayed" : ""),
+      outcome: fate(group),
     };
   };
   const columns = ["step", "prompt", "completions", "reward", "lowest", "highest", "tokens", "outcome"];
@@ -137,8 +137,7 @@ function openGroups() {
     const under = group.nodes.map((_, n) => paths.filter((path) => path.includes(n)).length);
     $("heading").textContent = `Step ${group.step}, ${visible(group.example)}`;
     $("fate").textContent =
-      `${group.leaves.length} completions, ${fate(group)}` +
-      (group.replayed ? ", replayed from an earlier step" : "") + ".";
+      `${group.leaves.length} completions, ${fate(group)}.`;
     $("prompt").replaceChildren(
       ...group.messages.map((m) => make("pre", `${visible(m.role)}: ${visible(m.content)}`, "prompt")),
     );
@@ -222,7 +221,6 @@ function openGroups() {
     for (const why of new Set(groups.map(fate))) filters[why] = (group) => fate(group) === why;
     filters["rewards that differ"] = (group) => new Set(rewardsOf(group)).size > 1;
     if (groups.some(isForked)) filters["with forks"] = isForked;
-    if (groups.some((group) => group.replayed)) filters["replayed"] = (group) => group.replayed;
     const chosen = $("filter").value;
     $("filter").replaceChildren(...Object.keys(filters).map((name) => new Option(name, name)));
     $("filter").value = chosen in filters ? chosen : "all";

@@ -107,7 +107,6 @@ def short(record: Group) -> dict[str, Any]:
         "messages": [_message(message) for message in record["messages"]],
         "kept": bool(record.get("kept")),
         "reason": record.get("reason"),
-        "replayed": bool(record.get("replayed")),
         "nodes": nodes,
         "leaves": [_short_leaf(leaf, has_pieces) for leaf in record["leaves"]],
     }

@@ -80,8 +80,7 @@ def samples(run: Run) -> Iterator[str]:
 
 def _group(record: Mapping[str, Any]) -> Iterator[str]:
     fate = "learned from" if record.get("kept") else f"not learned from: {record.get('reason')}"
-    again = ", replayed" if record.get("replayed") else ""
-    yield f"step {record.get('step')}  {one_line(str(record.get('example')))}  {fate}{again}"
+    yield f"step {record.get('step')}  {one_line(str(record.get('example')))}  {fate}"
     for message in record["messages"]:
         if isinstance(message, dict):
             role, content = (str(message.get(name)) for name in ("role", "content"))

@@ -12,6 +12,8 @@ Sample = Callable[[Sequence[int], int], list[Group]]
 Score = Callable[[Sequence[Group]], list[ScoredGroup]]
 Belief = Callable[[int], tuple[float, float]]
 """Returns the Beta parameters of a prompt's success rate, as estimated before the step."""
+GIVE_UP = 0.9
+"""Probability of staying uniform above which a prompt gets no further round."""
 
 
 def collect(
@@ -22,13 +24,12 @@ def collect(
     *,
     belief: Belief,
     place: Callable[[float], float],
-    give_up: float,
 ) -> list[ScoredGroup]:
     """Sample and score groups for `count` prompts: one round for all, then more where worthwhile.
 
     With a single round this only samples and scores. `place` maps a reward to 0..1. After each
     round a prompt continues while all its rewards are equal and the probability that they would
-    stay equal up to the last round is at most `give_up`. The idea of rounds is that of Xiong et al.
+    stay equal up to the last round is at most `GIVE_UP`. The idea of rounds is that of Xiong et al.
     2025 (Reinforce-Ada, arXiv 2510.04996); we divide by the planned number instead of selecting,
     see `assign_credit`.
     """
@@ -42,7 +43,7 @@ def collect(
         going = [
             i
             for i, group in enumerate(groups)
-            if alike(group) and chance_alike(places(group), belief(i), left) <= give_up
+            if alike(group) and chance_alike(places(group), belief(i), left) <= GIVE_UP
         ]
         if not going:
             break

@@ -39,7 +39,9 @@ ONE = Shape(roots=1, leaves=1)
 """A single completion."""
 
 ROUND = 2
-"""Default completions of a flat round, and default rounds of a tree."""
+"""Completions of a round."""
+ROOTS = 2
+"""Independent roots of a tree."""
 
 
 def make_shape(config: RolloutConfig) -> Shape:
@@ -47,37 +49,21 @@ def make_shape(config: RolloutConfig) -> Shape:
 
     Raises: ConfigError if the settings are inconsistent.
     """
-    group_size = config.completions
+    size = config.completions
     if config.strategy == "flat":
-        return Shape(group_size, group_size)
+        return Shape(size, size)
     if config.strategy == "tree":
-        return _tree(config, group_size, 1)
-    tree = config.strategy == "adaptive-tree"
-    if not config.rounds and group_size % ROUND:
+        if size < ROOTS:
+            raise ConfigError(
+                f"rollout.group_size is {size}, but a tree has {ROOTS} independent roots. Raise it."
+            )
+        return Shape(ROOTS, size)
+    if size % ROUND:
         raise ConfigError(
-            f"rollout.group_size is {group_size}, which {config.strategy} cannot divide evenly. "
-            "Make it even, or set rollout.rounds."
+            f"rollout.group_size is {size}, which rounds of {ROUND} completions cannot divide "
+            "evenly. Make it even."
         )
-    rounds = config.rounds or (ROUND if tree else group_size // ROUND)
-    if group_size % rounds:
-        raise ConfigError(
-            f"rollout.group_size is {group_size}, which {rounds} rounds cannot divide evenly. "
-            "Change it or rollout.rounds."
-        )
-    if tree:
-        return _tree(config, group_size, rounds)
-    return Shape(group_size // rounds, group_size // rounds, rounds)
-
-
-def _tree(config: RolloutConfig, group_size: int, rounds: int) -> Shape:
-    leaves = group_size // rounds
-    if config.roots > leaves:
-        each = f"{leaves} completions per round" if rounds > 1 else f"{leaves} completions"
-        raise ConfigError(
-            f"rollout.roots is {config.roots}, more than the {each} that rollout.group_size "
-            "allows. Lower it or raise rollout.group_size."
-        )
-    return Shape(config.roots, leaves, rounds)
+    return Shape(ROUND, ROUND, size // ROUND)
 
 
 def sample_groups(
@@ -116,6 +102,7 @@ def sample_groups(
             max_tokens=max_completion_tokens,
             first_root=round * shape.roots,
             expected_tokens=expected[p],
+            example=example,
         )
         for p, example in enumerate(examples)
     ]

@@ -233,8 +233,6 @@ class GroupRecord:
     """One value per leaf: the reason why its completion was not trained; None if it was."""
     extra: Sequence[Mapping[str, Any]] = ()
     """One mapping per leaf, if any: the values that reward functions logged with it."""
-    replayed: bool = False
-    """True for a group of an earlier step that is learned from again."""
     pieces: Sequence[Sequence[str]] = ()
     """One list per node, if any: the text of each token, so that reading needs no tokenizer."""
 
@@ -273,7 +271,6 @@ def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
         "leaves": [_leaf(leaf, i, record) for i, leaf in enumerate(group.leaves)],
         "kept": record.kept,
         "reason": record.reason,
-        "replayed": record.replayed,
     }
 
 

@@ -63,22 +63,19 @@ METRICS: dict[str, tuple[str, str]] = {
     "tools/call_frequency": ("calls", "tool calls, mean over completions"),
     "tools/failure_frequency": ("share", "tool calls of the step that failed; null without any"),
     "rollout/rounds": ("rounds", "largest number of rounds of a prompt"),
-    "rollout/completions": ("completions", "completions of the step, without replayed ones"),
+    "rollout/completions": ("completions", "completions of the step"),
     "rollout/tokens": ("tokens", "completion tokens sampled, or given, in the step"),
     "rollout/reused_tokens": ("tokens", "tokens of earlier completions that new ones started from"),
     "rollout/rescored_tokens": (
         "tokens",
         "tokens of earlier policies, scored under this one in a forward pass, whether used or not",
     ),
-    "replay/groups": ("groups", "groups of earlier steps, learned from again"),
-    "replay/tokens": ("tokens", "sampled tokens in these groups"),
     "selection/trained": ("completions", "completions that teach something"),
     "selection/no_reward": ("completions", "left out: their reward failed or did not apply"),
     "selection/no_coefficient": (
         "completions",
         "left out: as good as expected, teach nothing",
     ),
-    "selection/down_sampled": ("completions", "left out by learning.keep_completions"),
     "selection/truncated": ("completions", "left out by learning.mask_truncated"),
     "rollout/forward_calls": ("calls", "forward passes of the rollouts"),
     "rollout/prefill_positions": ("positions", "prompt tokens prefilled"),
@@ -92,7 +89,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "update/trained_tokens": ("tokens", "tokens with a coefficient or a KL weight other than 0"),
     "update/skipped_tokens": (
         "tokens",
-        "tokens sampled, reused or replayed but not trained; the others are trained_tokens",
+        "tokens sampled or reused but not trained; the others are trained_tokens",
     ),
     "update/drift": (
         "nats",
@@ -181,17 +178,14 @@ def _turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
 
 
 def selection_metrics(
-    fresh: Sequence[ScoredGroup],
-    replayed: Sequence[ScoredGroup],
+    scored: Sequence[ScoredGroup],
     dropped: Sequence[Sequence[DropReason | None]],
     trained_tokens: int,
 ) -> dict[str, Any]:
     """Return the counts of what happened to each completion and token of a step."""
     reasons = [reason for group in dropped for reason in group]
-    tokens = sum(_sampled(group) for group in (*fresh, *replayed))
+    tokens = sum(_sampled(group) for group in scored)
     return {
-        "replay/groups": len(replayed),
-        "replay/tokens": sum(_sampled(group) for group in replayed),
         "selection/trained": reasons.count(None),
         **{f"selection/{_key(why)}": reasons.count(why) for why in get_args(DropReason)},
         "update/skipped_tokens": tokens - trained_tokens,

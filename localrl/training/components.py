@@ -36,6 +36,7 @@ from localrl.records import Example, Group, MemoryPlan, RewardSpec, Work
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.code import allow_unsafe_code, check_code_rewards
 from localrl.rewards.scoring import Scorer
+from localrl.rollouts.decided import Decide, Decisions
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
@@ -225,7 +226,7 @@ def open_components(
             beat(Work("measuring memory"))
             plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
         updater.ranks = ranks  # set only now, since each machine measures its own memory
-        decoder = _decoder(config, policy, plan, heartbeat)
+        decoder = _decoder(config, policy, plan, heartbeat, opened.decide)
         tracker = Tracker()
         yield Components(
             config=config,
@@ -348,7 +349,13 @@ def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) ->
     return found
 
 
-def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Heartbeat) -> Decoder:
+def _decoder(
+    config: RunConfig,
+    policy: Policy,
+    plan: MemoryPlan,
+    heartbeat: Heartbeat,
+    decide: Decide | None,
+) -> Decoder:
     rollout = config.rollout
     stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, texts=rollout.stop_text)
     return Decoder(
@@ -356,6 +363,7 @@ def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Hea
         rollout.temperature,
         plan.decode_rows,
         stops=stops,
+        decisions=None if decide is None else Decisions(decide, policy.tokenizer),
         beat=heartbeat.beat,
         prefill_rows=plan.prefill_rows,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,9 +12,11 @@ from localrl.memory.plan import PromptLength
 from localrl.policy.roundtrip import check_tokenizer
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.processes.worker import Worker
-from localrl.records import Example, Work
+from localrl.records import Example, Group, Work
+from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
+from localrl.rollouts.decided import Decide
 from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
 from localrl.tasks.loading import is_data, open_task, with_environments
@@ -37,6 +39,8 @@ class OpenedTask:
     task: Task
     environments: Environments | None
     scorer: Scorer
+    decide: Decide | None
+    """Tells which completions are decided; None if nothing does."""
     tokenizer: Tokenizer
     prompts: PromptLength
     judges: tuple[str, ...]
@@ -78,7 +82,13 @@ def open_and_check(
     task, environments = with_environments(config.task, task, worker, warn)
     judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
     scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
-    check_columns(task, task.evaluation(config.task.held_out), scorer)
+    held_out = task.evaluation(config.task.held_out)
+    check_columns(task, held_out, scorer)
+    decide = None
+    if trains and config.task.decided:
+        decider = Scorer(parse_rewards([config.task.decided]), worker, warn)
+        check_columns(task, held_out, decider)
+        decide = partial(_decided, decider)
     judges = find_judges(task, worker)
     tokenizer = checked_tokenizer(resolved, warn)
     scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
@@ -94,7 +104,14 @@ def open_and_check(
     )
     if trains:  # there are fewer if overlong ones were left out
         config = fit_prompts(config, task, warn)
-    return OpenedTask(config, task, environments, scorer, tokenizer, prompts, judges)
+    return OpenedTask(config, task, environments, scorer, decide, tokenizer, prompts, judges)
+
+
+def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
+    """Ask the function of `task.decided`; where it fails, a completion is not decided."""
+    decided = [bool(scored.rewards[0]) for scored in decider.score(groups)]
+    decider.take_logs()  # kept for nobody
+    return decided
 
 
 def checked_tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:

@@ -119,7 +119,7 @@ def reopen(config: RunConfig, warn: Callable[[str], None]) -> Iterator[PreviousR
     """
     folder = Path(config.run.out or "")
     with reopen_run(folder, rollout_log_limit=config.run.rollout_log_limit) as run:
-        changed = changed_settings(RunConfig.of_run(folder / "config.toml"), config)
+        changed = changed_settings(RunConfig.of_run(folder / "config.toml", to_train=True), config)
         checkpoints = Checkpoints(folder / "checkpoints", warn)
         checkpoints.sweep()
         state, unused = _to_continue(checkpoints, run)

@@ -9,21 +9,20 @@ import numpy as np
 
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
-from localrl.distributed.gather import map_sharded, map_sharded_groups
+from localrl.distributed.gather import map_sharded_groups
 from localrl.learning.credit import with_expected_reward
-from localrl.learning.staleness import too_far, with_old_logprobs, with_scored_logprobs
+from localrl.learning.staleness import with_scored_logprobs
 from localrl.learning.tracker import Tracker
 from localrl.records import Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.adaptive import Score, collect
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import Shape, sample_groups
-from localrl.rollouts.replay import Replay
 from localrl.rollouts.reuse import CompletionCache, Prefix, verify
 from localrl.rollouts.turns import Turns
 from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
-from localrl.tasks.order import choose, take
+from localrl.tasks.order import take
 from localrl.training.demonstrations import Demonstrations
 from localrl.training.validate import check_prompt, reused_roots
 
@@ -49,7 +48,6 @@ class Sampler:
     """The ranks that share the work."""
     demonstrations: Demonstrations | None = None
     """Completions that are given; None if they are sampled."""
-    replays: Replay = field(default_factory=Replay)
     earlier: CompletionCache = field(default_factory=CompletionCache)
     rescored_tokens: int = 0
     """Number of tokens of earlier policies that were scored under a later one."""
@@ -72,18 +70,8 @@ class Sampler:
 
     def choose(self, step: int) -> list[Example]:
         """Return the prompts of a step."""
-        rollout, seed = self.config.rollout, self.config.run.seed
-        count = rollout.prompts_per_step
-        if rollout.prompt_order == "shuffled":
-            return take(self.task, (step - 1) * count, count, seed)
-        return choose(
-            self.task,
-            step,
-            count,
-            seed,
-            uniform_share=rollout.uniform_share,
-            worth=lambda examples: self.tracker.worth(examples, seed, step, "prompts"),
-        )
+        count = self.config.rollout.prompts_per_step
+        return take(self.task, (step - 1) * count, count, self.config.run.seed)
 
     def collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
         """Return scored groups of these examples; other ranks sample their share.
@@ -129,7 +117,6 @@ class Sampler:
             self.score,
             belief=lambda i: self.tracker.posterior(keys[i]),
             place=self.tracker.place,
-            give_up=self.config.rollout.give_up,
         )
         return self._scored_for_later(
             [
@@ -141,44 +128,13 @@ class Sampler:
     def _scored_for_later(self, fresh: list[ScoredGroup]) -> list[ScoredGroup]:
         """Score fresh tokens in a forward pass, if later ones would differ from the sampler's
         record by 16-bit rounding and the groups may come back."""
-        rollout = self.config.rollout
-        comes_back = rollout.reuse or rollout.replay_groups
-        if not comes_back or not self.decoder.policy.sixteen_bit:
+        if not self.config.rollout.reuse or not self.decoder.policy.sixteen_bit:
             return fresh
         groups = [scored.group for scored in fresh]
         return [
             replace(scored, group=with_scored_logprobs(scored.group, logprobs))
             for scored, logprobs in zip(fresh, self.rescore(groups, self.plan), strict=True)
         ]
-
-    def replay(self, step: int, fresh: Sequence[ScoredGroup], version: int) -> list[ScoredGroup]:
-        """Return groups of earlier steps to learn from again, with current log-probabilities."""
-        rollout = self.config.rollout
-        if not rollout.replay_groups:
-            return []
-        drawn = self.replays.draw(
-            min(rollout.replay_groups, len(fresh)),
-            updates=version,
-            max_age=rollout.replay_age,
-            difficulty=lambda example: self.tracker.difficulty(example.tracker_key),
-            encode=lambda example: self.encode([example])[0],
-            address=(self.config.run.seed, step, "replay"),
-            exclude={group.group.example.id for group in fresh},
-        )
-        groups = [scored.group for scored in drawn]
-        known = map_sharded(
-            self.ranks,
-            [group.example for group in groups],
-            lambda which: self._now([groups[i] for i in which]),
-        )
-        found = []
-        for scored, now in zip(drawn, known, strict=True):
-            group = with_old_logprobs(scored.group, now)
-            if too_far(group, rollout.replay_drift):
-                self.replays.reject(scored)
-            else:
-                found.append(replace(scored, group=group))
-        return found
 
     def begin(
         self, step: int, examples: Sequence[Example], prompts: Sequence[tuple[int, ...]]
@@ -203,13 +159,11 @@ class Sampler:
         self.rescored_tokens += sum(len(node.token_ids) for g in groups for node in g.nodes)
         return self.rescore(groups, self.plan) if groups else []
 
-    def learn(self, scored: Sequence[ScoredGroup], version: int) -> None:
-        """Learn from a step's fresh groups, which were sampled by the policy of this version."""
+    def learn(self, scored: Sequence[ScoredGroup]) -> None:
+        """Learn from a step's groups."""
         groups = [group.group for group in scored]
         if self.rule:
             self.rule.learn(groups)
-        if self.config.rollout.replay_groups:
-            self.replays.add(scored, version)
         if self.config.rollout.reuse:
             self.earlier.add(groups)
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from localrl.backend import mx
 from localrl.distributed import step_stats
 from localrl.distributed.collective import ALONE, Ranks
@@ -18,7 +16,6 @@ from localrl.evaluate import Evaluation
 from localrl.export.adapters import adapter_of, write_adapter
 from localrl.export.base import find_base_id
 from localrl.learning.credit import Credit, assign_credit
-from localrl.learning.downsample import max_variance
 from localrl.learning.objectives import denominator, weigh_prompt
 from localrl.learning.selection import Selection, round_small, select
 from localrl.memory.adapting import MemoryMonitor, MemoryReading, shrink_plan
@@ -130,30 +127,20 @@ class Session(Components):
         """Return the batch of a step: everything that teaches, divided by the planned number."""
         objective, config = self.updater.objective, self.config
         z = denominator(objective, scored, credits, config.rollout.max_completion_tokens)
-        keep = config.learning.keep_completions
-        weights = [self._leaf_weights(step, group, keep) for group in scored] if keep else None
-        return select(
-            scored, credits, z, objective, weights, mask_truncated=config.learning.mask_truncated
-        )
-
-    def _leaf_weights(self, step: int, scored: ScoredGroup, keep: int) -> np.ndarray:
-        address = (self.config.run.seed, step, scored.group.example.id, "keep")
-        return max_variance(scored.rewards, keep, keyed_uniforms(len(scored.rewards), *address))
+        return select(scored, credits, z, objective, mask_truncated=config.learning.mask_truncated)
 
     def learn(
         self,
-        fresh: Sequence[ScoredGroup],
+        scored: Sequence[ScoredGroup],
         credits: Sequence[Credit],
         stats: StepStats,
-        version: int,
     ) -> None:
-        """Let the tracker and the sampler learn from a step sampled by the policy of this
-        version."""
-        self.tracker.update(fresh, credits[: len(fresh)])
+        """Let the tracker and the sampler learn from a step."""
+        self.tracker.update(scored, credits)
         # After the samples drawn before the drift, so that it counts until the prompt's next visit.
         if stats.drift is not None:
             self.tracker.drifted(stats.drift)
-        self.sampler.learn(fresh, version)
+        self.sampler.learn(scored)
 
     def tell_checks(self) -> None:
         """Log the self-checks made since the last call; one beyond its lower limit is told.
@@ -212,7 +199,7 @@ class Session(Components):
         selection: Selection,
         metrics: Mapping[str, Any],
     ) -> None:
-        """Write one step's metrics and rollouts, including replayed ones, and show them.
+        """Write one step's metrics and rollouts, and show them.
 
         Rank 0 does this, after gathering the statistics of all ranks.
 
@@ -224,8 +211,7 @@ class Session(Components):
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
         own = dict(metrics)
         waited_s = own.pop(WAITED)
-        fresh = scored[: own["rollout/groups"]]
-        stats = gather(self.ranks, self._rank_stats(fresh, own, waited_s))
+        stats = gather(self.ranks, self._rank_stats(scored, own, waited_s))
         self.tell_checks()
         if self.ranks.is_main:
             self._log_all(step, scored, credits, selection, own, stats)
@@ -265,7 +251,6 @@ class Session(Components):
                     group,
                     credit.advantages,
                     selection.dropped[i],
-                    replayed=i >= record["rollout/groups"],
                     extra=logs.of(group.group),
                     pieces=[
                         tokenizer.pieces(node.token_ids.tolist()) for node in group.group.nodes

@@ -1,7 +1,7 @@
 """The state of a run between two steps: captured, written as a checkpoint, read, and restored.
 
 It holds everything that the next step depends on: adapters, optimizer, prompt statistics, groups
-kept for replay and reuse, fork positions, the plan, and the log offsets. Random numbers need no
+kept for reuse, fork positions, the plan, and the log offsets. Random numbers need no
 state: every draw is made from its address. The data cursor is the step.
 """
 
@@ -26,7 +26,6 @@ from localrl.memory.adapting import MemoryMonitor
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
-from localrl.rollouts.replay import Replay, ReplayCounts, Stored
 from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.checkpoints import Checkpoints
 from localrl.utils.codec import decode, encode, from_bytes, to_bytes
@@ -49,12 +48,9 @@ TYPES: dict[str, type] = {
         MemoryPlan,
         Node,
         PeriodicRule,
-        Replay,
-        ReplayCounts,
         ScoredGroup,
         Shown,
         Spacing,
-        Stored,
         Tally,
         Tracker,
         MemoryMonitor,
@@ -63,6 +59,9 @@ TYPES: dict[str, type] = {
 """Every record type that a state may hold."""
 RENAMED = {"Earlier": CompletionCache, "Known": PromptStats, "Watch": MemoryMonitor}
 """Record types under the names that older checkpoints use."""
+
+REMOVED = ("replays",)
+"""Values of older checkpoints that nothing uses any more."""
 
 VALUES, RECORDS, WEIGHTS = "state.json", "records.safetensors", "weights.safetensors"
 ADAPTER, OPTIMIZER = "adapter/", "optimizer/"
@@ -98,7 +97,6 @@ def capture(session: Session, step: int) -> State:
         "offsets": session.run.sizes(),
         "tracker": copy.deepcopy(session.tracker),
         "rule": copy.deepcopy(sampler.rule),
-        "replays": sampler.replays.copy(),
         "earlier": sampler.earlier.copy(),
         "rescored_tokens": sampler.rescored_tokens,
         "rewards": session.scorer.tallies(),
@@ -144,9 +142,9 @@ def read(folder: Path) -> State:
     tree = json.loads((folder / VALUES).read_bytes())
     records = folder / RECORDS
     arrays = _load(records) if records.exists() else {}
-    values = decode(
-        tree["values"], {name: np.array(a) for name, a in arrays.items()}, TYPES | RENAMED
-    )
+    values = tree["values"]
+    values["mapping"] = [pair for pair in values["mapping"] if pair[0] not in REMOVED]
+    values = decode(values, {name: np.array(a) for name, a in arrays.items()}, TYPES | RENAMED)
     return State(tree["step"], values, _load(folder / WEIGHTS))
 
 
@@ -173,7 +171,7 @@ def restore(state: State, session: Session) -> None:
     # In place, because the sampler uses the same tracker.
     vars(session.tracker).update(vars(values["tracker"]))
     sampler.rule = values["rule"]
-    sampler.replays, sampler.earlier = values["replays"], values["earlier"]
+    sampler.earlier = values["earlier"]
     sampler.rescored_tokens = values["rescored_tokens"]
     session.scorer.restore(values["rewards"])
     session.watch, session.peak_bytes = values["watch"], values["peak_bytes"]

@@ -52,10 +52,20 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
         _check_trees(config, shape)
     _check_weights(config, shape)
     _check_reuse(config, shape)
-    if config.rollout.reuse and (task.environment or config.task.environment or config.task.tools):
+    if task.environment or config.task.environment or config.task.tools:
+        _check_turns(config)
+
+
+def _check_turns(config: RunConfig) -> None:
+    if config.rollout.reuse:
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
             "environment cannot be restarted from its middle. Set it to 0."
+        )
+    if config.task.decided:
+        raise ConfigError(
+            f"task.decided is {config.task.decided}, but what ends a completion that talks to an "
+            "environment is the environment. Leave it out."
         )
 
 
@@ -84,11 +94,6 @@ def _check_trees(config: RunConfig, shape: Shape) -> None:
             "the one completion a token belongs to; in a tree completions share tokens. Choose "
             "another objective, or rollout.strategy=flat."
         )
-    if config.learning.keep_completions:
-        raise ConfigError(
-            f"learning.keep_completions is {config.learning.keep_completions}, which drops whole "
-            "completions; in a tree they share tokens. Set it to 0, or rollout.strategy=flat."
-        )
 
 
 def _check_weights(config: RunConfig, shape: Shape) -> None:
@@ -105,20 +110,10 @@ def _check_weights(config: RunConfig, shape: Shape) -> None:
             f"learning.objective={name} divides by the number of sampled tokens; with rounds, that "
             "number depends on the rewards. Choose clipped or rloo, or rollout.strategy=flat."
         )
-    if shape.rounds > 1 and shape.leaves == 1 and not config.tracker_weight:
-        raise ConfigError(
-            "learning.kappa is 0 and a round has one completion: the first has nothing to be "
-            "compared with. Leave kappa out, or lower rollout.rounds."
-        )
 
 
 def _check_reuse(config: RunConfig, shape: Shape) -> None:
     rollout = config.rollout
-    if rollout.replay_groups and shape.leaves * shape.rounds == 1:
-        raise ConfigError(
-            f"rollout.replay_groups is {rollout.replay_groups}, but only groups with unequal "
-            "rewards are replayed, and a group of one has none. Raise rollout.group_size."
-        )
     if rollout.reuse and not reused_roots(config, shape):
         raise ConfigError(
             f"rollout.reuse is {rollout.reuse:g}, but of {shape.roots} completions (of the first "

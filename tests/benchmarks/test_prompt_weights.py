@@ -40,7 +40,6 @@ def test_known_figures(name, column):
 def test_rules_with_a_closed_form(p):
     assert RULES["none"].weight(p) == pytest.approx(1)
     assert RULES["mean"].weight(p) == pytest.approx(7 / 8)
-    assert RULES["stratified"].weight(p) == pytest.approx(1)
     assert RULES["maxrl"].weight(p) == pytest.approx((1 - (1 - p) ** 7) / p)
     assert RULES["refill"].weight(p) == pytest.approx(1 / (1 - p**8 - (1 - p) ** 8))
 
@@ -85,11 +84,10 @@ def sample(rng: np.random.Generator, p: float, size: int, limit: int, enough) ->
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("stratified", (16, 16, mixed)),
+        ("pods", (16, 16, mixed)),
         ("rounds", (2, 8, mixed)),
         ("hindsight", (2, 8, mixed)),
         ("ada", (8, 32, balanced)),
-        ("ada-stratified", (8, 32, balanced)),
     ],
 )
 def test_simulated_groups_agree_with_the_sums(name, plan):

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from localrl.config import RunConfig
-from localrl.errors import DataError, LocalRLError
+from localrl.errors import ConfigError, DataError, LocalRLError
 from localrl.runs.logs import JsonLines
 from localrl.training import setup
 
@@ -27,7 +27,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import learning_runs
 import outsider
 import tokens_to_learn
-from learning_arms import ARMS, BASES, EMBEDDED, OURS, SMOLLM2, SUBJECTS
+from distillation import RULES
+from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, LONG, OURS, REMOVED, SMOLLM2, SUBJECTS
 from learning_results import (
     Cost,
     bootstrap,
@@ -47,7 +48,7 @@ from learning_results import (
 from learning_runs import Job, add_costs, identity, make, with_paths
 from outsider import described
 from tokens_to_learn import Bench, planned, turns
-from tokens_to_learn_page import BEGIN, COLORS, END, average, collect, insert, write
+from tokens_to_learn_page import BEGIN, COLORS, END, average, collect, insert, shown, write
 
 RATE = EMBEDDED.rates[0]
 NOON = 1_800_000_000.0
@@ -92,7 +93,7 @@ def store(path: Path, *runs: dict) -> None:
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [name for name in ARMS if name not in REMOVED])
 def test_the_settings_of_every_arm_exist(subject, arm):
     for task in subject.tasks:
         settings = Job.of(subject, task, arm, 6e-4, 3).settings
@@ -102,13 +103,28 @@ def test_the_settings_of_every_arm_exist(subject, arm):
     assert "," not in arm
 
 
+@pytest.mark.parametrize("arm", REMOVED)
+def test_a_removed_arm_is_refused_and_its_results_are_found(arm):
+    run = Job.of(EMBEDDED, "steps", arm, 1e-3, 0)
+    with pytest.raises(ConfigError, match=r"removed|must be flat"):
+        RunConfig.create(with_paths(run.settings))
+    said = CliRunner().invoke(
+        tokens_to_learn.main, ["run", "--subject", "embedded", "--arms", f"pairs,{arm}"]
+    )
+    assert f"{arm} was removed" in said.output
+    assert shown(arm) == f"{arm} (removed)"
+
+
 def test_arms_differ_and_the_named_ones_exist():
     records = [json.dumps({**job(arm).record, "arm": ""}, sort_keys=True) for arm in ARMS]
     same = [arm for arm in ARMS if records.count(records[list(ARMS).index(arm)]) > 1]
     assert set(same) <= {"flat-8", "TRL"}  # TRL's step has that shape
-    assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms} <= set(ARMS)
+    assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms, *CHOICES.arms} <= set(ARMS)
     assert set(OURS) <= set(EMBEDDED.arms)
-    assert all(arm.biased == name.startswith("CPPO") for name, arm in ARMS.items())
+    biased = {"pruning", "prefixes", "options", "options in log text", *RULES}
+    assert all(
+        arm.biased == bool(biased & {*(arm.rival or "").split(" + ")}) for arm in ARMS.values()
+    )
 
 
 def test_results_name_no_folder_of_this_machine():
@@ -116,6 +132,29 @@ def test_results_name_no_folder_of_this_machine():
     assert str(learning_runs.ROOT) not in json.dumps(record)
     rewards = with_paths(record["settings"])["task.rewards"]
     assert all(Path(each.partition(".py:")[0] + ".py").exists() for each in rewards)
+
+
+def test_the_long_task_asks_for_eight_facts_and_begins_the_answer():
+    told = described(Job.of(LONG, "eight facts", "pairs", 3e-4, 0))
+    assert [len(told["train"]), len(told["held_out"])] == [64, LONG.prompts]
+    asked, begun = told["train"][0]["prompt"]
+    facts = json.loads(told["train"][0]["answer"])
+    assert len(facts) == 8
+    assert all(f'"{key}"' in asked["content"] for key in facts)
+    assert all(str(value) in asked["content"] for value in facts.values())
+    assert json.dumps(facts, indent=2).startswith(begun["content"])
+
+
+def test_a_task_may_be_judged_by_its_mean_reward():
+    one = Job.of(LONG, "eight facts", "pairs", 3e-4, 0)
+    made = finished(one, (0, 0.0), (10, 0.0), (20, 0.1))
+    for each, reward in zip(made["evaluations"], (0.2, 0.4, 0.6), strict=True):
+        each["mean_reward"] = reward
+    assert cost(made, 0.5) == Cost(pytest.approx(15_000))
+    assert not learning_runs.learned(made["evaluations"], LONG.tasks["eight facts"])
+    for each in made["evaluations"][1:]:
+        each["mean_reward"] = LONG.tasks["eight facts"].stop + 0.01
+    assert learning_runs.learned(made["evaluations"], LONG.tasks["eight facts"])
 
 
 # Costs
@@ -184,12 +223,17 @@ def test_seconds_are_paired_within_an_hour_on_one_quiet_machine():
     served["where"]["waited"] = 0.04
     other = near | {"where": near["where"] | {"machine": "another"}}
     assert [paired(run, base) for run in (near, late, other)] == [True, False, False]
-    assert [timed(loud), timed(loud, at_once=2)] == [False, True]
-    assert [timed(waited), timed(served)] == [False, True]
-    assert pairs_of({0: [late, near]}, {0: [base]}, seconds=True) == [(near, base)]
-    assert pairs_of({0: [late]}, {0: [base]}, seconds=True) == []
-    assert pairs_of({0: [loud]}, {0: [base]}, seconds=True) == []
-    assert pairs_of({0: [loud], 1: [near]}, {0: [base]}, seconds=False) == [(loud, base)]
+    two = replace(SMOLLM2, at_once=2)
+    assert [timed(loud, subject) for subject in (SMOLLM2, two, EMBEDDED)] == [False, True, True]
+    assert [timed(run, SMOLLM2) for run in (waited, served)] == [False, True]
+
+    def quiet(run: dict) -> bool:
+        return timed(run, SMOLLM2)
+
+    assert pairs_of({0: [late, near]}, {0: [base]}, quiet) == [(near, base)]
+    assert pairs_of({0: [late]}, {0: [base]}, quiet) == []
+    assert pairs_of({0: [loud]}, {0: [base]}, quiet) == []
+    assert pairs_of({0: [loud], 1: [near]}, {0: [base]}, None) == [(loud, base)]
 
 
 # Rates and resuming
@@ -258,6 +302,7 @@ def test_the_base_runs_again_before_an_arm_that_would_have_no_partner(monkeypatc
     assert list(planned(jobs, lambda: known(old))) == [pairs, single]  # nothing is paired
     new = finished(base, (0, 0.3), started=time.time() - 600)
     assert left(jobs, new) == [pairs, single]
+    monkeypatch.setattr(tokens_to_learn, "timed", lambda run, _: run["where"]["load"] < 1)
     loud = finished(base, (0, 0.3), started=time.time() - 600, load=9.0)
     assert left(jobs, loud) == [base, pairs, single]
     assert left(jobs[:1], old) == []
@@ -333,7 +378,9 @@ class FakeSession:
         self._accuracies = iter(accuracies)
 
     def evaluate(self, step: int) -> SimpleNamespace:
-        return SimpleNamespace(pass_at_1=next(self._accuracies), mean_completion_tokens=9.0)
+        return SimpleNamespace(
+            pass_at_1=next(self._accuracies), mean_reward=0.5, mean_completion_tokens=9.0
+        )
 
 
 def learned(monkeypatch, accuracies: list[float], error: Exception | None = None):
@@ -507,8 +554,8 @@ def test_the_page_says_what_the_results_say(tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["pairs", f"{SMOLLM2.rates[0]:g}", "2", "10"]
     assert cells[4].startswith("0.51 (0.50 to 0.52)")
-    assert cells[6] == "10"
-    assert cells[7] == "0.50, 1 pair"  # the second seed's partner ran over an hour earlier
+    assert cells[7] == "10"
+    assert cells[8] == "0.50, 1 pair"  # the second seed's partner ran over an hour earlier
     assert "| *CPPO* |" in part
     assert "- pairs: tokens on `facts`" in text
     assert "Not better on any task: *CPPO*." in text

@@ -55,12 +55,11 @@ def test_a_run_without_a_terminal_prints_plain_lines(tiny_folder, tmp_path):
         ("flat", "x 4 completions of"),
         ("tree", "x trees with up to 4 completions of"),
         ("adaptive", "x 2 to 4 completions of"),
-        ("adaptive-tree", "x 1 to 4 completions of"),
     ],
 )
 def test_every_strategy_trains(tiny_folder, tmp_path, capfd, strategy, told):
     out = tmp_path / "run"
-    sizes = ("--set", "rollout.group_size=4", "--set", "rollout.roots=1")
+    sizes = ("--set", "rollout.group_size=4")
     run = ("--model", tiny_folder, "--rollouts", strategy, "--steps", 3, "--out", out)
     words = ("train", *run, *settings(), *sizes, "--no-supervise")
     done = within.localrl(capfd, *words, cwd=tmp_path)
@@ -96,18 +95,12 @@ def test_a_run_has_a_folder_of_its_own(tiny_folder, tmp_path, capfd):
     [
         (["train", "--set", "rollout.groupsize=4"], 2, "Did you mean 'rollout.group_size'"),
         (["train", "--set", "rollout.group_size=-1"], 2, "must be at least 0"),
-        (["train", "--rollouts", "rounds"], 2, "must be flat, tree, adaptive or adaptive-tree"),
-        (["train", "--rollouts", "adaptive", "--set", "rollout.rounds=3"], 2, "which 3 rounds"),
-        (["train", "--rollouts", "tree", "--set", "rollout.roots=9"], 2, "rollout.roots is 9"),
+        (["train", "--rollouts", "rounds"], 2, "must be flat, tree or adaptive"),
+        (["train", "--set", "rollout.replay_groups=2"], 2, "2, but this setting was removed"),
         (
             ["train", "--set", "rollout.group_size=1", "--set", "learning.kappa=0"],
             2,
             "learning.kappa is 0 and rollout.group_size is 1",
-        ),
-        (
-            ["train", "--rollouts", "adaptive-tree", "--set", "learning.keep_completions=2"],
-            2,
-            "learning.keep_completions is 2",
         ),
         (["train", "--set", "group_size"], 2, "has no '='"),
         (["train", "--steps", "many"], 2, "not a valid integer"),

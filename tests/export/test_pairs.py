@@ -26,7 +26,7 @@ def record(*rewards, step=3, **changes):
         for i, reward in enumerate(rewards)
     ]
     group = {"format": 1, "step": step, "example": "x", "messages": ASKED, "nodes": []}
-    return group | {"leaves": leaves, "replayed": False} | changes
+    return group | {"leaves": leaves} | changes
 
 
 def stored(folder, *records):

@@ -17,7 +17,7 @@ from steps import (
     selection,
 )
 
-from localrl import config
+from localrl import settings
 from localrl.backend import tree_map
 from localrl.errors import ConfigError
 from localrl.learning.credit import assign_credit
@@ -283,5 +283,5 @@ def test_a_clip_range_that_would_do_nothing_is_refused():
 
 
 def test_the_configuration_offers_what_there_is():
-    assert set(config.OBJECTIVES) == set(OBJECTIVES)
-    assert set(config.PROMPT_WEIGHTS) == set(weighting_names())
+    assert set(settings.OBJECTIVES) == set(OBJECTIVES)
+    assert set(settings.PROMPT_WEIGHTS) == set(weighting_names())

@@ -15,10 +15,9 @@ from localrl.settings import LearningConfig
 CLIPPED = OBJECTIVES["clipped"]
 
 
-def selection(*groups, weights=None, objective=CLIPPED, mask_truncated=False):
-    weights = weights and [np.array(each) for each in weights]
+def selection(*groups, objective=CLIPPED, mask_truncated=False):
     credits = [assign_credit(group) for group in groups]
-    return select(groups, credits, 40.0, objective, weights, mask_truncated=mask_truncated)
+    return select(groups, credits, 40.0, objective, mask_truncated=mask_truncated)
 
 
 def coefficients(chosen):
@@ -71,8 +70,8 @@ def test_every_completion_has_its_reason():
     group = scored(flat_group(4), [1, None, 0.5, 0])
     reasons = (None, "no reward", "no coefficient", None)
     assert selection(group).dropped == (reasons,)
-    chosen = selection(group, weights=[[1, 0, 1, 0]])
-    assert chosen.dropped == ((None, "no reward", "no coefficient", "down-sampled"),)
+    chosen = selection(cut(group, 3), mask_truncated=True)
+    assert chosen.dropped == ((None, "no reward", "no coefficient", "truncated"),)
     assert chosen.informative == chosen.kept == (True,)
     assert chosen.trained_tokens == 3
 
@@ -117,9 +116,9 @@ def test_tokens_that_a_finished_completion_shares_are_not_masked():
 
 
 def test_a_group_without_any_completion_left_is_dropped_whole():
-    groups = scored(flat_group(2), [None, None]), scored(flat_group(2), [1, 0])
-    chosen = selection(*groups, weights=[[0, 0], [0, 0]])
-    assert chosen.dropped == (("no reward",) * 2, ("down-sampled",) * 2)
+    groups = scored(flat_group(2), [None, None]), cut(scored(flat_group(2), [1, 0]), 0, 1)
+    chosen = selection(*groups, mask_truncated=True)
+    assert chosen.dropped == (("no reward",) * 2, ("truncated",) * 2)
     assert chosen.kept == (False, False)
     assert None not in chosen.dropped[0]
     assert chosen.batch.prompts == chosen.batch.nodes == ()
@@ -135,26 +134,6 @@ def test_a_forks_shared_tokens_keep_both_completions():
     assert chosen.trained_tokens == 6
 
 
-def test_weights_of_completions_multiply_their_coefficients():
-    group = scored(flat_group(4), [1, 0, 0, 0])
-    chosen = selection(group, weights=[[1, 3, 0, 0]])
-    # Shares of 1/4; advantages 1 and -1/3.
-    np.testing.assert_allclose(coefficients(chosen)[:2], [[1 / 4] * 3, [-3 / 12] * 3])
-    assert coefficients(chosen)[2:] == [[0] * 3] * 2
-    assert chosen.dropped == ((None, None, "down-sampled", "down-sampled"),)
-    assert chosen.trained_tokens == 6
-
-
-def test_weights_of_completions_reach_the_prefix_they_began_with():
-    group = scored(aged(begun(), n0=[0, 0, 0]), [1, 0])
-    chosen = selection(group, weights=[[0, 2]])
-    assert chosen.dropped == (("down-sampled", None),)
-    assert coefficients(chosen) == [[0] * 3, [0] * 3, [-1] * 3]
-    chosen = selection(group, weights=[[2, 0]], objective=make_objective(LearningConfig(kl_coef=1)))
-    assert coefficients(chosen) == [[1] * 3, [1] * 3, [0] * 3]
-    assert [n.kl_weights.tolist() for n in chosen.batch.nodes] == [[1] * 3, [1] * 3, [0] * 3]
-
-
 def test_stale_tokens_are_anchored_at_the_present_policy_and_weighted():
     group = scored(aged(begun(), n0=[-0.1, -0.2, 0.1]), [1, 0])
     prefix, tail, other = selection(group).batch.nodes
@@ -164,12 +143,6 @@ def test_stale_tokens_are_anchored_at_the_present_policy_and_weighted():
     np.testing.assert_allclose(tail.anchor_logprobs, [-1] * 3)
     np.testing.assert_allclose(tail.coefficients, [0.5 * np.exp(-0.2)] * 3, rtol=1e-6)
     np.testing.assert_allclose(other.coefficients, [-0.5] * 3)
-
-
-def test_staleness_and_weights_multiply():
-    group = scored(aged(begun(), n0=[0, 0, -0.5]), [1, 0])
-    tail = selection(group, weights=[[4, 1]]).batch.nodes[1]
-    np.testing.assert_allclose(tail.coefficients, [4 * 0.5 * np.exp(-0.5)] * 3, rtol=1e-6)
 
 
 def test_a_policy_that_has_not_moved_makes_nothing_stale():

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from forests import flat_group, forest, scored
 
@@ -30,7 +29,6 @@ def test_nothing_is_known_before_the_first_reward():
     tracker = Tracker()
     update(tracker, scored(flat_group(2), [None, None]))
     assert tracker.value("hand-made") is None
-    assert tracker.difficulty("hand-made") is None
     assert tracker.expected_tokens("hand-made") is None
     assert tracker.posterior("hand-made") == (1, 1)
 
@@ -116,7 +114,6 @@ def test_rewards_of_0_and_1_have_a_beta_posterior():
     right, wrong = tracker.posterior("hand-made")
     assert right + wrong == pytest.approx(0.96 * 4 + 0.04 * 2 + 4)
     assert right / (right + wrong) == pytest.approx(tracker.value("hand-made"))
-    assert tracker.difficulty("hand-made") == pytest.approx(tracker.value("hand-made"))
 
 
 def test_other_rewards_are_placed_within_the_range_seen():
@@ -126,7 +123,6 @@ def test_other_rewards_are_placed_within_the_range_seen():
     # Single rewards reach from -1 to 3, even though their mean is 1.
     assert [tracker.place(reward) for reward in (-3, -1, 0, 1, 3, 7)] == [0, 0, 0.25, 0.5, 1, 1]
     assert tracker.value("hand-made") == pytest.approx(1)
-    assert tracker.difficulty("hand-made") == pytest.approx(0.5)
     assert tracker.posterior("hand-made") == pytest.approx((1.5, 1.5))
 
 
@@ -150,57 +146,3 @@ def test_expected_tokens():
     update(tracker, of("long", [0, 0], tokens=9))
     kept = 0.96 * 30 + 0.04 * 2 * overall, 0.96 * 6 + 0.04 * 2
     assert tracker.expected_tokens("long") == pytest.approx((kept[0] + 18) / (kept[1] + 2))
-
-
-HARD_EVEN_EASY = ("hard", "even", "easy")
-
-
-def seen(**groups) -> Tracker:
-    """A tracker that has seen 8 completions of each name: the right ones, and their tokens."""
-    tracker = Tracker()
-    for name, (right, tokens) in groups.items():
-        update(tracker, of(name, [1.0] * right + [0.0] * (8 - right), tokens))
-    return tracker
-
-
-def mean_worth(tracker, *names):
-    draws = [tracker.worth([example(name) for name in names], 0, step) for step in range(400)]
-    return np.mean(draws, axis=0)
-
-
-def test_worth_depends_on_its_address_alone():
-    tracker = seen(a=(4, 3), b=(1, 3))
-    examples = [example("a"), example("b"), example("unseen")]
-    one = tracker.worth(examples, 0, 5, "prompts")
-    assert one.tolist() == tracker.worth(examples, 0, 5, "prompts").tolist()
-    assert one.tolist() != tracker.worth(examples, 0, 6, "prompts").tolist()
-    assert one.tolist() != tracker.worth(examples, 1, 5, "prompts").tolist()
-
-
-def test_worth_is_finite_without_anything_known_and_empty_for_nobody():
-    assert np.isfinite(Tracker().worth([example("a")], 0)).all()
-    assert Tracker().worth([], 0).tolist() == []
-
-
-def test_even_prompts_are_worth_more_than_easy_and_hard_ones():
-    hard, even, easy = mean_worth(seen(hard=(0, 3), even=(4, 3), easy=(8, 3)), *HARD_EVEN_EASY)
-    assert even > 1.3 * hard
-    assert even > 1.3 * easy
-
-
-def test_long_completions_are_worth_less():
-    tracker = seen(short=(4, 4), long=(4, 16))
-    short, long = mean_worth(tracker, "short", "long")
-    ratio = tracker.expected_tokens("long") / tracker.expected_tokens("short")
-    assert ratio > 2
-    assert short / long == pytest.approx(ratio**0.5, rel=0.1)
-
-
-def test_prompts_never_seen_get_their_turn():
-    tracker = seen(hard=(0, 3), even=(4, 3), easy=(8, 3))
-    examples = [example(name) for name in (*HARD_EVEN_EASY, "unseen")]
-    best = [int(tracker.worth(examples, 0, step).argmax()) for step in range(400)]
-    turns = np.bincount(best, minlength=4) / 400
-    assert turns[3] > 0.15
-    assert turns[3] > turns[0]
-    assert turns[3] > turns[2]

@@ -295,12 +295,12 @@ def reused():
 
 @pytest.mark.exact
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_replayed_group_of_the_same_policy_teaches_what_a_fresh_one_does(policy, shared):
+def test_stale_tokens_of_the_same_policy_teach_what_fresh_ones_do(policy, shared):
     fresh = aged(policy, reused(), {})
-    replayed = aged(policy, reused(), dict.fromkeys(range(4), np.zeros(3, np.float32)))
+    stale = aged(policy, reused(), dict.fromkeys(range(4), np.zeros(3, np.float32)))
     updater = Updater(policy, LearningConfig(), TEMPERATURE)
     updater.shared = shared
-    one, other = (updater.gradient(make_batch([g]), plan())[0] for g in (fresh, replayed))
+    one, other = (updater.gradient(make_batch([g]), plan())[0] for g in (fresh, stale))
     for (name, a), (_, b) in zip(tree_flatten(one), tree_flatten(other), strict=True):
         assert np.array_equal(np.array(a), np.array(b)), name
     assert global_norm(one) > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from enumerated import (
     FRESH,
-    REPLAYED,
     REUSE,
     Measured,
     cut_anywhere,
@@ -14,7 +13,6 @@ from enumerated import (
     fresh,
     make_files,
     opened,
-    replayed,
     reused,
     stop_of,
 )
@@ -47,15 +45,6 @@ def test_new_groups(name, files, tmp_path, monkeypatch):
         exact, _ = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, PROMPTS)]
     check(name, Measured.of(found, exact))
-
-
-@pytest.mark.parametrize("name", REPLAYED)
-def test_replayed_groups(name, files, tmp_path):
-    with opened(files, tmp_path / "run", REPLAYED[name]) as session:
-        exact, reward = exact_gradient(session.policy.model)
-        blocks = replayed(session, BLOCKS, PROMPTS, reward)
-        found = [(estimate(session, block), block.factor) for block in blocks]
-    check(f"replay, {name}", Measured.of(found, exact))
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -20,11 +20,9 @@ SETTINGS = {
     **SMALL,
     "run.steps": 10,
     "run.checkpoint_every": 1,
-    "rollout.strategy": "adaptive-tree",
-    "rollout.roots": 1,
+    "rollout.strategy": "tree",
     "rollout.fork_gap": 2,
-    "rollout.replay_groups": 1,
-    "rollout.replay_drift": 10.0,
+    "rollout.reuse": 0.5,
 }
 
 

@@ -49,7 +49,7 @@ CONFIG = {
 HOST = Machine("Linux", "cpu", total_bytes=10**15, available_bytes=10**15)
 IN_MLX = {"model.engine": "mlx"}
 """What it takes is not counted, but measured."""
-TREE = {"rollout.strategy": "tree", "rollout.group_size": 8, "rollout.roots": 1}
+TREE = {"rollout.strategy": "tree", "rollout.group_size": 8}
 
 
 def request(limit=None, model=None, machine=HOST, **settings) -> PlanRequest:
@@ -265,7 +265,6 @@ def draw_case(draws: random.Random) -> PlanRequest:
     settings = {
         "rollout.strategy": strategy,
         "rollout.group_size": draws.choice([2, 4, 8, 16]),
-        "rollout.roots": 1 if strategy == "tree" else 2,
         "rollout.prompts_per_step": draws.randint(1, 16),
         "rollout.max_prompt_tokens": draws.choice([16, 100, 512]),
         "rollout.max_completion_tokens": draws.choice([8, 32, 300, 1024]),

@@ -10,9 +10,9 @@ import pytest
 from forests import flat_group, forest, scored
 
 from localrl.records import Example, Group, ScoredGroup
+from localrl.rollouts import adaptive
 from localrl.rollouts.adaptive import alike, chance_alike, collect
 from localrl.rollouts.decode import Decoder
-from localrl.rollouts.forking import PeriodicRule, Spacing
 from localrl.rollouts.groups import Shape, join, sample_groups
 
 EVEN = (1.0, 1.0)
@@ -78,7 +78,7 @@ class Script:
         number, which = len(self.asked) - 1, self.asked[-1]
         return [scored(g, self.rewards[i][number]) for g, i in zip(groups, which, strict=True)]
 
-    def collect(self, give_up=0.9, belief=lambda i: EVEN, place=float):
+    def collect(self, belief=lambda i: EVEN, place=float):
         groups = collect(
             len(self.rewards),
             self.shape,
@@ -86,7 +86,6 @@ class Script:
             self.score,
             belief=belief,
             place=place,
-            give_up=give_up,
         )
         return [list(group.rewards) for group in groups]
 
@@ -105,15 +104,16 @@ class Script:
         ([None, None], 1.0, False),
     ],
 )
-def test_who_wants_more(rewards, give_up, wanted):
+def test_who_wants_more(rewards, give_up, wanted, monkeypatch):
+    monkeypatch.setattr(adaptive, "GIVE_UP", give_up)
     script = Script([rewards, [1, 1]], shape=Shape(2, 2, rounds=2))
-    script.collect(give_up)
+    script.collect()
     assert script.asked == [[0]] * (1 + wanted)
 
 
 def test_different_rewards_are_different_wherever_they_are_placed():
     script = Script([[2, 3], [2, 2]], [[3, 3], [2, 2]], shape=Shape(2, 2, rounds=2))
-    script.collect(give_up=1.0, place=lambda reward: 1.0)
+    script.collect(place=lambda reward: 1.0)
     assert script.asked == [[0, 1], [1]]
 
 
@@ -138,13 +138,13 @@ def test_rounds_go_to_those_alone_that_want_more():
 
 def test_one_round_is_all_there_is():
     script = Script([[0, 0]], shape=Shape(2, 2))
-    assert script.collect(give_up=1.0) == [[0, 0]]
+    assert script.collect() == [[0, 0]]
     assert script.asked == [[0]]
 
 
 def test_nothing_more_is_sampled_when_nobody_wants_it():
     script = Script([[1, 0]], [[0, 1]], shape=Shape(2, 2, rounds=4))
-    script.collect(give_up=1.0)
+    script.collect()
     assert script.asked == [[0, 1]]
 
 
@@ -156,23 +156,23 @@ def test_those_thought_hopeless_or_easy_are_given_up():
     assert script.asked == [[0, 1, 2, 3], [0, 3]]  # the last was thought easy, and is not
 
 
-def test_the_chance_is_that_of_all_rounds_left():
+def test_the_chance_is_that_of_all_rounds_left(monkeypatch):
     # After two wrong ones 3/4 4/5 5/6 6/7 = 3/7 of four more; after four 5/6 6/7 = 5/7 of two.
-    script = Script([[0, 0]] * 3, shape=Shape(2, 2, rounds=3))
-    script.collect(give_up=0.6)
-    assert script.asked == [[0], [0]]
-    script = Script([[0, 0]] * 3, shape=Shape(2, 2, rounds=3))
-    script.collect(give_up=0.4)
-    assert script.asked == [[0]]
+    for give_up, asked in ((0.6, [[0], [0]]), (0.4, [[0]])):
+        monkeypatch.setattr(adaptive, "GIVE_UP", give_up)
+        script = Script([[0, 0]] * 3, shape=Shape(2, 2, rounds=3))
+        script.collect()
+        assert script.asked == asked
 
 
-def test_rewards_are_placed_before_they_are_counted():
+def test_rewards_are_placed_before_they_are_counted(monkeypatch):
     script = Script([[-1, -1]] * 2, [[3, 3]] * 2, shape=Shape(2, 2, rounds=2))
     # Right ones are thought likely: two wrong ones surprise, two right ones do not.
     script.collect(belief=lambda i: (9.0, 1.0), place=lambda reward: (reward + 1) / 4)
     assert script.asked == [[0, 1], [0, 1]]
     script = Script([[-1, -1]] * 2, [[3, 3]] * 2, shape=Shape(2, 2, rounds=2))
-    script.collect(belief=lambda i: (9.0, 1.0), place=lambda reward: (reward + 1) / 4, give_up=0.5)
+    monkeypatch.setattr(adaptive, "GIVE_UP", 0.5)
+    script.collect(belief=lambda i: (9.0, 1.0), place=lambda reward: (reward + 1) / 4)
     assert script.asked == [[0, 1], [0]]
 
 
@@ -188,14 +188,14 @@ def test_joined_groups_keep_their_trees_apart():
     assert [c.token_ids.tolist() for c in both.group.completions()] == ends
 
 
-def sample(policy, shape, which: Sequence[int] = range(3), number=0, rule=None, rows=64):
+def sample(policy, shape, which: Sequence[int] = range(3), number=0):
     examples = [EXAMPLES[i] for i in which]
     return sample_groups(
-        Decoder(policy, 1.0, rows),
+        Decoder(policy, 1.0, 64),
         examples,
         [policy.tokenizer.encode(example.messages) for example in examples],
         shape,
-        rule=rule,
+        rule=None,
         max_completion_tokens=24,
         seed=0,
         step=1,
@@ -204,17 +204,16 @@ def sample(policy, shape, which: Sequence[int] = range(3), number=0, rule=None, 
     )
 
 
-def in_rounds(policy, shape, rewards, rule=None):
+def in_rounds(policy, shape, rewards):
     """Groups whose completions get a reward by their prompt's number."""
     numbers = {example.id: i for i, example in enumerate(EXAMPLES)}
     return collect(
         len(EXAMPLES),
         shape,
-        lambda which, number: sample(policy, shape, which, number, rule),
+        lambda which, number: sample(policy, shape, which, number),
         lambda groups: [scored(g, rewards(numbers[g.example.id], len(g.leaves))) for g in groups],
         belief=lambda i: EVEN,
         place=float,
-        give_up=1.0,
     )
 
 
@@ -251,20 +250,3 @@ def test_a_prompts_rounds_do_not_depend_on_the_others(policy):
     assert [group.group.planned_roots for group in parts] == [6, 6, 6]
     for one, other in zip(flat, parts, strict=True):
         assert_same_nodes(one.nodes[: len(other.rewards)], other.group.nodes)
-
-
-@pytest.mark.exact
-def test_trees_of_later_rounds_are_trees_of_their_own(policy):
-    shape, rule = Shape(1, 3, rounds=2), PeriodicRule(Spacing(1, 3, 2, 12.0))
-    parts = in_rounds(policy, shape, lambda prompt, count: [1.0] * count, rule)
-    assert any(len(group.group.nodes) > 2 for group in parts)
-    for i, both in enumerate(parts):
-        rounds = [sample(policy, shape, [i], number, rule)[0] for number in range(2)]
-        assert both.group.planned_roots == 2
-        assert [n.round for n in both.group.nodes] == [0] * len(rounds[0].nodes) + [1] * len(
-            rounds[1].nodes
-        )
-        apart = [c for group in rounds for c in group.completions()]
-        for completion, expected in zip(both.group.completions(), apart, strict=True):
-            np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
-            assert completion.text == expected.text

@@ -15,17 +15,10 @@ from localrl.settings import RolloutConfig
     [
         ({}, 8, Shape(8, 8)),
         ({}, 1, ONE),
-        ({"roots": 9, "rounds": 3}, 8, Shape(8, 8)),  # neither is a flat group's business
         ({"strategy": "tree"}, 8, Shape(2, 8)),
-        ({"strategy": "tree", "roots": 8}, 8, Shape(8, 8)),
-        ({"strategy": "tree", "roots": 1}, 8, Shape(1, 8)),
+        ({"strategy": "tree"}, 2, Shape(2, 2)),
         ({"strategy": "adaptive"}, 8, Shape(2, 2, 4)),
         ({"strategy": "adaptive"}, 2, Shape(2, 2)),
-        ({"strategy": "adaptive", "rounds": 2}, 8, Shape(4, 4, 2)),
-        ({"strategy": "adaptive", "rounds": 8}, 8, Shape(1, 1, 8)),
-        ({"strategy": "adaptive", "rounds": 1}, 8, Shape(8, 8)),
-        ({"strategy": "adaptive-tree"}, 8, Shape(2, 4, 2)),
-        ({"strategy": "adaptive-tree", "roots": 1, "rounds": 4}, 8, Shape(1, 2, 4)),
     ],
 )
 def test_shapes(settings, size, shape):
@@ -34,18 +27,16 @@ def test_shapes(settings, size, shape):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("strategy", "size", "message"),
     [
-        ({"strategy": "tree", "roots": 9}, "roots is 9, more than the 8 completions that rollout"),
-        ({"strategy": "adaptive-tree", "roots": 5}, "roots is 5, more than the 4 completions per"),
-        ({"strategy": "adaptive", "rounds": 3}, "group_size is 8, which 3 rounds cannot divide"),
-        ({"strategy": "adaptive", "rounds": 16}, "group_size is 8, which 16 rounds cannot divide"),
-        ({"strategy": "adaptive-tree", "rounds": 5}, "group_size is 8, which 5 rounds cannot"),
+        ("tree", 1, "group_size is 1, but a tree has 2 independent roots"),
+        ("adaptive", 1, "group_size is 1, which rounds of 2 completions cannot divide"),
+        ("adaptive", 7, "group_size is 7, which rounds of 2 completions cannot divide"),
     ],
 )
-def test_numbers_that_do_not_go_together(settings, message):
+def test_sizes_that_do_not_fit_the_strategy(strategy, size, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        make_shape(RolloutConfig(**{"group_size": 8} | settings))
+        make_shape(RolloutConfig(strategy=strategy, group_size=size))
     assert caught.value.exit_code == 2
 
 

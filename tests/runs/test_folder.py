@@ -294,7 +294,6 @@ def test_rollout_line(tmp_path: Path) -> None:
         ],
         "kept": False,
         "reason": "no reward",
-        "replayed": False,
     }
 
 
@@ -310,12 +309,12 @@ def test_defaults_are_left_out_of_a_line_and_all_else_is_there() -> None:
     leaves = (Leaf(1, "loop", "a"), Leaf(2, "closed", "b"))
     group = replace(record().scored.group, nodes=nodes, leaves=leaves)
     scored = ScoredGroup(group, (1.0, 0.0), {})
-    line = rollout_line(1, GroupRecord(scored, (0.5, 0.0, -0.5), (None, "down-sampled")))
+    line = rollout_line(1, GroupRecord(scored, (0.5, 0.0, -0.5), (None, "truncated")))
     assert line["kept"]
     assert (line["nodes"][0]["round"], line["nodes"][0]["version"]) == (1, 2)
     assert line["nodes"][0]["old_logprobs"].tolist() == [-0.25, 0.0]
     assert not {"round", "old_logprobs", "version", "sampled"} & set(line["nodes"][1])
-    assert [leaf.get("dropped") for leaf in line["leaves"]] == [None, "down-sampled"]
+    assert [leaf.get("dropped") for leaf in line["leaves"]] == [None, "truncated"]
     assert [leaf["finish_reason"] for leaf in line["leaves"]] == ["loop", "closed"]
 
 
@@ -326,14 +325,14 @@ def test_defaults_are_left_out_of_a_line_and_all_else_is_there() -> None:
         (("no reward", None), True, None),
         (("no reward", "no reward"), False, "no reward"),
         (("no coefficient", "no coefficient"), False, "no coefficient"),
-        (("no reward", "down-sampled"), False, "no coefficient"),
+        (("no reward", "truncated"), False, "no coefficient"),
     ],
 )
 def test_the_reason_of_a_group_is_that_of_all_its_completions(dropped, kept, reason) -> None:
     tree = forest([-1, -1], leaves=[0, 1], planned_roots=2)
-    whole = GroupRecord(scored(tree, [1.0, 0.0]), (0.0, 0.0), dropped, replayed=True)
+    whole = GroupRecord(scored(tree, [1.0, 0.0]), (0.0, 0.0), dropped)
     line = rollout_line(1, whole)
-    assert (line["kept"], line["reason"], line["replayed"]) == (kept, reason, True)
+    assert (line["kept"], line["reason"]) == (kept, reason)
 
 
 def test_past_the_limit_every_tenth_group_is_written(tmp_path: Path) -> None:

@@ -89,22 +89,22 @@ def test_cut_off_are_those_at_the_limit_alone():
 
 
 def test_every_completion_and_every_token_is_accounted_for():
-    fresh = [scored(flat_group(3), [1, 0, None]), scored(flat_group(2), [1, 1])]
-    replayed = [scored(stale(flat_group(2, sampled=[True, False, True]), 0, 1), [1, 0])]
+    groups = [
+        scored(flat_group(3), [1, 0, None]),
+        scored(flat_group(2), [1, 1]),
+        scored(stale(flat_group(2, sampled=[True, False, True]), 0, 1), [1, 0]),
+    ]
     dropped = [
-        (None, "down-sampled", "no reward"),
+        (None, "truncated", "no reward"),
         ("no coefficient", "no coefficient"),
         (None, None),
     ]
-    metrics = selection_metrics(fresh, replayed, dropped, trained_tokens=3 + 4)
+    metrics = selection_metrics(groups, dropped, trained_tokens=3 + 4)
     assert metrics == {
-        "replay/groups": 1,
-        "replay/tokens": 4,
         "selection/trained": 3,
         "selection/no_reward": 1,
         "selection/no_coefficient": 2,
-        "selection/down_sampled": 1,
-        "selection/truncated": 0,
+        "selection/truncated": 1,
         "update/skipped_tokens": 15 + 4 - 7,
     }
     assert set(metrics) <= set(METRICS)

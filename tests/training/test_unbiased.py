@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 from enumerated import (
     FRESH,
-    REPLAYED,
     REUSE,
     Measured,
     cut_anywhere,
@@ -17,7 +16,6 @@ from enumerated import (
     fresh,
     make_files,
     opened,
-    replayed,
     reused,
     stop_of,
     with_learned,
@@ -32,7 +30,6 @@ PROMPTS = {
     "tree by entropy": 30,
     "tree by period": 24,
     "adaptive": 30,
-    "adaptive tree": 24,
     "early ends": 44,
 }
 """Prompts of a block: enough for three standard errors below a tenth."""
@@ -68,17 +65,6 @@ def test_new_groups(name, files, tmp_path):
         exact, _ = exact_gradient(session.policy.model, stop_of(settings))
         found = [(estimate(session, b), b.factor) for b in fresh(session, BLOCKS, prompts)]
     check(Measured.of(found, exact))
-
-
-def test_replayed_groups(files, tmp_path):
-    kept, learned = [], []
-    with opened(files, tmp_path / "run", REPLAYED["with the tracker"]) as session:
-        exact, reward = exact_gradient(session.policy.model)
-        for block in replayed(session, BLOCKS, 64, reward):
-            kept.append((estimate(session, block), block.factor))
-            learned.append((estimate(session, with_learned(session, block)), block.factor))
-    check(Measured.of(kept, exact))
-    check_noticed(Measured.of(learned, exact))
 
 
 def test_reused_completions(files, tmp_path):
