@@ -63,6 +63,7 @@ def open_supervised(
         task=task,
         environments=None,
         scorer=scorer,
+        decide=None,
         tokenizer=tokenizer,
         prompts=prompts,
         judges=(),
