@@ -104,7 +104,16 @@ def open_and_check(
     )
     if trains:  # there are fewer if overlong ones were left out
         config = fit_prompts(config, task, warn)
-    return OpenedTask(config, task, environments, scorer, decide, tokenizer, prompts, judges)
+    return OpenedTask(
+        config=config,
+        task=task,
+        environments=environments,
+        scorer=scorer,
+        decide=decide,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        judges=judges,
+    )
 
 
 def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
