@@ -20,16 +20,11 @@ are such rules, `bare_object` is not.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import cache
 
-import numpy as np
-from rivals import instead
-
-from localrl.records import Example
-from localrl.rollouts.batch import DecodeLog, Rows
-from localrl.rollouts.decode import Decoder
+from localrl.records import Example, Group
+from localrl.rollouts.decided import Decisions
 from localrl.training.session import Session
 
 Decides = Callable[[str, Example], bool]
@@ -38,62 +33,13 @@ Decides = Callable[[str, Example], bool]
 
 def ending_early(session: Session) -> Session:
     """Let completions of training end as the task's rule says; those of evaluations do not."""
-    decides = rule(session)
-    task, sampler = session.task, session.sampler
-    examples = {e.id: e for e in map(task.train, range(task.train_size))}
-    sampler.decoder = deciding(sampler.decoder, lambda text, name: decides(text, examples[name]))
+    decides, tokenizer = rule(session), session.policy.tokenizer
+
+    def decide(groups: Sequence[Group]) -> list[bool]:
+        return [decides(group.leaves[0].text, group.example) for group in groups]
+
+    session.sampler.decoder.decisions = Decisions(decide, tokenizer)
     return session
-
-
-def deciding(decoder: Decoder, decided: Callable[[str, str], bool]) -> DecidingDecoder:
-    """Return a decoder with the same model, counts and pace. decided: of a text, an example id."""
-    assert decoder.stops is None, "stop texts and loops are not looked for besides"
-    found: DecidingDecoder = instead(DecidingDecoder, decoder)
-    found.decided = decided
-    found.stops = _Decided(found)
-    return found
-
-
-@dataclass(eq=False)
-class DecidingDecoder(Decoder):
-    """A decoder that ends rows of flat groups where their text decides."""
-
-    decided: Callable[[str, str], bool] = field(init=False)
-    over: np.ndarray = field(init=False)
-    """(B,) bool: rows whose latest token has decided them."""
-    _log: DecodeLog | None = None
-    _written: dict[int, list[int]] = field(default_factory=dict)
-    """Tokens of each segment of the log so far, with those that its completion began with."""
-
-    def _draw(self, live: Rows, log: DecodeLog, ahead: bool) -> np.ndarray:
-        tokens = super()._draw(live, log, ahead)
-        if log is not self._log:
-            self._log, self._written = log, {}
-        self.over = np.zeros(len(live), bool)
-        for row in np.flatnonzero(live.alive):
-            segment = int(live.segments[row])
-            request = log.request(segment)
-            ids = self._written.setdefault(segment, list(request.before))
-            ids.append(int(tokens[row]))
-            text = self.policy.tokenizer.decode(ids)
-            self.over[row] = self.decided(text, str(request.address[2]))
-        return tokens
-
-
-@dataclass(eq=False)
-class _Decided:
-    """In place of `Stops`: its rows need no memory, since the decoder keeps their texts."""
-
-    decoder: DecidingDecoder
-
-    def begin(self, before: Sequence[Sequence[int]]) -> _Decided:
-        return self
-
-    def take(self, keep: np.ndarray) -> None: ...
-    def extend(self, other: object) -> None: ...
-
-    def ended(self, rows: object, tokens: np.ndarray, alive: np.ndarray) -> Mapping:
-        return {"closed": self.decoder.over & alive}
 
 
 # Rules

@@ -123,6 +123,11 @@ class RunConfig:
         return cls.create({**OLDER_RUNS, **_canonical(own), **_canonical(settings or {})})
 
     @property
+    def supervised(self) -> bool:
+        """True if the run learns from given completions, and samples only in evaluations."""
+        return self.task.demonstrations is not None
+
+    @property
     def eval_temperature(self) -> float:
         """Evaluation temperature: that of training unless `task.eval_temperature` is set."""
         wish = self.task.eval_temperature

@@ -25,6 +25,8 @@ SHOWN = 6
 
 DETAILS = ("prompts", "passed", "shown")
 """Fields of an evaluation that are not numbers of it as a whole."""
+GIVEN = ("loss", "demonstrations")
+"""Fields that only supervised runs have."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,15 @@ class Evaluation:
     """The verdict on each prompt, in order; None where there is none. Empty in old checkpoints."""
     prompts: str = ""
     """Digest of the prompts and answers: evaluations with the same one can be compared in pairs."""
+    loss: float | None = None
+    """Mean -log-probability per token of held-out worked examples; None if there are none."""
+    demonstrations: int = 0
+    """Number of these."""
 
     def summary(self) -> dict[str, Any]:
         """Return only the numbers, under the names used in `eval.json`."""
         fields = asdict(self)
-        for name in DETAILS:
+        for name in (*DETAILS, *(GIVEN if self.loss is None else ())):
             del fields[name]
         fields["pass@1"] = fields.pop("pass_at_1")
         return fields
@@ -68,7 +74,8 @@ class Evaluation:
     def details(self) -> dict[str, Any]:
         """Return the rest: what was asked, which prompts passed, and completions to read."""
         fields = asdict(self)
-        return {name: fields[name] for name in DETAILS}
+        more = () if self.loss is None else ("demonstrations",)
+        return {name: fields[name] for name in (*DETAILS, *more)}
 
 
 def judge(
@@ -103,8 +110,11 @@ def judge(
 def summarise(scored: Sequence[ScoredGroup], *, passing: str, temperature: float) -> Evaluation:
     """Return pass@1 of judged completions.
 
-    A completion passes when the reward function named `passing` gives it 1 or more.
+    A completion passes when the reward function named `passing` gives it 1 or more. Without
+    completions nothing is known.
     """
+    if not scored:
+        return Evaluation(0, None, None, None, None, (), temperature)
     rewards = [group.rewards[0] for group in scored]
     known = [reward for reward in rewards if reward is not None]
     verdicts = [group.parts[passing][0] for group in scored]
@@ -130,8 +140,13 @@ def sampled_tokens(scored: ScoredGroup) -> int:
 
 
 def at_temperature(decoder: Decoder, temperature: float) -> Decoder:
-    """Copy a decoder with another temperature and its own counts and pace."""
-    return replace(decoder, temperature=temperature, counts=DecodeCounts(), pace=Pace())
+    """Copy a decoder with another temperature and its own counts and pace.
+
+    Its completions go on even when their outcome is decided.
+    """
+    return replace(
+        decoder, temperature=temperature, counts=DecodeCounts(), pace=Pace(), decisions=None
+    )
 
 
 def _digest(examples: Sequence[Example]) -> str:

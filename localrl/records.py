@@ -30,9 +30,9 @@ class RewardSpec:
 ENVIRONMENT_LOOKUP = "localrl.tasks.environment_child:instances"
 """Function in a worker's child that returns its environments, by `Leaf.conversation`."""
 
-FinishReason = Literal["stop", "closed", "length", "loop", "turns", "error"]
-"""Reasons a completion ended: end token, stop text, maximum length, repetition, last turn of an
-environment, failure."""
+FinishReason = Literal["stop", "closed", "decided", "length", "loop", "turns", "error"]
+"""Reasons a completion ended: end token, stop text, decided outcome, maximum length, repetition,
+last turn of an environment, failure."""
 
 DropReason = Literal["no reward", "no coefficient", "truncated"]
 """Reasons a completion is not trained on."""

@@ -104,11 +104,17 @@ class TaskConfig:
     """The task, its rewards and its prompts."""
 
     name: str = setting("steps", "built-in task, or your data: a table, folder or user/name")
+    demonstrations: str | None = setting(
+        None, "worked examples to learn from, for `localrl sft`: a table, or a run's successes"
+    )
     columns: tuple[str, ...] = setting(
         (), "columns of your data under other names, e.g. prompt=question"
     )
     rewards: tuple[str, ...] = setting((), "rewards, as file.py:name; unset: the task's own")
     reward_weights: tuple[float, ...] = setting((), "one weight per reward; unset: all 1")
+    decided: str | None = setting(
+        None, "function that tells when an outcome is decided, to end there, as file.py:name"
+    )
     system: str | None = setting(None, "system message for data without one")
     filter_overlong_prompts: bool = setting(
         False, "leave out rows with prompts above rollout.max_prompt_tokens, and say how many"

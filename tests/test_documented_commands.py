@@ -32,12 +32,14 @@ from written import TEMPLATE, write_model
 
 NETWORK = "needs the network; tests/export has a Hub of its own"
 REAL = "measures whole steps of a real model's size: minutes on a CPU"
+RECIPE = "needs GSM8K and hours; tests/diagnostics/test_recipes.py runs it on a tiny model"
 JUDGE = "needs Ollama or LM Studio; tests/rewards has judges of its own"
 EXTRA = "needs packages that the tests do not install"
 NOT_RUN = {
     "localrl pull smollm2-135m": NETWORK,
     "localrl pull mlx-community/Qwen3-0.6B-4bit": NETWORK,
     "localrl pull mlx-community/Qwen3.5-0.8B-4bit": NETWORK,
+    "localrl pull Qwen/Qwen2.5-1.5B-Instruct": NETWORK,
     "localrl pull --data user/problems:train.jsonl --out problems.jsonl": NETWORK,
     "localrl pull --data openai/gsm8k:main": NETWORK,
     "localrl push runs/problems-1 you/my-skill": NETWORK,
@@ -46,6 +48,9 @@ NOT_RUN = {
     "localrl train --task problems.jsonl --reward judge --set task.judge_model=qwen3:8b": JUDGE,
     "localrl bench --shape qwen3-0.6b": REAL,
     "localrl bench --shape qwen3.5-0.8b": REAL,
+    "localrl bench --recipe gsm8k-cppo": RECIPE,
+    "localrl bench --recipe gsm8k-cppo --problems 400 --set task.eval_prompts=200"
+    " --out runs/gsm8k-small": RECIPE,
     "localrl train --set run.report_to=tensorboard": EXTRA,
     'localrl train --set run.report_to=["tensorboard", "wandb"]': EXTRA,
 }
@@ -63,6 +68,7 @@ SHORT = {
     "chat": ("--max-tokens", "8"),
     "eval": ("--prompts", "2", "--set", "rollout.max_completion_tokens=8"),
     "train": TRAIN,
+    "sft": ("--steps", "1", "--no-supervise", "--set", "task.eval_prompts=2"),
 }
 """Options added to a command so that it ends soon."""
 MODELS = ("DIR", "path/to/model", "started", "smollm2-135m", "mlx-community/Qwen3-0.6B-4bit")
@@ -109,6 +115,7 @@ def world(tmp_path_factory) -> Path:
     for name in MODELS:
         shutil.copytree(model, folder / name)
     rows = [{"prompt": f"sum {i} 7", "answer": str(i + 7), "number": i} for i in range(40)]
+    worked = [{"prompt": row["prompt"], "completion": row["answer"]} for row in rows]
     page = (ROOT / "docs" / "environments.md").read_text()
     game = page.partition("```python\n")[2].partition("```")[0]  # the page's own example
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -116,6 +123,7 @@ def world(tmp_path_factory) -> Path:
     data = dict.fromkeys(
         ("problems.jsonl", "data.jsonl", "rows.jsonl", "test.jsonl", "data/train.jsonl"), lines
     )
+    data["worked.jsonl"] = "".join(json.dumps(row) + "\n" for row in worked)
     for name, text in {**FILES, **data, "game.py": game}.items():
         (folder / name).write_text(text)
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -137,7 +145,8 @@ def make_runs(folder: Path) -> None:
         run("train", *words, *TRAIN, folder=folder)
     for name in ("runs/try", "runs/mac-killed", "RUN"):
         shutil.copytree(folder / "runs" / "steps-1", folder / name)
-    shutil.copytree(folder / "runs" / "problems-1", folder / "runs" / "extraction-1-3-1")
+    for name in ("extraction-1-3-1", "sft-worked-1", "started"):
+        shutil.copytree(folder / "runs" / "problems-1", folder / "runs" / name)
     adapter = folder / "runs" / "problems-1" / "adapter"
     shutil.copytree(adapter, folder / "ADAPTER")
     for name in ("adapter_config.json", "adapters.safetensors"):
@@ -161,17 +170,22 @@ def place(command: Command, world: Path, folder: Path) -> None:
             shutil.copytree(found, folder / found.name)
         elif found.name in named:
             (folder / found.name).symlink_to(found)
-    if "--pairs" in words:
-        prefer(folder / words[2] / "rollouts.jsonl")
-    if words[1] == "train" and "--out" in words and "--resume" not in words:
+    prefer(words, folder)
+    if words[1] in ("train", "sft") and "--out" in words and "--resume" not in words:
         shutil.rmtree(folder / words[words.index("--out") + 1], ignore_errors=True)
 
 
-def prefer(rollouts: Path) -> None:
-    """Give the first completion of each group another reward than a random model's others."""
+def prefer(words: tuple[str, ...], folder: Path) -> None:
+    """Let the first completion of each group be right where a command takes a run's rollouts."""
+    place = {"--pairs": 2, "--from-rollouts": 3}
+    named = [words[at] for option, at in place.items() if option in words]
+    if not named:
+        return
+    rollouts = folder / named[0] / "rollouts.jsonl"
     groups = [json.loads(line) for line in rollouts.read_text().splitlines()]
     for group in groups:
-        group["leaves"][0] |= {"reward": 1.0, "text": "right"}
+        right = {"reward": 1.0, "parts": {"right": 1.0}, "text": "right", "finish_reason": "stop"}
+        group["leaves"][0] |= right
     rollouts.write_text("".join(json.dumps(group) + "\n" for group in groups))
 
 

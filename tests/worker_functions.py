@@ -164,3 +164,8 @@ def short(completion_ids):
 def high(completion_ids):
     """A reward that differs between any two completions: the mean of their tokens' ids."""
     return [sum(ids) / len(ids) / 64 for ids in completion_ids]
+
+
+def even(completion_ids):
+    """A reward: 1 for an even number of tokens."""
+    return [float(len(ids) % 2 == 0) for ids in completion_ids]

@@ -6,6 +6,7 @@ installed.
 
 import json
 import re
+import urllib.error
 import urllib.request
 
 
@@ -25,7 +26,10 @@ def play(example, base_url, api_key):
     messages = list(example["prompt"])
     number = int(example["answer"])
     for _ in range(4):
-        said = ask(base_url, api_key, messages)
+        try:
+            said = ask(base_url, api_key, messages)
+        except urllib.error.HTTPError:  # no token is left for another turn
+            return 0.0
         numbers = re.findall(r"[0-9]+", said["content"] or "")
         if not numbers:
             reply = f"Write one number from {example['low']} to {example['high']}."

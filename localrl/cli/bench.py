@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from localrl.cli.options import device
+from localrl.cli.options import device, set_option
+from localrl.diagnostics.recipes import RECIPES
 from localrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 SIZES = ("rows", "tokens", "prompt_tokens", "quantize")
 """Parameters that a shape sets."""
+MEASURING = (*SIZES, "repeats", "device", "shape", "with_profile", "as_json")
+"""Parameters that a recipe has no use for."""
+OF_RECIPES = ("data", "problems", "out", "settings")
+"""Parameters that only a recipe has a use for."""
 
 
 def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
@@ -59,6 +65,23 @@ def _counts(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]
 )
 @click.option("--profile", "with_profile", is_flag=True, help="Show where a step spends its time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    help="Run a published comparison with localrl's strategies. Takes hours; not yet run on a Mac.",
+)
+@click.option("--data", metavar="TASK", help="With --recipe: other problems, as for --task.")
+@click.option(
+    "--problems",
+    type=click.IntRange(1),
+    help="With --recipe: problems to train on, each seen once by every strategy.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="With --recipe: folder of the runs; default: runs/RECIPE.",
+)
+@set_option("With --recipe: any setting of `train`, for all strategies.")
 def bench(
     model: str | None,
     quantize: int,
@@ -70,17 +93,34 @@ def bench(
     shape: str | None,
     with_profile: bool,
     as_json: bool,
+    recipe: str | None,
+    data: str | None,
+    problems: int | None,
+    out: Path | None,
+    settings: tuple[str, ...],
 ) -> None:
     """Measure how fast this machine decodes and trains a model.
 
-    Prompts and rewards are dummies, and nothing is saved. Other running programs make the
-    numbers worse.
+    Prompts and rewards are dummies, and nothing is saved, except with --recipe, which trains, and
+    continues where it was stopped. Other running programs make the numbers worse.
 
     \b
       localrl bench
       localrl bench --model path/to/model --rows 1,8 --tokens 128 --profile
       localrl bench --shape qwen3-0.6b           one step of 4 completions of 256 tokens
+      localrl bench --recipe gsm8k-cppo          CPPO's table on GSM8K, see docs/mac.md
     """
+    if recipe is not None:
+        _refuse(MEASURING, "--recipe has no use for {}. Remove it.")
+        from localrl.cli.recipe import run_recipe
+        from localrl.config import parse_setting
+        from localrl.diagnostics.recipe_runs import Request
+
+        given = dict(parse_setting(text) for text in settings)
+        folder = out or Path("runs") / recipe
+        run_recipe(recipe, Request(folder, model, data, problems, given))
+        return
+    _refuse(OF_RECIPES, "{} needs --recipe. Add it, or remove {}.")
     if shape is not None:
         _bench_shape(shape, model, repeats, device or "auto", with_profile, as_json)
         return
@@ -107,6 +147,16 @@ def bench(
         _show_profile(profiled)
 
 
+def _refuse(parameters: tuple[str, ...], message: str) -> None:
+    """Raise ConfigError if one of these parameters is given. message: with {} for its option."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name not in parameters:
+            continue
+        if context.get_parameter_source(option.name) != ParameterSource.DEFAULT:
+            raise ConfigError(message.replace("{}", option.opts[0]))
+
+
 def _bench_shape(
     name: str, model: str | None, repeats: int, device: str, with_profile: bool, as_json: bool
 ) -> None:
@@ -115,11 +165,7 @@ def _bench_shape(
 
     from localrl.diagnostics.bench_shapes import SHAPES, measure_steps, open_shape
 
-    context = click.get_current_context()
-    given = [n for n in SIZES if context.get_parameter_source(n) != ParameterSource.DEFAULT]
-    if given:
-        flag = "--" + given[0].replace("_", "-")
-        raise ConfigError(f"--shape sets its own sizes. Remove {flag}.")
+    _refuse(SIZES, "--shape sets its own sizes. Remove {}.")
     shape = SHAPES[name]
     opened = open_shape(shape, model, repeats, device)
     rate = measure_steps(opened)

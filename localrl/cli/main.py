@@ -19,6 +19,7 @@ from localrl.cli.plan import plan
 from localrl.cli.pull import pull
 from localrl.cli.push import push
 from localrl.cli.serve import serve
+from localrl.cli.sft import sft
 from localrl.cli.show import show
 from localrl.cli.tasks import tasks
 from localrl.cli.train import train
@@ -79,6 +80,7 @@ def cli(debug: bool) -> None:
 
 cli.add_command(init)
 cli.add_command(train)
+cli.add_command(sft)
 cli.add_command(tasks)
 cli.add_command(show)
 cli.add_command(evaluate)

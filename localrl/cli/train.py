@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from localrl.cli.options import columns, device, set_option
-from localrl.errors import ConfigError
+from localrl.cli.start import Starting, start, stopped_run
 
 FLAGS = {
     "model": "model.path",
@@ -31,25 +30,16 @@ FLAGS = {
     "memory_limit": "memory.limit",
 }
 """Settings that the flags set."""
-GIVEN = "localrl.train.arguments"
 
 
-class Train(click.Command):
-    """A command that keeps its raw arguments for the child process that will run them."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[GIVEN] = list(args)
-        return super().parse_args(ctx, args)
-
-
-@click.command(cls=Train)
+@click.command(cls=Starting)
 @click.argument("config", required=False, type=click.Path(dir_okay=False))
 @click.option(
     "--model", metavar="MODEL", help="Folder, .gguf file or user/name; default: embedded."
 )
 @click.option("--quantize", type=int, metavar="BITS", help="Quantise the model to 4 or 8 bits.")
 @device
-@click.option("--adapter", metavar="DIR", help="Start from the adapter in this folder.")
+@click.option("--adapter", metavar="DIR", help="Start from this adapter, or a run's.")
 @click.option("--task", metavar="TASK", help="A built-in task, or your file, folder or user/name.")
 @columns
 @click.option(
@@ -109,79 +99,20 @@ def train(
       localrl train my.toml --set rollout.group_size=16
     """
     from localrl.config import RunConfig, parse_setting
-    from localrl.distributed.launch import find_place
 
     given = dict(parse_setting(text) for text in settings)
     given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
 
     def resolve() -> RunConfig:
         if resume:
-            return RunConfig.of_run(_stopped_run(config, overwrite, given), given, to_train=True)
+            return RunConfig.of_run(stopped_run(config, overwrite, given), given, to_train=True)
         return RunConfig.create(given, file=config)
 
-    if print_config:
-        click.echo(resolve().to_toml())
-        return
-    place = find_place()
-    if place is not None:
-        if on_battery:
-            raise ConfigError("--on-battery only works on one machine. Remove it.")
-        from localrl.cli.ranks import run_with_others
-
-        run_with_others(place, resolve, overwrite=overwrite, resume=resume)
-        return
-    resolved = resolve()
-    from localrl.processes.child import find_supervisor
-
-    supervisor = find_supervisor()
-    if supervisor is None and not no_supervise:
-        _supervise(pause=on_battery != "run")
-    if supervisor is None and on_battery:
-        raise ConfigError("--on-battery needs the parent process. Remove --no-supervise.")
-    from localrl.display.line import showing
-
-    with showing("starting"):  # importing MLX can take seconds
-        from localrl.cli.supervised import run_here
-    run_here(resolved, supervisor, overwrite=overwrite, resume=resume)
-
-
-def _supervise(*, pause: bool) -> NoReturn:
-    """Run training in a child process and exit with its status."""
-    from localrl.processes.supervisor import command_of, supervise, this_python
-
-    context, python = click.get_current_context(), this_python()
-    debug = bool(context.find_root().params.get("debug"))
-    context.exit(
-        supervise(
-            command_of(python, context.meta[GIVEN], debug=debug),
-            lambda run: command_of(python, ["--resume", "--out", run], debug=debug),
-            pause=pause,
-        )
+    start(
+        resolve,
+        overwrite=overwrite,
+        resume=resume,
+        no_supervise=no_supervise,
+        on_battery=on_battery,
+        print_config=print_config,
     )
-
-
-def _stopped_run(config: str | None, overwrite: bool, given: dict[str, Any]) -> Path:
-    """Return the settings file of the run to resume; add its folder to the given settings.
-
-    Raises: ConfigError if no run is found, or if options besides resuming are given.
-    """
-    if config or overwrite:
-        what = "--overwrite" if overwrite else config
-        raise ConfigError(f"--resume uses the run's own settings. Remove {what}.")
-    out = given.get("run.out") or _newest(Path("runs"))
-    given["run.out"] = str(out)
-    file = Path(out) / "config.toml"
-    if not file.is_file():
-        raise ConfigError(
-            f"There is no run in {out} to resume. Pass its folder with --out, or remove "
-            "--resume to start a new one."
-        )
-    return file
-
-
-def _newest(folder: Path) -> Path:
-    """Find the most recently written run under a folder."""
-    files = list(folder.glob("*/metrics.jsonl"))
-    if not files:
-        raise ConfigError(f"There is no run under {folder} to resume. Pass one with --out.")
-    return max(files, key=lambda path: path.stat().st_mtime).parent

@@ -14,6 +14,7 @@ from localrl.display.line import PATIENCE_S, Picture, StatusLine, WorkClock, ela
 from localrl.embedded import EMBEDDED_MODEL
 from localrl.processes.heartbeat import Heartbeat
 from localrl.records import MemoryPlan, Work
+from localrl.report import facts
 from localrl.report.reading import read_run
 from localrl.report.verdict import verdict
 from localrl.utils.figures import fixed
@@ -66,17 +67,14 @@ class Console:
         name = EMBEDDED_MODEL if own else config.model.path
         demonstration = " (embedded, with the demonstration settings)" if own else ""
         self._write(f"model    {name}{demonstration}")
-        self._write(f"task     {session.task.name}: {session.task.description}")
-        prompts = config.rollout.prompts_per_step
+        self._write(f"task     {_task(session)}")
         self._write(
-            f"step     {prompts} prompts x {completions(session.sampler.shape)} of at most "
-            f"{plan.max_completion_tokens} tokens, lr {config.learning.lr:g}, "
-            f"LoRA rank {config.lora.rank}"
+            f"step     {_of_step(session)}, lr {config.learning.lr:g}, LoRA rank {config.lora.rank}"
         )
         if note := experts_note(session.policy.model):
             self._write(f"adapters {note}")
-        self._write(f"tokens   {amount(config, session.sampler.shape, plan)}")
-        if not session.step:
+        self._write(f"tokens   {_amount(session)}")
+        if not session.step and session.demonstrations is None:
             self._write(f"time     {_expected(session)}")
         threads = f", BLAS threads: {plan.threads}" if plan.threads else ""
         self._write(f"machine  {plan.reason}{threads}")
@@ -114,8 +112,8 @@ class Console:
             self._line.refresh()
         elif now - self._last_line > STEP_EVERY_S or step == self._session.config.run.steps:
             self._last_line = now
-            facts = [*self._left(step), *_facts(metrics)]
-            self._write(f"step {step}/{self._session.config.run.steps}  {', '.join(facts)}")
+            told = [*self._left(step), *self._facts()]
+            self._write(f"step {step}/{self._session.config.run.steps}  {', '.join(told)}")
 
     def warn(self, line: str) -> None:
         """Print a warning without breaking the line."""
@@ -129,7 +127,7 @@ class Console:
 
     def finish(self, result: RunResult) -> None:
         """Print the result: before and after, three completions of each, next commands."""
-        if result.base and result.adapter:
+        if result.base and result.adapter and result.base.n:
             click.echo("\n" + comparison(result.base, result.adapter))
         click.echo(verdict(read_run(result.folder)))
         click.echo(
@@ -156,10 +154,15 @@ class Console:
         steps = self._session.config.run.steps
         if done >= steps:
             return Picture("finishing", facts=[elapsed(passed)])
-        facts = [*self._left(done), *(_facts(self._metrics) if self._metrics else [])]
+        told = [*self._left(done), *self._facts()]
         if work is not None:
-            facts.insert(2, _doing(work, passed))
-        return Picture(f"step {done + 1}/{steps}", done, steps, facts)
+            told.insert(2, _doing(work, passed))
+        return Picture(f"step {done + 1}/{steps}", done, steps, told)
+
+    def _facts(self) -> list[str]:
+        if self._metrics is None or self._session is None:
+            return []
+        return _facts(self._metrics, supervised=self._session.demonstrations is not None)
 
     def _left(self, step: int) -> list[str]:
         assert self._session is not None
@@ -186,6 +189,37 @@ class Console:
             self._line.write(text)
         else:
             click.echo(text, err=True)
+
+
+def _task(session: Session) -> str:
+    """Describe what is learned from, and what is measured."""
+    task, given = session.task, session.demonstrations
+    if given is None:
+        return f"{task.name}: {task.description}"
+    measured = f"; measured on {task.name}" if session.held_out else ""
+    return f"{given.about}{measured}"
+
+
+def _of_step(session: Session) -> str:
+    """Describe what a step learns from."""
+    count, given = session.config.rollout.prompts_per_step, session.demonstrations
+    if given is None:
+        each, most = completions(session.sampler.shape), session.plan.max_completion_tokens
+        return f"{count} prompts x {each} of at most {most} tokens"
+    epochs = count * session.config.run.steps / len(given.training)
+    return (
+        f"{count} of {len(given.training)} worked examples; {session.config.run.steps} steps see "
+        f"each {epochs:.1f} times"
+    )
+
+
+def _amount(session: Session) -> str:
+    """Say how many tokens a step learns from, at most or on average."""
+    given = session.demonstrations
+    if given is None:
+        return amount(session.config, session.sampler.shape, session.plan)
+    prompt, completion = given.mean
+    return f"a worked example has {prompt:.0f} tokens of a prompt and {completion:.0f} after it"
 
 
 def amount(config: RunConfig, shape: Shape, plan: MemoryPlan) -> str:
@@ -280,17 +314,24 @@ def _completion(shown: Shown) -> str:
 
 
 def _score(evaluation: Evaluation) -> str:
+    loss = facts.loss_words(evaluation.loss, evaluation.demonstrations)
+    if loss and not evaluation.n:
+        return loss
     low, high = evaluation.ci95 or (None, None)
     return (
         f"pass@1 {_number(evaluation.pass_at_1)} ({_number(low)} to {_number(high)}) "
         f"on {evaluation.n} held-out prompts, {sampled_at(evaluation.temperature)}"
+        f"{f'; {loss}' if loss else ''}"
     )
 
 
-def _facts(metrics: Mapping[str, Any]) -> list[str]:
-    """Facts of a step, the most important first."""
+def _facts(metrics: Mapping[str, Any], *, supervised: bool) -> list[str]:
+    """Facts of a step, the most important first. supervised: True if completions are given."""
     rate = metrics["rollout/tokens"] / metrics["step_time"]
     memory = metrics["memory/resident_bytes"] or metrics["memory/peak_bytes"]
+    if supervised:
+        loss = f"loss {_number(metrics['loss'])}"
+        return [loss, f"{rate:.0f} tok/s", f"{memory / 2**30:.2f} GiB"]
     return [
         f"reward {_number(metrics['reward'])}",
         f"{rate:.0f} tok/s",

@@ -13,6 +13,7 @@ from localrl.utils.text import sampled_at
 
 TAGS = ("lora", "grpo", "reinforcement-learning", "localrl")
 """Tags of the card. `mlx` is left out: it makes the Hub show commands that fail on an adapter."""
+SUPERVISED_TAGS = ("lora", "sft", "localrl")
 
 SETTINGS_NOTE = (
     "`localrl train --print-config` explains each setting; 0 often means that localrl chooses."
@@ -51,7 +52,7 @@ def make_card(facts: Facts, address: Address, samples: Sequence[Sample] = ()) ->
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=list(TAGS),
+        tags=list(SUPERVISED_TAGS if facts.supervised else TAGS),
         model_name=_name(address) if results else None,
         eval_results=results or None,
     )
@@ -80,9 +81,10 @@ def _results(facts: Facts) -> list[EvalResult]:
 def _sections(facts: Facts, address: Address, samples: Sequence[Sample]) -> Iterator[str]:
     base = address.base_id
     yield f"# {_name(address)}"
+    how = "on worked examples" if facts.supervised else "by reinforcement learning"
     yield (
         f"A LoRA adapter for [{base}](https://huggingface.co/{base}), trained on that model or a "
-        "quantised copy by reinforcement learning with localrl on one machine."
+        f"quantised copy {how} with localrl on one machine."
     )
     if facts.embedded:
         yield (
@@ -96,9 +98,7 @@ def _sections(facts: Facts, address: Address, samples: Sequence[Sample]) -> Iter
         )
     yield _usage(address)
     yield "## What it learned"
-    rewards = "; ".join(facts.rewards) or "the task's own"
-    about = f", built into localrl: {facts.about}" if facts.about else ""
-    yield f"- Task: {facts.task}{about}\n- Reward: {rewards}"
+    yield _learned(facts)
     yield _evaluation(facts)
     if facts.curve:
         yield _curve(facts.curve)
@@ -127,10 +127,27 @@ def _usage(address: Address) -> str:
     )
 
 
+def _learned(facts: Facts) -> str:
+    rewards = "; ".join(facts.rewards) or "the task's own"
+    about = f", built into localrl: {facts.about}" if facts.about else ""
+    task = f"- Task: {facts.task}{about}\n- Reward: {rewards}"
+    if not facts.supervised:
+        return task
+    given = "- Worked examples: own data; only the assistant's tokens were learned"
+    return f"{given}\n- Measured by:\n\n{task}" if facts.about else given
+
+
 def _evaluation(facts: Facts) -> str:
     known = facts.adapter or facts.base
     if known is None:
         return "## Evaluation\n\nThis run was not evaluated."
+    if facts.supervised and not known.n:
+        losses = [side.loss for side in (facts.base, facts.adapter) if side is not None]
+        told = ", ".join(map(_number, losses))
+        return (
+            "## Evaluation\n\nLoss per token of held-out worked examples, before and after: "
+            f"{told}. Nothing was sampled."
+        )
     rows = [_side("base", facts.base), _side("with the adapter", facts.adapter)]
     return (
         "## Evaluation\n\nOn the same held-out prompts before and after; one completion each, "
@@ -202,8 +219,9 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
 
 
 def _limits(facts: Facts, address: Address) -> str:
+    what = "learned from examples of one kind" if facts.supervised else "was rewarded for one task"
     limits = [
-        "It was rewarded for one task; its behaviour on others was not measured.",
+        f"It {what}; its behaviour on others was not measured.",
         "The held-out prompts come from the same source as the training prompts.",
         "LM Studio, oMLX and Ollama cannot load an adapter folder: they need a fused model, which "
         "`localrl export --fused` writes.",

@@ -61,6 +61,21 @@ SETTINGS = (
 )
 """Settings that may be published: numbers, switches and names from our lists, never free text."""
 
+SUPERVISED = (
+    "rollout.prompts_per_step",
+    "rollout.max_prompt_tokens",
+    "rollout.max_completion_tokens",
+    "rollout.temperature",
+    "learning.lr",
+    "learning.warmup_steps",
+    "learning.lr_schedule",
+    "learning.kl_coef",
+    "learning.kl_estimator",
+    "learning.max_grad_norm",
+    "learning.updates_per_step",
+)
+"""Settings of `rollout` and `learning` that mean something where completions were given."""
+
 PLAN = (
     "group_size",
     "decode_rows",
@@ -101,6 +116,8 @@ class HeldOutResult:
     mean_reward: float | None
     temperature: float
     """Sampling temperature; 0 means greedy decoding."""
+    loss: float | None = None
+    """Mean loss per token of held-out worked examples."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,8 @@ class Facts:
     unsafe_code: bool
     embedded: bool
     """True if the model is the one that ships with localrl."""
+    supervised: bool = False
+    """True if the run learned from given completions."""
 
 
 def read_facts(run: Path) -> Facts:
@@ -136,10 +155,11 @@ def read_facts(run: Path) -> Facts:
     flat = {f"{section}.{key}": v for section, part in config.items() for key, v in part.items()}
     peaks = [_number(line.get("memory/peak_bytes")) for line in metrics]
     rewards = (_number(line.get("reward")) for line in metrics)
+    supervised = "demonstrations" in task
     return Facts(
         **_task(str(task.get("name", ""))),
         rewards=_rewards(task.get("rewards", ())),
-        settings=_shown(flat, SETTINGS),
+        settings=_shown(flat, [key for key in SETTINGS if not supervised or _is_used(key)]),
         plan=_shown(_json(run / "plan.json"), PLAN),
         versions=_shown(versions, VERSIONS),
         base=_side(evaluation.get("base")),
@@ -148,7 +168,13 @@ def read_facts(run: Path) -> Facts:
         peak_bytes=int(max((peak for peak in peaks if peak is not None), default=0)) or None,
         unsafe_code=task.get("unsafe_code") is True,
         embedded="path" not in config.get("model", {}),
+        supervised=supervised,
     )
+
+
+def _is_used(key: str) -> bool:
+    """True if a setting means something in a supervised run."""
+    return key in SUPERVISED or not key.startswith(("rollout.", "learning."))
 
 
 def _task(name: str) -> dict[str, Any]:
@@ -183,6 +209,7 @@ def _side(values: Any) -> HeldOutResult | None:
         ci95=None if low is None or high is None else (low, high),
         mean_reward=_number(values.get("mean_reward")),
         temperature=1.0 if temperature is None else temperature,  # older runs sampled at 1
+        loss=_number(values.get("loss")),
     )
 
 

@@ -7,15 +7,14 @@ Lines are in the conversational form of TRL's preference data sets: `prompt`, `c
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from localrl.errors import CheckpointError, ConfigError, DataError
-from localrl.runs.logs import ROLLOUTS_FORMAT, read_jsonl, to_json
-
-ROLLOUTS = "rollouts.jsonl"
+from localrl.runs.logs import to_json
+from localrl.runs.stored_groups import ROLLOUTS, stored_groups
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def export_pairs(run: Path, out: Path) -> WrittenPairs:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
             fresh = Path(place) / "pairs.jsonl"
             with fresh.open("wb") as file:
-                for record in _groups(source):
+                for record in stored_groups(source):
                     groups += 1
                     pair = pair_of(record)
                     if pair is not None:
@@ -94,18 +93,3 @@ def pair_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
 def _completion(leaf: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Return a completion as chat messages: the whole conversation where there is one."""
     return leaf.get("messages") or [{"role": "assistant", "content": leaf["text"]}]
-
-
-def _groups(source: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the groups of a file of rollouts; those that an earlier version replayed come once.
-
-    Raises: DataError if a line is no group.
-    """
-    for number, record in enumerate(read_jsonl(source), start=1):
-        if record.get("format") != ROLLOUTS_FORMAT or not isinstance(record.get("leaves"), list):
-            raise DataError(
-                f"{source}, line {number} is no group of format {ROLLOUTS_FORMAT}; its format is "
-                f"{record.get('format')!r}. Use the version of localrl that wrote it."
-            )
-        if not record.get("replayed"):
-            yield record

@@ -7,6 +7,7 @@ from typing import Any
 
 from localrl.config import RunConfig
 from localrl.errors import ConfigError
+from localrl.export.adapters import CONFIG as ADAPTER_CONFIG
 from localrl.export.adapters import Adapter, read_adapter
 from localrl.settings import LoraConfig
 
@@ -22,7 +23,8 @@ def starting_adapter(config: RunConfig, blocks: int) -> tuple[RunConfig, Adapter
     """
     if config.lora.adapter is None:
         return config, None
-    folder = config.lora.adapter
+    config = config.replace("lora.adapter", str(_of_run(Path(config.lora.adapter))))
+    folder = config.lora.adapter or ""
     adapter = read_adapter(Path(folder))
     values: dict[str, Any] = {
         "rank": adapter.rank,
@@ -34,6 +36,13 @@ def starting_adapter(config: RunConfig, blocks: int) -> tuple[RunConfig, Adapter
         _agree(name, getattr(config.lora, name), value, folder)
         config = config.replace(f"lora.{name}", value)
     return config, adapter
+
+
+def _of_run(folder: Path) -> Path:
+    """Return the adapter's folder: of a run the one in it."""
+    inside = folder / "adapter"
+    there = (folder / ADAPTER_CONFIG).is_file()
+    return inside if not there and (inside / ADAPTER_CONFIG).is_file() else folder
 
 
 def _agree(name: str, wish: Any, value: Any, folder: str) -> None:

@@ -78,13 +78,21 @@ OBJECTIVES: dict[str, Objective] = {
     "rloo": Objective("none", "constant", "none", 0.0, 0.0),
 }
 """Objectives by name. Clip ranges are the papers' own, or PPO's 0.2 if a paper gives none."""
+SUPERVISED = Objective("none", "step", "none", 0.0, 0.0)
+"""The objective of given completions: with advantages of 1 it is their mean negative log-likelihood
+per token. No paper's, and no choice of `learning.objective`: it is set by `task.demonstrations`."""
 
 
-def make_objective(config: LearningConfig) -> Objective:
+def make_objective(config: LearningConfig, *, supervised: bool = False) -> Objective:
     """Build the configured objective; explicit settings override the paper's choices.
+
+    supervised: True for that of given completions, of which only the KL is configured.
 
     Raises: ConfigError if a clip range is given for an objective without a ratio.
     """
+    kl = {"kl_coef": config.kl_coef, "kl_estimator": config.kl_estimator}
+    if supervised:
+        return dataclasses.replace(SUPERVISED, **kl)
     objective = OBJECTIVES[config.objective]
     given = {
         name: value
@@ -97,26 +105,26 @@ def make_objective(config: LearningConfig) -> Objective:
             f"learning.{useless[0]} is {given[useless[0]]}, but {config.objective} has no ratio "
             "to clip. Leave it out or set learning.objective to clipped."
         )
-    return dataclasses.replace(
-        objective, **given, kl_coef=config.kl_coef, kl_estimator=config.kl_estimator
-    )
+    return dataclasses.replace(objective, **given, **kl)
 
 
-def describe(config: LearningConfig, group_size: int) -> dict[str, Any]:
+def describe(
+    config: LearningConfig, group_size: int, *, supervised: bool = False
+) -> dict[str, Any]:
     """Describe the objective in full, with the effect of its prompt weighting by difficulty.
 
     `effective_weight` is w(p) of a flat group: a prompt with success probability p moves the policy
     by w(p) times its own gradient. None if groups have a single completion.
     """
-    objective = make_objective(config)
+    objective = make_objective(config, supervised=supervised)
     weights = None
-    if group_size > 1:
+    if group_size > 1 and not supervised:
         weights = {
             str(p): round(effective_weight(objective.prompt_weight, p, group_size), 3)
             for p in DIFFICULTIES
         }
     return {
-        "name": config.objective,
+        "name": "supervised" if supervised else config.objective,
         **dataclasses.asdict(objective),
         "effective_weight": weights,
     }

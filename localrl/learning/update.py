@@ -53,8 +53,13 @@ class Updater:
         warn: Callable[[str], None] = LOGGER.warning,
         beat: Callable[[Work], None] = lambda work: None,
         planned: int = 0,
+        *,
+        supervised: bool = False,
     ) -> None:
-        """planned: number of updates of the whole run, for the schedule of the learning rate."""
+        """planned: number of updates of the whole run, for the schedule of the learning rate.
+
+        supervised: True if completions are given, and no sampler has written them.
+        """
         self.policy = policy
         self.ranks: Ranks = ALONE
         """The ranks that share each batch."""
@@ -63,7 +68,8 @@ class Updater:
         """True if prompts and nodes are computed once; None until checked on the first batch."""
         self._warn = warn
         self.config = config
-        self.objective = make_objective(config)
+        self.objective = make_objective(config, supervised=supervised)
+        self._supervised = supervised
         self.temperature = temperature
         self._planned = planned
         self._norms: mx.array | None = None
@@ -112,6 +118,8 @@ class Updater:
                 problem, drift = "log-probabilities after the update were not finite", None
         self._count(problem)
         updated = drift is not None
+        if self._supervised:
+            stats = replace(stats, logprob_gap_mean=None, logprob_gap_max=None, truncated=None)
         return replace(
             stats,
             clipped_low=last.clipped_low,
@@ -138,7 +146,7 @@ class Updater:
         for micro in self._micro_batches(sample, plan):
             known = before.of(micro)
             change = np.array(self._logprobs(micro, plan.head_chunk)) - known
-            gap = (known - micro.anchor_logprobs) * sixteen_bit
+            gap = np.nan_to_num(known - micro.anchor_logprobs) * sixteen_bit
             sums += np.array([np.abs(change).sum(), change @ change, gap @ gap, len(change)])
         total, moved, rounding, count = (float(number) for number in self.ranks.sum(sums))
         return total / count * math.sqrt(beyond_rounding(moved, rounding))
@@ -227,6 +235,8 @@ class Updater:
         own = mx.stop_gradient(logprobs)
         first = own if first is None else first
         anchors, coefficients = mx.array(micro.anchor_logprobs), mx.array(micro.coefficients)
+        # A token that no sampler wrote needs no correction for one.
+        anchors = mx.where(mx.isnan(anchors), first, anchors) if self._supervised else anchors
         sums = policy_sums(self.objective, logprobs, first, anchors, coefficients, micro.rows)
         if reference is not None:
             weights = mx.array(micro.kl_weights)

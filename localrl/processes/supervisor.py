@@ -286,10 +286,12 @@ def newest_step(run: str | None) -> int:
     return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=-1)
 
 
-def command_of(python: Sequence[str], arguments: Sequence[str], *, debug: bool) -> list[str]:
-    """Return the command of the child: this interpreter, `localrl train`, these arguments."""
+def command_of(
+    python: Sequence[str], arguments: Sequence[str], *, debug: bool, name: str = "train"
+) -> list[str]:
+    """Return the command of the child: this interpreter, a command of localrl, these arguments."""
     head = [*python, "-m", "localrl", *(["--debug"] if debug else [])]
-    return [*head, "train", "--no-supervise", *arguments]
+    return [*head, name, "--no-supervise", *arguments]
 
 
 def this_python() -> list[str]:

@@ -61,10 +61,12 @@ def _known(chart: Chart) -> tuple[Line, ...]:
 def charts(run: Run) -> list[Chart]:
     """Return all charts of a run, most important first; those that say nothing are left out."""
     steps = tuple(step["step"] for step in run.steps)
-    made = [make(run.steps) for make in CHARTS]
+    shown = SUPERVISED_CHARTS if run.supervised else CHARTS
+    made = [make(run.steps) for make in shown]
     made += [memory] if not _says_little(memory := _memory(run)) else []
     found = [replace(chart, steps=steps, lines=_known(chart)) for chart in made if chart.known]
-    found[1:1] = [chart] if len(run.scores) > 1 and (chart := _passed(run)).known else []
+    held_out = [_held_out_loss(run), _passed(run)] if len(run.scores) > 1 else []
+    found[1:1] = [chart for chart in held_out if chart.known]
     return found
 
 
@@ -142,6 +144,13 @@ def _reward(steps: Sequence[Step]) -> Chart:
         left_out = f", the first {MOST_PARTS} of {len(names)}" if shown != names else ""
         about += f" Reward functions before their weights{left_out}."
     return Chart("Reward", "", about, (), tuple(lines))
+
+
+def _loss(steps: Sequence[Step]) -> Chart:
+    losses = column(steps, "loss")
+    about = "Mean over the tokens of the step's worked examples, before its update."
+    lines = (Line("each step", losses, faint=True), Line("smoothed", smoothed(losses)))
+    return Chart("Loss", "nats", about, (), lines)
 
 
 def _learned(steps: Sequence[Step]) -> Chart:
@@ -223,6 +232,16 @@ def _passed(run: Run) -> Chart:
     )
 
 
+def _held_out_loss(run: Run) -> Chart:
+    return Chart(
+        "Held-out loss",
+        "nats",
+        "Mean over the tokens of the held-out worked examples.",
+        tuple(score.step for score in run.scores),
+        (Line("loss", tuple(score.loss for score in run.scores)),),
+    )
+
+
 def _memory(run: Run) -> Chart:
     limit = _number(run.plan.get("limit_bytes"), MIB)
     lines = (
@@ -245,6 +264,15 @@ CHARTS: tuple[Callable[[Sequence[Step]], Chart], ...] = (
     _reward,
     _learned,
     _entropy,
+    _length,
+    _kl,
+    _drift,
+    _tokens,
+    _time,
+    _gradient,
+)
+SUPERVISED_CHARTS: tuple[Callable[[Sequence[Step]], Chart], ...] = (
+    _loss,
     _length,
     _kl,
     _drift,

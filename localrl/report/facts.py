@@ -44,13 +44,22 @@ def first_and_last(run: Run) -> list[Score]:
 
 def score_words(score: Score) -> str:
     """Describe one evaluation with its interval."""
+    loss = loss_words(score.loss, score.demonstrations)
+    if loss and not score.n:
+        return loss
     if score.interval is None:
         return f"pass@1 unknown on {score.n} held-out prompts"
     low, high = score.interval
     return (
         f"pass@1 {number(score.pass_at_1)} ({number(low)} to {number(high)}) "
         f"on {score.n} held-out prompts, {sampled_at(score.temperature)}"
+        f"{f'; {loss}' if loss else ''}"
     )
+
+
+def loss_words(loss: float | None, examples: int) -> str:
+    """Describe the loss of held-out worked examples; empty if there is none."""
+    return "" if loss is None else f"loss {loss:.3f} on {examples} held-out worked examples"
 
 
 def moment(score: Score) -> str:
@@ -124,11 +133,12 @@ def glance(run: Run) -> list[tuple[str, str, str]]:
         found.append(("time left", f"about {duration(left)}", "at the speed of the last steps"))
     without = "" if not run.scores else ", evaluations not counted"
     found.append(("time", duration(seconds_spent(run)), f"in steps{without}"))
-    rewards = [mean(column(part, "reward")) for part in (last, first)]
+    name = "loss" if run.supervised else "reward"
+    values = [mean(column(part, name)) for part in (last, first)]
     if len(run.steps) >= 2 * RECENT:
-        found.append(("reward", number(rewards[0]), f"first {RECENT} steps: {number(rewards[1])}"))
+        found.append((name, number(values[0]), f"first {RECENT} steps: {number(values[1])}"))
     else:
-        found.append(("reward", number(rewards[0]), "mean of the last steps"))
+        found.append((name, number(values[0]), "mean of the last steps"))
     taken = sum(value or 0.0 for value in column(last, "step_time"))
     if taken:
         found.append(("speed", f"{_sum(last, 'rollout/tokens') / taken:,.0f}", "tokens a second"))

@@ -43,6 +43,10 @@ class Score:
     """The verdict on each prompt, in order; empty in older runs."""
     seconds: float | None = None
     """Its duration; None in older runs."""
+    loss: float | None = None
+    """Mean loss per token of held-out worked examples; None if the run has none."""
+    demonstrations: int = 0
+    """Number of these."""
     shown: Sequence[Mapping[str, Any]] = ()
     """Some prompts with their completions, the same ones in every evaluation of a run."""
 
@@ -74,6 +78,11 @@ class Run:
     held: bool | None
     """True if that process still does; None if it was on another machine."""
     has_adapter: bool
+
+    @property
+    def supervised(self) -> bool:
+        """True if completions were given, and not sampled."""
+        return "task.demonstrations" in self.settings
 
     @property
     def planned_steps(self) -> int | None:
@@ -215,6 +224,8 @@ def _score(line: Mapping[str, Any], details: Mapping[str, Any]) -> Score:
         temperature=1.0 if temperature is None else temperature,
         prompts=str(details.get("prompts") or ""),
         seconds=_number(line.get("time/evaluation_s")),
+        loss=_number(line.get("eval/loss")),
+        demonstrations=int(details.get("demonstrations") or 0),
         passed=tuple(passed) if isinstance(passed, list) else (),
         shown=tuple(one for one in shown if isinstance(one, dict))
         if isinstance(shown, list)

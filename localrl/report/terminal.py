@@ -31,6 +31,8 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
     """Yield status, evaluation, warnings, curves and the last step, line by line."""
     yield _row("run", f"{run.path}, {facts.state(run)}")
     yield _row("model", facts.model(run))
+    if run.supervised:
+        yield _row("worked examples", str(run.settings["task.demonstrations"]))
     yield _row("task", str(run.settings.get("task.name", "unknown")))
     for score in facts.first_and_last(run):
         yield _row(facts.moment(score), facts.score_words(score))
@@ -44,7 +46,7 @@ def overview(run: Run, width: int = 80) -> Iterator[str]:
     for chart in charts(run):
         yield from curve(chart, max(10, width - LABEL - 32))
     yield f"\nstep {run.step}"
-    for key in KEYS:
+    for key in ("loss", *KEYS) if run.supervised else KEYS:
         if run.steps[-1].get(key) is not None:
             yield _row("  " + key, facts.with_unit(key, run.steps[-1][key]))
 

@@ -18,7 +18,11 @@ def verdict(run: Run) -> str:
         return "No evaluation yet." if wanted else "No evaluation: task.eval_prompts is 0."
     if len(run.scores) == 1:
         return "One evaluation so far: nothing to compare it with."
-    return compare(run.scores[0], run.scores[-1])
+    first, last = run.scores[0], run.scores[-1]
+    if first.loss is None or last.loss is None:
+        return compare(first, last)
+    loss = f"Held-out loss {first.loss:.3f} before, {last.loss:.3f} after."
+    return f"{compare(first, last)} {loss}" if first.n else loss
 
 
 def compare(first: Score, second: Score, names: tuple[str, str] = BEFORE_AND_AFTER) -> str:

@@ -145,6 +145,7 @@ class Scorer:
     cut_reward: reward of completions cut off for length or looping, in place of the functions'
         result; None to use that.
     beat: called before each call of a function and while it lasts; it may raise to end the scoring.
+    scores: False if nothing will be scored, so that no function is needed.
 
     Raises:
         ConfigError: no function, two with the same name, or a weight that is not finite.
@@ -158,9 +159,10 @@ class Scorer:
         *,
         cut_reward: float | None = None,
         beat: Callable[[Work], None] = lambda work: None,
+        scores: bool = True,
     ) -> None:
         names = [spec.name for spec in specs]
-        if not specs:
+        if scores and not specs:
             raise ConfigError("No reward function is given; name one as module:function.")
         if len(set(names)) < len(names):
             raise ConfigError(f"Reward functions must have different names; these are {names}.")

@@ -12,11 +12,11 @@ import numpy as np
 from localrl.errors import LocalRLError
 from localrl.policy.engine import DecodeState
 from localrl.policy.tokenizer import Tokenizer
-from localrl.records import FinishReason, Leaf, Node, Work
+from localrl.records import Example, FinishReason, Leaf, Node, Work
 from localrl.rollouts.stops import Early, RecentTokens
 from localrl.utils.rng import keyed_uniforms
 
-EndReason = Literal["stop", "length", "fork"] | Early
+EndReason = Literal["stop", "decided", "length", "fork"] | Early
 """The reason a segment ended."""
 
 
@@ -39,6 +39,8 @@ class TreeRequest:
     """Expected length of a completion; None if nothing is known about this prompt."""
     before: tuple[int, ...] = ()
     """Tokens at the end of the prompt that belong to the completion, for rules that end it."""
+    example: Example | None = None
+    """The problem that is solved, for rules that end a completion by what it says."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from localrl.policy.engine import Prefilled
 from localrl.policy.model import Policy
 from localrl.records import Work
 from localrl.rollouts.batch import DecodeLog, EndReason, Rows, Segment, TreeRequest
+from localrl.rollouts.decided import Decisions
 from localrl.rollouts.pace import Pace
 from localrl.rollouts.stops import Stops
 
@@ -83,6 +84,8 @@ class Decoder:
     counts: DecodeCounts = field(default_factory=DecodeCounts)
     stops: Stops | None = None
     """Rules that end completions early."""
+    decisions: Decisions | None = None
+    """Ends completions whose outcome is decided."""
     beat: Callable[[Work], None] = lambda work: None
     """Called with every forward pass; it may raise to end the decoding."""
     pace: Pace = field(default_factory=Pace)
@@ -116,6 +119,8 @@ class Decoder:
             ahead = rule is None and self._looks_ahead(live, log)
             tokens = self._draw(live, log, ahead)
             ended: dict[EndReason, np.ndarray] = {"stop": np.isin(tokens, ends)}
+            if self.decisions is not None:
+                ended["decided"] = self.decisions.ended(live, log, tokens, ~ended["stop"])
             if self.stops is not None and live.recent_tokens is not None:
                 ended |= self.stops.ended(live.recent_tokens, tokens, live.alive)
             log.finish(live, ended)

@@ -116,6 +116,7 @@ def sample_groups(
             max_tokens=max_completion_tokens,
             first_root=round * shape.roots,
             expected_tokens=expected[p],
+            example=example,
         )
         for p, example in enumerate(examples)
     ]

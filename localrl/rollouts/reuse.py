@@ -204,6 +204,7 @@ def tail_requests(
                         leaves=1,
                         max_tokens=max_completion_tokens - len(prefix),
                         before=tuple(prefix.token_ids.tolist()),
+                        example=example,
                     )
                 )
     return further, requests

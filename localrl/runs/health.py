@@ -66,7 +66,19 @@ class Health:
             self._first.append(record)
         self._last.append(record)
         self._updates += bool(record.get("update/applied"))
-        checks: tuple[Callable[[], Warning | None], ...] = (
+        checks: tuple[Callable[[], Warning | None], ...] = (self._no_effect,)
+        if not self._config.supervised:
+            checks = (*self._of_samples(), *checks)
+        found = [warning for check in checks if (warning := check()) is not None]
+        fresh = [warning for warning in found if warning.name not in self._quiet]
+        seen = {warning.name for warning in found}
+        quiet = {name: steps + 1 for name, steps in self._quiet.items() if steps + 1 < CLEAR}
+        self._quiet = quiet | dict.fromkeys(seen, 0)
+        return fresh
+
+    def _of_samples(self) -> tuple[Callable[[], Warning | None], ...]:
+        """Return the checks of what was sampled and rewarded."""
+        return (
             self._unrewarded,
             self._entropy,
             self._length,
@@ -74,14 +86,7 @@ class Health:
             self._equal,
             self._dominant,
             self._gap,
-            self._no_effect,
         )
-        found = [warning for check in checks if (warning := check()) is not None]
-        fresh = [warning for warning in found if warning.name not in self._quiet]
-        seen = {warning.name for warning in found}
-        quiet = {name: steps + 1 for name, steps in self._quiet.items() if steps + 1 < CLEAR}
-        self._quiet = quiet | dict.fromkeys(seen, 0)
-        return fresh
 
     def _unrewarded(self) -> Warning | None:
         if self._last[-1]["reward"] is not None:

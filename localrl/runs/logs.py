@@ -265,6 +265,7 @@ def rollout_line(step: int, record: GroupRecord) -> dict[str, Any]:
         "step": step,
         "example": group.example.id,
         "messages": group.example.messages,
+        "prompt_ids": group.prompt_ids,
         "planned_roots": group.planned_roots,
         "nodes": nodes,
         "leaves": [_leaf(leaf, i, record) for i, leaf in enumerate(group.leaves)],

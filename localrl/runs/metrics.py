@@ -38,7 +38,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "loss": (
         "",
-        "the objective; near 0 on fresh rollouts, where only its gradient matters",
+        "the objective; near 0 on fresh rollouts, where only its gradient matters; of given "
+        "completions their mean -log-probability per token",
     ),
     "grad_norm": ("", "global norm of the gradient before clipping"),
     "learning_rate": ("", "learning rate of this step's first update"),
@@ -68,7 +69,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "tools/failure_frequency": ("share", "tool calls of the step that failed; null without any"),
     "rollout/rounds": ("rounds", "largest number of rounds of a prompt"),
     "rollout/completions": ("completions", "completions of the step"),
-    "rollout/tokens": ("tokens", "completion tokens sampled in the step"),
+    "rollout/tokens": ("tokens", "completion tokens sampled, or given, in the step"),
     "rollout/reused_tokens": ("tokens", "tokens of earlier completions that new ones started from"),
     "rollout/rescored_tokens": (
         "tokens",
@@ -128,6 +129,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval/n": ("completions", "held-out completions that have a reward"),
     "eval/mean_reward": ("reward", "mean over these completions"),
     "eval/mean_completion_tokens": ("tokens", "mean length of held-out completions"),
+    "eval/loss": (
+        "nats",
+        "mean -log-probability per token of held-out worked examples, if completions are given",
+    ),
     "eval/temperature": ("", "sampling temperature of the evaluation; 0 means greedy decoding"),
 }
 """Unit and meaning of every key of metrics.jsonl."""
@@ -139,6 +144,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     lengths = [int(completion.sampled.sum()) for completion in completions]
     entropies = np.concatenate([completion.entropies for completion in completions])
     written = np.concatenate([completion.sampled for completion in completions])
+    known = entropies[written]  # NaN where no sampler wrote the token
     sampled = sum(_sampled(group) for group in scored)
     reused = sum(_sampled(group, stale=True) for group in scored)
     rewards = _known([reward for group in scored for reward in group.rewards])
@@ -153,7 +159,7 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
         "completions/clipped_ratio": float(
             np.mean([completion.finish_reason == "length" for completion in completions])
         ),
-        "entropy": float(entropies[written].mean()),
+        "entropy": None if np.isnan(known).any() else float(known.mean()),
         "rollout/groups": len(scored),
         "tree/saved_tokens": int(written.sum()) - sampled,
         "tree/forks_per_path": float(np.mean([f for group in scored for f in _forks(group)])),

@@ -11,7 +11,14 @@ from typing import Any, Literal
 from localrl.errors import ConfigError, DataError
 from localrl.records import Example
 from localrl.tasks.base import RewardSpec
-from localrl.tasks.rows import parse_columns, prompt_hash, read_examples, with_all_columns
+from localrl.tasks.rows import (
+    ReadRow,
+    parse_columns,
+    prompt_hash,
+    read_examples,
+    to_example,
+    with_all_columns,
+)
 from localrl.tasks.sources import find_source
 from localrl.tasks.tables import Rows, read_rows
 
@@ -60,6 +67,7 @@ def load_file_task(
     system: str | None = None,
     columns: Sequence[str] = (),
     hold_out: HoldOut = "some",
+    read: ReadRow = to_example,
 ) -> FileTask:
     """Load the task of a file, a folder or a data set in the Hub's cache; see `find_source`.
 
@@ -68,7 +76,7 @@ def load_file_task(
     same rows whatever the order in the file, and equal prompts on the same side.
 
     columns: columns to take under other names, see `rows.parse_columns`. hold_out: "none" leaves
-    out a held-out table, "all" takes that table alone if there is one.
+    out a held-out table, "all" takes that table alone if there is one. read: converts a row.
 
     Raises: ConfigError if there is no such source, or it has fewer rows than asked for; DataError
     for unusable rows, or for a prompt that is in both the training and the held-out table;
@@ -86,10 +94,11 @@ def load_file_task(
             system=system,
             columns=columns,
             hold_out=hold_out,
+            read=read,
         )
     rows = _rows(source.train, renames)
-    training = read_examples(rows, system, renames)
-    held_out = read_examples(_rows(source.held_out, renames), system, renames)
+    training = read_examples(rows, system, renames, read)
+    held_out = read_examples(_rows(source.held_out, renames), system, renames, read)
     _check_overlap(training, held_out, source.held_out[0])
     if not training or not held_out:
         empty = source.held_out[0] if training else source.train[0]
@@ -108,9 +117,10 @@ def make_file_task(
     system: str | None,
     columns: Sequence[str] = (),
     hold_out: HoldOut = "some",
+    read: ReadRow = to_example,
 ) -> FileTask:
     """Make a task from rows of one source, holding some of them out. See `load_file_task`."""
-    examples = read_examples(rows, system, parse_columns(columns))
+    examples = read_examples(rows, system, parse_columns(columns), read)
     if not examples:
         raise DataError(f"{source} has 0 rows: there is nothing to train on, or to measure.")
     if hold_out == "none":

@@ -23,6 +23,8 @@ GYM_PROMPTS = 1000
 
 ROWS = "rows"
 """Name of tasks whose rows were handed over in Python."""
+NO_TASK = "none"
+"""Name of the task of a supervised run that samples nothing."""
 FUNCTION = "examples"
 """Function that a Python data file defines: no arguments, returns rows as in a JSONL file."""
 
@@ -45,7 +47,7 @@ def open_task(
     cannot be used.
     """
     path = Path(config.name).expanduser()
-    if config.columns and not is_data(config.name):
+    if config.columns and not config.demonstrations and not is_data(config.name):
         raise ConfigError(
             f"task.columns names columns of data, but {config.name} is a built-in task. Remove it."
         )
@@ -54,6 +56,11 @@ def open_task(
     hold_out: HoldOut = "all" if whole else "some" if config.held_out else "none"
     if rows is not None:
         return _rows_task(config, rewards, rows, hold_out)
+    if config.name == NO_TASK and not path.exists():
+        raise ConfigError(
+            "This run has worked examples and no task, so there is nothing to sample or to "
+            "measure. Name a task with --task."
+        )
     if config.name == ROWS and not path.exists():
         raise ConfigError(
             "The problems of this task were rows handed to train() in Python: only a program that "
@@ -75,7 +82,7 @@ def open_task(
             path.stem,
             str(path),
             rewards,
-            _rows(path, worker),
+            python_rows(path, worker),
             config.train_prompts,
             system=config.system,
             columns=config.columns,
@@ -164,7 +171,7 @@ def is_data(name: str) -> bool:
     return "/" in name or bool(Path(name).suffix) or Path(name).exists()
 
 
-def _rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
+def python_rows(path: Path, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows that the file's `examples()` returns, each with its place."""
     if not path.exists():
         check_table(path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -31,6 +31,9 @@ LISTED = 5
 """Maximum number of bad rows whose places an error lists besides the first."""
 GSM8K = "####"
 """Marker in GSM8K data: the gold answer follows the last one."""
+
+ReadRow = Callable[[str, Mapping[str, Any], str | None], Example]
+"""Converts a row, given its place and the system message of rows without their own."""
 
 
 def parse_columns(texts: Sequence[str]) -> dict[str, str]:
@@ -67,10 +70,12 @@ def read_examples(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     system: str | None = None,
     columns: Mapping[str, str] | None = None,
+    read: ReadRow | None = None,
 ) -> list[Example]:
     """Convert rows to examples; `system` is the system message of rows without their own.
 
-    columns: columns to take under other names, see `parse_columns`.
+    columns: columns to take under other names, see `parse_columns`. read: converts a row, see
+    `to_example`, which is the default.
 
     A row without an `id` is named by a hash of its prompt and answer, so its name survives
     reordering; among equal rows the second gets the suffix `-2`, and so on.
@@ -84,10 +89,10 @@ def read_examples(
         rows = [(place, rename(row, columns)) for place, row in rows]
     examples: list[Example] = []
     bad: list[tuple[str, str]] = []
-    names = _GivenIds()
+    names, read = _GivenIds(), read or to_example
     for place, row in rows:
         try:
-            examples.append(names.give(to_example(place, row, system), own=row.get("id") is None))
+            examples.append(names.give(read(place, row, system), own=row.get("id") is None))
         except DataError as error:
             bad.append((place, str(error)))
     if bad:

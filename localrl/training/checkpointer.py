@@ -95,7 +95,7 @@ class Checkpointer:
         if step in self._session.evaluations or step >= run.steps:
             return True
         if step == 0:  # the only thing to lose is the evaluation that comes next
-            return not self._session.held_out
+            return not self._session.evaluates
         if run.keep_every and step % run.keep_every == 0:
             return True
         if run.checkpoint_every:

@@ -37,11 +37,14 @@ from localrl.records import Example, Group, MemoryPlan, RewardSpec, Work
 from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.code import allow_unsafe_code, check_code_rewards
 from localrl.rewards.scoring import Scorer
+from localrl.rollouts.decided import Decide, Decisions
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
 from localrl.training.calibrate import calibrate_plan
+from localrl.training.demonstrations import Demonstrations, check_room
 from localrl.training.given import NOTHING, Given
 from localrl.training.memory_plan import (
     make_plan,
@@ -53,6 +56,8 @@ from localrl.training.memory_plan import (
 )
 from localrl.training.opened_task import open_and_check
 from localrl.training.sampler import Rescore, Sampler
+from localrl.training.supervised import open_supervised
+from localrl.training.validate import as_supervised
 
 ROUNDING = 0.01
 """Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in
@@ -86,6 +91,8 @@ def resolve(config: RunConfig, *, starts: bool = True) -> ResolvedConfig:
             f"{config.model.dtype}. Set model.dtype to auto, or model.engine to mlx."
         )
     backend.compute_on_cpu(config.model.on_cpu)
+    if config.supervised:
+        config = as_supervised(config)
     rewards = parse_rewards(
         config.task.rewards, config.task.reward_weights or None, config.task.reward_settings
     )
@@ -122,6 +129,17 @@ class Components:
     held_out: list[Example]
     judges: Sequence[str]
     """A line on each model that the rewards ask."""
+
+    @property
+    def demonstrations(self) -> Demonstrations | None:
+        """The completions that a supervised run is given; None if a run samples its own."""
+        return self.sampler.demonstrations
+
+    @property
+    def evaluates(self) -> bool:
+        """True if there is anything to evaluate on: prompts, or worked examples."""
+        given = self.demonstrations
+        return bool(self.held_out or (given is not None and given.held_out))
 
     @property
     def least_rows(self) -> int:
@@ -164,21 +182,26 @@ def open_components(
             memory_limit_bytes=limits.reward_memory_mb * 2**20,
         ) as worker,
     ):
-        opened = open_and_check(
-            resolved,
-            worker,
-            warn,
-            beat,
-            given=given,
-            trains=trains,
-            whole=whole,
-            try_rewards=trains and plan is None,
-        )
+        if trains and resolved.config.supervised:
+            opened = open_supervised(resolved, worker, warn, beat, given=given)
+        else:
+            opened = open_and_check(
+                resolved,
+                worker,
+                warn,
+                beat,
+                given=given,
+                trains=trains,
+                whole=whole,
+                try_rewards=trains and plan is None,
+            )
         config, task, environments = opened.config, opened.task, opened.environments
         resolved, tokenizer = replace(resolved, config=config), opened.tokenizer
         turns = environments is not None
         request = local_plan_request(resolved, prompts=opened.prompts, trains=trains, turns=turns)
         planned, plan = plan, plan or make_plan(config, request)
+        if opened.demonstrations is not None:
+            check_room(opened.demonstrations, plan)
         beat(Work("loading the model"))
         loaded = load(resolved, tokenizer)
         beat(Work("checking that the model computes rightly"))
@@ -186,12 +209,17 @@ def open_components(
         policy = choose_engine(policy, config.model.engine, warn, selfcheck=config.model.selfcheck)
         fixed = planned is not None or bool(config.memory.pin)
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
-        if environments is not None:
-            environments.connect(policy.tokenizer)
-        if isinstance(environments, Agents):
-            stack.callback(environments.close)
+        _connect(environments, policy.tokenizer, stack)
         updates = config.run.steps * config.learning.updates_per_step
-        updater = Updater(policy, config.learning, config.rollout.temperature, warn, beat, updates)
+        updater = Updater(
+            policy,
+            config.learning,
+            config.rollout.temperature,
+            warn,
+            beat,
+            updates,
+            supervised=opened.demonstrations is not None,
+        )
         if trains:
             _check_rounding(updater, warn)
         may_checkpoint = trains and _may_recompute(policy, warn)
@@ -202,7 +230,7 @@ def open_components(
             beat(Work("measuring memory"))
             plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
         updater.ranks = ranks  # set only now, since each machine measures its own memory
-        decoder = _decoder(config, policy, plan, heartbeat)
+        decoder = _decoder(config, policy, plan, heartbeat, opened.decide)
         tracker = Tracker()
         yield Components(
             config=config,
@@ -225,12 +253,23 @@ def open_components(
                 _rescore(updater),
                 environments,
                 ranks,
+                opened.demonstrations,
             ),
             updater=updater,
             tracker=tracker,
             held_out=opened.held_out,
             judges=opened.judges,
         )
+
+
+def _connect(
+    environments: Environments | Agents | None, tokenizer: Tokenizer, stack: ExitStack
+) -> None:
+    """Connect what answers the model's turns, or asks for them, until the stack is closed."""
+    if environments is not None:
+        environments.connect(tokenizer)
+    if isinstance(environments, Agents):
+        stack.callback(environments.close)
 
 
 def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> LoadedModel:
@@ -324,7 +363,13 @@ def check_sandbox(config: RunConfig, task: Task, warn: Callable[[str], None]) ->
     return found
 
 
-def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Heartbeat) -> Decoder:
+def _decoder(
+    config: RunConfig,
+    policy: Policy,
+    plan: MemoryPlan,
+    heartbeat: Heartbeat,
+    decide: Decide | None,
+) -> Decoder:
     rollout = config.rollout
     stops = make_stops(policy.tokenizer, loops=rollout.stop_loops, texts=rollout.stop_text)
     return Decoder(
@@ -332,6 +377,7 @@ def _decoder(config: RunConfig, policy: Policy, plan: MemoryPlan, heartbeat: Hea
         rollout.temperature,
         plan.decode_rows,
         stops=stops,
+        decisions=None if decide is None else Decisions(decide, policy.tokenizer),
         beat=heartbeat.beat,
         prefill_rows=plan.prefill_rows,
     )

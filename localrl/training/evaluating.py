@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from localrl.config import RunConfig
 from localrl.evaluate import Evaluation, at_temperature, judge, sampled_tokens, summarise
 from localrl.memory.sizes import parameters
 from localrl.records import ScoredGroup
 from localrl.rollouts.pace import Pace
+from localrl.training.demonstrations import Demonstrations
 from localrl.training.forecast import informative_share, time_gradient
 
 if TYPE_CHECKING:
@@ -41,18 +44,35 @@ class Judging:
 
 def evaluate(session: Session, step: int) -> Evaluation:
     """Evaluate the present adapters; the base evaluation also sets the forecast."""
+    started = time.perf_counter()
+    loss, examples = _held_out_loss(session)
+    loss_s = time.perf_counter() - started
     judging = _judge(session, may_reduce=step == 0)
     session.drop_logs()  # logs of held-out completions do not belong to a step
-    session.forecast.evaluation_s = judging.seconds
+    session.forecast.evaluation_s = judging.seconds + loss_s
     # Later a timed gradient would change what the next step is computed from: by rounding, since
     # adapters prepared for decoding would be prepared anew.
     if step == 0 and session.config.run.steps:
         session.forecast.step_s = _expected_step_s(session, judging)
-    return summarise(
+    rewards = session.task.rewards
+    found = summarise(
         judging.scored,
-        passing=session.task.rewards[0].name,
+        passing=rewards[0].name if rewards else "",
         temperature=session.config.eval_temperature,
     )
+    return replace(found, loss=loss, demonstrations=examples)
+
+
+def _held_out_loss(session: Session) -> tuple[float | None, int]:
+    """Return the mean -log-probability per token of held-out worked examples, and their number."""
+    given, updater = session.demonstrations, session.updater
+    if given is None or not given.held_out:
+        return None, 0
+    groups = [scored.group for scored in given.groups(given.held_out, updater.updates)]
+    found = session.sampler.rescore(groups, session.plan)
+    total = -sum(float(np.sum(values, dtype=np.float64)) for [values] in found)
+    tokens = sum(int(group.nodes[0].sampled.sum()) for group in groups)
+    return total / tokens, len(groups)
 
 
 def _judge(session: Session, *, may_reduce: bool) -> Judging:
@@ -76,6 +96,8 @@ def _judge(session: Session, *, may_reduce: bool) -> Judging:
         judging.score_s += session.scorer.busy_s - before
 
     count = len(held_out)
+    if not count:
+        return judging
     work = parameters(session.request.sizes).total * count * session.plan.max_completion_tokens
     if may_reduce and config.task.eval_prompts is None and count > LEAST and work > LARGE:
         add(0, FIRST)
@@ -95,6 +117,8 @@ def affordable(count: int, seconds: float) -> int:
 def _expected_step_s(session: Session, judging: Judging) -> float:
     """Seconds of a step, from the evaluation's pace and completions, and from one gradient."""
     config, shape, plan = session.config, session.sampler.shape, session.plan
+    if session.demonstrations is not None:
+        return _supervised_step_s(session, session.demonstrations)
     prompts, groups = config.rollout.prompts_per_step, [one.group for one in judging.scored]
     completions = prompts * shape.leaves * shape.rounds
     lengths = [sampled_tokens(one) for one in judging.scored]
@@ -111,6 +135,21 @@ def _expected_step_s(session: Session, judging: Judging) -> float:
         )
     updates = config.learning.updates_per_step * _trained_share(config, judging.scored)
     return sampling_s + completions * (judging.score_s / len(groups) + updates * update_s)
+
+
+def _supervised_step_s(session: Session, given: Demonstrations) -> float:
+    """Seconds of a step that samples nothing, from one gradient."""
+    if session.ranks.size > 1:
+        return 0.0
+    paths = session.config.rollout.prompts_per_step
+    each_s = time_gradient(
+        session.updater,
+        session.plan,
+        paths=paths,
+        lengths=[round(length) for length in given.mean],
+        vocabulary=session.request.sizes.vocabulary,
+    )
+    return paths * session.config.learning.updates_per_step * each_s
 
 
 def _trained_share(config: RunConfig, judged: Sequence[ScoredGroup]) -> float:

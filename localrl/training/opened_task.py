@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,14 +14,17 @@ from localrl.memory.plan import PromptLength
 from localrl.policy.roundtrip import check_tokenizer
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.processes.worker import Worker
-from localrl.records import Example, Work
+from localrl.records import Example, Group, Work
+from localrl.rewards.catalog import parse_rewards
 from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
+from localrl.rollouts.decided import Decide
 from localrl.tasks.base import Task
 from localrl.tasks.builtin import BuiltinTask
 from localrl.tasks.environments import Environments
 from localrl.tasks.files import FileTask
 from localrl.tasks.loading import is_data, open_task, with_environments
+from localrl.training.demonstrations import Demonstrations
 from localrl.training.given import Given
 from localrl.training.prompt_lengths import read_prompts
 from localrl.training.reward_checks import check_columns, check_rewards, find_judges
@@ -40,10 +43,14 @@ class OpenedTask:
     task: Task
     environments: Environments | Agents | None
     scorer: Scorer
+    decide: Decide | None
+    """Tells which completions are decided; None if nothing does."""
     tokenizer: Tokenizer
     prompts: PromptLength
     judges: tuple[str, ...]
     """A line on each model that the rewards ask."""
+    demonstrations: Demonstrations | None = None
+    """Completions that are given; None if they are sampled."""
 
     @property
     def held_out(self) -> list[Example]:
@@ -79,9 +86,15 @@ def open_and_check(
     task, environments = _with_turns(config, task, worker, warn, beat)
     judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
     scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
-    check_columns(task, task.evaluation(config.task.held_out), scorer)
+    held_out = task.evaluation(config.task.held_out)
+    check_columns(task, held_out, scorer)
+    decide = None
+    if trains and config.task.decided:
+        decider = Scorer(parse_rewards([config.task.decided]), worker, warn)
+        check_columns(task, held_out, decider)
+        decide = partial(_decided, decider)
     judges = find_judges(task, worker)
-    tokenizer = _tokenizer(resolved, warn)
+    tokenizer = checked_tokenizer(resolved, warn)
     scorer.render = lambda ids: "".join(tokenizer.pieces(ids))
     if try_rewards and environments is None:
         beat(Work("trying the rewards on gold answers"))
@@ -95,7 +108,16 @@ def open_and_check(
     )
     if trains:  # there are fewer if overlong ones were left out
         config = fit_prompts(config, task, warn)
-    return OpenedTask(config, task, environments, scorer, tokenizer, prompts, judges)
+    return OpenedTask(
+        config=config,
+        task=task,
+        environments=environments,
+        scorer=scorer,
+        decide=decide,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        judges=judges,
+    )
 
 
 def _with_turns(
@@ -115,7 +137,14 @@ def _with_turns(
     return replace(task, rewards=(*task.rewards, agents.reward)), agents
 
 
-def _tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
+def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
+    """Ask the function of `task.decided`; where it fails, a completion is not decided."""
+    decided = [bool(scored.rewards[0]) for scored in decider.score(groups)]
+    decider.take_logs()  # kept for nobody
+    return decided
+
+
+def checked_tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
     """Load the tokenizer; warn of what it does not give back, or refuse it if checks are strict."""
     settings = resolved.config.model
     tokenizer = load_tokenizer(resolved.model_folder, settings)

@@ -25,6 +25,7 @@ from localrl.rollouts.turns import Turns
 from localrl.tasks.base import Task
 from localrl.tasks.environments import Environments
 from localrl.tasks.order import take
+from localrl.training.demonstrations import Demonstrations
 from localrl.training.validate import check_prompt, reused_roots
 
 Rescore = Callable[[Sequence[Group], MemoryPlan], list[list[np.ndarray]]]
@@ -48,6 +49,8 @@ class Sampler:
     for single-turn completions."""
     ranks: Ranks = ALONE
     """The ranks that share the work."""
+    demonstrations: Demonstrations | None = None
+    """Completions that are given; None if they are sampled."""
     earlier: CompletionCache = field(default_factory=CompletionCache)
     rescored_tokens: int = 0
     """Number of tokens of earlier policies that were scored under a later one."""
@@ -76,7 +79,12 @@ class Sampler:
         return take(self.task, (step - 1) * count, count, self.config.run.seed)
 
     def collect(self, step: int, examples: Sequence[Example], version: int) -> list[ScoredGroup]:
-        """Return scored groups of these examples; other ranks sample their share."""
+        """Return scored groups of these examples; other ranks sample their share.
+
+        Given completions are the same on every rank, and nothing scores them.
+        """
+        if self.demonstrations is not None:
+            return self.demonstrations.groups(examples, version)
 
         def work(which: Sequence[int]) -> list[ScoredGroup]:
             return self._collect(step, [examples[i] for i in which], version)

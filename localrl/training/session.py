@@ -31,6 +31,7 @@ from localrl.runs.logs import GroupRecord, to_json, write_atomic
 from localrl.runs.metrics import sampled_tokens
 from localrl.runs.null_folder import NullRunFolder
 from localrl.training.components import Components
+from localrl.training.demonstrations import full_credit
 from localrl.training.evaluating import evaluate
 from localrl.training.forecast import Forecast
 from localrl.training.memory_plan import for_longer_prompts
@@ -109,6 +110,8 @@ class Session(Components):
     def credit(self, step: int, scored: ScoredGroup) -> Credit:
         """Return the group's credit, weighted by the objective."""
         learning, example = self.config.learning, scored.group.example
+        if self.demonstrations is not None:
+            return full_credit(scored.group)
         credit = assign_credit(scored, kappa=self.config.tracker_weight)
         credit = weigh_prompt(self.updater.objective, scored, credit)
         if not learning.min_advantage:
@@ -157,13 +160,14 @@ class Session(Components):
 
         Uses the current adapters, unless this step was evaluated before.
         """
-        if step in self.evaluations or not self.held_out or not self.ranks.is_main:
+        if step in self.evaluations or not self.evaluates or not self.ranks.is_main:
             return self.evaluations.get(step)
         self.tell_rewards(step + 1)
         self.progress.evaluating(step)
         evaluation = evaluate(self, step)
         numbers = evaluation.summary()
         del numbers["ci95"]
+        numbers.pop("demonstrations", None)
         spent = {"time/evaluation_s": self.forecast.evaluation_s}
         self._write({"step": step, **{f"eval/{k}": v for k, v in numbers.items()}, **spent})
         self.run.event("evaluation", step=step, **evaluation.details())
@@ -202,7 +206,8 @@ class Session(Components):
         Raises: RewardError, on every rank, if no completion got a reward in this step and the last.
         """
         self.tokens += metrics["rollout/tokens"]
-        self.unrewarded = self.unrewarded + 1 if metrics["reward"] is None else 0
+        unrewarded = metrics["reward"] is None and self.demonstrations is None
+        self.unrewarded = self.unrewarded + 1 if unrewarded else 0
         self.peak_bytes = max(self.peak_bytes, mx.get_peak_memory())
         own = dict(metrics)
         waited_s = own.pop(WAITED)
@@ -284,8 +289,8 @@ class Session(Components):
 
         Every rank checks all prompts, because it may have to learn from any of them.
         """
-        if self.config.memory.pin:
-            return
+        if self.config.memory.pin or self.demonstrations is not None:
+            return  # of worked examples the longest is known
         if self.sampler.environments is not None:
             # Each may start differently on every call; a resumed run may allow more than before.
             tokens = self.config.rollout.max_prompt_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import date
@@ -87,13 +87,7 @@ def open_session(
         run.write_plan(components.plan)
         if not before:
             _warn_reduced_plan(components, run, warn)
-        _record_rewards(run, sandbox, components.judges)
-        engine = components.policy.engine
-        kernels = None if engine.kernels is None else str(engine.kernels)
-        run.event("engine", name=engine.name, kernels=kernels, device=backend.describe().device)
-        if floats := components.policy.floats:
-            run.event("dtype", **vars(floats))
-        run.event("objective", **describe(config.learning, config.rollout.completions))
+        _record_start(run, components, sandbox)
         session = Session(
             **vars(components),
             run=run,
@@ -102,7 +96,7 @@ def open_session(
             sources=sources,
             health=Health(config, {spec.name: spec.weight for spec in components.task.rewards}),
             watch=MemoryMonitor(components.plan),
-            forecast=Forecast.of(config, evaluates=bool(components.held_out)),
+            forecast=Forecast.of(config, evaluates=components.evaluates),
             ranks=ranks,
         )
         session.tell_checks()
@@ -123,14 +117,23 @@ def open_session(
         yield session
 
 
-def _record_rewards(
-    run: RunFolder | NullRunFolder, sandbox: str | None, judges: Sequence[str]
+def _record_start(
+    run: RunFolder | NullRunFolder, components: Components, sandbox: str | None
 ) -> None:
-    """Record what the rewards need besides this process."""
+    """Record what the run computes with: engine, floats, objective, and where rewards are made."""
+    config, engine, given = components.config, components.policy.engine, components.demonstrations
     if sandbox:
         run.event("code_rewards", sandbox=sandbox)
-    if judges:
-        run.event("judges", found=judges)
+    if components.judges:
+        run.event("judges", found=components.judges)
+    kernels = None if engine.kernels is None else str(engine.kernels)
+    run.event("engine", name=engine.name, kernels=kernels, device=backend.describe().device)
+    if floats := components.policy.floats:
+        run.event("dtype", **vars(floats))
+    completions, supervised = config.rollout.completions, given is not None
+    run.event("objective", **describe(config.learning, completions, supervised=supervised))
+    if given is not None:
+        run.event("demonstrations", about=given.about)
 
 
 def _dated(config: RunConfig, ranks: Ranks, *, resume: bool) -> RunConfig:
@@ -201,8 +204,10 @@ def _dashboards(session: Session) -> Iterator[list[dashboards.Dashboard]]:
 
 
 def _open_folder(config: RunConfig, overwrite: bool) -> RunFolder:
-    wish = config.run.out
-    out = Path(wish) if wish else default_run_path(Path("runs"), Path(config.task.name).stem)
+    wish, stem = config.run.out, Path(config.task.name).stem
+    if config.task.demonstrations is not None:
+        stem = f"sft-{Path(config.task.demonstrations).stem}"
+    out = Path(wish) if wish else default_run_path(Path("runs"), stem)
     versions = package_versions(PACKAGES)
     machine = backend.describe()
     return open_run(

@@ -77,6 +77,8 @@ def remember(session: Session, file: Path | None = None) -> None:
     measured = session.forecast.measured()
     if session.ranks.size > 1 or measured is None or not measured[2]:
         return
+    if session.demonstrations is not None:
+        return  # it sampled nothing
     steps, seconds, tokens = measured
     shape = session.sampler.shape
     completions = session.config.rollout.prompts_per_step * shape.leaves * shape.rounds

@@ -265,6 +265,9 @@ def sources_of(components: Components) -> dict[str, str]:
     rows = [[e.id, list(map(dict, e.messages)), repr(e.answer)] for e in examples]
     data = json.dumps([task.name, rows]).encode()
     parts = {"model": model, "data": data}
+    if (given := components.demonstrations) is not None:
+        ids = [[list(o.prompt_ids), o.token_ids.tolist()] for o in given.written.values()]
+        parts["worked examples"] = json.dumps(ids).encode()
     if (reference := components.policy.reference) is not None:
         arrays = [np.array(array).tobytes() for _, array in sorted(reference.items())]
         parts[ADAPTER_SOURCE] = b"".join(arrays)

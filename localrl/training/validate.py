@@ -32,6 +32,11 @@ def fit_prompts(config: RunConfig, task: Task, warn: Callable[[str], None]) -> R
     return config.replace("rollout.prompts_per_step", there)
 
 
+def as_supervised(config: RunConfig) -> RunConfig:
+    """Return the settings of a run that learns from given completions: one for each prompt."""
+    return config.replace("rollout.strategy", "flat").replace("rollout.group_size", 1)
+
+
 def check(config: RunConfig, shape: Shape, task: Task) -> None:
     """Reject settings that cannot work together.
 
@@ -49,10 +54,20 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
         _check_trees(config, shape)
     _check_weights(config, shape)
     _check_reuse(config, shape)
-    if config.rollout.reuse and (task.environment or config.task.environment or config.task.tools):
+    if task.environment or config.task.environment or config.task.tools or config.task.agent:
+        _check_turns(config)
+
+
+def _check_turns(config: RunConfig) -> None:
+    if config.rollout.reuse:
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
-            "environment cannot be restarted from its middle. Set it to 0."
+            "environment, or an agent's, cannot be restarted from its middle. Set it to 0."
+        )
+    if config.task.decided:
+        raise ConfigError(
+            f"task.decided is {config.task.decided}, but what ends a completion that talks to an "
+            "environment is the environment, and an agent's is the agent. Leave it out."
         )
 
 
@@ -66,11 +81,6 @@ def _check_agent(config: RunConfig, shape: Shape) -> None:
         raise ConfigError(
             f"rollout.strategy is {rollout.strategy}, but an agent cannot be copied where a "
             "completion forks. Set it to flat or adaptive."
-        )
-    if rollout.reuse:
-        raise ConfigError(
-            f"rollout.reuse is {rollout.reuse:g}, but an agent cannot be restarted from its "
-            "middle. Set it to 0."
         )
 
 

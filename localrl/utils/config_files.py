@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILES = ("model.path", "lora.adapter", "task.name", "task.judge_prompt")
+FILES = (
+    "model.path",
+    "lora.adapter",
+    "task.name",
+    "task.demonstrations",
+    "task.judge_prompt",
+)
 """Settings that are a file or folder, or a name or a text; a text has a brace."""
-FUNCTIONS = ("task.rewards", "task.environment", "task.tools", "task.agent")
+FUNCTIONS = ("task.rewards", "task.decided", "task.environment", "task.tools", "task.agent")
 """Settings that name something in a file, as file.py:name; one or several."""
 
 

@@ -27,9 +27,9 @@ from localrl.runs.metrics import sampled_tokens
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import deciding
 import prefixes
 from allocation import Allocation
-from deciding import deciding
 from prefixes import Prefixes, Stored, Visit, WeightedPrefixes, with_prefixes
 from rivals import instead
 
@@ -48,16 +48,17 @@ def check(measured: Measured) -> None:
     assert measured.across < max(3 * measured.across_se, 0.02)  # a cosine above 0.99
 
 
-def test_early_ends(files, tmp_path):
+def test_early_ends(files, tmp_path, monkeypatch):
     """The first s decides the reward, so a completion ends there."""
     found, leaves = [], []
     with opened(files, tmp_path / "run", PAIRS) as session:
         exact, _ = exact_gradient(session.policy.model)
-        session.sampler.decoder = deciding(session.decoder, lambda text, name: "s" in text)
+        monkeypatch.setattr(deciding, "rule", lambda session: lambda text, example: "s" in text)
+        session = deciding.ending_early(session)
         for block in fresh(session, BLOCKS, 30):
             found.append((estimate(session, block), block.factor))
             leaves += [leaf for one in block.scored for leaf in one.group.leaves]
-    assert {leaf.text.endswith("s") for leaf in leaves if leaf.finish_reason == "closed"} == {True}
+    assert {leaf.text.endswith("s") for leaf in leaves if leaf.finish_reason == "decided"} == {True}
     assert not any("s" in leaf.text[:-1] for leaf in leaves)
     check(Measured.of(found, exact))
 

@@ -261,6 +261,7 @@ def test_rollout_line(tmp_path: Path) -> None:
         "step": 7,
         "example": "sum-1",
         "messages": [{"role": "user", "content": "3+4"}],
+        "prompt_ids": [5],
         "planned_roots": 4,
         "nodes": [
             {
