@@ -120,6 +120,13 @@ def open_and_check(
     )
 
 
+def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
+    """Ask the function of `task.decided`; where it fails, a completion is not decided."""
+    decided = [bool(scored.rewards[0]) for scored in decider.score(groups)]
+    decider.take_logs()  # kept for nobody
+    return decided
+
+
 def _with_turns(
     config: RunConfig,
     task: BuiltinTask | FileTask,
@@ -135,13 +142,6 @@ def _with_turns(
     limits = AgentLimits(rollout.max_turns, rollout.max_prompt_tokens, config.task.agent_timeout_s)
     agents = open_agents(target, worker, limits, warn=warn, beat=beat)
     return replace(task, rewards=(*task.rewards, agents.reward)), agents
-
-
-def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
-    """Ask the function of `task.decided`; where it fails, a completion is not decided."""
-    decided = [bool(scored.rewards[0]) for scored in decider.score(groups)]
-    decider.take_logs()  # kept for nobody
-    return decided
 
 
 def checked_tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:
