@@ -70,7 +70,7 @@ OLDER: dict[str, Callable[..., Any]] = {
     "Watch": MemoryMonitor,
     "Spacing": _spacing,
 }
-"""What makes records from the names and fields of older checkpoints."""
+"""Makers of records by the names that older checkpoints use."""
 
 REMOVED = ("replays",)
 """Values of older checkpoints that nothing uses any more."""

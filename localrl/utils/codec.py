@@ -21,7 +21,7 @@ PLAIN = (str, int, float, bool, type(None))
 Types = Mapping[str, type]
 """The dataclasses that may occur, by name."""
 Makers = Mapping[str, Callable[..., Any]]
-"""What makes a record from its fields, by its name: the dataclass, or a function."""
+"""Makers of a record from its fields, by its name: the dataclass, or a function."""
 
 
 def encode(value: Any, types: Types) -> tuple[Any, dict[str, np.ndarray]]:
