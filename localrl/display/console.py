@@ -134,7 +134,8 @@ class Console:
             f"{result.steps} steps in {result.train_s:.0f} s; everything is in {result.folder}"
         )
         click.echo(memory(result))
-        click.echo("\n" + next_command(result))
+        supervised = self._session is not None and self._session.demonstrations is not None
+        click.echo("\n" + next_command(result, supervised=supervised))
 
     def _begin_part(self) -> None:
         assert self._clock is not None
@@ -296,15 +297,16 @@ def memory(result: RunResult) -> str:
     )
 
 
-def next_command(result: RunResult) -> str:
-    """Suggest the next commands to run."""
+def next_command(result: RunResult, *, supervised: bool = False) -> str:
+    """Suggest the next commands to run; after a supervised start, training that goes on from it."""
     folder = shlex.quote(str(result.folder))
+    more = f"\n      localrl train --adapter {folder} --task TASK ..." if supervised else ""
     return (
         f"adapter: {result.folder / 'adapter'} (mlx-lm format)\n"
         f"next: localrl chat {folder}             ask the trained model\n"
         f"      localrl show {folder} --report    curves, groups and answers as a page\n"
         f"      localrl export {folder} --fused   a complete model\n"
-        f"      localrl push {folder} USER/NAME   the adapter on the Hub"
+        f"      localrl push {folder} USER/NAME   the adapter on the Hub{more}"
     )
 
 

@@ -276,7 +276,6 @@ SUPERVISED_CHARTS: tuple[Callable[[Sequence[Step]], Chart], ...] = (
     _length,
     _kl,
     _drift,
-    _tokens,
     _time,
     _gradient,
 )

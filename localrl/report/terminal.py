@@ -99,7 +99,8 @@ def _leaf_head(leaf: Mapping[str, Any]) -> str:
     shown = ", ".join(f"{name} {facts.number(value)}" for name, value in parts.items())
     reward = facts.number(leaf.get("reward"))
     why = f"; not learned from: {leaf['dropped']}" if leaf.get("dropped") else "; learned from"
-    return one_line(f"reward {reward} ({shown}); ended by {leaf.get('finish_reason')}{why}")
+    scored = f"reward {reward} ({shown}); " if parts else ""  # given completions have none
+    return one_line(f"{scored}ended by {leaf.get('finish_reason')}{why}")
 
 
 def _spoken(leaf: Mapping[str, Any]) -> str:

@@ -59,8 +59,8 @@ def open_supervised(
         return replace(measured, config=config, task=task, prompts=prompts, demonstrations=found)
     scorer = Scorer((), InProcess(worker, {}), warn, beat=beat, scores=False)
     return OpenedTask(
-        config,
-        task,
+        config=config,
+        task=task,
         environments=None,
         scorer=scorer,
         decide=None,
