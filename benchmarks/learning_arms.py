@@ -220,19 +220,19 @@ LONG = Subject(
     settings=SMOLLM2.settings | {"rollout.max_completion_tokens": 128},
     tasks={
         "ten facts": Goal(
-            {"task.name": "benchmarks/ten_facts.py", **STRICT}, 0.75, 0.85, "mean_reward"
+            {"task.name": "benchmarks/ten_facts.py", **STRICT}, 0.7, 0.8, "mean_reward"
         ),
     },
     arms=("flat-8 in small steps", "pairs", "tree by entropy", "tree by period"),
     rates=(3e-4,),
     tuning_seeds=(),
-    budget=24_000,
+    budget=30_000,
     every=3_000,
     prompts=64,
     seconds="wall_s",
 )
 """Where branching should pay if anywhere: completions of about 80 tokens with partial credit; the
-base model's mean reward is 0.34. The one learning rate is that of examples/smollm2."""
+base model's mean reward is 0.26 to 0.34. The one learning rate is that of examples/smollm2."""
 CHOICES = Subject(
     name="choices",
     settings={"memory.threads": 1, "rollout.max_completion_tokens": 1},
