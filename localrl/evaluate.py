@@ -9,6 +9,7 @@ from typing import Any
 
 from localrl.records import Example, Leaf, ScoredGroup, mean_or_none
 from localrl.rollouts.adaptive import Score
+from localrl.rollouts.agents import AgentTurns
 from localrl.rollouts.decode import DecodeCounts, Decoder
 from localrl.rollouts.groups import ONE, sample_groups
 from localrl.rollouts.pace import Pace
@@ -84,7 +85,7 @@ def judge(
     score: Score,
     *,
     max_completion_tokens: int,
-    turns: Turns | None = None,
+    turns: Turns | AgentTurns | None = None,
 ) -> list[ScoredGroup]:
     """Return one scored completion of each example, from the decoder's current policy.
 

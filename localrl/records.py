@@ -87,7 +87,8 @@ class Node:
     entropies: np.ndarray
     """(n,) float32, of that whole distribution; 0 where not sampled."""
     cond_weight: float = 1.0
-    """Weight: 1/B for one of B siblings drawn alike, 1/s for a survivor of pruning."""
+    """Weight: 1/B for one of B siblings drawn alike, 1/s for a survivor of pruning; 0 for a root
+    beside its completion, see `Leaf.beside`."""
     version: int = 0
     """Number of policy updates made before these tokens were sampled."""
     round: int = 0
@@ -136,7 +137,10 @@ class Leaf:
     messages: tuple[Mapping[str, Any], ...] = ()
     """The completion as chat messages, if its example has an environment; else empty."""
     conversation: int | None = None
-    """Number of its environment; only `tasks.environments` interprets it."""
+    """Number of its environment or agent; only `tasks.environments` and `agents` interpret it."""
+    beside: tuple[int, ...] = ()
+    """Last nodes of the other sequences that an agent had the model write for this completion, each
+    with a root of its own, whose `cond_weight` is 0: they take the completion's credit."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +177,14 @@ class Group:
             node = self.nodes[node].parent
         return path[::-1]
 
+    def nodes_of(self, leaf: Leaf) -> list[int]:
+        """Return the indices of all nodes of a completion, those of its other sequences last."""
+        return [n for end in (leaf.node, *leaf.beside) for n in self.path(end)]
+
     def completion(self, leaf: int) -> Completion:
         """Return the completion that ends in the leaf with this index."""
         end = self.leaves[leaf]
-        nodes = [self.nodes[i] for i in self.path(end.node)]
+        nodes = [self.nodes[i] for i in self.nodes_of(end)]
         return Completion(
             token_ids=np.concatenate([node.token_ids for node in nodes]),
             sampled=np.concatenate([node.sampled for node in nodes]),
@@ -203,6 +211,36 @@ class ModelTurn:
     text: str
     """Text of this turn, without the end token."""
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] = ()
+    """Log-probability of each token as sampled; only agents are told."""
+
+
+@dataclass(frozen=True)
+class AgentCall:
+    """An agent's call for a turn of the model."""
+
+    conversation: int
+    """Number of the agent, one for each completion."""
+    prompt: tuple[int, ...]
+    """Everything that the model reads."""
+    continues: int | None
+    """Number of the completion's sequence, from 0, that the prompt begins with, all of it; None if
+    the prompt begins a new one."""
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    """Texts that end the turn."""
+
+
+@dataclass(frozen=True)
+class AgentEnd:
+    """The end of an agent: its completion is done."""
+
+    conversation: int
+    finish_reason: FinishReason
+    """"error" if it failed: the completion has no reward."""
+    text: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The messages that it returned, or else those that the model wrote and read."""
 
 
 @dataclass(frozen=True)

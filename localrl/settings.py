@@ -123,6 +123,12 @@ class TaskConfig:
         None, "environment to interact with, as file.py:Name; unset: the task's own"
     )
     tools: tuple[str, ...] = setting((), "functions the model may call, as file.py:name")
+    agent: str | None = setting(
+        None, "your agent, as file.py:function: it calls the model by OpenAI's API"
+    )
+    agent_timeout_s: float = setting(
+        60.0, "seconds that an agent may work between two calls of the model", low=0.01
+    )
     tool_timeout_s: float = setting(
         5.0, "seconds allowed per environment reply or tool call", low=0.01
     )

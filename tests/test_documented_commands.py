@@ -85,7 +85,12 @@ def search(text: str) -> str:
     \"""
     return text
 """
+AGENT = """
+def run(example, base_url, api_key):
+    return float(len(ask(base_url, api_key, example["prompt"])["content"] or "") % 2)
+"""
 FILES = {
+    "my_agent.py": (ROOT / "examples" / "agent" / "guess.py").read_text() + AGENT,
     "my.toml": '[task]\nname = "steps"\n',
     "my_rewards.py": SCORE.format("score"),
     "rewards.py": SCORE.format("found_it"),

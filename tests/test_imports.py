@@ -20,6 +20,7 @@ FLOORS = (
     {"distributed", "memory", "policy", "runs"},
     {"engines", "learning", "report", "rollouts", "tasks"},
     {"evaluate", "export", "serving"},
+    {"agents"},
     {"training"},
     {"display"},
     {"diagnostics", "train"},

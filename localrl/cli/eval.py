@@ -28,6 +28,7 @@ SETTINGS = {
     "rewards": "task.rewards",
     "environment": "task.environment",
     "tools": "task.tools",
+    "agent": "task.agent",
     "prompts": "task.eval_prompts",
     "temperature": "task.eval_temperature",
     "unsafe_code": "task.unsafe_code",
@@ -47,6 +48,7 @@ SETTINGS = {
 @click.option("--reward", "rewards", multiple=True, metavar="REWARD", help="As for `train`.")
 @click.option("--environment", metavar="ENV", help="As for `train`.")
 @click.option("--tool", "tools", multiple=True, metavar="TOOL", help="As for `train`.")
+@click.option("--agent", metavar="AGENT", help="As for `train`.")
 @set_option("Any other setting.")
 @click.option("--unsafe-code", is_flag=True, default=None, help="As for `train`.")
 @device

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHARED = (
     "config", "model", "quantize", "adapter", "task", "columns", "rewards", "environment", "tools",
-    "rollouts", "device", "memory_limit", "settings",
+    "agent", "rollouts", "device", "memory_limit", "settings",
 )  # fmt: skip
 """Parameters shared with `localrl train`."""
 

@@ -26,6 +26,7 @@ FLAGS = {
     "unsafe_code": "task.unsafe_code",
     "environment": "task.environment",
     "tools": "task.tools",
+    "agent": "task.agent",
     "memory_limit": "memory.limit",
 }
 """Settings that the flags set."""
@@ -56,6 +57,7 @@ FLAGS = {
     metavar="TOOL",
     help="Tool to offer, file.py:name; repeatable.",
 )
+@click.option("--agent", metavar="AGENT", help="Your agent, file.py:function, which is trained.")
 @click.option("--steps", type=int, help="Training steps.")
 @click.option("--minutes", type=float, help="Stop training after this many minutes.")
 @click.option("--seed", type=int, help="Seed of all random draws.")

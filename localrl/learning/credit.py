@@ -47,6 +47,8 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0) -> Credit:
     A leaf without a reward is left out and the weights of its siblings are scaled to compensate.
     With kappa 0 a node without siblings (a survivor of pruning) takes its parent's baseline, and a
     root without siblings has none, hence advantage 0 for it and for such nodes below it.
+
+    Sequences beside a completion (`Leaf.beside`) have its root's advantage and weight.
     """
     group = scored.group
     children = _children(group)
@@ -68,6 +70,10 @@ def assign_credit(scored: ScoredGroup, *, kappa: float = 0.0) -> Credit:
         kappas.append(own_kappa)
         advantages.append(_difference(values[n], baseline))
         weights.append(shares[n] * (weights[node.parent] if node.parent >= 0 else 1.0))
+    for leaf in group.leaves:
+        root = group.path(leaf.node)[0]
+        for n in (n for end in leaf.beside for n in group.path(end)):
+            advantages[n], weights[n] = advantages[root], weights[root]
     return Credit(tuple(advantages), tuple(weights))
 
 

@@ -196,9 +196,9 @@ def _completion_lengths(group: Group) -> list[int]:
     """Length |y| of the completion each node belongs to: the tokens that the model wrote."""
     lengths = [0] * len(group.nodes)
     for leaf in group.leaves:
-        path = group.path(leaf.node)
-        written = sum(int(group.nodes[n].sampled.sum()) for n in path)
-        for n in path:
+        nodes = group.nodes_of(leaf)
+        written = sum(int(group.nodes[n].sampled.sum()) for n in nodes)
+        for n in nodes:
             lengths[n] = written
     return lengths
 

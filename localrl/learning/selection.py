@@ -97,7 +97,7 @@ def _truncated(group: Group) -> frozenset[int]:
     """Nodes of which every completion was cut off for length."""
     ends: dict[bool, set[int]] = {True: set(), False: set()}
     for leaf in group.leaves:
-        ends[leaf.finish_reason == "length"].update(group.path(leaf.node))
+        ends[leaf.finish_reason == "length"].update(group.nodes_of(leaf))
     return frozenset(ends[True] - ends[False])
 
 
@@ -131,7 +131,7 @@ def _dropped(
     group = scored.group
     reasons: list[DropReason | None] = []
     for leaf, reward in zip(group.leaves, scored.rewards, strict=True):
-        if any(nodes[n].trained.any() for n in group.path(leaf.node)):
+        if any(nodes[n].trained.any() for n in group.nodes_of(leaf)):
             reasons.append(None)
         elif reward is None:
             reasons.append("no reward")
@@ -151,7 +151,7 @@ def _batch_nodes(
     offset: int,
 ) -> list[BatchNode]:
     group = scored.group
-    ends = {leaf.node for leaf in group.leaves}
+    ends = {end for leaf in group.leaves for end in (leaf.node, *leaf.beside)}
     shares = token_shares(objective, group, credit)
     coefficients = token_coefficients(group, replace(credit, weights=shares))
     return [

@@ -13,6 +13,7 @@ prefill and update (`EngineMemory`). Their constants are fitted to measurements 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,6 +100,8 @@ class Workload:
     trains: bool = True
     reference: bool = False
     """True if the adapters that the run begins with are kept, as the KL's reference."""
+    own_prompts: bool = False
+    """True if completions of one example may begin with different prompts, as an agent's may."""
 
     def engine(self, sizes: Sizes, *, dense: bool) -> EngineMemory:
         """Return the engine that computes such a model. dense: its weights are dequantised."""
@@ -201,6 +204,12 @@ def _largest(sizes: Sizes) -> int:
     if sizes.float_bytes == 4 and not sizes.bits:
         return 0
     return max(m.bytes(float_bytes=sizes.float_bytes, dense=False) for m in sizes.matrices)
+
+
+def prompts_at_once(workload: Workload, plan: MemoryPlan) -> int:
+    """Number of prompts in one backward pass."""
+    each = 1 if workload.own_prompts else max(1, plan.group_size)
+    return math.ceil(paths_at_once(workload, plan) / each)
 
 
 def paths_at_once(workload: Workload, plan: MemoryPlan) -> int:

@@ -161,6 +161,20 @@ class Worker:
             self._signatures[target] = reply.value
         return Reply(value=self._signatures[target]["required"])
 
+    def failure(self) -> Reply | None:
+        """Check the child and its limits between calls, for what functions left at work in it.
+
+        Returns the failure if there is one: the child has then been killed.
+        """
+        if self._child is None:
+            return Reply(failure="died", message="its process is gone")
+        try:
+            self._child.check()
+        except _Failed as failed:
+            self.close()
+            return failed.reply
+        return None
+
     def close(self) -> None:
         """Kill the child and its whole process group; the next call starts another one."""
         if self._child is not None:
@@ -235,6 +249,12 @@ class _Child:
             return self._receive(size, deadline, limit_s)
         except (BrokenPipeError, ConnectionResetError, EOFError):
             raise _Failed("died", f"its process {self.kill()}") from None
+
+    def check(self) -> None:
+        """Raise _Failed if the child has died or uses too much."""
+        if self.gone():
+            raise _Failed("died", f"its process {self.kill()}")
+        self._check_use()
 
     def gone(self) -> bool:
         """Return True if the child has died, or sent something unasked, since the last answer."""

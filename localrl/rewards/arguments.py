@@ -65,8 +65,8 @@ def _up_to_the_turn(rendered: str, example: Example) -> str:
 
 
 def _token_ids(group: Group, index: int) -> list[int]:
-    path = group.path(group.leaves[index].node)
-    return [token for node in path for token in group.nodes[node].token_ids.tolist()]
+    nodes = group.nodes_of(group.leaves[index])
+    return [token for node in nodes for token in group.nodes[node].token_ids.tolist()]
 
 
 def _gold(example: Example) -> Any:

@@ -58,6 +58,11 @@ class Segment:
     entropies: np.ndarray
     end: EndReason
 
+    def up_to(self, count: int) -> Segment:
+        """Return it as if a stop text had ended it after so many tokens."""
+        kept = (array[:count] for array in (self.token_ids, self.logprobs, self.entropies))
+        return Segment(self.tree, self.parent, self.siblings, *kept, end="closed")
+
     def node(self, parent: int, version: int, round: int = 0) -> Node:
         """Its record in a group, as a child of the node with index `parent` there."""
         return Node(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from localrl.errors import ConfigError
 from localrl.policy.model import Policy
 from localrl.records import Example, Group, ScoredGroup
+from localrl.rollouts.agents import AgentTurns, common_prompt, run_agents
 from localrl.rollouts.batch import Segment, TreeRequest, end_leaf
 from localrl.rollouts.decode import Decoder, ForkRule
 from localrl.rollouts.reuse import Prefix, place_tails, tail_requests, with_reused
@@ -80,7 +81,7 @@ def sample_groups(
     round: int = 0,
     expected_tokens: Sequence[float | None] = (),
     begun: Sequence[Sequence[Prefix]] = (),
-    turns: Turns | None = None,
+    turns: Turns | AgentTurns | None = None,
 ) -> list[Group]:
     """Sample a group for every example, or one round of it, all decoded as one batch.
 
@@ -89,8 +90,21 @@ def sample_groups(
     kernels differ by the number of rows. Roots are numbered across rounds.
     `expected_tokens` is the expected completion length for each example. Each prefix in `begun`
     replaces one root of its example, at most all of them. With `turns`, completions continue after
-    their environment has replied, see `run_turns`.
+    their environment has replied, see `run_turns`; or agents make their prompts, see `run_agents`.
     """
+    if isinstance(turns, AgentTurns):
+        return run_agents(
+            decoder,
+            examples,
+            turns,
+            roots=shape.roots,
+            planned_roots=shape.planned_roots,
+            max_completion_tokens=max_completion_tokens,
+            seed=seed,
+            step=step,
+            version=version,
+            round=round,
+        )
     begun = begun or [()] * len(examples)
     expected = expected_tokens or [None] * len(examples)
     requests = [
@@ -140,12 +154,15 @@ def sample_groups(
 
 def join(first: ScoredGroup, second: ScoredGroup) -> ScoredGroup:
     """Merge two groups of one prompt; the second group's roots follow the first group's."""
-    one, two = first.group, second.group
+    one, two = common_prompt([first.group, second.group])
     offset = len(one.nodes)
     nodes = [
         replace(node, parent=node.parent + offset if node.parent >= 0 else -1) for node in two.nodes
     ]
-    leaves = [replace(leaf, node=leaf.node + offset) for leaf in two.leaves]
+    leaves = [
+        replace(leaf, node=leaf.node + offset, beside=tuple(n + offset for n in leaf.beside))
+        for leaf in two.leaves
+    ]
     group = replace(one, nodes=(*one.nodes, *nodes), leaves=(*one.leaves, *leaves))
     parts = {name: (*values, *second.parts[name]) for name, values in first.parts.items()}
     return ScoredGroup(group, (*first.rewards, *second.rewards), parts)

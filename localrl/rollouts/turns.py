@@ -174,7 +174,7 @@ def _append_turn(
     tokenizer: Tokenizer,
 ) -> list[_Conversation]:
     """Append the reply and the next turn to a completion; returns several if the turn forked."""
-    nodes.append(_unsampled(talk.leaf.node, more, version))
+    nodes.append(unsampled(talk.leaf.node, more, version))
     root, places, turns, after = len(nodes) - 1, {}, {-1: ()}, []
     for index, segment in tree:
         nodes.append(segment.node(places.get(segment.parent, root), version))
@@ -188,7 +188,7 @@ def _append_turn(
     return after
 
 
-def _unsampled(parent: int, ids: tuple[int, ...], version: int) -> Node:
+def unsampled(parent: int, ids: tuple[int, ...], version: int) -> Node:
     """A node of tokens that the model did not write."""
     nothing = np.zeros(len(ids), np.float32)
     tokens = np.array(ids, np.int32)

@@ -304,6 +304,8 @@ def _leaf(leaf: Leaf, index: int, record: GroupRecord) -> dict[str, Any]:
         "parts": {name: values[index] for name, values in scored.parts.items()},
         "text": leaf.text,
     }
+    if leaf.beside:
+        line["beside"] = leaf.beside
     if leaf.messages:
         line["messages"] = leaf.messages
     if record.dropped[index] is not None:

@@ -60,6 +60,11 @@ METRICS: dict[str, tuple[str, str]] = {
     "rollout/groups": ("groups", "prompts of the step"),
     "rollout/informative_groups": ("groups", "groups with a coefficient other than 0"),
     "rollout/turns": ("turns", "mean over completions, if they talk to an environment"),
+    "rollout/sequences": (
+        "sequences",
+        "mean over completions: 1, or more if an agent's call did not continue an earlier one",
+    ),
+    "rollout/failed": ("completions", "whose environment or agent failed: they have no reward"),
     "tools/call_frequency": ("calls", "tool calls, mean over completions"),
     "tools/failure_frequency": ("share", "tool calls of the step that failed; null without any"),
     "rollout/rounds": ("rounds", "largest number of rounds of a prompt"),
@@ -174,7 +179,13 @@ def _turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, Any]:
     """Return the metrics of completions that talk to an environment; empty for others."""
     leaves = [leaf for group in scored for leaf in group.group.leaves]
     turns = [sum(m["role"] == "assistant" for m in leaf.messages) for leaf in leaves]
-    return {"rollout/turns": float(np.mean(turns))} if any(turns) else {}
+    if not any(turns):
+        return {}
+    return {
+        "rollout/turns": float(np.mean(turns)),
+        "rollout/sequences": float(np.mean([1 + len(leaf.beside) for leaf in leaves])),
+        "rollout/failed": sum(leaf.finish_reason == "error" for leaf in leaves),
+    }
 
 
 def selection_metrics(

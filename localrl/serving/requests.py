@@ -31,7 +31,8 @@ class ServedFacts:
     """Facts on the model that limit requests."""
 
     names: tuple[str, ...]
-    """Names of the models; the first one is asked if a request names none."""
+    """Names of the models; the first one is asked if a request names none. Empty if there is one
+    model, under any name."""
     vocabulary: int
     """Number of tokens that the model knows."""
     context: int | None
@@ -50,8 +51,8 @@ def read_request(data: bytes, facts: ServedFacts) -> Body:
     if not isinstance(body, dict):
         raise Refused("the body is not a JSON object")
     body = {name: value for name, value in body.items() if value is not None}
-    model = body.setdefault("model", facts.names[0])
-    if not isinstance(model, str) or model not in facts.names:
+    model = body.setdefault("model", facts.names[0] if facts.names else "")
+    if not isinstance(model, str) or (facts.names and model not in facts.names):
         raise Refused(f"there is no model {model!r:.80} here; ask {' or '.join(facts.names)}", 404)
     _check_fields(body)
     _check_tokens(body, facts)

@@ -8,26 +8,22 @@ described in docs/environments.md.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from localrl.errors import ConfigError, DataError, RewardError
+from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import Tokenizer
 from localrl.policy.turns import ToolCall, answer_ids, check_template, check_tools, read_calls
 from localrl.processes.worker import Reply, Worker
 from localrl.records import EnvironmentReply, Example, ModelTurn, RewardSpec
+from localrl.tasks.breakage import Breakage
 from localrl.utils.text import readable
 
 CHILD = "localrl.tasks.environment_child"
 SAID = ("stop", "closed")
 """Finish reasons of turns that can be answered; a turn that was cut off cannot."""
-WINDOW = 200
-TOLERATED = 0.2
-"""Share of the last WINDOW turns that may break their environment; judged from MIN_TURNS on."""
-MIN_TURNS = 50
 
 Row = Mapping[str, Any]
 
@@ -60,9 +56,11 @@ class Environments:
     tokenizer: Tokenizer | None = None
     """Tokenizer of the model, once it is loaded; see `connect`."""
     _numbers: Iterator[int] = field(default_factory=count)
-    _broken: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _calls_made: int = 0
     _calls_failed: int = 0
+
+    def __post_init__(self) -> None:
+        self._breakage = Breakage("environment", "turns", self.warn)
 
     @property
     def has_tools(self) -> bool:
@@ -97,7 +95,7 @@ class Environments:
         Raises: DataError if an environment cannot be reset.
         """
         shown = [self.with_tools(example) for example in examples]
-        rows = {example.id: _row(example) for example in examples}
+        rows = {example.id: row_of(example) for example in examples}
         reply = self._call("observe", rows=rows)
         if not reply.ok:
             raise DataError(
@@ -211,23 +209,12 @@ class Environments:
         return EnvironmentReply(number, (turn, *answers), ids)
 
     def _judge(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
-        """Count failures; warn of the first broken environment, end the run if too many break."""
+        """Count failures of tools and environments; see `Breakage.add`."""
         results = [result for outcome in outcomes for result in outcome.get("results", ())]
         self._calls_made += len(results)
         self._calls_failed += sum(result["failed"] for result in results)
         errors = [outcome["error"] for outcome in outcomes if "error" in outcome]
-        if errors and not any(self._broken):
-            self.warn(
-                f"The environment broke: {errors[0]}. {len(errors)} of {len(outcomes)} completions "
-                "end here without a reward. Further failures are counted but not shown."
-            )
-        self._broken.extend("error" in outcome for outcome in outcomes)
-        share = sum(self._broken) / max(len(self._broken), 1)
-        if len(self._broken) >= MIN_TURNS and share > TOLERATED:
-            raise RewardError(
-                f"The environment broke in {share:.0%} of the last {len(self._broken)} turns. Fix "
-                f"it, then start again. Latest error: {errors[-1] if errors else 'none'}"
-            )
+        self._breakage.add(errors, len(outcomes))
 
 
 def open_environments(
@@ -260,8 +247,8 @@ def open_environments(
     return Environments(factory, tuple(tools), kinds, worker, limit_s, warn)
 
 
-def _row(example: Example) -> dict[str, Any]:
-    """The arguments of `reset`: the data columns, with the prompt as messages."""
+def row_of(example: Example) -> dict[str, Any]:
+    """Return what `reset` and agents get: the data columns, with the prompt as messages."""
     messages = [dict(message) for message in example.messages]
     return {"prompt": messages, "answer": example.answer, **example.columns}
 

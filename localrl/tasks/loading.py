@@ -70,7 +70,7 @@ def open_task(
         task = load_task(config.name, train_prompts=config.train_prompts)
         return replace(task, rewards=tuple(rewards)) if rewards else task
     script = path.suffix == ".py" and not path.is_dir()
-    if not rewards and not config.environment:
+    if not rewards and not config.environment and not config.agent:
         if not script:
             find_source(config.name)  # what is wrong with the data is told first
         raise ConfigError(
@@ -128,7 +128,7 @@ def _rows_task(
     hold_out: HoldOut,
 ) -> FileTask:
     """Make a task from rows of this process."""
-    if not rewards and not config.environment:
+    if not rewards and not config.environment and not config.agent:
         raise ConfigError(
             "No reward is set, so the answers to these rows cannot be scored. Hand functions over, "
             "as in train(config, data=rows, rewards=[score]), or set task.rewards."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from localrl import backend
+from localrl.agents.agents import Agents
 from localrl.backend import mx, tree_flatten
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
@@ -173,10 +174,13 @@ def open_components(
     before weights are loaded.
     """
     beat, limits = heartbeat.beat, resolved.config.task
-    with Worker(
-        time_limit_s=limits.reward_timeout_s,
-        memory_limit_bytes=limits.reward_memory_mb * 2**20,
-    ) as worker:
+    with (
+        ExitStack() as stack,
+        Worker(
+            time_limit_s=limits.reward_timeout_s,
+            memory_limit_bytes=limits.reward_memory_mb * 2**20,
+        ) as worker,
+    ):
         if trains and resolved.config.supervised:
             opened = open_supervised(resolved, worker, warn, beat, given=given)
         else:
@@ -206,6 +210,8 @@ def open_components(
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         if environments is not None:
             environments.connect(policy.tokenizer)
+        if isinstance(environments, Agents):
+            stack.callback(environments.close)
         updates = config.run.steps * config.learning.updates_per_step
         updater = Updater(
             policy,

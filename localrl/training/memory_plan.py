@@ -89,7 +89,7 @@ def plan_request(
         kept=engine.kept_bytes(sizes),
     )
     groups = [plan.group_size, *range(plan.group_size - 1, 0, -1)]
-    turns = turns or bool(config.task.environment or config.task.tools)
+    turns = turns or bool(config.task.environment or config.task.tools or config.task.agent)
     found = ((n, _workload(config, sizes, n, device, trains, turns)) for n in groups)
     workloads = {n: workload for n, workload in found if workload}
     limit = memory_limit(config.memory.limit, machine, held)
@@ -272,4 +272,5 @@ def _workload(
         trains=trains,
         reference=trains and bool(lora.adapter and config.learning.kl_coef),
         engines=engines_for(config.model.engine, device=device),
+        own_prompts=bool(task.agent),
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from localrl.agents.agents import Agents, open_agents
+from localrl.agents.conversations import AgentLimits
 from localrl.config import RunConfig
 from localrl.memory.plan import PromptLength
 from localrl.policy.roundtrip import check_tokenizer
@@ -18,7 +20,9 @@ from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.decided import Decide
 from localrl.tasks.base import Task
+from localrl.tasks.builtin import BuiltinTask
 from localrl.tasks.environments import Environments
+from localrl.tasks.files import FileTask
 from localrl.tasks.loading import is_data, open_task, with_environments
 from localrl.training.demonstrations import Demonstrations
 from localrl.training.given import Given
@@ -37,7 +41,7 @@ class OpenedTask:
     config: RunConfig
     """The settings, with no more prompts than the task has."""
     task: Task
-    environments: Environments | None
+    environments: Environments | Agents | None
     scorer: Scorer
     decide: Decide | None
     """Tells which completions are decided; None if nothing does."""
@@ -79,7 +83,7 @@ def open_and_check(
         check(config, resolved.shape, task)
     elif whole and config.task.eval_prompts is None:
         config = config.replace("task.eval_prompts", task.train_size)
-    task, environments = with_environments(config.task, task, worker, warn)
+    task, environments = _with_turns(config, task, worker, warn, beat)
     judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
     scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
     held_out = task.evaluation(config.task.held_out)
@@ -121,6 +125,23 @@ def _decided(decider: Scorer, groups: Sequence[Group]) -> list[bool]:
     decided = [bool(scored.rewards[0]) for scored in decider.score(groups)]
     decider.take_logs()  # kept for nobody
     return decided
+
+
+def _with_turns(
+    config: RunConfig,
+    task: BuiltinTask | FileTask,
+    worker: Worker,
+    warn: Callable[[str], None],
+    beat: Callable[[Work], None],
+) -> tuple[BuiltinTask | FileTask, Environments | Agents | None]:
+    """Open what completions of several turns come from; returns the task with its rewards too."""
+    target = config.task.agent
+    if target is None:
+        return with_environments(config.task, task, worker, warn)
+    rollout = config.rollout
+    limits = AgentLimits(rollout.max_turns, rollout.max_prompt_tokens, config.task.agent_timeout_s)
+    agents = open_agents(target, worker, limits, warn=warn, beat=beat)
+    return replace(task, rewards=(*task.rewards, agents.reward)), agents
 
 
 def checked_tokenizer(resolved: ResolvedConfig, warn: Callable[[str], None]) -> Tokenizer:

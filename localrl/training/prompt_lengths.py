@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from localrl.agents.agents import Agents
 from localrl.config import RunConfig
 from localrl.errors import DataError, LocalRLError
 from localrl.memory.plan import PromptLength
@@ -36,7 +37,7 @@ def read_prompts(
     warn: Callable[[str], None] = lambda line: None,
     *,
     trains: bool = True,
-    environments: Environments | None = None,
+    environments: Environments | Agents | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[Task, PromptLength]:
     """Render and count every prompt that a run may draw, so that none ends it later.
@@ -48,6 +49,8 @@ def read_prompts(
     Raises: DataError, naming file and line, for prompts that are too long or that the chat template
     refuses; ConfigError for those that the model cannot read.
     """
+    if config.task.agent:
+        return task, _allowed(config, "an agent makes them")
     training, complete = _training(config, task) if trains else ([], True)
     filters = config.task.filter_overlong_prompts
     count = config.task.held_out
@@ -55,7 +58,7 @@ def read_prompts(
         count = len(task.held_out)  # those left out are replaced by later ones
     examples = [*training, *task.evaluation(count)]
     seen = examples
-    if environments is not None:
+    if isinstance(environments, Environments):
         seen = [environments.with_tools(example) for example in examples]
     lengths = check_prompts(seen, tokenizer, task.name, beat)
     warn_of_prompts(examples, tokenizer, warn)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from localrl.agents.agents import Agents
 from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.distributed.gather import map_sharded_groups
@@ -15,6 +16,7 @@ from localrl.learning.staleness import with_scored_logprobs
 from localrl.learning.tracker import Tracker
 from localrl.records import Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.adaptive import Score, collect
+from localrl.rollouts.agents import AgentTurns
 from localrl.rollouts.decode import Decoder
 from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import Shape, sample_groups
@@ -42,8 +44,9 @@ class Sampler:
     shape: Shape
     score: Score
     rescore: Rescore
-    environments: Environments | None = None
-    """The environments that completions talk to; None for single-turn completions."""
+    environments: Environments | Agents | None = None
+    """The environments that completions talk to, or the agents whose completions they are; None
+    for single-turn completions."""
     ranks: Ranks = ALONE
     """The ranks that share the work."""
     demonstrations: Demonstrations | None = None
@@ -62,10 +65,12 @@ class Sampler:
         self.rule = make_rule(self.config.rollout, self.shape)
 
     @property
-    def turns(self) -> Turns | None:
+    def turns(self) -> Turns | AgentTurns | None:
         """The way completions continue after a turn; None for single-turn completions."""
         if self.environments is None:
             return None
+        if isinstance(self.environments, Agents):
+            return AgentTurns(self.environments.begin, self.environments.answer)
         return Turns(self.environments.answer, self.config.rollout.max_turns)
 
     def choose(self, step: int) -> list[Example]:
@@ -168,11 +173,13 @@ class Sampler:
             self.earlier.add(groups)
 
     def encode(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """Return the token ids of the examples' prompts.
+        """Return the token ids of the examples' prompts; none if agents make them.
 
         Raises: DataError for a prompt longer than rollout.max_prompt_tokens.
         """
         tokenizer, most = self.decoder.policy.tokenizer, self.config.rollout.max_prompt_tokens
+        if isinstance(self.environments, Agents):
+            return [()] * len(examples)
         if self.environments is not None:
             prompts = self.environments.prompts(examples)
         else:

@@ -48,6 +48,8 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
             "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "
             "be compared with. Leave kappa out, or raise the group size."
         )
+    if config.task.agent:
+        _check_agent(config, shape)
     if shape.leaves > shape.roots:
         _check_trees(config, shape)
     _check_weights(config, shape)
@@ -66,6 +68,24 @@ def _check_turns(config: RunConfig) -> None:
         raise ConfigError(
             f"task.decided is {config.task.decided}, but what ends a completion that talks to an "
             "environment is the environment. Leave it out."
+        )
+
+
+def _check_agent(config: RunConfig, shape: Shape) -> None:
+    task, rollout = config.task, config.rollout
+    if task.environment or task.tools:
+        raise ConfigError(
+            "task.agent and an environment or tools are set; an agent brings its own. Keep one."
+        )
+    if shape.leaves > shape.roots:
+        raise ConfigError(
+            f"rollout.strategy is {rollout.strategy}, but an agent cannot be copied where a "
+            "completion forks. Set it to flat or adaptive."
+        )
+    if rollout.reuse:
+        raise ConfigError(
+            f"rollout.reuse is {rollout.reuse:g}, but an agent cannot be restarted from its "
+            "middle. Set it to 0."
         )
 
 

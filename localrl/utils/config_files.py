@@ -14,7 +14,7 @@ FILES = (
     "task.judge_prompt",
 )
 """Settings that are a file or folder, or a name or a text; a text has a brace."""
-FUNCTIONS = ("task.rewards", "task.decided", "task.environment", "task.tools")
+FUNCTIONS = ("task.rewards", "task.decided", "task.environment", "task.tools", "task.agent")
 """Settings that name something in a file, as file.py:name; one or several."""
 
 

@@ -6,7 +6,6 @@ scores exist for one block of queries at a time, and with attention in C there a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from localrl.engines.cpu.buffers import SPARE
 from localrl.engines.cpu.decode import STEP
 from localrl.engines.cpu.merged import MOST_BYTES
 from localrl.engines.cpu.model import FAMILIES
-from localrl.memory.estimate import Workload, paths_at_once
+from localrl.memory.estimate import Workload, paths_at_once, prompts_at_once
 from localrl.memory.sizes import FULL, Sizes
 from localrl.records import MemoryPlan
 
@@ -94,7 +93,7 @@ class CPUMemory:
         """Bytes that grow with positions, bytes of scores, and bytes of the head's chunks."""
         paths = paths_at_once(workload, plan)
         prompt, own = plan.max_prompt_tokens, plan.max_completion_tokens
-        prompts, paths_own = math.ceil(paths / max(1, plan.group_size)) * prompt, paths * own
+        prompts, paths_own = prompts_at_once(workload, plan) * prompt, paths * own
         extent = Extent(
             prompts + paths_own,
             max(prompts, paths_own),

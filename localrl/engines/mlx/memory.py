@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from localrl.engines.mlx import gated_delta, mamba
 from localrl.engines.mlx.decode import CACHE_STEP
-from localrl.memory.estimate import Workload, paths_at_once
+from localrl.memory.estimate import Workload, paths_at_once, prompts_at_once
 from localrl.memory.families import find_family
 from localrl.memory.layers import BlockShape
 from localrl.memory.sizes import FULL, NONE, Sizes, lora_parameters
@@ -127,7 +127,7 @@ class MLXMemory:
     ) -> tuple[float, float, float]:
         """Bytes that grow with positions, with their square, and with the head's chunks."""
         paths, prompt = paths_at_once(workload, plan), plan.max_prompt_tokens
-        trees = math.ceil(paths / max(1, plan.group_size))
+        trees = prompts_at_once(workload, plan)
         positions = trees * prompt + paths * plan.max_completion_tokens
         blocks = [
             _kept(sizes, block, workload.rank) * positions + ANCESTORS * paths * prompt * cached
