@@ -28,7 +28,7 @@ MARKED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class EncodedConversation:
     """A conversation in tokens."""
 
     prompt_ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _WrittenTurn:
     """One turn of the model: the messages before it, and the message itself."""
 
     before: Messages
@@ -55,14 +55,14 @@ class _Turn:
 
 def encode_conversations(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Messages]
-) -> list[Written | DataError]:
+) -> list[EncodedConversation | DataError]:
     """Encode each example's prompt followed by messages that begin and end with the model's.
 
     An error that names the row stands in the place of a conversation that cannot be encoded.
 
     Raises: ConfigError, see `ChatTemplate.attempt`.
     """
-    found: list[Written | DataError] = []
+    found: list[EncodedConversation | DataError] = []
     for start in range(0, len(examples), BATCH):
         part = slice(start, start + BATCH)
         found += _encode_batch(tokenizer, examples[part], completions[part])
@@ -71,11 +71,11 @@ def encode_conversations(
 
 def _encode_batch(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Messages]
-) -> list[Written | DataError]:
+) -> list[EncodedConversation | DataError]:
     turns = [_turns(tokenizer, e.messages, c) for e, c in zip(examples, completions, strict=True)]
     prompts = tokenizer.attempt_prompts(examples)
     texts = _render(tokenizer, examples, turns)
-    found: list[Written | DataError] = []
+    found: list[EncodedConversation | DataError] = []
     for example, prompt, own, rendered in zip(examples, prompts, turns, texts, strict=True):
         try:
             found.append(_encode(tokenizer, example, settled(prompt), own, rendered))
@@ -86,10 +86,10 @@ def _encode_batch(
     return found
 
 
-def _turns(tokenizer: Tokenizer, prompt: Messages, completion: Messages) -> list[_Turn]:
+def _turns(tokenizer: Tokenizer, prompt: Messages, completion: Messages) -> list[_WrittenTurn]:
     shown = (*prompt, *(_once(tokenizer, message) for message in completion))
     return [
-        _Turn(shown[:i], shown[i], _calls(message))
+        _WrittenTurn(shown[:i], shown[i], _calls(message))
         for i, message in enumerate((*prompt, *completion))
         if i >= len(prompt) and message["role"] == "assistant"
     ]
@@ -105,7 +105,7 @@ def _once(tokenizer: Tokenizer, message: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _render(
-    tokenizer: Tokenizer, examples: Sequence[Example], turns: Sequence[Sequence[_Turn]]
+    tokenizer: Tokenizer, examples: Sequence[Example], turns: Sequence[Sequence[_WrittenTurn]]
 ) -> list[list[tuple[str | DataError, str | DataError]]]:
     """Render every conversation up to each turn, and with it: the texts of each example's turns."""
     by_tools: dict[str, list[int]] = {}
@@ -126,9 +126,9 @@ def _encode(
     tokenizer: Tokenizer,
     example: Example,
     prompt_ids: tuple[int, ...],
-    turns: Sequence[_Turn],
+    turns: Sequence[_WrittenTurn],
     texts: Sequence[tuple[str | DataError, str | DataError]],
-) -> Written:
+) -> EncodedConversation:
     ids: list[int] = []
     by_model: list[bool] = []
     for n, (turn, (before, whole)) in enumerate(zip(turns, texts, strict=True)):
@@ -145,7 +145,7 @@ def _encode(
             )
         ids += [*said, *between]
         by_model += [True] * len(said) + [False] * len(between)
-    return Written(prompt_ids, np.array(ids, np.int32), np.array(by_model, bool))
+    return EncodedConversation(prompt_ids, np.array(ids, np.int32), np.array(by_model, bool))
 
 
 def _turn_ids(
