@@ -1,4 +1,4 @@
-"""EncodedConversation conversations in tokens: as the model's own would be, and only its turns are its own."""
+"""Written conversations in tokens: as the model's own would be, and only its turns are its own."""
 
 from __future__ import annotations
 
