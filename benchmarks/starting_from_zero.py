@@ -47,8 +47,9 @@ def main(machine: str, threads: int) -> None:
     known = {row["seed"] for row in results()}
     for seed in SEEDS:
         if seed not in known:
+            found = {"machine": machine, **measure(seed)}
             with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"machine": machine, **measure(seed)}) + "\n")
+                file.write(json.dumps(found) + "\n")
     print(table(results()))
 
 

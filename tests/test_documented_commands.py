@@ -123,8 +123,8 @@ def world(tmp_path_factory) -> Path:
     data = dict.fromkeys(
         ("problems.jsonl", "data.jsonl", "rows.jsonl", "test.jsonl", "data/train.jsonl"), lines
     )
-    data["worked.jsonl"] = "".join(json.dumps(row) + "\n" for row in worked)
-    for name, text in {**FILES, **data, "game.py": game}.items():
+    more = {"worked.jsonl": "".join(json.dumps(row) + "\n" for row in worked), "game.py": game}
+    for name, text in {**FILES, **data, **more}.items():
         (folder / name).write_text(text)
     (folder / "examples").symlink_to(ROOT / "examples")
     make_runs(folder)

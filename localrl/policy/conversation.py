@@ -28,7 +28,7 @@ MARKED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, eq=False)
-class WrittenConversation:
+class EncodedConversation:
     """A conversation in tokens."""
 
     prompt_ids: tuple[int, ...]
@@ -55,14 +55,14 @@ class _WrittenTurn:
 
 def encode_conversations(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Messages]
-) -> list[WrittenConversation | DataError]:
+) -> list[EncodedConversation | DataError]:
     """Encode each example's prompt followed by messages that begin and end with the model's.
 
     An error that names the row stands in the place of a conversation that cannot be encoded.
 
     Raises: ConfigError, see `ChatTemplate.attempt`.
     """
-    found: list[WrittenConversation | DataError] = []
+    found: list[EncodedConversation | DataError] = []
     for start in range(0, len(examples), BATCH):
         part = slice(start, start + BATCH)
         found += _encode_batch(tokenizer, examples[part], completions[part])
@@ -71,11 +71,11 @@ def encode_conversations(
 
 def _encode_batch(
     tokenizer: Tokenizer, examples: Sequence[Example], completions: Sequence[Messages]
-) -> list[WrittenConversation | DataError]:
+) -> list[EncodedConversation | DataError]:
     turns = [_turns(tokenizer, e.messages, c) for e, c in zip(examples, completions, strict=True)]
     prompts = tokenizer.attempt_prompts(examples)
     texts = _render(tokenizer, examples, turns)
-    found: list[WrittenConversation | DataError] = []
+    found: list[EncodedConversation | DataError] = []
     for example, prompt, own, rendered in zip(examples, prompts, turns, texts, strict=True):
         try:
             found.append(_encode(tokenizer, example, settled(prompt), own, rendered))
@@ -128,7 +128,7 @@ def _encode(
     prompt_ids: tuple[int, ...],
     turns: Sequence[_WrittenTurn],
     texts: Sequence[tuple[str | DataError, str | DataError]],
-) -> WrittenConversation:
+) -> EncodedConversation:
     ids: list[int] = []
     by_model: list[bool] = []
     for n, (turn, (before, whole)) in enumerate(zip(turns, texts, strict=True)):
@@ -145,7 +145,7 @@ def _encode(
             )
         ids += [*said, *between]
         by_model += [True] * len(said) + [False] * len(between)
-    return WrittenConversation(prompt_ids, np.array(ids, np.int32), np.array(by_model, bool))
+    return EncodedConversation(prompt_ids, np.array(ids, np.int32), np.array(by_model, bool))
 
 
 def _turn_ids(

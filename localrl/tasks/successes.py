@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from localrl.errors import ConfigError, DataError
-from localrl.policy.conversation import WrittenConversation
+from localrl.policy.conversation import EncodedConversation
 from localrl.records import Example
 from localrl.runs.stored_groups import ROLLOUTS, stored_groups
 
@@ -26,7 +26,7 @@ class Successes:
 
     examples: tuple[Example, ...]
     """Their prompts; each has an id of its own."""
-    written: Mapping[str, WrittenConversation]
+    written: Mapping[str, EncodedConversation]
     """Their tokens, by the ids of the examples."""
     texts: Mapping[str, tuple[Mapping[str, Any], ...]]
     """The completions as chat messages, by the same ids."""
@@ -68,7 +68,7 @@ def read_successes(run: Path) -> Successes:
         )
     found = Successes((), {}, {}, 0, 0, 0, 0)
     known: dict[tuple[tuple[int, ...], bytes], Example] = {}
-    written: dict[str, WrittenConversation] = {}
+    written: dict[str, EncodedConversation] = {}
     texts: dict[str, tuple[Mapping[str, Any], ...]] = {}
     for record in stored_groups(source):
         right = [leaf for leaf in record["leaves"] if _passed(leaf)]
@@ -103,7 +103,7 @@ def _passed(leaf: Mapping[str, Any]) -> bool:
 
 def _written(
     source: Path, record: Mapping[str, Any], leaf: Mapping[str, Any]
-) -> WrittenConversation:
+) -> EncodedConversation:
     """Return the tokens of a stored completion, as they were sampled."""
     if not record.get("prompt_ids"):
         raise DataError(
@@ -114,7 +114,7 @@ def _written(
     ids = [token for node in nodes for token in node["token_ids"]]
     sampled = [s for node in nodes for s in node.get("sampled") or [True] * len(node["token_ids"])]
     last = max(at for at, by_model in enumerate(sampled) if by_model)
-    return WrittenConversation(
+    return EncodedConversation(
         tuple(record["prompt_ids"]),
         np.array(ids[: last + 1], np.int32),
         np.array(sampled[: last + 1], bool),

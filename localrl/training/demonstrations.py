@@ -17,7 +17,7 @@ import numpy as np
 from localrl.config import RunConfig
 from localrl.errors import ConfigError, DataError, MemoryBudgetError
 from localrl.learning.credit import Credit
-from localrl.policy.conversation import WrittenConversation, encode_conversations
+from localrl.policy.conversation import EncodedConversation, encode_conversations
 from localrl.policy.loading import find_model
 from localrl.policy.tokenizer import Tokenizer
 from localrl.processes.worker import Worker
@@ -40,7 +40,7 @@ class Demonstrations:
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
     """Worked examples that only evaluations use."""
-    written: Mapping[str, WrittenConversation]
+    written: Mapping[str, EncodedConversation]
     """The tokens of each, by id."""
     texts: Mapping[str, tuple[Mapping[str, Any], ...]]
     """The chat messages after the prompt of each, by id."""
@@ -169,7 +169,7 @@ def _of_data(config: RunConfig, worker: Worker, tokenizer: Tokenizer) -> Demonst
     if bad:
         raise DataError(tell_bad(bad, len(examples)))
     pairs = zip(_unique(task.training, held_out), encoded, strict=True)
-    written = {example.id: one for example, one in pairs if isinstance(one, WrittenConversation)}
+    written = {example.id: one for example, one in pairs if isinstance(one, EncodedConversation)}
     texts = {example.id: tuple(completion_of(example)) for example in examples}
     about = f"{len(task.training)} worked examples from {config.task.demonstrations}"
     held = f"; {len(held_out)} held out" if held_out else "; none held out"
@@ -281,5 +281,5 @@ def _check_vocabulary(found: Demonstrations, tokenizer: Tokenizer) -> None:
         )
 
 
-def _ids(one: WrittenConversation) -> set[int]:
+def _ids(one: EncodedConversation) -> set[int]:
     return {*one.prompt_ids, *one.token_ids.tolist()}

@@ -11,7 +11,7 @@ from byte_tokenizers import CHATML, folder_with
 
 from localrl.config import RunConfig
 from localrl.errors import DataError
-from localrl.policy.conversation import WrittenConversation, encode_conversations
+from localrl.policy.conversation import EncodedConversation, encode_conversations
 from localrl.policy.loading import find_model
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
 from localrl.policy.turns import answer_ids
@@ -52,14 +52,14 @@ def opened(base, tmp_path):
     return open_tokenizer
 
 
-def encode(tokenizer: Tokenizer, *completion, prompt=(ASKS,)) -> WrittenConversation | DataError:
+def encode(tokenizer: Tokenizer, *completion, prompt=(ASKS,)) -> EncodedConversation | DataError:
     example = Example("a", tuple(prompt), place="rows.jsonl, line 3")
     return encode_conversations(tokenizer, [example], [completion])[0]
 
 
-def parts(tokenizer: Tokenizer, found: WrittenConversation | DataError) -> list[tuple[bool, str]]:
+def parts(tokenizer: Tokenizer, found: EncodedConversation | DataError) -> list[tuple[bool, str]]:
     """The text after the prompt in runs: True for what the model wrote, and the text."""
-    assert isinstance(found, WrittenConversation)
+    assert isinstance(found, EncodedConversation)
     runs: list[tuple[bool, str]] = []
     pieces = tokenizer.pieces(found.token_ids.tolist())
     for own, piece in zip(found.by_model.tolist(), pieces, strict=True):
@@ -73,7 +73,7 @@ def parts(tokenizer: Tokenizer, found: WrittenConversation | DataError) -> list[
 def test_a_turn_ends_as_a_sampled_one_does_and_follows_the_same_prompt(opened):
     tokenizer = opened()
     found = encode(tokenizer, SAYS)
-    assert isinstance(found, WrittenConversation)
+    assert isinstance(found, EncodedConversation)
     assert found.prompt_ids == tokenizer.encode([ASKS])
     assert parts(tokenizer, found) == [(True, "4, I think<|im_end|>")]
     assert found.token_ids[-1] in tokenizer.end_ids
@@ -87,7 +87,7 @@ def test_every_turn_is_the_models_and_what_is_between_is_what_an_environment_put
         (False, "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"),
         (True, "\n yes <|im_end|>"),
     ]
-    assert isinstance(found, WrittenConversation)
+    assert isinstance(found, EncodedConversation)
     between = found.token_ids[~found.by_model].tolist()
     assert tuple(between) == answer_ids(tokenizer, [AGAIN], ended=True)
 
@@ -132,7 +132,7 @@ def test_a_sampled_conversation_with_tools_has_the_tokens_that_were_sampled(tmp_
             called += len(leaf["messages"]) > 1
             nodes = path_to(record["nodes"], leaf["node"])
             found = encode(tokenizer, *leaf["messages"], prompt=record["messages"])
-            assert isinstance(found, WrittenConversation)
+            assert isinstance(found, EncodedConversation)
             assert found.token_ids.tolist() == [t for node in nodes for t in node["token_ids"]]
             own = [s for n in nodes for s in n.get("sampled") or [True] * len(n["token_ids"])]
             assert found.by_model.tolist() == own
