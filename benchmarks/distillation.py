@@ -22,6 +22,12 @@ Papers: OPSD, Zhao et al. 2026 (2601.18734), and SDPO, Hübotter et al. 2026 (26
 whole distributions at each token, OPSD with the initial model as the teacher; SRPO, Li et al. 2026
 (2604.02288), distils only completions that failed, and gives the others their reward's advantage.
 These stages need the sampled tokens alone. They work in one process, with flat groups in float32.
+
+What was found: a small model is a poor teacher. The embedded one cannot read a hint, and alone this
+takes it from 0.33 to 0.25 in 4,500 tokens of `steps` (five seeds); added to pairs it changes
+nothing (0.63 and 0.64). SmolLM2-135M reads the hint: on `facts` the sum of d_t goes with the reward
+(correlation 0.47 over 32 completions). But it then writes the right object in the wrong form:
+with one hint 2 of its own 32 completions are right, with another 7, and without one 7.
 """
 
 from __future__ import annotations
