@@ -217,22 +217,22 @@ SMOLLM2 = Subject(
 )
 LONG = Subject(
     name="smollm2-long",
-    settings=SMOLLM2.settings | {"rollout.max_completion_tokens": 112},
+    settings=SMOLLM2.settings | {"rollout.max_completion_tokens": 128},
     tasks={
-        "eight facts": Goal(
-            {"task.name": "benchmarks/eight_facts.py", **STRICT}, 0.6, 0.7, "mean_reward"
+        "ten facts": Goal(
+            {"task.name": "benchmarks/ten_facts.py", **STRICT}, 0.7, 0.8, "mean_reward"
         ),
     },
     arms=("flat-8 in small steps", "pairs", "tree by entropy", "tree by period"),
     rates=(3e-4,),
     tuning_seeds=(),
-    budget=36_000,
-    every=4_500,
+    budget=30_000,
+    every=3_000,
     prompts=64,
     seconds="wall_s",
 )
-"""Where branching should pay if anywhere: completions of about 70 tokens with partial credit; the
-base model's mean reward is 0.27. The one learning rate is that of examples/smollm2."""
+"""Where branching should pay if anywhere: completions of about 80 tokens with partial credit; the
+base model's mean reward is 0.26 to 0.34. The one learning rate is that of examples/smollm2."""
 CHOICES = Subject(
     name="choices",
     settings={"memory.threads": 1, "rollout.max_completion_tokens": 1},

@@ -29,6 +29,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 COMPARED = (*BASES, "pairs")
 """Arms that the tables compare with: the bases, and the default."""
+SEEDS = 5
+"""Fewest seeds of a subject that is drawn, if there is one."""
 ORDER = ("smollm2", "smollm2-long", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
@@ -59,7 +61,16 @@ def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
     names = {arm for some in parts.values() for part in some for arm in part.arms}
     blocks += ["### What the arms set", arms_table(names)]
     insert("\n\n".join(blocks), docs / "strategies.md")
-    draw(next(iter(parts.values())), docs / "strategies.png")
+    draw(next(iter(whole(parts) or parts.values())), docs / "strategies.png")
+
+
+def whole(parts: Mapping[str, Sequence[Part]]) -> list[Sequence[Part]]:
+    """Return the subjects on whose every task each arm was run with the planned seeds."""
+    return [
+        some
+        for some in parts.values()
+        if all(len(seeds) >= SEEDS for part in some for seeds in part.arms.values())
+    ]
 
 
 # Words and tables
@@ -120,7 +131,8 @@ def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
 def best(part: Part) -> str:
     """Return what the arm with the fewest tokens needs of the base's tokens and seconds."""
     base = base_of(part.arms)
-    found = {arm: part.against(arm, base, "tokens") for arm in part.arms if arm not in BASES}
+    there = [arm for arm in part.arms if arm not in BASES and not ARMS[arm].removed]
+    found = {arm: part.against(arm, base, "tokens") for arm in there}
     means = {arm: each.mean for arm, each in found.items() if each}
     if not means:
         return f"No arm can be compared with {base or BASES[0]} yet."
@@ -199,7 +211,11 @@ def arms_table(names: set[str]) -> str:
     """Return what each arm sets over the first one, and whose it is."""
     first: Settings = Job.of(SUBJECTS["embedded"], "steps", BASES[0], 0.0, 0).settings
     rows = [
-        [shown(name), _whose(arm), words({k: v for k, v in arm.settings.items() if first[k] != v})]
+        [
+            shown(name),
+            _whose(arm),
+            words({k: v for k, v in arm.settings.items() if first.get(k) != v}),
+        ]
         for name, arm in ARMS.items()
         if name in names
     ]
@@ -274,8 +290,9 @@ def draw(parts: Sequence[Part], path: Path) -> None:
             axes.grid(alpha=0.25)
             axes.set(ylim=(0, 1), xlim=(0, None))
         panels[0].set(xlabel="generated tokens, thousands", ylabel=f"pass@1, held out\n{part.task}")
-        panels[1].set(xlabel="seconds of training")
-    rows[0][1].legend(frameon=False, loc="lower right")
+        kind = "processor seconds" if seconds == "cpu_s" else "seconds"
+        panels[1].set(xlabel=f"{kind} of training")
+    rows[0][0].legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -60,6 +60,7 @@ REMOVED: Mapping[str, Any] = {
     "rollout.rounds": 0,
     "rollout.give_up": 0.9,
     "rollout.roots": 2,
+    "rollout.fork_gap": 0,
     "rollout.replay_groups": 0,
     "rollout.replay_age": 8,
     "rollout.replay_drift": 0.02,

@@ -191,7 +191,6 @@ class RolloutConfig:
     group_size: int = setting(0, "maximum completions per prompt; 0: 2 if flat, else 8", low=0)
     strategy: str = setting("flat", "independent completions, trees, rounds", choices=STRATEGIES)
     fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
-    fork_gap: int = setting(0, "minimum tokens between forks on a path; 0: chosen", low=0)
     stop_loops: bool = setting(
         False, "end a completion that repeats itself; its repetition is not trained: a bias"
     )

@@ -38,7 +38,7 @@ REWARD = "def reward(completion_ids):\n    return [3 not in ids for ids in compl
 
 
 PAIRS = {"rollout.group_size": 2}
-TREE = {"rollout.strategy": "tree", "rollout.group_size": 4, "rollout.fork_gap": 1}
+TREE = {"rollout.strategy": "tree", "rollout.group_size": 4}
 PERIOD = {"rollout.fork_rule": "periodic"}
 FRESH: dict[str, dict[str, Any]] = {
     "flat": {"rollout.group_size": 4},

@@ -56,7 +56,7 @@ def run(folder, out, **settings):
 
 STRATEGIES = {
     "flat": {},
-    "tree": {"rollout.strategy": "tree", "rollout.fork_gap": 2},
+    "tree": {"rollout.strategy": "tree"},
     "adaptive": {"rollout.strategy": "adaptive"},
 }
 

@@ -35,7 +35,6 @@ EVERYTHING = BASE | {
 TREES = BASE | {
     "rollout.strategy": "tree",
     "rollout.group_size": 8,
-    "rollout.fork_gap": 3,
 }
 VARYING = ("time/", "memory/", "step_time")
 

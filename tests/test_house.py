@@ -41,7 +41,7 @@ def test_no_two_classes_have_one_name():
 
 
 def test_few_files_stand_at_the_root():
-    assert len(list(PACKAGE.glob("*.py"))) <= 9
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
 
 
 @pytest.mark.parametrize("room", ["rollouts", "memory", "learning"])

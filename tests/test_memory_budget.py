@@ -55,7 +55,6 @@ SETTINGS = {
 TREES = {
     "rollout.strategy": "tree",
     "rollout.fork_rule": "periodic",
-    "rollout.fork_gap": 2,
 }
 BESIDE = 100_000_000
 """Bytes that a run's process is taken to hold besides MLX's arrays."""

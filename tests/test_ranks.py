@@ -90,7 +90,7 @@ def wait_for_steps(out: Path, count: int, processes):
 
 @pytest.mark.exact
 def test_two_ranks_make_the_run_of_one(tiny_folder, tmp_path, engine):
-    make_the_run_of_one(tiny_folder, tmp_path, "flat", engine)
+    make_the_run_of_one(tiny_folder, tmp_path, "rounds", engine)
 
 
 def make_the_run_of_one(tiny_folder, tmp_path, parts, engine="auto"):

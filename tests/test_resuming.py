@@ -39,7 +39,6 @@ SMALL = {
 PARTS = {
     "trees": {
         "rollout.strategy": "tree",
-        "rollout.fork_gap": 2,
         "rollout.reuse": 0.5,
         "learning.kl_coef": 0.01,
         "learning.updates_per_step": 2,
@@ -93,7 +92,7 @@ def whole(request, tiny_folder, tmp_path_factory, engine):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tiny_folder, tmp_path, whole, share):
     settings, expected, beats = whole
     out = tmp_path / "run"

@@ -97,14 +97,17 @@ def test_the_written_configuration_is_the_one_that_ran(result):
     assert tomllib.loads((result.folder / "config.toml").read_text())["run"]["eval_every"] == 2
 
 
-WITH_TOOLS = {"rollout/turns", "tools/call_frequency", "tools/failure_frequency"}
-"""Metrics of tasks with tools alone; `test_conversations.py` sees them."""
+ELSEWHERE = {
+    *("rollout/turns", "tools/call_frequency", "tools/failure_frequency"),
+    *("rollout/sequences", "rollout/failed", "eval/loss"),
+}
+"""Metrics of runs with tools, with agents, or with worked examples alone; their tests see them."""
 
 
 def test_every_metric_is_in_the_table_and_every_one_of_the_table_is_logged(result):
     logged = set().union(*read_jsonl(result.folder / "metrics.jsonl"))
     known = {name.replace("<name>", "final_answer") for name in METRICS}
-    assert logged == known - WITH_TOOLS - {name for name in known if name.startswith("ranks/")}
+    assert logged == known - ELSEWHERE - {name for name in known if name.startswith("ranks/")}
 
 
 def test_evaluations_come_before_after_and_between(result):

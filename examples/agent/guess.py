@@ -6,6 +6,7 @@ installed.
 
 import json
 import re
+import urllib.error
 import urllib.request
 
 
@@ -25,13 +26,16 @@ def play(example, base_url, api_key):
     messages = list(example["prompt"])
     number = int(example["answer"])
     for _ in range(4):
-        said = ask(base_url, api_key, messages)
+        try:
+            said = ask(base_url, api_key, messages)
+        except urllib.error.HTTPError:  # no token is left for another turn
+            return 0.0
         numbers = re.findall(r"[0-9]+", said["content"] or "")
-        if not numbers:
+        if not numbers or len(numbers[-1]) > 9:
             reply = f"Write one number from {example['low']} to {example['high']}."
-        elif int(numbers[-1][:9]) == number:
+        elif int(numbers[-1]) == number:
             return 1.0
         else:
-            reply = "higher" if int(numbers[-1][:9]) < number else "lower"
+            reply = "higher" if int(numbers[-1]) < number else "lower"
         messages += [said, {"role": "user", "content": reply}]
     return 0.0

@@ -195,16 +195,16 @@ class Agents:
         reward, messages = _number(value), talk.transcript
         if error is None and not isinstance(value, str | None) and reward is None:
             given = messages_of(value)
-            messages = tuple(given or ())
+            messages = tuple({**one, "content": one.get("content") or ""} for one in given or ())
             if given is None:
                 shown = repr(value)[:60]
                 error = f"it returned {shown}; a finite number, text, messages or None are allowed"
         elif isinstance(value, str):
             messages = ({"role": "assistant", "content": value},)
         self._rewards[number] = reward
-        text = next((m["content"] for m in messages[::-1] if m["role"] == "assistant"), None)
+        text = next((m["content"] for m in messages[::-1] if m["role"] == "assistant"), "")
         reason = talk.cut or ("error" if error else talk.last)
-        end = AgentEnd(number, reason, text or "", messages)
+        end = AgentEnd(number, reason, text, messages)
         return end, error if reason == "error" else None
 
     def _calls(self, requests: Mapping[int, Request]) -> dict[int, Asking]:

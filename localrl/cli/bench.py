@@ -114,11 +114,11 @@ def bench(
         _refuse(MEASURING, "--recipe has no use for {}. Remove it.")
         from localrl.cli.recipe import run_recipe
         from localrl.config import parse_setting
-        from localrl.diagnostics.recipe_runs import Request
+        from localrl.diagnostics.recipe_runs import Changes
 
         given = dict(parse_setting(text) for text in settings)
         folder = out or Path("runs") / recipe
-        run_recipe(recipe, Request(folder, model, data, problems, given))
+        run_recipe(recipe, Changes(folder, model, data, problems, given))
         return
     _refuse(OF_RECIPES, "{} needs --recipe. Add it, or remove {}.")
     if shape is not None:

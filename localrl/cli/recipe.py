@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from localrl.diagnostics.recipe_runs import ArmRun, Request, plan, record, table, write_settings
+from localrl.diagnostics.recipe_runs import ArmRun, Changes, plan, record, table, write_settings
 from localrl.diagnostics.recipes import RECIPES
 from localrl.errors import Stopped
 from localrl.processes.supervisor import command_of, supervise, this_python
@@ -19,7 +19,7 @@ STOPPED = (Stopped.exit_code, 130)
 """Exit codes of a run that was asked to stop."""
 
 
-def run_recipe(name: str, request: Request) -> None:
+def run_recipe(name: str, changes: Changes) -> None:
     """Make the runs that are not done, then print the table and write it to the folder.
 
     Exits with a run's own code if it fails.
@@ -28,7 +28,7 @@ def run_recipe(name: str, request: Request) -> None:
     be; Stopped if a run was asked to stop.
     """
     recipe = RECIPES[name]
-    runs = plan(recipe, request)
+    runs = plan(recipe, changes)
     data = str(runs[0].settings["task.name"])
     if is_data(data) and Path(data).suffix != ".py":
         find_source(data)
@@ -41,7 +41,7 @@ def run_recipe(name: str, request: Request) -> None:
     click.echo("")
     for line in table(recipe, runs):
         click.echo(line)
-    _write(request.out / RESULTS, name, runs)
+    _write(changes.out / RESULTS, name, runs)
 
 
 def _train(run: ArmRun) -> None:

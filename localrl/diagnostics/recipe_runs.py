@@ -21,7 +21,7 @@ WIDTH = 26
 
 
 @dataclass(frozen=True)
-class Request:
+class Changes:
     """The user's changes to a recipe; None where there is none."""
 
     out: Path
@@ -80,18 +80,18 @@ class ArmResult:
     """Seconds of training steps, without evaluations."""
 
 
-def plan(recipe: Recipe, request: Request) -> list[ArmRun]:
+def plan(recipe: Recipe, changes: Changes) -> list[ArmRun]:
     """Return the runs to make.
 
     Raises: ConfigError if the settings cannot be, or a folder has a run of other settings.
     """
-    if request.data is not None and request.problems is None:
+    if changes.data is not None and changes.problems is None:
         raise ConfigError(
-            f"Of {request.data} nobody knows how many problems to train on. Say it with --problems."
+            f"Of {changes.data} nobody knows how many problems to train on. Say it with --problems."
         )
-    if "run.out" in (request.settings or {}):
+    if "run.out" in (changes.settings or {}):
         raise ConfigError("Every run has a folder of its own. Name the one around them with --out.")
-    runs = [_arm(recipe, request, name) for name in recipe.arms]
+    runs = [_arm(recipe, changes, name) for name in recipe.arms]
     for run in runs:
         if not RunConfig.create(run.settings).task.held_out:
             raise ConfigError(
@@ -102,22 +102,22 @@ def plan(recipe: Recipe, request: Request) -> list[ArmRun]:
     return runs
 
 
-def _arm(recipe: Recipe, request: Request, name: str) -> ArmRun:
-    problems = recipe.problems if request.problems is None else request.problems
+def _arm(recipe: Recipe, changes: Changes, name: str) -> ArmRun:
+    problems = recipe.problems if changes.problems is None else changes.problems
     settings = {
         **recipe.settings,
-        "model.path": request.model or recipe.model,
-        "task.name": request.data or recipe.data,
+        "model.path": changes.model or recipe.model,
+        "task.name": changes.data or recipe.data,
         "task.train_prompts": problems,
         "task.eval_prompts": recipe.held_out,
         **recipe.arms[name],
-        **(request.settings or {}),
+        **(changes.settings or {}),
     }
     prompts = min(problems, settings["rollout.prompts_per_step"])
     steps = {"run.steps": math.ceil(problems / prompts)}
     slug = re.sub(r"\W+", "-", name.lower())
     return ArmRun(
-        name, request.out / slug, {**steps, **settings, "rollout.prompts_per_step": prompts}
+        name, changes.out / slug, {**steps, **settings, "rollout.prompts_per_step": prompts}
     )
 
 
@@ -183,7 +183,8 @@ def table(recipe: Recipe, runs: Sequence[ArmRun]) -> Iterator[str]:
         f"{sizes['model.path']}, {sizes['task.train_prompts']:,} problems of {sizes['task.name']}, "
         "each seen once"
     )
-    yield f"{'':{WIDTH}}{'before':>8}{'after':>8}{'95 % interval':>18}{'tokens':>14}{'seconds':>10}"
+    shares = f"{'right answers, %':{WIDTH}}{'before':>8}{'after':>8}{'95 % interval':>18}"
+    yield f"{shares}{'tokens':>14}{'seconds':>10}"
     yield "measured here"
     for run in runs:
         yield _measured(result(run))
@@ -194,8 +195,7 @@ def table(recipe: Recipe, runs: Sequence[ArmRun]) -> Iterator[str]:
 
 
 def _measured(found: ArmResult) -> str:
-    low, high = found.interval or (None, None)
-    interval = "-" if low is None else f"{low:.3f} to {high:.3f}"
+    interval = " to ".join(f"{100 * end:.1f}" for end in found.interval or ()) or "-"
     return (
         f"  {found.arm:{WIDTH - 2}}{_share(found.before):>8}{_share(found.after):>8}{interval:>18}"
         f"{found.tokens:>14,}{found.seconds:>10,.0f}"
@@ -209,4 +209,4 @@ def _published(line: PublishedRun) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{100 * value:.2f}"

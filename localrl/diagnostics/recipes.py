@@ -72,7 +72,7 @@ RECIPES: Mapping[str, Recipe] = {
             "rollout.max_completion_tokens": 1024,
         },
         arms={
-            "GRPO, 16 completions": {
+            "GRPO-16": {
                 "rollout.prompts_per_step": 1,
                 "rollout.group_size": 16,
                 "learning.objective": "grpo",
@@ -87,7 +87,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
         published=(
             PublishedRun("the model before", 0.5572),
-            PublishedRun("GRPO, 16 completions", 0.7705, 23_393),
+            PublishedRun("GRPO-16", 0.7705, 23_393),
             PublishedRun("CPPO, trains 8 of 16", 0.7767, 12_930),
             PublishedRun("CPPO, trains 4 of 16", 0.7881, 7_159),
             PublishedRun("CPPO, trains 2 of 16", 0.8041, 4_781),

@@ -20,7 +20,8 @@ from localrl.settings import RolloutConfig
 
 FIRST_TOKENS = 4
 """Minimum length of a path before it forks: earlier forks would share almost nothing."""
-SHORTEST_GAP = 8
+SHORTEST_GAP = 4
+"""Minimum number of tokens between two forks of a path."""
 MEMORY = 0.7
 """Weight of the old estimate when a new batch is seen."""
 QUANTILES = (0.5, 0.99)
@@ -32,13 +33,11 @@ class Spacing:
     """The spacing and number of forks, shared by both rules.
 
     Forks become available along the expected length of a path, so they are not all used at its
-    start.
+    start; those of a path are at least a fifth of its expected length apart.
     """
 
     roots: int
     leaves: int
-    gap: int
-    """Tokens between forks of a path; 0: a fifth of the expected length, at least 8."""
     expected_length: float
 
     @property
@@ -49,7 +48,7 @@ class Spacing:
     def open(self, view: LiveView) -> np.ndarray:
         """Return the rows that the spacing allows to fork, (B,) bool."""
         expected = np.where(np.isnan(view.expected), self.expected_length, view.expected)
-        gap = self.gap or np.maximum(SHORTEST_GAP, expected / 5)
+        gap = np.maximum(SHORTEST_GAP, expected / 5)
         most = math.ceil(self.target) + 1
         unlocked = np.minimum(most, 1 + np.floor(most * view.lengths / expected))
         spaced = (view.since_fork >= gap) | (view.forks == 0)
@@ -117,7 +116,7 @@ def make_rule(config: RolloutConfig, shape: Shape) -> EntropyRule | PeriodicRule
         return None
     # Half of the longest completion, until the first batch gives a better estimate.
     expected = config.max_completion_tokens / 2
-    spacing = Spacing(shape.roots, shape.leaves, config.fork_gap, expected)
+    spacing = Spacing(shape.roots, shape.leaves, expected)
     return EntropyRule(spacing) if config.fork_rule == "entropy" else PeriodicRule(spacing)
 
 

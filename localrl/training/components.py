@@ -42,6 +42,7 @@ from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, make_shape
 from localrl.rollouts.stops import make_stops
 from localrl.tasks.base import Task
+from localrl.tasks.environments import Environments
 from localrl.training.calibrate import calibrate_plan
 from localrl.training.demonstrations import Demonstrations, check_room
 from localrl.training.given import NOTHING, Given
@@ -208,10 +209,7 @@ def open_components(
         policy = choose_engine(policy, config.model.engine, warn, selfcheck=config.model.selfcheck)
         fixed = planned is not None or bool(config.memory.pin)
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
-        if environments is not None:
-            environments.connect(policy.tokenizer)
-        if isinstance(environments, Agents):
-            stack.callback(environments.close)
+        _connect(environments, policy.tokenizer, stack)
         updates = config.run.steps * config.learning.updates_per_step
         updater = Updater(
             policy,
@@ -262,6 +260,16 @@ def open_components(
             held_out=opened.held_out,
             judges=opened.judges,
         )
+
+
+def _connect(
+    environments: Environments | Agents | None, tokenizer: Tokenizer, stack: ExitStack
+) -> None:
+    """Connect what answers the model's turns, or asks for them, until the stack is closed."""
+    if environments is not None:
+        environments.connect(tokenizer)
+    if isinstance(environments, Agents):
+        stack.callback(environments.close)
 
 
 def load(resolved: ResolvedConfig, tokenizer: Tokenizer | None = None) -> LoadedModel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +57,20 @@ TYPES: dict[str, type] = {
     )
 }
 """Every record type that a state may hold."""
-RENAMED = {"Earlier": CompletionCache, "Known": PromptStats, "Watch": MemoryMonitor}
-"""Record types under the names that older checkpoints use."""
+
+
+def _spacing(gap: int = 0, **fields: Any) -> Spacing:
+    """Return a spacing of forks; in older checkpoints it has a gap, which is 0: chosen."""
+    return Spacing(**fields)
+
+
+OLDER: dict[str, Callable[..., Any]] = {
+    "Earlier": CompletionCache,
+    "Known": PromptStats,
+    "Watch": MemoryMonitor,
+    "Spacing": _spacing,
+}
+"""Makers of records by the names that older checkpoints use."""
 
 REMOVED = ("replays",)
 """Values of older checkpoints that nothing uses any more."""
@@ -144,7 +156,7 @@ def read(folder: Path) -> State:
     arrays = _load(records) if records.exists() else {}
     values = tree["values"]
     values["mapping"] = [pair for pair in values["mapping"] if pair[0] not in REMOVED]
-    values = decode(values, {name: np.array(a) for name, a in arrays.items()}, TYPES | RENAMED)
+    values = decode(values, {name: np.array(a) for name, a in arrays.items()}, TYPES | OLDER)
     return State(tree["step"], values, _load(folder / WEIGHTS))
 
 

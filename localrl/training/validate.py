@@ -54,7 +54,7 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
         _check_trees(config, shape)
     _check_weights(config, shape)
     _check_reuse(config, shape)
-    if task.environment or config.task.environment or config.task.tools:
+    if task.environment or config.task.environment or config.task.tools or config.task.agent:
         _check_turns(config)
 
 
@@ -62,12 +62,12 @@ def _check_turns(config: RunConfig) -> None:
     if config.rollout.reuse:
         raise ConfigError(
             f"rollout.reuse is {config.rollout.reuse:g}, but a completion that talked to an "
-            "environment cannot be restarted from its middle. Set it to 0."
+            "environment, or an agent's, cannot be restarted from its middle. Set it to 0."
         )
     if config.task.decided:
         raise ConfigError(
             f"task.decided is {config.task.decided}, but what ends a completion that talks to an "
-            "environment is the environment. Leave it out."
+            "environment is the environment, and an agent's is the agent. Leave it out."
         )
 
 
@@ -81,11 +81,6 @@ def _check_agent(config: RunConfig, shape: Shape) -> None:
         raise ConfigError(
             f"rollout.strategy is {rollout.strategy}, but an agent cannot be copied where a "
             "completion forks. Set it to flat or adaptive."
-        )
-    if rollout.reuse:
-        raise ConfigError(
-            f"rollout.reuse is {rollout.reuse:g}, but an agent cannot be restarted from its "
-            "middle. Set it to 0."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ PLAIN = (str, int, float, bool, type(None))
 
 Types = Mapping[str, type]
 """The dataclasses that may occur, by name."""
+Makers = Mapping[str, Callable[..., Any]]
+"""Makers of a record from its fields, by its name: the dataclass, or a function."""
 
 
 def encode(value: Any, types: Types) -> tuple[Any, dict[str, np.ndarray]]:
@@ -31,7 +33,7 @@ def encode(value: Any, types: Types) -> tuple[Any, dict[str, np.ndarray]]:
     return _encode(value, types, arrays), arrays
 
 
-def decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Types) -> Any:
+def decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Makers) -> Any:
     """Return the value that `encode` was given.
 
     Raises: CheckpointError for a tree that `encode` did not make, or with an unknown type in it.
@@ -95,7 +97,7 @@ def _encode(value: Any, types: Types, arrays: dict[str, np.ndarray]) -> Any:
     raise TypeError(f"a value of type {type(value)} cannot be part of a state")
 
 
-def _decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Types) -> Any:
+def _decode(tree: Any, arrays: Mapping[str, np.ndarray], types: Makers) -> Any:
     if isinstance(tree, list):
         return [_decode(item, arrays, types) for item in tree]
     if not isinstance(tree, dict):

@@ -134,27 +134,27 @@ def test_results_name_no_folder_of_this_machine():
     assert all(Path(each.partition(".py:")[0] + ".py").exists() for each in rewards)
 
 
-def test_the_long_task_asks_for_eight_facts_and_begins_the_answer():
-    told = described(Job.of(LONG, "eight facts", "pairs", 3e-4, 0))
+def test_the_long_task_asks_for_ten_facts_and_begins_the_answer():
+    told = described(Job.of(LONG, "ten facts", "pairs", 3e-4, 0))
     assert [len(told["train"]), len(told["held_out"])] == [64, LONG.prompts]
     asked, begun = told["train"][0]["prompt"]
     facts = json.loads(told["train"][0]["answer"])
-    assert len(facts) == 8
+    assert len(facts) == 10
     assert all(f'"{key}"' in asked["content"] for key in facts)
     assert all(str(value) in asked["content"] for value in facts.values())
     assert json.dumps(facts, indent=2).startswith(begun["content"])
 
 
 def test_a_task_may_be_judged_by_its_mean_reward():
-    one = Job.of(LONG, "eight facts", "pairs", 3e-4, 0)
+    one = Job.of(LONG, "ten facts", "pairs", 3e-4, 0)
     made = finished(one, (0, 0.0), (10, 0.0), (20, 0.1))
     for each, reward in zip(made["evaluations"], (0.2, 0.4, 0.6), strict=True):
         each["mean_reward"] = reward
     assert cost(made, 0.5) == Cost(pytest.approx(15_000))
-    assert not learning_runs.learned(made["evaluations"], LONG.tasks["eight facts"])
+    assert not learning_runs.learned(made["evaluations"], LONG.tasks["ten facts"])
     for each in made["evaluations"][1:]:
-        each["mean_reward"] = LONG.tasks["eight facts"].stop + 0.01
-    assert learning_runs.learned(made["evaluations"], LONG.tasks["eight facts"])
+        each["mean_reward"] = LONG.tasks["ten facts"].stop + 0.01
+    assert learning_runs.learned(made["evaluations"], LONG.tasks["ten facts"])
 
 
 # Costs

@@ -12,7 +12,7 @@ import within
 
 from localrl.cli.recipe import RESULTS
 from localrl.config import RunConfig
-from localrl.diagnostics.recipe_runs import Request, plan, write_settings
+from localrl.diagnostics.recipe_runs import Changes, plan, write_settings
 from localrl.diagnostics.recipes import RECIPES
 from localrl.errors import ConfigError, Stopped
 from localrl.processes.heartbeat import Heartbeat
@@ -70,7 +70,7 @@ class StopAfterFirst(NullProgress):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_arm_can_be_configured_and_sees_each_problem_once(name, tmp_path):
     recipe = RECIPES[name]
-    runs = plan(recipe, Request(tmp_path))
+    runs = plan(recipe, Changes(tmp_path))
     assert [run.name for run in runs] == list(recipe.arms)
     for run in runs:
         config = RunConfig.create(run.settings)
@@ -95,7 +95,7 @@ def test_the_published_figures_are_those_of_the_paper():
 def test_a_stopped_comparison_goes_on_and_is_made_once(place, capfd):
     """Both runs are real processes; the first was stopped before, after one step."""
     model, problems = str(place / "model"), str(place / "problems.jsonl")
-    runs = plan(RECIPE, Request(place / "out", model, problems, 3, SMALL))
+    runs = plan(RECIPE, Changes(place / "out", model, problems, 3, SMALL))
     write_settings(runs[0])
     progress = StopAfterFirst()
     config = RunConfig.create(file=runs[0].file)
@@ -105,11 +105,11 @@ def test_a_stopped_comparison_goes_on_and_is_made_once(place, capfd):
     arguments += ["--data", problems, "--out", place / "out", *words(SMALL)]
     done = within.localrl(capfd, *arguments, cwd=place)
     assert done.returncode == 0, done.stderr
-    assert "run 1 of 2: GRPO, 16 completions, up to 6 completions" in done.stdout
+    assert "run 1 of 2: GRPO-16, up to 6 completions" in done.stdout
     table = done.stdout.partition("measured here\n")[2].splitlines()
-    assert table[0].split()[:4] == ["GRPO,", "16", "completions", "0.000"]
-    assert table[1].split()[:2] == ["pairs", "0.000"]
-    assert "0.804" in done.stdout.partition("published: arXiv 2503.22342v1")[2]
+    assert table[0].split()[:2] == ["GRPO-16", "0.00"]
+    assert table[1].split()[:2] == ["pairs", "0.00"]
+    assert "80.41" in done.stdout.partition("published: arXiv 2503.22342v1")[2]
     read = [read_run(run.folder) for run in runs]
     assert [[step["step"] for step in run.steps] for run in read] == [[1, 2, 3], [1]]
     kept = json.loads((place / "out" / RESULTS).read_text())
@@ -157,8 +157,8 @@ def test_options_that_do_not_fit_are_refused(arguments, told, tmp_path, capfd):
 
 def test_a_second_recipe_is_a_few_lines(tmp_path):
     other = replace(RECIPE, model="mine", arms={"one": {"rollout.prompts_per_step": 4}}, problems=9)
-    [run] = plan(other, Request(tmp_path, problems=5))
+    [run] = plan(other, Changes(tmp_path, problems=5))
     assert run.settings["run.steps"] == 2
     assert run.settings["model.path"] == "mine"
     with pytest.raises(ConfigError, match="group_size"):
-        plan(other, Request(tmp_path, settings={"rollout.group_size": -1}))
+        plan(other, Changes(tmp_path, settings={"rollout.group_size": -1}))

@@ -77,7 +77,10 @@ def refused(example, base_url, api_key):
 def _play(example, client, ask):
     messages = list(example["prompt"])
     for _ in range(4):
-        said = ask(client, messages)
+        try:
+            said = ask(client, messages)
+        except openai.BadRequestError:  # no token is left for another turn
+            return 0.0
         content = said["content"] if isinstance(said, dict) else said.content
         reply = _heard(example, content)
         if reply is None:

@@ -21,7 +21,6 @@ SETTINGS = {
     "run.steps": 10,
     "run.checkpoint_every": 1,
     "rollout.strategy": "tree",
-    "rollout.fork_gap": 2,
     "rollout.reuse": 0.5,
 }
 

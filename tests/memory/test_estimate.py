@@ -176,6 +176,19 @@ def test_each_turn_reads_its_path_again():
     assert (found.caches, found.update) == (plain.caches, plain.update)
 
 
+@pytest.mark.parametrize("name", ["cpu", "mlx"])
+def test_agents_may_have_a_prompt_for_each_completion(name):
+    plain = replace(WORKLOAD, engines=engines_for(name, device="cpu"))
+    own = replace(plain, own_prompts=True)
+    found, shared = estimate(SIZES, own, PLAN), estimate(SIZES, plain, PLAN)
+    one = replace(PLAN, group_size=1)
+    assert found.update > shared.update
+    assert (found.linear, found.quadratic) == (
+        estimate(SIZES, plain, one).linear,
+        estimate(SIZES, plain, one).quadratic,
+    )
+
+
 @pytest.mark.parametrize("name", ["qwen3", "lfm2", "qwen3_5", "gemma4_text"])
 def test_shared_prompts_count_once(name):
     """In every family: four paths of a tree take less than four times one path."""

@@ -40,7 +40,6 @@ def tree_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rollout.strategy": "tree",
         "rollout.prompts_per_step": 8,
         "rollout.group_size": 6,
-        "rollout.fork_gap": 3,
         "rollout.max_completion_tokens": 24,
         "rollout.max_prompt_tokens": 40,
         "run.steps": 2,

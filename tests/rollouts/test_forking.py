@@ -159,7 +159,7 @@ def view(**changes):
 
 
 def spacing(**changes):
-    return Spacing(**({"roots": 2, "leaves": 8, "gap": 8, "expected_length": 40.0} | changes))
+    return Spacing(**({"roots": 2, "leaves": 8, "expected_length": 40.0} | changes))
 
 
 def test_entropy_forks_above_its_threshold():
@@ -197,12 +197,12 @@ def test_spacing(changes, allowed):
 
 def test_the_gap_follows_the_expected_length():
     assert (
-        not spacing(gap=0, expected_length=100.0)
+        not spacing(expected_length=100.0)
         .open(view(forks=[1] * 4, since_fork=[19] * 4, lengths=[80] * 4))
         .any()
     )
     assert (
-        spacing(gap=0, expected_length=100.0)
+        spacing(expected_length=100.0)
         .open(view(forks=[1] * 4, since_fork=[20] * 4, lengths=[80] * 4))
         .all()
     )
@@ -229,9 +229,7 @@ def test_the_quantile_is_nudged_toward_the_wanted_forks():
 def test_each_prompt_has_its_own_expected_length():
     rows = {"forks": [1] * 4, "since_fork": [19] * 4, "lengths": [80] * 4}
     # A fifth of it: gaps of 20 where nothing is known, of 19, of 19.2 and, at least, of 8.
-    found = spacing(gap=0, expected_length=100.0).open(
-        view(**rows, expected=[np.nan, 95.0, 96.0, 10.0])
-    )
+    found = spacing(expected_length=100.0).open(view(**rows, expected=[np.nan, 95.0, 96.0, 10.0]))
     assert found.tolist() == [False, True, False, True]
     # Forks unlock along it: the second of three after a third of 30, 60, 90 or 120 tokens.
     rows = {"forks": [1] * 4, "since_fork": [20] * 4, "lengths": [25] * 4}
@@ -253,7 +251,7 @@ def test_expected_lengths_reach_the_rule(policy):
 
 
 def test_rules_fork_real_trees(policy):
-    rule = EntropyRule(spacing(gap=3, expected_length=24.0))
+    rule = EntropyRule(spacing(expected_length=24.0))
     first = sample(policy, rule)
     assert forks_per_path(first) == 0
     rule.learn(first)

@@ -41,11 +41,11 @@ def test_sizes_that_do_not_fit_the_strategy(strategy, size, message):
 
 
 def test_only_shapes_with_forks_have_a_rule():
-    config = RolloutConfig(max_completion_tokens=50, fork_gap=7)
+    config = RolloutConfig(max_completion_tokens=50)
     assert make_rule(config, Shape(4, 4, 2)) is None
     assert make_rule(config, ONE) is None
     rule = make_rule(config, Shape(2, 4, 2))
     assert isinstance(rule, EntropyRule)
     spacing = rule.spacing
-    assert (spacing.roots, spacing.leaves, spacing.gap, spacing.expected_length) == (2, 4, 7, 25.0)
+    assert (spacing.roots, spacing.leaves, spacing.expected_length) == (2, 4, 25.0)
     assert isinstance(make_rule(RolloutConfig(fork_rule="periodic"), Shape(1, 2)), PeriodicRule)

@@ -88,6 +88,7 @@ def session(steps=4, **changes):
     made = {
         "forecast": forecast,
         "ranks": SimpleNamespace(size=1),
+        "demonstrations": None,
         "sampler": SimpleNamespace(shape=SimpleNamespace(leaves=2, rounds=1)),
         "config": config,
         "plan": plan,

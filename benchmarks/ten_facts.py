@@ -1,4 +1,4 @@
-"""Eight facts from a text as one JSON object, of about 70 tokens as SmolLM2-135M indents it.
+"""Ten facts from a text as one JSON object, of about 80 tokens as SmolLM2-135M indents it.
 
 The data of a task; its reward is examples/smollm2/rewards.py:facts, the share of facts that are
 right. Every answer begins with `BEGUN`, which the model continues.
@@ -18,10 +18,13 @@ FACTS = {
     "color": ("red", "blue", "green", "black", "white", "yellow"),
     "instrument": ("piano", "violin", "guitar", "flute", "harp"),
     "sport": ("tennis", "football", "chess", "golf", "hockey"),
+    "drink": ("tea", "coffee", "milk", "juice", "water"),
+    "month": ("January", "March", "April", "June", "July", "August", "October", "December"),
 }  # fmt: skip
 TEXT = (
     "{name} is {age} years old and works as a {job} in {city}. At home waits a {pet}."
     " The house is {color}. In the evening {name} plays the {instrument} and on Sundays {sport}."
+    " The best drink is {drink}, and the birthday is in {month}."
 )
 BEGUN = '{\n  "name":'
 """What the answer begins with; else most of the base model's begin with a code block."""
