@@ -27,14 +27,15 @@ from localrl.tasks.builtin import load_task
 from localrl.utils.intervals import wilson
 
 MODEL, TASK = "smollm2-135m", "reversal:1"
-EXAMPLES, HELD_OUT, SEEDS = 200, 64, (0, 1, 2)
+EXAMPLES, HELD_OUT, SEEDS = 200, 192, (0, 1, 2)
+"""With 192 problems, none of them solved, 2 % is outside the 95 % interval."""
 COMMON = {
     "task.eval_prompts": HELD_OUT,
     "rollout.prompts_per_step": 8,
     "rollout.max_completion_tokens": 64,
 }
 SFT = {"run.steps": 30, "learning.lr": 1e-3}
-TRAIN = {"rollout.group_size": 4, "run.steps": 16, "learning.lr": 3e-4}
+TRAIN = {"rollout.group_size": 4, "run.steps": 48, "learning.lr": 3e-4}
 RESULTS = Path(__file__).with_suffix(".jsonl")
 
 
