@@ -16,7 +16,7 @@ import numpy as np
 
 from localrl.errors import ConfigError, DataError
 from localrl.policy.chat import Messages, settled
-from localrl.policy.prompt_format import continued
+from localrl.policy.prompt_format import THINKS, THINKS_END, continued
 from localrl.policy.tokenizer import Tokenizer
 from localrl.policy.turns import ToolCall, answer_ids
 from localrl.records import Example
@@ -155,9 +155,11 @@ def _turn_ids(
 
     before: the conversation up to the turn. whole: with the turn.
 
-    Raises: DataError if the template does not show them.
+    Raises: DataError if the template does not show them, or thoughts that the prompt begins do not
+    end.
     """
     text = _turn_text(tokenizer, before, whole, message)
+    _check_thoughts(tokenizer, before, text)
     ids = _after(tokenizer, before, text)
     ends = [at for at, token in enumerate(ids) if token in tokenizer.end_ids]
     if not ends:
@@ -187,6 +189,20 @@ def _turn_text(tokenizer: Tokenizer, before: str, whole: str, message: Mapping[s
             "after its prompt. Write them into `content` as the model would, or use another model."
         )
     return content if tokenizer.joins else continued(before, whole, content)[len(before) :]
+
+
+def _check_thoughts(tokenizer: Tokenizer, before: str, text: str) -> None:
+    """Check that a turn ends the thoughts that its prompt begins, as some templates' prompts do.
+
+    Raises: DataError.
+    """
+    begin, end = tokenizer.inner.think_start or THINKS, tokenizer.inner.think_end or THINKS_END
+    if before.rstrip().endswith(begin) and end not in text:
+        raise DataError(
+            f"the prompt begins the model's thoughts with {begin}, and this turn of the assistant "
+            f"does not end them. Write them into `content`, as in thoughts{end}answer; or set "
+            "model.thinking=off, if the model's chat template knows that switch."
+        )
 
 
 def _without(before: str, whole: str) -> str | None:

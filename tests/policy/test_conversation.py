@@ -98,7 +98,7 @@ def test_every_turn_is_the_models_and_what_is_between_is_what_an_environment_put
         (THINKING, SAYS | {"reasoning_content": "hm"}, "<think>\nhm\n</think>\n\n4, I think"),
         (THINKING, SAYS, "<think>\n\n</think>\n\n4, I think"),
         # The prompt begins the thoughts, and whole turns leave them out: the content is the turn.
-        (BEGUN, SAYS, "4, I think"),
+        (BEGUN, SAYS | {"content": "hm</think>4"}, "hm</think>4"),
         (BEGUN, SAYS | {"content": "<think>hm</think>4"}, "hm</think>4"),
         (PLAIN, SAYS, " 4, I think"),
         (None, SAYS, "4, I think"),
@@ -150,8 +150,12 @@ def path_to(nodes, end: int):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (SAYS | {"content": "4<|im_end|>5"}, r"line 3: .*contains '<\|im_end\|>', which ends"),
+        (
+            SAYS | {"content": "hm</think>4<|im_end|>5"},
+            r"line 3: .*contains '<\|im_end\|>', which ends",
+        ),
         (SAYS | {"reasoning_content": "hm"}, "line 3: .*does not write reasoning or tool calls"),
+        (SAYS, "line 3: the prompt begins .* with <think>, and this turn .* does not end them"),
     ],
 )
 def test_what_cannot_be_shown_is_an_error_that_names_the_row(opened, said, message):
