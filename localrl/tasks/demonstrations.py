@@ -68,6 +68,8 @@ def to_demonstration(place: str, row: Mapping[str, Any], system: str | None) -> 
         prompt = {**row, MESSAGES: head}
         prompt = {name: value for name, value in prompt.items() if name != "prompt"}
     _check_turns(place, messages)
+    for message in messages:
+        _check_calls(place, message.get("tool_calls") or [])
     example = to_example(place, prompt, system)
     if example.begun:
         raise DataError(
@@ -127,3 +129,28 @@ def _check_turns(place: str, messages: Sequence[Mapping[str, Any]]) -> None:
         raise DataError(
             f"{place}: two messages of the assistant follow each other. Join them to one."
         )
+
+
+def _check_calls(place: str, calls: Any) -> None:
+    """Check that tool calls have names, and arguments that are an object or the JSON of one.
+
+    Raises: DataError.
+    """
+    if not isinstance(calls, list):
+        raise DataError(f"{place}: tool_calls is {calls!r:.60}; it must be a list of tool calls.")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{place}: tool_calls holds {call!r:.80}; a call needs a `function` with a `name` "
+                "and `arguments`."
+            )
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):  # told below
+                arguments = json.loads(arguments)
+        if not isinstance(arguments, dict):
+            raise DataError(
+                f"{place}: the arguments of the call of {function['name']!r} are "
+                f"{function['arguments']!r:.60}; they must be an object, or the JSON of one."
+            )

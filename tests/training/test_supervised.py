@@ -281,6 +281,10 @@ def test_training_goes_on_from_the_run_itself(whole, tiny_folder, tmp_path):
 SAID = {"role": "assistant", "content": "3"}
 
 
+def calling(calls):
+    return {"prompt": "sum 1 2", "completion": [{**SAID, "tool_calls": calls}]}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -310,6 +314,12 @@ SAID = {"role": "assistant", "content": "3"}
         (
             {"prompt": "1" * 60, "completion": "3"},
             "line 2: the prompt has 62 tokens, and 40 .*max_prompt_tokens=62",
+        ),
+        (calling("add(1, 2)"), r"line 2: tool_calls is 'add\(1, 2\)'; it must be a list"),
+        (calling(["add"]), "line 2: tool_calls holds 'add'; a call needs a `function`"),
+        (
+            calling([{"function": {"name": "add", "arguments": "{bad"}}]),
+            "line 2: the arguments of the call of 'add' are '{bad'; they must be an object",
         ),
         ({"prompt": "sum 1 4", "completion": "X3"}, "line 2: the model has no token for 'X'"),
     ],
