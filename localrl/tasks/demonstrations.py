@@ -19,11 +19,10 @@ from localrl.processes.worker import Worker
 from localrl.records import Example
 from localrl.settings import TaskConfig
 from localrl.tasks.files import FileTask, HoldOut, load_file_task, make_file_task
-from localrl.tasks.loading import python_rows
+from localrl.tasks.loading import COMPLETION, python_rows
 from localrl.tasks.messages import read_message, read_text
 from localrl.tasks.rows import is_empty, to_example
 
-COMPLETION = "completion"
 MESSAGES = "messages"
 
 

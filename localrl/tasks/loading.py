@@ -21,6 +21,8 @@ GYM = "gym:"
 GYM_PROMPTS = 1000
 """Default number of puzzles to train on."""
 
+COMPLETION = "completion"
+"""Column of worked examples with what is to be learned; a task's data have none."""
 ROWS = "rows"
 """Name of tasks whose rows were handed over in Python."""
 NO_TASK = "none"
@@ -46,7 +48,7 @@ def open_task(
     Raises: ConfigError if there is no such task, or data have no rewards; DataError for data that
     cannot be used.
     """
-    path = Path(config.name).expanduser()
+    path, config = Path(config.name).expanduser(), _of_problems(config)
     if config.columns and not config.demonstrations and not is_data(config.name):
         raise ConfigError(
             f"task.columns names columns of data, but {config.name} is a built-in task. Remove it."
@@ -119,6 +121,14 @@ def with_environments(
             "reward with --reward."
         )
     return replace(task, rewards=rewards), found
+
+
+def _of_problems(config: TaskConfig) -> TaskConfig:
+    """Return the settings without the column that only the worked examples of a run have."""
+    if not config.demonstrations:
+        return config
+    columns = [text for text in config.columns if text.partition("=")[0].strip() != COMPLETION]
+    return replace(config, columns=tuple(columns))
 
 
 def _rows_task(
