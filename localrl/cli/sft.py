@@ -32,25 +32,17 @@ FLAGS = {
     "memory_limit": "memory.limit",
 }
 """Settings that the flags set."""
-USED = {
-    "rollout": (
-        "prompts_per_step", "max_prompt_tokens", "max_completion_tokens", "max_turns",
-        "temperature", "stop_text",
-    ),
-    "learning": (
-        "lr", "warmup_steps", "lr_schedule", "kl_coef", "kl_estimator", "max_grad_norm",
-        "updates_per_step",
-    ),
-}  # fmt: skip
-"""Settings of these sections that mean something where completions are given."""
 TAKEN = ("model", "task", "lora")
 """Sections of settings that are taken from the run whose successes are learned from."""
-NOT_TAKEN = ("task.demonstrations", "lora.adapter")
+NOT_TAKEN = ("task.demonstrations", "task.decided", "lora.adapter")
 ALSO_TAKEN = (
     "rollout.max_prompt_tokens",
     "rollout.max_completion_tokens",
+    "rollout.max_turns",
     "rollout.temperature",
+    "rollout.stop_text",
 )
+"""Settings of sampling, for evaluations, that are taken too."""
 
 
 @click.command(cls=Starting)
@@ -136,6 +128,7 @@ def _resolve(given: dict[str, Any], *, data: str | None, run: str | None) -> Run
     """
     from localrl.config import ALIASES, RunConfig
     from localrl.tasks.loading import NO_TASK
+    from localrl.training.supervised_settings import as_supervised
 
     if data and run:
         raise ConfigError("Choose one to learn from: DATA, or the run of --from-rollouts.")
@@ -146,9 +139,7 @@ def _resolve(given: dict[str, Any], *, data: str | None, run: str | None) -> Run
         )
     given = {ALIASES.get(name, name): value for name, value in given.items()}
     taken = _of_run(Path(run).expanduser()) if run else {"task.name": NO_TASK}
-    config = RunConfig.create({**taken, **given})
-    _check_used(given)
-    return config
+    return as_supervised(RunConfig.create({**taken, **given}))
 
 
 def _of_run(run: Path) -> dict[str, Any]:
@@ -164,17 +155,3 @@ def _of_run(run: Path) -> dict[str, Any]:
     config = RunConfig.of_run(file)
     wanted = [key for key in keys() if key.partition(".")[0] in TAKEN or key in ALSO_TAKEN]
     return {key: config.value(key) for key in wanted if key not in NOT_TAKEN}
-
-
-def _check_used(given: dict[str, Any]) -> None:
-    """Check that every setting means something where completions are given.
-
-    Raises: ConfigError.
-    """
-    for key in given:
-        section, _, name = key.partition(".")
-        if section in USED and name not in USED[section]:
-            raise ConfigError(
-                f"{key} has no effect in a supervised run, whose completions are given. Leave it "
-                f"out; of {section} these have one: {', '.join(USED[section])}."
-            )

@@ -57,7 +57,7 @@ from localrl.training.memory_plan import (
 from localrl.training.opened_task import open_and_check
 from localrl.training.sampler import Rescore, Sampler
 from localrl.training.supervised import open_supervised
-from localrl.training.validate import as_supervised
+from localrl.training.supervised_settings import as_supervised
 
 ROUNDING = 0.01
 """Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in

@@ -32,11 +32,6 @@ def fit_prompts(config: RunConfig, task: Task, warn: Callable[[str], None]) -> R
     return config.replace("rollout.prompts_per_step", there)
 
 
-def as_supervised(config: RunConfig) -> RunConfig:
-    """Return the settings of a run that learns from given completions: one for each prompt."""
-    return config.replace("rollout.strategy", "flat").replace("rollout.group_size", 1)
-
-
 def check(config: RunConfig, shape: Shape, task: Task) -> None:
     """Reject settings that cannot work together.
 

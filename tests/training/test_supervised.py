@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import within
 from steps import plan, relative_difference
 
 from localrl.backend import mx, nn
+from localrl.cli.sft import _resolve
 from localrl.config import RunConfig
 from localrl.engines.choose import choose_engine
 from localrl.errors import CheckpointError, ConfigError, DataError, Stopped
@@ -24,11 +26,15 @@ from localrl.policy.tokenizer import load_tokenizer
 from localrl.processes.heartbeat import Heartbeat
 from localrl.report.reading import read_run
 from localrl.report.verdict import verdict
+from localrl.rewards.catalog import parse_rewards
 from localrl.runs.logs import read_jsonl
-from localrl.settings import LearningConfig
+from localrl.settings import LearningConfig, TaskConfig
+from localrl.tasks.demonstrations import load_demonstrations
+from localrl.tasks.loading import open_task
 from localrl.train import train
 from localrl.training.demonstrations import full_credit, open_demonstrations
 from localrl.training.session import NullProgress
+from localrl.training.supervised_settings import as_supervised
 
 SMALL = {
     "task.name": "none",
@@ -338,12 +344,54 @@ def test_a_row_that_cannot_be_learned_ends_it_before_the_run(tiny_folder, tmp_pa
         (("--from-rollouts", "nowhere"), "There is no run in nowhere"),
         (("worked.jsonl", "--set", "rollout.group_size=4"), "group_size has no effect in a superv"),
         (("worked.jsonl", "--set", "loss_type=grpo"), "learning.objective has no effect in a sup"),
+        (("worked.jsonl", "--set", "task.decided=a.py:f"), "task.decided has no effect in a super"),
+        (
+            ("worked.jsonl", "--set", "task.filter_overlong_prompts=true"),
+            "task.filter_overlong_prompts has no effect",
+        ),
     ],
 )
 def test_the_command_refuses_what_means_nothing(tmp_path, capfd, words, message):
     done = within.localrl(capfd, "sft", *words, "--print-config", cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_train_refuses_the_same_and_the_demonstrations_own_settings_are_fine(tmp_path):
+    settings = {"task.demonstrations": "worked.jsonl", "run.out": str(tmp_path / "run")}
+    wish = RunConfig.create({**settings, "rollout.group_size": 8})
+    with pytest.raises(ConfigError, match=r"group_size has no effect .* and is 8"):
+        train(wish, progress=False)
+    supervised = as_supervised(RunConfig.create(settings))
+    assert (supervised.task.train_prompts, supervised.rollout.group_size) == (256, 1)
+    assert as_supervised(supervised) == supervised
+
+
+def test_settings_that_evaluations_sample_with_are_taken_from_the_run(sampled, tmp_path):
+    changed = RunConfig.of_run(sampled / "config.toml")
+    sampling = {"rollout.max_turns": 3, "rollout.stop_text": ("8",), "rollout.temperature": 0.7}
+    for key, value in {**sampling, "rollout.group_size": 4, "task.decided": "a.py:f"}.items():
+        changed = changed.replace(key, value)
+    (tmp_path / "config.toml").write_text(changed.to_toml())
+    (tmp_path / "run.json").write_bytes((sampled / "run.json").read_bytes())
+    taken = _resolve({"task.demonstrations": str(tmp_path)}, data=None, run=str(tmp_path))
+    assert {key: taken.value(key) for key in sampling} == sampling
+    assert (taken.task.name, taken.task.decided) == ("sums", None)
+
+
+def test_the_column_of_completions_is_only_the_worked_examples(tmp_path):
+    for name, column in (("worked", "solution"), ("eval", "answer")):
+        rows = [{"question": f"sum {n} 1", column: str(n + 1)} for n in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wish = TaskConfig(
+        name=str(tmp_path / "eval.jsonl"),
+        demonstrations=str(tmp_path / "worked.jsonl"),
+        columns=("prompt=question", "completion=solution"),
+    )
+    worker: Any = None  # only for Python files
+    measured = open_task(wish, parse_rewards(["accuracy"]), worker)
+    assert [example.answer for example in measured.evaluation(1)] != [None]
+    assert load_demonstrations(wish, worker).training
 
 
 def test_the_card_of_a_run_says_how_it_learned_and_not_from_where(whole):
