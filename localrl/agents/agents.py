@@ -103,15 +103,11 @@ class Agents:
             {"number": number, "example": row_of(example)}
             for number, example in zip(numbers, examples, strict=True)
         ]
-        reply = self.worker.call(
-            f"{CHILD}:start",
-            {
-                "target": self.target,
-                "agents": agents,
-                "url": self._listening.url,
-                "token": self._listening.token,
-            },
-        )
+        reply = self.worker.resolve(self.target)  # its module may take longer than a call
+        if reply.ok:
+            given = {"url": self._listening.url, "token": self._listening.token}
+            start = {"target": self.target, "agents": agents, **given}
+            reply = self.worker.call(f"{CHILD}:start", start)
         if not reply.ok:
             for number in numbers:
                 self._listening.end(number, _failed(reply))
@@ -263,18 +259,27 @@ def open_agents(
     Raises: ConfigError if there is no such function, or it needs arguments that it is not given;
     DataError if its module fails to import.
     """
-    reply = worker.call(f"{CHILD}:check", {"target": target})
+    reply = worker.resolve(target)
+    if reply.ok:
+        reply = worker.call(f"{CHILD}:check", {"target": target})
     if not reply.ok:
-        what = f"The agent {target} cannot be used: {reply.message}."
-        if reply.traceback is None:
-            raise ConfigError(f"{what} Name it as file.py:function or module:function.")
-        raise DataError(f"{what} Fix it, then start again.\n{reply.traceback}")
+        raise _cannot_load(target, reply)
     if reply.value:
         raise ConfigError(
             f"The agent {target} needs {', '.join(map(repr, reply.value))}; it is given example, "
-            "base_url and api_key. Rename these arguments, or give them defaults."
+            "base_url and api_key by name. Rename these arguments or give them defaults, and put "
+            "none of them before a /."
         )
     return Agents(target, worker, limits, warn, beat)
+
+
+def _cannot_load(target: str, reply: Reply) -> ConfigError | DataError:
+    what = f"The agent {target} cannot be used: {reply.message}."
+    if reply.failure == "raised" and reply.traceback is None:
+        return ConfigError(f"{what} Name it as file.py:function or module:function.")
+    if reply.failure == "memory":
+        return DataError(f"{what} Raise task.reward_memory_mb, or let its module load less.")
+    return DataError(f"{what} Fix its module, then start again.\n{reply.traceback or ''}".strip())
 
 
 def _failed(reply: Reply) -> dict[str, Any]:

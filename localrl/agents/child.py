@@ -34,8 +34,11 @@ class AgentOutcome:
 
 def check(target: str) -> list[str]:
     """Return the required arguments of an agent's function that nothing will fill."""
-    required = signature(load(target)[1])["required"] or []
-    return [name for name in required if name not in GIVEN]
+    parameters = load(target)[1] or ()
+    required = signature(parameters)["required"] or []
+    unnamed = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    wanting = [p.name for p in unnamed if p.default is p.empty or p.name in GIVEN]
+    return [*wanting, *(name for name in required if name not in GIVEN)]
 
 
 def start(target: str, agents: Sequence[Mapping[str, Any]], url: str, token: str) -> None:

@@ -104,6 +104,10 @@ def two_rooms(example, base_url, api_key):
     return f"{example['answer']}: {said['content']} / {other_said['content']}"
 
 
+def unnamed(example, /):
+    """Takes its argument by place alone."""
+
+
 def streams(example, base_url, api_key):
     """Reads a streamed answer with log-probabilities; returns them summed, and the text."""
     text = ask(base_url, api_key, example["prompt"], stream=True, logprobs=True, stop=["4"])

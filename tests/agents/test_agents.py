@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from localrl.agents.agents import open_agents
+from localrl.agents.agents import CHILD, open_agents
 from localrl.agents.conversations import AgentLimits
 from localrl.config import LearningConfig
 from localrl.embedded import embedded_model_path
@@ -311,5 +311,18 @@ def test_functions_that_cannot_be_agents(worker, tmp_path):
         opened(f"{PROGRAMS}:ask")
     with pytest.raises(ConfigError, match=r"Name it as file\.py:function"):
         opened(f"{PROGRAMS}:nothing")
-    with pytest.raises(DataError, match="Fix it, then start again"):
+    with pytest.raises(DataError, match="Fix its module, then start again"):
         opened(f"{broken}:agent")
+    with pytest.raises(ConfigError, match=r"needs 'example'.* none of them before a /"):
+        opened(f"{PROGRAMS}:unnamed")
+
+
+def test_a_module_has_the_time_of_a_start_and_failures_have_their_hints(tmp_path):
+    slow, dies = tmp_path / "slow_agent.py", tmp_path / "dying_agent.py"
+    slow.write_text("import time\ntime.sleep(0.8)\ndef run(example): ...")
+    dies.write_text("import os\nos._exit(3)")
+    with Worker(time_limit_s=0.6, memory_limit_bytes=None) as worker:
+        worker.resolve(f"{CHILD}:check")  # imported already: what is measured is the module
+        open_agents(f"{slow}:run", worker, LIMITS, warn=print, beat=lambda work: None)
+        with pytest.raises(DataError, match=r"exited with status 3\. Fix its module"):
+            open_agents(f"{dies}:run", worker, LIMITS, warn=print, beat=lambda work: None)
