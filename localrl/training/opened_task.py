@@ -85,7 +85,8 @@ def open_and_check(
     elif whole and config.task.eval_prompts is None:
         config = config.replace("task.eval_prompts", task.train_size)
     task, environments = _with_turns(config, task, worker, warn, beat)
-    judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
+    outcomes = environments.outcomes if isinstance(environments, Agents) else {}
+    judge = partial(Scorer, task.rewards, InProcess(worker, given.functions, outcomes), warn)
     scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
     held_out = task.evaluation(config.task.held_out)
     check_columns(task, held_out, scorer)
