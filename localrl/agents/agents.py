@@ -22,6 +22,7 @@ from localrl.errors import ConfigError, DataError
 from localrl.policy.tokenizer import Tokenizer
 from localrl.processes.worker import Reply, Worker
 from localrl.records import AgentCall, AgentEnd, Example, ModelTurn, RewardSpec, Work
+from localrl.rewards.in_process import Outcomes
 from localrl.tasks.breakage import Breakage
 from localrl.tasks.environments import row_of
 
@@ -57,7 +58,7 @@ class Agents:
     """Agents at work."""
     _taken: dict[int, _Taken] = field(default_factory=dict)
     _rewards: dict[int, float | None] = field(default_factory=dict)
-    """Numbers returned by the agents that have ended since `begin`."""
+    """Numbers returned by the agents that have ended since `begin`; None for something else."""
     _hung: bool = False
     """True if the child still runs an agent that was given up."""
     _lost: Reply | None = None
@@ -69,7 +70,12 @@ class Agents:
     @property
     def reward(self) -> RewardSpec:
         """The reward that agents return, named after the function."""
-        return RewardSpec(self.target.rpartition(":")[2], f"{CHILD}:agent_reward")
+        return RewardSpec(self.target.rpartition(":")[2], self.target)
+
+    @property
+    def outcomes(self) -> Mapping[str, Outcomes]:
+        """The function of that reward, which is of this process: rewards can kill the agents'."""
+        return {self.target: lambda numbers: [self._rewards[number] for number in numbers]}
 
     def connect(self, tokenizer: Tokenizer) -> None:
         """Connect the agents to a model, and begin to listen on this machine."""
@@ -103,15 +109,11 @@ class Agents:
             {"number": number, "example": row_of(example)}
             for number, example in zip(numbers, examples, strict=True)
         ]
-        reply = self.worker.call(
-            f"{CHILD}:start",
-            {
-                "target": self.target,
-                "agents": agents,
-                "url": self._listening.url,
-                "token": self._listening.token,
-            },
-        )
+        reply = self.worker.resolve(self.target)  # its module may take longer than a call
+        if reply.ok:
+            given = {"url": self._listening.url, "token": self._listening.token}
+            start = {"target": self.target, "agents": agents, **given}
+            reply = self.worker.call(f"{CHILD}:start", start)
         if not reply.ok:
             for number in numbers:
                 self._listening.end(number, _failed(reply))
@@ -151,9 +153,11 @@ class Agents:
         found: dict[int, Asking] = {}
         errors: list[str] = []
         details = ""
-        until = time.monotonic() + self.limits.seconds
+        # Those refused once others hung have their own time, but may not be refused for ever.
+        latest = time.monotonic() + 2 * self.limits.seconds
         while waiting := [number for number in numbers if number not in found]:
             self._lost = None
+            until = min(time.monotonic() + self.limits.seconds, latest)
             for number in self._listening.wait(waiting, until, self._look):
                 self._give_up(number)
             requests: dict[int, Request] = {}
@@ -187,7 +191,7 @@ class Agents:
     def _end(self, number: int, sent: Mapping[str, Any]) -> tuple[AgentEnd, str | None]:
         """Return the end of an agent from its report, and its error if it failed.
 
-        One that raises after a call was refused for a limit of the run is not to blame.
+        One that raises because its call was refused for a limit of the run is not to blame.
         """
         talk = self._talks.pop(number)
         self._listening.close_tray(number)
@@ -203,9 +207,10 @@ class Agents:
             messages = ({"role": "assistant", "content": value},)
         self._rewards[number] = reward
         text = next((m["content"] for m in messages[::-1] if m["role"] == "assistant"), "")
-        reason = talk.cut or ("error" if error else talk.last)
-        end = AgentEnd(number, reason, text, messages)
-        return end, error if reason == "error" else None
+        if talk.cut and "failure" in sent and not sent.get("lost"):
+            error = None
+        reason = "error" if error else talk.cut or talk.last
+        return AgentEnd(number, reason, text, messages), error
 
     def _calls(self, requests: Mapping[int, Request]) -> dict[int, Asking]:
         """Return the calls of these requests; those that cannot be made are refused."""
@@ -218,7 +223,7 @@ class Agents:
             except TooMuch as error:
                 talk.cut = error.reason
                 request.refuse(str(error))
-            except (DataError, ConfigError) as error:
+            except (DataError, ConfigError, RecursionError) as error:
                 request.refuse(str(error))
             else:
                 calls[number] = call
@@ -226,15 +231,10 @@ class Agents:
         return calls
 
     def _settle(self) -> None:
-        """Let the rewards find what the agents returned. All have ended.
-
-        A thread cannot be stopped, so one that was given up ends with its process.
-        """
+        """End the threads that were given up, which ends with their process. All have ended."""
         if self._hung:
             self.worker.close()
             self._hung = False
-        rewards = {str(number): reward for number, reward in self._rewards.items()}
-        self.worker.call(f"{CHILD}:remember", {"rewards": rewards})
 
     def _abandon(self) -> None:
         """End the agents that are at work, with their process."""
@@ -263,23 +263,32 @@ def open_agents(
     Raises: ConfigError if there is no such function, or it needs arguments that it is not given;
     DataError if its module fails to import.
     """
-    reply = worker.call(f"{CHILD}:check", {"target": target})
+    reply = worker.resolve(target)
+    if reply.ok:
+        reply = worker.call(f"{CHILD}:check", {"target": target})
     if not reply.ok:
-        what = f"The agent {target} cannot be used: {reply.message}."
-        if reply.traceback is None:
-            raise ConfigError(f"{what} Name it as file.py:function or module:function.")
-        raise DataError(f"{what} Fix it, then start again.\n{reply.traceback}")
+        raise _cannot_load(target, reply)
     if reply.value:
         raise ConfigError(
             f"The agent {target} needs {', '.join(map(repr, reply.value))}; it is given example, "
-            "base_url and api_key. Rename these arguments, or give them defaults."
+            "base_url and api_key by name. Rename these arguments or give them defaults, and put "
+            "none of them before a /."
         )
     return Agents(target, worker, limits, warn, beat)
 
 
+def _cannot_load(target: str, reply: Reply) -> ConfigError | DataError:
+    what = f"The agent {target} cannot be used: {reply.message}."
+    if reply.failure == "raised" and reply.traceback is None:
+        return ConfigError(f"{what} Name it as file.py:function or module:function.")
+    if reply.failure == "memory":
+        return DataError(f"{what} Raise task.reward_memory_mb, or let its module load less.")
+    return DataError(f"{what} Fix its module, then start again.\n{reply.traceback or ''}".strip())
+
+
 def _failed(reply: Reply) -> dict[str, Any]:
     """Return the report of an agent that could not report its end itself."""
-    return {"failure": reply.message, "traceback": reply.traceback}
+    return {"failure": reply.message, "traceback": reply.traceback, "lost": True}
 
 
 def _number(value: Any) -> float | None:

@@ -179,6 +179,6 @@ def _function(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call's function with its arguments as an object, if its text is one."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments or "{}")
     return {"name": function.get("name"), "arguments": arguments}

@@ -13,34 +13,26 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from localrl.processes.worker_child import describe, load, plain, signature
-from localrl.tasks import environment_child
 
 GIVEN = ("example", "base_url", "api_key")
 """Arguments that the function may name."""
 
 
-@dataclass(frozen=True)
-class AgentOutcome:
-    """The outcome of an agent, for rewards that name `environments`."""
-
-    reward: float | None
-    """None if it returned no number."""
-
-
 def check(target: str) -> list[str]:
     """Return the required arguments of an agent's function that nothing will fill."""
-    required = signature(load(target)[1])["required"] or []
-    return [name for name in required if name not in GIVEN]
+    parameters = load(target)[1] or ()
+    required = signature(parameters)["required"] or []
+    unnamed = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    wanting = [p.name for p in unnamed if p.default is p.empty or p.name in GIVEN]
+    return [*wanting, *(name for name in required if name not in GIVEN)]
 
 
 def start(target: str, agents: Sequence[Mapping[str, Any]], url: str, token: str) -> None:
     """Start a thread for each agent; it has `number` and `example`. url, token: of the server."""
-    environment_child.keep({})
     _go_there_directly(urlsplit(url).hostname or "")
     function, parameters = load(target)
     named = signature(parameters)["named"]
@@ -58,17 +50,6 @@ def _go_there_directly(host: str) -> None:
         hosts = os.environ.get(name, "")
         if host not in hosts.split(","):
             os.environ[name] = f"{hosts},{host}".lstrip(",")
-
-
-def remember(rewards: Mapping[str, float | None]) -> None:
-    """Keep the outcomes of agents, by number, for the rewards."""
-    outcomes = {int(number): AgentOutcome(reward) for number, reward in rewards.items()}
-    environment_child.keep(outcomes)
-
-
-def agent_reward(environments: Sequence[Any]) -> list[float | None]:
-    """The numbers that agents returned; None for one that returned something else."""
-    return [getattr(outcome, "reward", None) for outcome in environments]
 
 
 def _run(function: Callable[..., Any], kwargs: Mapping[str, Any], url: str, token: str) -> None:

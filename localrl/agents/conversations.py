@@ -85,9 +85,9 @@ class Conversation:
     used: int = 0
     """Number of these tokens so far."""
     cut: FinishReason | None = None
-    """The limit that a call was refused for, if one was."""
+    """The limit that the latest call was refused for, if it was."""
     last: FinishReason = "stop"
-    """The reason why the latest turn ended."""
+    """The reason why the latest turn ended; "stop" for a limit of the agent's own."""
     _ends: list[tuple[int, ...]] = field(default_factory=list)
     """All tokens of each sequence."""
     _first: list[int] = field(default_factory=list)
@@ -117,6 +117,7 @@ class Conversation:
                 "length",
             )
         self.used += read
+        self.cut = None
         call = AgentCall(self.number, prompt, sequence, min(room, asked.most or room), asked.stop)
         self._asked = asked, call
         return call
@@ -131,8 +132,9 @@ class Conversation:
             self._first.append(len(asked.messages))
         sequence = len(self._ends) - 1 if call.continues is None else call.continues
         self._ends[sequence] = ids
+        own = turn.finish_reason == "length" and call.max_tokens < self.max_tokens - self.used
         self.used += len(turn.token_ids)
-        self.last = turn.finish_reason
+        self.last = "stop" if own else turn.finish_reason
         [plain] = for_template([message])
         messages = (*asked.messages, plain)
         keys = (*asked.keys, key_of(plain))

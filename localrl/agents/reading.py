@@ -43,12 +43,11 @@ class RequestReader:
         for number, request in requests.items():
             try:
                 messages, tools = self._check(request.body)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                groups.setdefault(json.dumps(tools), {})[number] = (messages, tools)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 request.refuse(f"{type(error).__name__}: {error}")
             except (DataError, ConfigError) as error:
                 request.refuse(str(error))
-            else:
-                groups.setdefault(json.dumps(tools), {})[number] = (messages, tools)
         for group in groups.values():
             tools = next(iter(group.values()))[1] or None
             texts = self.tokenizer.attempt([messages for messages, _ in group.values()], tools)

@@ -155,9 +155,16 @@ def _parse(parser: Any, text: str, tools: Tools) -> list[ToolCall]:
     try:
         parsed = parser(text, tools)
         calls = parsed if isinstance(parsed, list) else [parsed]
-        return [ToolCall(str(call["name"]), _arguments(call.get("arguments"))) for call in calls]
+        return [_checked(call) for call in calls]
     except Exception as error:  # parsers of sixteen formats may raise anything
         return [ToolCall("", problem=f"not a valid tool call: {type(error).__name__}: {error}")]
+
+
+def _checked(call: Mapping[str, Any]) -> ToolCall:
+    """Read a call, which must be JSON: some formats are Python literals, and may hold sets."""
+    read = ToolCall(str(call["name"]), _arguments(call.get("arguments")))
+    json.dumps(read.as_message(), ensure_ascii=False).encode()  # fails for half a character too
+    return read
 
 
 def _arguments(value: Any) -> Mapping[str, Any]:

@@ -1,5 +1,7 @@
 """Reward functions that are objects of this process, beside those that the worker calls by name.
 
+Some are of the run itself, and are given the completions' conversations: what agents returned.
+
 A function that was handed to `train` may come from a notebook, hold a connection or a model, or be
 a lambda: no other process could import it, and a process forked from one that computes with MLX is
 not safe. So it runs where it is, without a limit on time and memory. Otherwise a call is as in the
@@ -9,7 +11,7 @@ worker: arguments and results are copies, in the form of JSON, and a failure is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +31,8 @@ PREFIX = "python:"
 """Beginning of the targets of such functions."""
 ENVIRONMENTS = "environments"
 """The argument that only the worker can give: environments live there."""
+Outcomes = Callable[[Sequence[int]], list[float | None]]
+"""Returns the reward of each conversation, by its number."""
 
 
 @dataclass(eq=False)
@@ -38,9 +42,13 @@ class InProcess:
     worker: Worker
     objects: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Functions by target."""
+    outcomes: Mapping[str, Outcomes] = field(default_factory=dict)
+    """The run's own functions of conversations, by target."""
 
     def resolve(self, target: str) -> Reply:
         """Return the function's required arguments, as `Worker.resolve` does."""
+        if target in self.outcomes:
+            return Reply(value=[ENVIRONMENTS])
         if not target.startswith(PREFIX):
             return self.worker.resolve(target)
         if target not in self.objects:
@@ -54,6 +62,8 @@ class InProcess:
 
     def wants(self, target: str, name: str) -> bool:
         """Return True if the function would be given an argument of this name."""
+        if target in self.outcomes:
+            return name == ENVIRONMENTS
         if target not in self.objects:
             return self.worker.wants(target, name)
         named = signature(parameters_of(self.objects[target]))["named"]
@@ -73,6 +83,8 @@ class InProcess:
 
         Raises: DataError for an argument that JSON cannot hold.
         """
+        if target in self.outcomes:
+            return Reply(value=self.outcomes[target](kwargs[ENVIRONMENTS]))
         if target not in self.objects:
             options: dict[str, Any] = {"through": through, "limit_s": limit_s, "waiting": waiting}
             return self.worker.call(target, kwargs, state=state, **options)

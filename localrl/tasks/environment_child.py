@@ -117,12 +117,6 @@ def instances(ids: Sequence[int | None]) -> list[Any]:
     return [None if number is None else _objects.get(number) for number in ids]
 
 
-def keep(objects: Mapping[int, Any]) -> None:
-    """Let rewards find these objects by conversation, in place of earlier ones."""
-    _objects.clear()
-    _objects.update(objects)
-
-
 def own_reward(environments: Sequence[Any], name: str) -> list[Any]:
     """The own rewards of environments of this class; None for others."""
     return [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from localrl.agents.agents import Agents, open_agents
 from localrl.agents.conversations import AgentLimits
 from localrl.config import RunConfig
+from localrl.errors import ConfigError
 from localrl.memory.plan import PromptLength
 from localrl.policy.roundtrip import check_tokenizer
 from localrl.policy.tokenizer import Tokenizer, load_tokenizer
@@ -84,7 +85,8 @@ def open_and_check(
     elif whole and config.task.eval_prompts is None:
         config = config.replace("task.eval_prompts", task.train_size)
     task, environments = _with_turns(config, task, worker, warn, beat)
-    judge = partial(Scorer, task.rewards, InProcess(worker, given.functions), warn)
+    outcomes = environments.outcomes if isinstance(environments, Agents) else {}
+    judge = partial(Scorer, task.rewards, InProcess(worker, given.functions, outcomes), warn)
     scorer = judge(cut_reward=config.task.cut_reward, beat=beat)
     held_out = task.evaluation(config.task.held_out)
     check_columns(task, held_out, scorer)
@@ -134,10 +136,17 @@ def _with_turns(
     warn: Callable[[str], None],
     beat: Callable[[Work], None],
 ) -> tuple[BuiltinTask | FileTask, Environments | Agents | None]:
-    """Open what completions of several turns come from; returns the task with its rewards too."""
+    """Open what completions of several turns come from; returns the task with its rewards too.
+
+    Raises: ConfigError or DataError if it cannot be used, or there is more than one.
+    """
     target = config.task.agent
     if target is None:
         return with_environments(config.task, task, worker, warn)
+    if config.task.environment or config.task.tools:
+        raise ConfigError(
+            "task.agent and an environment or tools are set; an agent brings its own. Keep one."
+        )
     rollout = config.rollout
     limits = AgentLimits(rollout.max_turns, rollout.max_prompt_tokens, config.task.agent_timeout_s)
     agents = open_agents(target, worker, limits, warn=warn, beat=beat)

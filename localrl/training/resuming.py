@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "task.reward_timeout_s",
     "task.reward_memory_mb",
     "task.tool_timeout_s",
+    "task.agent_timeout_s",
     "model.selfcheck",
 )
 """Settings that may change when a run is resumed: none of them changes the result of a step, except

@@ -67,11 +67,7 @@ def _check_turns(config: RunConfig) -> None:
 
 
 def _check_agent(config: RunConfig, shape: Shape) -> None:
-    task, rollout = config.task, config.rollout
-    if task.environment or task.tools:
-        raise ConfigError(
-            "task.agent and an environment or tools are set; an agent brings its own. Keep one."
-        )
+    rollout = config.rollout
     if shape.leaves > shape.roots:
         raise ConfigError(
             f"rollout.strategy is {rollout.strategy}, but an agent cannot be copied where a "

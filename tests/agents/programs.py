@@ -2,11 +2,16 @@
 
 import asyncio
 import json
+import os
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
-MANNERS = ("plain", "raises", "hangs", "chatty", "wordy", "odd", "silent", "exits")
+MANNERS = (
+    *("plain", "raises", "hangs", "chatty", "wordy", "odd", "silent", "exits"),
+    *("stuck", "goes on"),
+)
 """Ways to behave; an example's answer names one."""
 
 
@@ -86,11 +91,26 @@ def behave(example, base_url, api_key):
         time.sleep(900)
     if manner == "exits":
         raise SystemExit
+    if manner in ("stuck", "goes on"):
+        with suppress(urllib.error.HTTPError):
+            say(base_url, api_key, [*messages[:-1], {"role": "user", "content": "lower " * 40}])
+        if manner == "stuck":
+            time.sleep(900)
+        say(base_url, api_key, example["prompt"], max_tokens=1)
     while manner in ("chatty", "wordy"):
         options = {} if manner == "wordy" else {"max_tokens": 1}
         messages.append(say(base_url, api_key, messages, **options))
         messages.append({"role": "user", "content": "lower " * (20 if manner == "wordy" else 1)})
     return {"an": "object"} if manner == "odd" else 1
+
+
+def unnamed(example, /):
+    """Takes its argument by place alone."""
+
+
+def kills(**kwargs):
+    """A reward that ends its process."""
+    os._exit(1)
 
 
 def two_rooms(example, base_url, api_key):

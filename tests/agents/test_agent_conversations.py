@@ -12,6 +12,7 @@ from localrl.agents.conversations import AgentLimits, Asked, Conversation, TooMu
 from localrl.embedded import embedded_model_path
 from localrl.errors import DataError
 from localrl.policy.tokenizer import load_tokenizer
+from localrl.policy.turns import read_calls
 from localrl.records import Example, ModelTurn
 
 LIMITS = AgentLimits(calls=3, prompt_tokens=60, seconds=1.0)
@@ -161,6 +162,26 @@ def test_messages_as_clients_write_them():
     ]
     keys = [key_of(message) for message in for_template([dumped, {**dumped, "reasoning": "so"}])]
     assert keys[0] == keys[1]
+
+
+def test_arguments_that_are_nested_too_deeply_stay_text():
+    deep = {"name": "calculate", "arguments": "[" * 200_000}
+    [message] = for_template([{**said(None), "tool_calls": [{"function": deep}]}])
+    assert message["tool_calls"][0]["function"] == deep
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"expression": {1, 2}}, {"expression": b"1"}, {"expression": "\ud83d"}]
+)
+def test_calls_that_are_not_json_stay_text(tokenizer, arguments, monkeypatch):
+    """Parsers of some formats read Python literals."""
+    call = {"name": "calculate", "arguments": arguments}
+    monkeypatch.setattr(tokenizer.inner, "_tool_parser", lambda text, tools: call)
+    ids = tokenizer.encode_text('<tool_call>{"name": "calculate"}</tool_call>')
+    [read] = read_calls(tokenizer, ids, [{}])
+    assert "not a valid tool call" in (read.problem or "")
+    turn = ModelTurn(Example("x", (FIRST,)), 0, ids, "a call", "stop")
+    assert read_turn(tokenizer, turn, [{}], ()) == Written("a call", "", (), "stop")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from localrl.config import RunConfig
+from localrl.diagnostics.compare import evaluate_model
 from localrl.errors import ConfigError, Stopped
 from localrl.processes.heartbeat import Heartbeat
 from localrl.runs.logs import read_jsonl
@@ -88,3 +89,10 @@ def test_a_run_with_an_agent_trains_and_goes_on_exactly_after_a_stop(tmp_path):
 def test_settings_that_do_not_go_with_agents(tmp_path, settings, match):
     with pytest.raises(ConfigError, match=match):
         train(config(tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize("key", ["task.environment", "task.tools"])
+def test_an_evaluation_refuses_them_too(tmp_path, key):
+    both = config(tmp_path, **{key: "localrl.tasks.guessing:Guess"})
+    with pytest.raises(ConfigError, match="an agent brings its own"):
+        evaluate_model(both, seed=0, warn=print, tell=print)

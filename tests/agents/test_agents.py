@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from localrl.agents.agents import open_agents
+from localrl.agents.agents import CHILD, open_agents
 from localrl.agents.conversations import AgentLimits
 from localrl.config import LearningConfig
 from localrl.embedded import embedded_model_path
@@ -24,6 +26,7 @@ from localrl.policy.packing import forest_batches, row_batches
 from localrl.policy.scoring import group_logprobs
 from localrl.processes.worker import Worker
 from localrl.records import RewardSpec, ScoredGroup
+from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.agents import AgentTurns
 from localrl.rollouts.decode import Decoder
@@ -60,7 +63,7 @@ def warnings():
 
 
 @pytest.fixture
-def run(policy, worker, warnings):
+def run(policy, worker, warnings) -> Iterator[Any]:
     """Completions of agents that run a function of `programs`."""
     opened = []
 
@@ -77,6 +80,16 @@ def run(policy, worker, warnings):
         return sample_with(policy, AgentTurns(agents.begin, agents.answer), examples, shape,
                            longest, round)  # fmt: skip
 
+    def rewards(groups, *before):
+        """The groups' rewards: what the agents returned last, after other rewards were asked."""
+        scorer = Scorer(
+            [*before, opened[-1].reward],
+            InProcess(worker, outcomes=opened[-1].outcomes),
+            warnings.append,
+        )
+        return [scored.rewards for scored in scorer.score(groups)]
+
+    sample.rewards = rewards  # pyright: ignore[reportFunctionMemberAccess]
     yield sample
     for agents in opened:
         agents.close()
@@ -119,8 +132,7 @@ def test_an_agent_that_does_what_an_environment_does_gets_the_same(policy, worke
     scorer = Scorer(environments.rewards, worker)
     rewards = [scored.rewards for scored in scorer.score(known)]
     groups = run("guess", examples)
-    scorer = Scorer([RewardSpec("guess", "localrl.agents.child:agent_reward")], worker)
-    assert [scored.rewards for scored in scorer.score(groups)] == rewards
+    assert run.rewards(groups) == rewards
     for one, other in zip(known, groups, strict=True):
         assert one.prompt_ids == other.prompt_ids
         for i in range(3):
@@ -137,18 +149,22 @@ def test_an_agent_that_does_what_an_environment_does_gets_the_same(policy, worke
 def test_each_way_to_fail(run, worker, warnings):
     groups = run("behave", problems(MANNERS), Shape(1, 1), longest=40, seconds=1.0)
     ends = {manner: group.leaves[0] for manner, group in zip(MANNERS, groups, strict=True)}
-    failed = {"raises", "hangs", "odd", "exits"}
+    failed = {"raises", "hangs", "odd", "exits", "stuck"}
     assert {manner for manner, leaf in ends.items() if leaf.finish_reason == "error"} == failed
     assert ends["chatty"].finish_reason == "turns"
     assert ends["wordy"].finish_reason == "length"
+    # Refused once, it went on, up to a limit of its own.
+    assert ends["goes on"].finish_reason == "stop"
     assert all(len(group.completion(0)) <= 40 for group in groups)
     assert len(groups[MANNERS.index("silent")].completion(0)) == 0
-    scorer = Scorer([RewardSpec("behave", "localrl.agents.child:agent_reward")], worker)
-    rewards = [scored.rewards[0] for scored in scorer.score(groups)]
-    own = {"plain": 1.0, "silent": 0.25}
+    # An earlier reward may kill the process that the agents ran in.
+    killer = RewardSpec("killer", f"{PROGRAMS}:kills")
+    rewards = [first for first, *_ in run.rewards(groups, killer)]
+    own = {"plain": 1.0, "silent": 0.25, "goes on": 1.0}
     assert rewards == [own.get(manner) for manner in MANNERS]
-    [warning] = warnings
-    assert warning.startswith("The agent broke: ValueError: on purpose. 4 of ")
+    assert warnings[0].startswith("The agent broke: ValueError: on purpose. 5 of ")
+    assert "died" in warnings[1]
+    assert len(warnings) == 2
 
 
 def test_a_dead_process_fails_its_agents_and_the_next_ones_work(policy, worker, run, warnings):
@@ -309,7 +325,20 @@ def test_functions_that_cannot_be_agents(worker, tmp_path):
     broken.write_text("raise ValueError('no')")
     with pytest.raises(ConfigError, match="needs 'messages'"):
         opened(f"{PROGRAMS}:ask")
+    with pytest.raises(ConfigError, match=r"needs 'example'.* none of them before a /"):
+        opened(f"{PROGRAMS}:unnamed")
     with pytest.raises(ConfigError, match=r"Name it as file\.py:function"):
         opened(f"{PROGRAMS}:nothing")
-    with pytest.raises(DataError, match="Fix it, then start again"):
+    with pytest.raises(DataError, match="Fix its module, then start again"):
         opened(f"{broken}:agent")
+
+
+def test_a_module_has_the_time_of_a_start_and_failures_have_their_hints(tmp_path):
+    slow, dies = tmp_path / "slow_agent.py", tmp_path / "dying_agent.py"
+    slow.write_text("import time\ntime.sleep(0.8)\ndef run(example): ...")
+    dies.write_text("import os\nos._exit(3)")
+    with Worker(time_limit_s=0.6, memory_limit_bytes=None) as worker:
+        worker.resolve(f"{CHILD}:check")  # imported already: what is measured is the module
+        open_agents(f"{slow}:run", worker, LIMITS, warn=print, beat=lambda work: None)
+        with pytest.raises(DataError, match=r"exited with status 3\. Fix its module"):
+            open_agents(f"{dies}:run", worker, LIMITS, warn=print, beat=lambda work: None)

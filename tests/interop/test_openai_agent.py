@@ -15,7 +15,7 @@ from localrl.embedded import embedded_model_path
 from localrl.engines.open import make_policy
 from localrl.policy.model import load_model
 from localrl.processes.worker import Worker
-from localrl.records import RewardSpec
+from localrl.rewards.in_process import InProcess
 from localrl.rewards.scoring import Scorer
 from localrl.rollouts.agents import AgentTurns
 from localrl.rollouts.decode import Decoder
@@ -60,7 +60,7 @@ def run(policy, worker, name, examples):
     agents.connect(policy.tokenizer)
     try:
         groups = sample(policy, AgentTurns(agents.begin, agents.answer), examples)
-        scorer = Scorer([RewardSpec("own", "localrl.agents.child:agent_reward")], worker)
+        scorer = Scorer([agents.reward], InProcess(worker, outcomes=agents.outcomes))
         return groups, [scored.rewards for scored in scorer.score(groups)]
     finally:
         agents.close()

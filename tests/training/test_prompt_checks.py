@@ -181,6 +181,7 @@ def test_a_resumed_run_may_allow_longer_prompts_but_not_shorter_ones():
     filters = old.replace("task.filter_overlong_prompts", True)
     with pytest.raises(ConfigError, match=r"max_prompt_tokens was 512 and is 513.*leaves out rows"):
         changed_settings(filters, filters.replace("rollout.max_prompt_tokens", 513))
+    assert changed_settings(old, old.replace("task.agent_timeout_s", 90.0))
     with pytest.raises(ConfigError, match=r"max_completion_tokens was 256 and is 300"):
         changed_settings(old, old.replace("rollout.max_completion_tokens", 300))
 
