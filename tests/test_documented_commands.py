@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -242,15 +243,18 @@ def answers(command: Command, folder: Path, capfd: pytest.CaptureFixture[str]) -
     def ask() -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not found and time.monotonic() < deadline:
-            with contextlib.suppress(urllib.error.URLError):
+            with contextlib.suppress(OSError, HTTPException):
                 found.append(urllib.request.urlopen(url, timeout=DEADLINE_S).read())
             time.sleep(0.05)
         signal.raise_signal(signal.SIGINT)
 
+    # Processes that a script started in the background ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     client = threading.Thread(target=ask)
     client.start()
     done = within.localrl(capfd, *command.words[1:], "--port", port, cwd=folder)
     client.join()
+    signal.signal(signal.SIGINT, before)
     assert done.returncode == 0, done.stderr
     assert json.loads(found[0])["data"]
 
