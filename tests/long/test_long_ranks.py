@@ -22,9 +22,8 @@ from localrl.runs.checkpoints import Checkpoints
 __all__ = ["reward"]
 
 
-@pytest.mark.parametrize("parts", ["everything", "reuse"])
-def test_two_ranks_make_the_run_of_one(tiny_folder, tmp_path, parts):
-    test_ranks.make_the_run_of_one(tiny_folder, tmp_path, parts)
+def test_two_ranks_make_the_run_of_one(tiny_folder, tmp_path):
+    test_ranks.make_the_run_of_one(tiny_folder, tmp_path, "trees")
 
 
 @pytest.mark.parametrize(("killed", "again"), [(0, 1), (0, 2), (1, 1)])
