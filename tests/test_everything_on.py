@@ -188,7 +188,7 @@ def test_everything_did_happen(everything):
     ):
         assert any(line[key] > 0 for line in lines), key
     rounds = {line["rollout/rounds"] for line in lines}
-    assert max(rounds) == 3 > min(rounds)
+    assert max(rounds) > min(rounds) == 1
     assert any(line["update/drift"] for line in lines)
     groups = list(read_jsonl(everything / "rollouts.jsonl"))
     leaves = [leaf for group in groups for leaf in group["leaves"]]
