@@ -187,8 +187,7 @@ def test_everything_did_happen(everything):
         "update/skipped_tokens",
     ):
         assert any(line[key] > 0 for line in lines), key
-    rounds = {line["rollout/rounds"] for line in lines}
-    assert max(rounds) > min(rounds) == 1
+    assert max(line["rollout/rounds"] for line in lines) > 1
     assert any(line["update/drift"] for line in lines)
     groups = list(read_jsonl(everything / "rollouts.jsonl"))
     leaves = [leaf for group in groups for leaf in group["leaves"]]
