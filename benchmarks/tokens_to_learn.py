@@ -9,8 +9,8 @@
 Each arm, learning rate, seed and task is one run in a process of its own, evaluated on the same
 held-out prompts; its line is appended to benchmarks/tokens_to_learn/ when it ends, and a run that
 is there with the settings its arm has now is not made again. So the command may be stopped at any
-time and given again. The embedded model screens all strategies (about 20 seconds a run); the
-pretrained one takes 3 to 5 minutes a run on two idle cores. Tokens that a strategy samples and
+time and given again. The embedded model screens all strategies (5 to 10 seconds a run); the
+pretrained one takes 3 to 5 minutes a run on two cores. Tokens that a strategy samples and
 throws away count; those of evaluations do not.
 
 Seconds are compared only between runs on one machine whose starts are less than an hour apart and

@@ -228,9 +228,9 @@ def test_a_longer_prompt_than_was_planned_for_changes_the_plan_before_its_step(
 @pytest.mark.parametrize("share", [1.3, 1.0, 0.5, 0.1])
 def test_under_any_limit_it_runs_below_or_refuses(place, tmp_path, monkeypatch, unlimited, share):
     limit = int(share * unlimited.peak_bytes)
-    loaded, load_model = [], components().load_model
+    loaded, load_model = [], resolved().load_model
     monkeypatch.setattr(
-        components(),
+        resolved(),
         "load_model",
         lambda *args, **more: loaded.append(1) or load_model(*args, **more),
     )
@@ -281,10 +281,10 @@ def test_a_limit_holds_for_the_process(place, tmp_path):
     assert f"limit {show(limit)} (memory.limit: 200MB, minus" in plan_of(tmp_path / "run")["reason"]
 
 
-def components():
-    from localrl.training import components
+def resolved():
+    from localrl.training import resolved
 
-    return components
+    return resolved
 
 
 def test_half_of_the_memory_changes_batches_alone(place, tmp_path, monkeypatch):

@@ -18,11 +18,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from localrl.agents.chat import streamed
-from localrl.serving.requests import Body, Refused, ServedFacts, read_request
+from localrl.serving.requests import (
+    Body,
+    Refused,
+    ServedFacts,
+    error_body,
+    read_body,
+    read_request,
+)
 from localrl.utils.hosts import LOOPBACK
 
-MOST_BYTES = 16 << 20
-"""Largest request."""
 RESULT = "result"
 """Last part of the address at which the end of an agent is reported."""
 CHAT = ("v1/chat/completions", "chat/completions")
@@ -50,7 +55,7 @@ class Request:
 
     def refuse(self, message: str, status: int = 400) -> None:
         """Answer with an error."""
-        self._give(status, "application/json", error_body(message))
+        self._give(status, "application/json", _error(message))
 
     def wait(self) -> tuple[int, str, bytes]:
         """Return status, type and body of the answer, once there is one."""
@@ -180,7 +185,7 @@ class _AgentHandler(BaseHTTPRequestHandler):
         """Answer a chat request once the model has written, or take an agent's result."""
         try:
             number, path = self._place()
-            data = self._body()
+            data = read_body(self.headers, self.rfile)
             if path == RESULT:
                 if not self.server.end(number, read_result(data)):
                     raise Refused("this completion has ended", 410)
@@ -194,7 +199,7 @@ class _AgentHandler(BaseHTTPRequestHandler):
             self._send(*request.wait())
         except Refused as error:
             self.close_connection = True  # the body may not have been read
-            self._send(error.status, "application/json", error_body(str(error)))
+            self._send(error.status, "application/json", _error(str(error)))
 
     def do_GET(self) -> None:
         """List the model, under the one name that clients need not use."""
@@ -206,7 +211,7 @@ class _AgentHandler(BaseHTTPRequestHandler):
             body = json.dumps({"object": "list", "data": [entry]}).encode()
             self._send(200, "application/json", body)
         except Refused as error:
-            self._send(error.status, "application/json", error_body(str(error)))
+            self._send(error.status, "application/json", _error(str(error)))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing of single requests."""
@@ -224,14 +229,6 @@ class _AgentHandler(BaseHTTPRequestHandler):
         if not (number.isascii() and number.isdecimal()):
             raise Refused(f"there is no {self.path!r:.80}", 404)
         return int(number), path
-
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()):
-            raise Refused("there is no Content-Length", 411)
-        if int(length) > MOST_BYTES:
-            raise Refused(f"the request has more than {MOST_BYTES} bytes", 413)
-        return self.rfile.read(int(length))
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -258,7 +255,5 @@ def read_result(data: bytes) -> Mapping[str, Any]:
     return result
 
 
-def error_body(message: str) -> bytes:
-    """Return an error as OpenAI's API has it."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return json.dumps({"error": error}).encode()
+def _error(message: str) -> bytes:
+    return json.dumps(error_body(message)).encode()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localrl.cli.options import columns, device, set_option
+from localrl.cli.options import columns, device, set_option, settings_of
 from localrl.errors import ConfigError
 from localrl.utils.figures import fixed
 from localrl.utils.text import sampled_at
@@ -17,23 +17,6 @@ from localrl.utils.text import sampled_at
 if TYPE_CHECKING:
     from localrl.config import RunConfig
     from localrl.diagnostics.compare import Difference, Result, Side
-
-SETTINGS = {
-    "model": "model.path",
-    "quantize": "model.quantize",
-    "device": "model.device",
-    "adapter": "lora.adapter",
-    "task": "task.name",
-    "columns": "task.columns",
-    "rewards": "task.rewards",
-    "environment": "task.environment",
-    "tools": "task.tools",
-    "agent": "task.agent",
-    "prompts": "task.eval_prompts",
-    "temperature": "task.eval_temperature",
-    "unsafe_code": "task.unsafe_code",
-}
-"""Settings that the options set."""
 
 
 @click.command("eval")
@@ -116,7 +99,7 @@ def given_settings(settings: tuple[str, ...], options: Mapping[str, Any]) -> dic
     from localrl.config import parse_setting
 
     given = dict(parse_setting(text) for text in settings)
-    return given | {SETTINGS[n]: value for n, value in options.items() if value not in (None, ())}
+    return given | settings_of(options)
 
 
 def configure(run: Path | None, settings: tuple[str, ...], options: dict[str, Any]) -> RunConfig:

@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+FLAGS = {
+    "model": "model.path",
+    "quantize": "model.quantize",
+    "device": "model.device",
+    "adapter": "lora.adapter",
+    "task": "task.name",
+    "data": "task.demonstrations",
+    "from_rollouts": "task.demonstrations",
+    "columns": "task.columns",
+    "rewards": "task.rewards",
+    "environment": "task.environment",
+    "tools": "task.tools",
+    "agent": "task.agent",
+    "prompts": "task.eval_prompts",
+    "temperature": "task.eval_temperature",
+    "unsafe_code": "task.unsafe_code",
+    "rollouts": "rollout.strategy",
+    "steps": "run.steps",
+    "minutes": "run.minutes",
+    "seed": "run.seed",
+    "eval_every": "run.eval_every",
+    "out": "run.out",
+    "memory_limit": "memory.limit",
+}
+"""Settings that the flags of `train`, `sft`, `eval` and `plan` set, by parameter."""
+
+
+def settings_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the flags that were given."""
+    return {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
 
 
 def _split(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localrl.cli.train import FLAGS, train
+from localrl.cli.options import settings_of
+from localrl.cli.train import train
 from localrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def plan(
     from localrl.training.prompt_lengths import find
 
     given = dict(parse_setting(text) for text in settings)
-    given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
+    given |= settings_of(flags)
     if models:
         _rank(given, config, mac, as_json)
         return

@@ -67,8 +67,8 @@ def serve(
 
     with showing("loading the model"):
         from localrl.serving.model import ServedModel, ServeLimits
-        from localrl.training.components import load, local_plan_request, open_policy, resolve
         from localrl.training.memory_plan import make_plan
+        from localrl.training.resolved import load, local_plan_request, open_policy, resolve
 
         resolved = resolve(config)
         plan = make_plan(config, local_plan_request(resolved, trains=False))

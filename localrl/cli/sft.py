@@ -7,31 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from localrl.cli.options import columns, device, set_option
+from localrl.cli.options import columns, device, set_option, settings_of
 from localrl.cli.start import Starting, start, stopped_run
 from localrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from localrl.config import RunConfig
 
-FLAGS = {
-    "data": "task.demonstrations",
-    "from_rollouts": "task.demonstrations",
-    "model": "model.path",
-    "quantize": "model.quantize",
-    "device": "model.device",
-    "adapter": "lora.adapter",
-    "task": "task.name",
-    "columns": "task.columns",
-    "rewards": "task.rewards",
-    "steps": "run.steps",
-    "minutes": "run.minutes",
-    "seed": "run.seed",
-    "eval_every": "run.eval_every",
-    "out": "run.out",
-    "memory_limit": "memory.limit",
-}
-"""Settings that the flags set."""
 TAKEN = ("model", "task", "lora")
 """Sections of settings that are taken from the run whose successes are learned from."""
 NOT_TAKEN = ("task.demonstrations", "task.decided", "lora.adapter")
@@ -102,7 +84,7 @@ def sft(
     from localrl.config import RunConfig, parse_setting
 
     given = dict(parse_setting(text) for text in settings)
-    given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
+    given |= settings_of(flags)
 
     def resolve() -> RunConfig:
         if resume:

@@ -6,30 +6,8 @@ from typing import Any
 
 import click
 
-from localrl.cli.options import columns, device, set_option
+from localrl.cli.options import columns, device, set_option, settings_of
 from localrl.cli.start import Starting, start, stopped_run
-
-FLAGS = {
-    "model": "model.path",
-    "quantize": "model.quantize",
-    "device": "model.device",
-    "adapter": "lora.adapter",
-    "task": "task.name",
-    "columns": "task.columns",
-    "rewards": "task.rewards",
-    "steps": "run.steps",
-    "minutes": "run.minutes",
-    "seed": "run.seed",
-    "eval_every": "run.eval_every",
-    "out": "run.out",
-    "rollouts": "rollout.strategy",
-    "unsafe_code": "task.unsafe_code",
-    "environment": "task.environment",
-    "tools": "task.tools",
-    "agent": "task.agent",
-    "memory_limit": "memory.limit",
-}
-"""Settings that the flags set."""
 
 
 @click.command(cls=Starting)
@@ -101,7 +79,7 @@ def train(
     from localrl.config import RunConfig, parse_setting
 
     given = dict(parse_setting(text) for text in settings)
-    given |= {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
+    given |= settings_of(flags)
 
     def resolve() -> RunConfig:
         if resume:

@@ -34,8 +34,8 @@ from localrl.rollouts.decode import Decoder
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.runs.folder import package_versions
 from localrl.settings import LearningConfig
-from localrl.training.components import load, local_plan_request, open_policy, resolve
 from localrl.training.memory_plan import make_plan
+from localrl.training.resolved import load, local_plan_request, open_policy, resolve
 
 PACKAGES = ("localrl", "mlx", "mlx-lm", "numpy")
 LEAST_TOKENS = 4

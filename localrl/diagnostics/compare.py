@@ -15,7 +15,8 @@ from localrl.policy.lora import adapters_off
 from localrl.processes.heartbeat import Heartbeat
 from localrl.records import Group, ScoredGroup, mean_or_none
 from localrl.rollouts.groups import Shape, sample_groups
-from localrl.training.components import Components, check_sandbox, open_components, resolve
+from localrl.training.components import Components, check_sandbox, open_components
+from localrl.training.resolved import resolve
 from localrl.utils.intervals import (
     mcnemar,
     mean_interval,

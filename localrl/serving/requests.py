@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from email.message import Message
+from io import BufferedIOBase
 from typing import Any
 
 LOADED = ("adapters", "draft_model", "num_draft_tokens", "role_mapping")
 """Fields by which a request to mlx-lm's server has it load something, or change the prompt."""
+MOST_BYTES = 16 << 20
+"""Longest body of a request."""
 LARGEST = 2**31 - 1
 """Largest whole number in a request."""
 Body = dict[str, Any]
@@ -37,6 +41,25 @@ class ServedFacts:
     """Number of tokens that the model knows."""
     context: int | None
     """Longest conversation that the model was made for, in tokens; None if it does not say."""
+
+
+def read_body(headers: Message, file: BufferedIOBase) -> bytes:
+    """Read the body of a request, as long as its headers say.
+
+    Raises: Refused for one of unknown length, or above `MOST_BYTES`.
+    """
+    length = headers.get("Content-Length", "")
+    if not (length.isascii() and length.isdecimal()):
+        raise Refused("there is no Content-Length", 411)
+    if int(length) > MOST_BYTES:
+        raise Refused(f"the request has more than {MOST_BYTES} bytes", 413)
+    return file.read(int(length))
+
+
+def error_body(message: str) -> dict[str, Any]:
+    """Return an error as OpenAI's API has it."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return {"error": error}
 
 
 def read_request(data: bytes, facts: ServedFacts) -> Body:

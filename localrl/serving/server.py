@@ -16,12 +16,10 @@ from mlx_lm.server import APIHandler, ResponseGenerator
 
 from localrl.errors import ConfigError, LocalRLError
 from localrl.serving.model import ServedModel
-from localrl.serving.requests import Refused, read_request
+from localrl.serving.requests import Refused, error_body, read_body, read_request
 from localrl.utils.hosts import is_loopback, is_own_origin, names_this_machine, own_names
 
 CHAT = ("/v1/chat/completions", "/chat/completions")
-MOST_BYTES = 16 << 20
-"""Largest request."""
 SLOW_S = 60.0
 """Seconds after which a connection that says nothing is closed."""
 LOOK_S = 0.5
@@ -158,7 +156,7 @@ class ChatHandler(APIHandler):
         try:
             if self.path not in CHAT:
                 raise Refused(f"there is no {self.path!r:.80}; post to {CHAT[0]}", 404)
-            body = read_request(self._body(), self.server.model.facts)
+            body = read_request(read_body(self.headers, self.rfile), self.server.model.facts)
         except Refused as error:
             self._refuse(str(error), error.status)
             return
@@ -209,17 +207,8 @@ class ChatHandler(APIHandler):
             "logprob": max(logprob, LEAST_LOGPROB),
         }
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()):
-            raise Refused("there is no Content-Length", 411)
-        if int(length) > MOST_BYTES:
-            raise Refused(f"the request has more than {MOST_BYTES} bytes", 413)
-        return self.rfile.read(int(length))
-
     def _refuse(self, message: str, status: int) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        self._send({"error": error}, status)
+        self._send(error_body(message), status)
 
     def _send(self, value: Any, status: int) -> None:
         data = json.dumps(value).encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from localrl.agents.agents import Agents, open_agents
 from localrl.agents.conversations import AgentLimits
@@ -28,11 +27,9 @@ from localrl.tasks.loading import is_data, open_task, with_environments
 from localrl.training.demonstrations import Demonstrations
 from localrl.training.given import Given
 from localrl.training.prompt_lengths import read_prompts
+from localrl.training.resolved import ResolvedConfig
 from localrl.training.reward_checks import check_columns, check_rewards, find_judges
 from localrl.training.validate import check, fit_prompts
-
-if TYPE_CHECKING:
-    from localrl.training.components import ResolvedConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,9 +26,10 @@ from localrl.runs.health import Health
 from localrl.runs.logs import read_jsonl
 from localrl.runs.null_folder import NullRunFolder
 from localrl.training import speeds
-from localrl.training.components import Components, check_sandbox, open_components, resolve
+from localrl.training.components import Components, check_sandbox, open_components
 from localrl.training.forecast import Forecast
 from localrl.training.given import NOTHING, Given
+from localrl.training.resolved import resolve
 from localrl.training.resuming import PreviousRun, continued, day_of_run, reopen
 from localrl.training.session import Progress, Session
 from localrl.training.state import broadcast, sources_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from localrl.memory.plan import PromptLength
 from localrl.processes.worker import Worker
@@ -15,10 +14,8 @@ from localrl.tasks.loading import NO_TASK
 from localrl.training.demonstrations import SupervisedTask, open_demonstrations
 from localrl.training.given import Given
 from localrl.training.opened_task import OpenedTask, checked_tokenizer, open_and_check
+from localrl.training.resolved import ResolvedConfig
 from localrl.training.validate import fit_prompts
-
-if TYPE_CHECKING:
-    from localrl.training.components import ResolvedConfig
 
 
 def open_supervised(

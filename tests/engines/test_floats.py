@@ -14,8 +14,8 @@ from localrl.errors import ConfigError
 from localrl.memory.machine import mac
 from localrl.memory.sizes import read_sizes
 from localrl.policy.model import load_model
-from localrl.training.components import resolve
 from localrl.training.memory_plan import plan_request
+from localrl.training.resolved import resolve
 
 PROMPTS = ((5, 9, 30, 7), (41, 12, 6))
 
