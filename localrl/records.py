@@ -351,7 +351,7 @@ class StepStats:
     if that is also the first."""
     clipped_high: float | None
     logprob_gap_mean: float | None
-    """Mean |new - sampled| log-probability before the first update of the step."""
+    """Mean |new - sampled| log-probability before the first update on each token's mini-batch."""
     logprob_gap_max: float | None
     truncated: float | None
     """Share of trained tokens whose correction for the sampler was truncated."""

@@ -31,6 +31,7 @@ BASE = {
 EVERYTHING = BASE | {
     "rollout.strategy": "adaptive",
     "learning.min_advantage": 0.3,
+    "learning.minibatches": 2,
 }
 TREES = BASE | {
     "rollout.strategy": "tree",

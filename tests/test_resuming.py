@@ -43,7 +43,11 @@ PARTS = {
         "learning.kl_coef": 0.01,
         "learning.updates_per_step": 2,
     },
-    "rounds": {"rollout.strategy": "adaptive", "learning.min_advantage": 0.05},
+    "rounds": {
+        "rollout.strategy": "adaptive",
+        "learning.min_advantage": 0.05,
+        "learning.minibatches": 2,
+    },
 }
 UNTIMED = ("time/", "memory/", "step_time")
 

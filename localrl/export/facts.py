@@ -54,6 +54,7 @@ SETTINGS = (
     "learning.mask_truncated",
     "learning.min_advantage",
     "learning.max_grad_norm",
+    "learning.minibatches",
     "learning.updates_per_step",
     "run.steps",
     "run.minutes",
@@ -72,6 +73,7 @@ SUPERVISED = (
     "learning.kl_coef",
     "learning.kl_estimator",
     "learning.max_grad_norm",
+    "learning.minibatches",
     "learning.updates_per_step",
 )
 """Settings of `rollout` and `learning` that mean something where completions were given."""

@@ -58,7 +58,7 @@ class Totals:
         self.saved_positions += micro.saved_positions
 
     def stats(self, z: float, norm: float, *, problem: str | None = None) -> StepStats:
-        """Return the statistics of an update with this denominator and gradient norm."""
+        """Return the statistics of updates with this denominator in all and mean gradient norm."""
         return StepStats(
             loss=self.loss / z,
             grad_norm=norm,
@@ -74,6 +74,25 @@ class Totals:
             updated=problem is None,
             problem=problem,
         )
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One update."""
+
+    total: Totals
+    norm: float
+    """Norm of its gradient, before clipping."""
+    problem: str | None
+    """Reason it was not made, or undone."""
+
+
+def joined(updates: Sequence[Applied], z: float) -> StepStats:
+    """Return the statistics of a pass's updates, one for each mini-batch. z: of the whole batch."""
+    totals = [one.total for one in updates]
+    total = Totals.of([each.sums() for each in totals], totals[0].logprobs)
+    norm = sum(one.norm for one in updates) / len(updates)
+    return total.stats(z, norm, problem=updates[-1].problem)
 
 
 def _number(scalar: mx.array) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums, sam
 from localrl.learning.objectives import make_objective
 from localrl.learning.pass_logprobs import PassLogprobs
 from localrl.learning.schedule import rate_factor
-from localrl.learning.totals import Totals
+from localrl.learning.totals import Applied, Totals, joined
 from localrl.policy.model import Policy
 from localrl.policy.packing import MicroBatch, forest_batches, row_batches
 from localrl.policy.scoring import forest_agrees
@@ -98,21 +98,21 @@ class Updater:
 
         Raises: LocalRLError if that happens in several consecutive steps.
         """
-        if not any(node.trained.any() for node in batch.nodes):
+        parts, before = self._parts(batch), self._state()
+        if not parts:
             return NO_UPDATE
-        batch, before = shard_batch(batch, self.ranks.rank, self.ranks.size), self._state()
-        self._choose_packing(batch, plan)
-        sample = _some(batch, DRIFT_TOKENS // self.ranks.size)
+        self._choose_packing(parts[0], plan)
+        sample = _some(parts[0], DRIFT_TOKENS // self.ranks.size)
         # In float32 the first gradient pass serves; in 16 bits it rounds by its own batch shapes.
         unmoved = self._score(sample, plan) if self.policy.sixteen_bit else None
-        stats, first = self._apply(batch, plan)
-        last = stats
+        first = last = self._pass(parts, plan)
         for _ in range(self.config.updates_per_step - 1):
             # Repeating a failed update would fail the same way.
-            last = last if last.problem else self._apply(batch, plan, first)[0]
-        problem, drift = last.problem, None
+            last = last if last[-1].problem else self._pass(parts, plan, first)
+        stats, problem, drift = joined(first, batch.z), last[-1].problem, None
         if stats.updated:
-            drift = self._drift(sample, first if unmoved is None else unmoved, plan)
+            start = first[0].total.logprobs if unmoved is None else unmoved
+            drift = self._drift(sample, start, plan)
             if not np.isfinite(drift):
                 self._put_back(before)
                 problem, drift = "log-probabilities after the update were not finite", None
@@ -120,15 +120,44 @@ class Updater:
         updated = drift is not None
         if self._supervised:
             stats = replace(stats, logprob_gap_mean=None, logprob_gap_max=None, truncated=None)
+        ended = joined(last, batch.z)
         return replace(
             stats,
-            clipped_low=last.clipped_low,
-            clipped_high=last.clipped_high,
+            clipped_low=ended.clipped_low,
+            clipped_high=ended.clipped_high,
             drift=drift,
             updated=updated,
             problem=problem,
             relative_size=self._relative_size() if updated else None,
         )
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Return this rank's share of each mini-batch with something to train.
+
+        Each is divided by its part of Z, so their updates are on average as large as one on all.
+        """
+        count = self.config.minibatches
+        parts = [replace(shard_batch(batch, n, count), z=batch.z / count) for n in range(count)]
+        return [
+            shard_batch(part, self.ranks.rank, self.ranks.size)
+            for part in parts
+            if any(node.trained.any() for node in part.nodes)
+        ]
+
+    def _pass(
+        self, parts: Sequence[Batch], plan: MemoryPlan, first: Sequence[Applied] = ()
+    ) -> list[Applied]:
+        """Make an update on each mini-batch, until one fails. first: the step's first pass.
+
+        Each mini-batch's ratios begin at 1 in its own first pass. That the policy has moved since
+        it was sampled is corrected as for any other sampler, see `objective.sampler_correction`.
+        """
+        done: list[Applied] = []
+        for n, part in enumerate(parts):
+            done.append(self._apply(part, plan, first[n].total.logprobs if first else None))
+            if done[-1].problem:
+                break
+        return done
 
     def _relative_size(self) -> float:
         if self._norms is None:
@@ -261,17 +290,15 @@ class Updater:
             micro, temperature=self.temperature, head_chunk=head_chunk
         )
 
-    def _apply(
-        self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None
-    ) -> tuple[StepStats, PassLogprobs]:
-        """Make one update; return its statistics and its pass's log-probabilities."""
+    def _apply(self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None) -> Applied:
+        """Make one update."""
         gradient, total = self.gradient(batch, plan, first)
         norm = global_norm(gradient)
         if np.isfinite([norm, total.loss]).all():
             problem = self._optimise(gradient, norm)
         else:
             problem = f"loss {total.loss}, gradient norm {norm}"
-        return total.stats(batch.z, norm, problem=problem), total.logprobs
+        return Applied(total, norm, problem)
 
     def _optimise(self, gradient: Any, norm: float) -> str | None:
         """Make a step of the optimizer; return what was wrong with it if it was undone."""

@@ -99,9 +99,7 @@ def initial_plan(
     rows = memory.decode_rows or paths
     micro_tokens = min(MICRO_TOKENS, KEPT_ON_CPU // kept) if kept else MICRO_TOKENS
     most = max(1, min(paths, int(micro_tokens / each)))
-    # Whole groups, since a pass takes whole groups if they fit.
-    whole = most - most % rollout.completions or most
-    micro_rows = memory.micro_rows or whole
+    micro_rows = memory.micro_rows or _whole_groups(most, rollout.completions)
     chunk = min(LOGIT_BYTES // (4 * vocabulary), micro_rows * rollout.max_completion_tokens)
     return MemoryPlan(
         group_size=rollout.completions,
@@ -118,6 +116,16 @@ def initial_plan(
         limit_bytes=None,
         reason="",
     )
+
+
+def _whole_groups(most: int, completions: int) -> int:
+    """Return `most` rows rounded down to whole groups; up, to one group, from half of one on.
+
+    A pass computes each of its prompts once, a group in two passes its prompt twice.
+    """
+    if most < completions <= 2 * most:
+        return completions
+    return most - most % completions or most
 
 
 def fit(request: PlanRequest, coefficients: Coefficients = PRIORS) -> MemoryPlan:

@@ -50,7 +50,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "clip_ratio/high_mean": ("share", "the same at 1 + clip_high"),
     "sampling/sampling_logp_difference/mean": (
         "nats",
-        "|update's log-probability - sampler's| of trained tokens, before the step's first update",
+        "|update's log-probability - sampler's| of trained tokens, before their first update",
     ),
     "sampling/sampling_logp_difference/max": ("nats", "the largest of these"),
     "sampling/truncated": (

@@ -15,7 +15,7 @@ USED = {
     ),
     "learning": (
         "lr", "warmup_steps", "lr_schedule", "kl_coef", "kl_estimator", "max_grad_norm",
-        "updates_per_step",
+        "minibatches", "updates_per_step",
     ),
 }  # fmt: skip
 """Settings of these sections that mean something where completions are given."""

@@ -18,7 +18,8 @@ from steps import (
     selection,
 )
 
-from localrl.backend import mx, nn, tree_flatten
+from localrl.backend import mx, nn, tree_flatten, tree_map
+from localrl.distributed.shard import shard_batch
 from localrl.engines.mlx.engine import MLXEngine
 from localrl.engines.mlx.network import Network
 from localrl.errors import LocalRLError
@@ -179,7 +180,7 @@ def test_further_updates_of_a_step_clip_around_its_first_pass(tmp_path):
     config = LearningConfig(**held, updates_per_step=3)
     whole, parts, single = (Updater(policy, config, TEMPERATURE) for policy in policies)
     stats = whole.update(batch, plan())
-    _, first = parts._apply(batch, plan())
+    first = parts._apply(batch, plan()).total.logprobs
     for _ in range(2):
         parts._apply(batch, plan(), first)
     single.config = LearningConfig(**held)
@@ -190,6 +191,44 @@ def test_further_updates_of_a_step_clip_around_its_first_pass(tmp_path):
     one, same, other = (weights(policy) for policy in policies)
     assert all(np.array_equal(one[name], same[name]) for name in one)
     assert any(not np.allclose(one[name], other[name], rtol=1e-3) for name in one)
+
+
+@pytest.mark.exact
+def test_each_mini_batch_has_an_update_of_its_own(tmp_path):
+    batch, held = make_batch(groups()), {"lr": 1e-3, "warmup_steps": 0}
+    policies = [tiny.make_tiny_policy(tmp_path / name, trained=False) for name in "abc"]
+    config = LearningConfig(**held, minibatches=2)
+    whole, parts, single = (Updater(policy, config, TEMPERATURE) for policy in policies)
+    single.config = LearningConfig(**held)
+    stats, one = whole.update(batch, plan()), single.update(batch, plan())
+    halves = [replace(shard_batch(batch, n, 2), z=batch.z / 2) for n in range(2)]
+    assert all(any(node.trained.any() for node in half.nodes) for half in halves)
+    parts.config = LearningConfig(**held)
+    each = [parts.update(half, plan()) for half in halves]
+    assert (whole.updates, parts.updates, single.updates) == (2, 2, 1)
+    same, split, other = (weights(policy) for policy in policies)
+    assert all(np.array_equal(same[name], split[name]) for name in same)
+    assert any(not np.allclose(same[name], other[name], rtol=1e-3) for name in same)
+    # The second mini-batch was scored by the policy after the first.
+    assert stats.trained_tokens == one.trained_tokens
+    assert stats.logprob_gap_mean != one.logprob_gap_mean
+    assert stats.loss == pytest.approx(sum(part.loss for part in each) / 2)
+    assert stats.grad_norm == pytest.approx(sum(part.grad_norm for part in each) / 2)
+
+
+def test_mini_batches_are_on_average_the_whole(policy):
+    """Before any has changed the policy; and one without trained tokens has no update."""
+    batch = make_batch(groups())
+    updater = Updater(policy, LearningConfig(lr=0.0, minibatches=3), TEMPERATURE)
+    parts = updater._parts(batch)
+    gradients = [updater.gradient(part, plan())[0] for part in parts]
+    mean = tree_map(lambda *each: sum(each) / 3, *gradients)
+    assert relative_difference(mean, updater.gradient(batch, plan())[0]) < 1e-5
+    updater.update(batch, plan())
+    assert updater.updates == len(parts)
+    many = Updater(policy, LearningConfig(lr=0.0, minibatches=4), TEMPERATURE)
+    many.update(batch, plan())
+    assert many.updates == 3  # the completions of the last prompt are as good as each other
 
 
 def clipped(stats):
