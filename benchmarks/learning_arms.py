@@ -75,6 +75,11 @@ OURS = {
     "pairs in four mini-batches": Arm(
         shaped(32, 2, **TRACKER, learning__minibatches=4), rate_of="pairs"
     ),
+    "flat-8 in mini-batches": Arm(
+        shaped(4, 8, learning__minibatches=2), rate_of="flat-8 in small steps"
+    ),
+    "flat-8 in four mini-batches": Arm(shaped(4, 8, learning__minibatches=4)),
+    "pairs in smaller mini-batches": Arm(shaped(16, 2, **TRACKER, learning__minibatches=4)),
     "pairs + rounding": Arm(shaped(8, 2, **TRACKER, learning__min_advantage=0.5), rate_of="pairs"),
     "pairs + reuse": Arm(shaped(8, 2, **TRACKER, rollout__reuse=0.5)),
 }
@@ -126,6 +131,19 @@ DISTILLED = {
     "distillation to go": Arm(shaped(8, 2), "distillation to go", OPSD, biased=True),
     "distillation clipped": Arm(shaped(8, 2), "distillation clipped", OPSD, biased=True),
     "pairs + distillation": Arm(shaped(8, 2, **TRACKER), "distillation and reward", biased=True),
+    "shown answer": Arm(
+        shaped(4, 8, learning__minibatches=2),
+        "shown answer",
+        OPSD,
+        biased=True,
+        rate_of="flat-8 in small steps",
+    ),
+    "flat-8 in mini-batches + distillation": Arm(
+        shaped(4, 8, learning__minibatches=2),
+        "distillation and reward",
+        biased=True,
+        rate_of="flat-8 in small steps",
+    ),
     "pairs + distilled failures": Arm(
         shaped(8, 2, **TRACKER), "distillation of failures", SRPO, biased=True
     ),
@@ -219,8 +237,9 @@ SMOLLM2 = Subject(
         "three facts": Goal({"task.name": "extraction:2"}, 0.75, 0.75),
     },
     arms=(
-        *("flat-8", "flat-8 in small steps", "pairs", "pairs in mini-batches"),
+        *("flat-8", "flat-8 in small steps", "flat-8 in mini-batches", "pairs in mini-batches"),
         *("2-GRPO in small steps", "CPPO in small steps"),
+        "shown answer",
     ),
     rates=(3e-4, 6e-4, 1.2e-3),
     tuning_seeds=(100,),

@@ -30,9 +30,9 @@ def test_killed_many_times_it_ends_the_same(killer, tmp_path):
     killer.run(tmp_path / "whole", kills=0)
     expected = outcome(tmp_path / "whole")
     runs = 0
-    while killer.kills < 7:
+    while killer.kills < 4:
         out = tmp_path / f"run-{runs}"
-        killer.run(out, kills=7)
+        killer.run(out, kills=4)
         assert outcome(out) == expected
         store = Checkpoints(out / "checkpoints", pytest.fail)
         assert store.steps()

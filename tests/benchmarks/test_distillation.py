@@ -28,7 +28,7 @@ from localrl.records import Example
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from distillation import Distilling, Rule, with_hint
+from distillation import Distilling, Rule, with_hint, with_turn
 from options import Listing
 from rivals import instead
 
@@ -106,6 +106,17 @@ def test_a_rule_clips_adds_and_leaves_out():
     both = Rule(reward=True, failed=True)
     assert both.advantages(gaps, 0.25, 0.0) == pytest.approx([0.75, -2.75, 1.25])
     assert both.advantages(gaps, 0.25, 1.0) == pytest.approx([0.25] * 3)
+
+
+def test_the_answer_is_shown_as_a_turn_before_the_question():
+    turns = (
+        {"role": "system", "content": "Sums."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "It is"},
+    )
+    shown = with_turn(Example("x", turns, answer="4"))
+    found = [m["content"] for m in shown.messages]
+    assert found == ["Sums.", "2 + 2?", "4", "2 + 2?", "It is"]
 
 
 def test_the_hint_follows_the_question_and_not_the_begun_turn():
