@@ -15,6 +15,8 @@ from localrl.runs.logs import read_jsonl
 
 PLACE = Path(__file__).resolve().with_name("tokens_to_learn")
 RESAMPLES = 10_000
+SEEDS = 5
+"""Fewest pairs of runs by which an arm is called better."""
 MOST_LOAD = 1.5
 """Load above which seconds of a run are not compared; every run beside it adds 1."""
 MOST_WAITED = 0.05
@@ -281,7 +283,8 @@ class Part:
             (word, self.against(arm, BASES[1], axis))
             for word, axis in (("tokens", "tokens"), ("seconds", self.subject.seconds))
         ]
-        return [f"{word} on `{self.task}`" for word, r in found if r and r.pairs > 1 and r.high < 1]
+        sure = [word for word, r in found if r and r.pairs >= SEEDS and r.high < 1]
+        return [f"{word} on `{self.task}`" for word in sure]
 
     def _cost(self, run: Run, axis: str) -> Cost:
         return cost(run, self.goal.goal, axis)

@@ -37,10 +37,10 @@ COLORS = {
     "flat-8": "#666666",
     "flat-8 in small steps": "#E69F00",
     "pairs": "#009E73",
-    "pairs + reuse": "#D55E00",
+    "pairs in mini-batches": "#D55E00",
     "2-GRPO in small steps": "#0072B2",
     "CPPO in small steps": "#CC79A7",
-    "adaptive": "#56B4E9",
+    "shown answer": "#56B4E9",
 }
 """The arms in the picture."""
 

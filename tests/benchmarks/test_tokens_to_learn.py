@@ -24,6 +24,7 @@ from localrl.training import setup
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import learning_results
 import learning_runs
 import outsider
 import tokens_to_learn
@@ -48,7 +49,17 @@ from learning_results import (
 from learning_runs import Job, add_costs, identity, make, with_paths
 from outsider import described
 from tokens_to_learn import Bench, planned, turns
-from tokens_to_learn_page import BEGIN, COLORS, END, average, collect, insert, shown, write
+from tokens_to_learn_page import (
+    BEGIN,
+    COLORS,
+    END,
+    average,
+    collect,
+    insert,
+    shown,
+    verdict,
+    write,
+)
 
 RATE = EMBEDDED.rates[0]
 NOON = 1_800_000_000.0
@@ -539,8 +550,15 @@ def synthetic() -> dict[str, dict[str, list[dict]]]:
     }
 
 
-def test_the_page_says_what_the_results_say(tmp_path):
+def test_two_seeds_make_no_arm_better():
+    parts = [part for name in SUBJECTS for part in collect(SUBJECTS[name], synthetic()[name])]
+    assert parts
+    assert "- none" in verdict(parts)
+
+
+def test_the_page_says_what_the_results_say(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(learning_results, "SEEDS", 2)
     page = tmp_path / "strategies.md"
     page.write_text(f"# Mine\n\nbefore\n{BEGIN}\nold\n{END}\nafter\n")
     write(synthetic(), tmp_path)
