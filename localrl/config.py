@@ -54,8 +54,6 @@ ALIASES = {
 KAPPA = 4.0
 """Default of `learning.kappa`; with two siblings, one alone is a poor baseline: see
 docs/strategies.md."""
-PROMPTS = 8
-"""Prompts of a mini-batch, where their number is not set: see docs/strategies.md."""
 REMOVED: Mapping[str, Any] = {
     "rollout.prompt_order": "shuffled",
     "rollout.uniform_share": 0.1,
@@ -71,7 +69,7 @@ REMOVED: Mapping[str, Any] = {
 """Settings of earlier versions with the values that change nothing, which are accepted."""
 REMOVED_STRATEGIES: Mapping[str, str] = {"adaptive-tree": "tree"}
 """Earlier values of rollout.strategy, and what stands for them where nothing is trained."""
-OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0, "learning.minibatches": 1}
+OLDER_RUNS: Mapping[str, Any] = {"task.eval_temperature": 1.0}
 """Values for runs whose config.toml predates these settings, where today's default differs."""
 
 
@@ -144,14 +142,6 @@ class RunConfig:
             return self.learning.kappa
         plain = self.rollout.strategy == "flat" and self.rollout.completions > 2
         return 0.0 if plain else KAPPA
-
-    @property
-    def minibatches(self) -> int:
-        """Optimizer updates on a pass over a step's rollouts: `learning.minibatches`, or one for
-        every 8 prompts; in a supervised run one, since nothing is sampled together there."""
-        if self.learning.minibatches is not None:
-            return self.learning.minibatches
-        return 1 if self.supervised else max(1, self.rollout.prompts_per_step // PROMPTS)
 
     def replace(self, key: str, value: Any) -> RunConfig:
         """Return a copy with one `section.key` set to a checked value."""

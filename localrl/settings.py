@@ -249,10 +249,8 @@ class LearningConfig:
     )
     min_advantage: float = setting(0.0, "round smaller advantages at random to this or 0", low=0.0)
     max_grad_norm: float = setting(1.0, "clip the gradient to this global norm", low=0.0)
-    minibatches: int | None = setting(
-        None,
-        "parts of a step's prompts, each with an update of its own; unset: one for every 8 prompts",
-        low=1,
+    minibatches: int = setting(
+        1, "parts of a step's prompts, each with an optimizer update of its own", low=1
     )
     updates_per_step: int = setting(
         1, "passes over one step's rollouts, each with these updates", low=1

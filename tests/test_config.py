@@ -137,20 +137,6 @@ def test_evaluations_are_at_the_temperature_of_training_unless_it_is_said():
         warm.replace("task.eval_temperature", 0.001)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "wish", "found"), [(1, None, 1), (15, None, 1), (16, None, 2), (32, 3, 3)]
-)
-def test_every_eight_prompts_are_a_mini_batch(prompts, wish, found):
-    settings = {"model.path": "m", "rollout.prompts_per_step": prompts}
-    config = RunConfig.create(settings | ({} if wish is None else {"learning.minibatches": wish}))
-    assert config.minibatches == found
-
-
-def test_a_supervised_step_is_one_mini_batch():
-    settings = {"model.path": "m", "rollout.prompts_per_step": 16, "task.demonstrations": "d.jsonl"}
-    assert RunConfig.create(settings).minibatches == 1
-
-
 def test_a_run_older_than_a_setting_keeps_what_it_did(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text("[rollout]\ntemperature = 0.7\n")

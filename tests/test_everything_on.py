@@ -31,7 +31,6 @@ BASE = {
 EVERYTHING = BASE | {
     "rollout.strategy": "adaptive",
     "learning.min_advantage": 0.3,
-    "learning.minibatches": 2,
 }
 TREES = BASE | {
     "rollout.strategy": "tree",

@@ -136,7 +136,7 @@ class Updater:
 
         Each is divided by its part of Z, so their updates are on average as large as one on all.
         """
-        count = self.config.minibatches or 1
+        count = self.config.minibatches
         parts = [replace(shard_batch(batch, n, count), z=batch.z / count) for n in range(count)]
         return [
             shard_batch(part, self.ranks.rank, self.ranks.size)

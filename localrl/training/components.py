@@ -151,8 +151,8 @@ def open_components(
         fixed = planned is not None or bool(config.memory.pin)
         request, plan = with_engine(request, plan, engine=policy.engine.name, fixed=fixed)
         _connect(environments, policy.tokenizer, stack)
-        learning = replace(config.learning, minibatches=config.minibatches)
-        updates = config.run.steps * config.minibatches * learning.updates_per_step
+        learning = config.learning
+        updates = config.run.steps * learning.minibatches * learning.updates_per_step
         updater = Updater(
             policy,
             learning,

@@ -43,9 +43,9 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
             "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "
             "be compared with. Leave kappa out, or raise the group size."
         )
-    if config.minibatches > rollout.prompts_per_step:
+    if config.learning.minibatches > rollout.prompts_per_step:
         raise ConfigError(
-            f"learning.minibatches is {config.minibatches}, more than the "
+            f"learning.minibatches is {config.learning.minibatches}, more than the "
             f"{rollout.prompts_per_step} prompts of a step (rollout.prompts_per_step), and each "
             "needs one. Lower it."
         )
