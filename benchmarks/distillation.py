@@ -3,7 +3,7 @@
 The policy samples y for a prompt x. The same model, with the right answer in its context, is the
 teacher: one more forward pass scores the same tokens behind x and the answer, and each token gets
 
-    d_t = log p(y_t | x, hint, y_<t) - log p(y_t | x, y_<t)
+    d_t = log p(y_t | x, answer, y_<t) - log p(y_t | x, y_<t)
 
 as an advantage, whatever its reward. On tokens sampled from p(. | x) the mean of d_t at a prefix is
 minus the KL of policy to teacher there, so that the gradients are, with the teacher q a constant:

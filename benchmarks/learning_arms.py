@@ -113,7 +113,7 @@ REMOVED = {
         rate_of="pairs",
     ),
 }
-"""Strategies of version 0.1 that were no better than the same without them."""
+"""Strategies of version 0.1, and a tried one, that were no better than the same without them."""
 PAIRS = shaped(8, 2, **TRACKER)
 PREFIXES = "2605.05112"
 STAGED = {

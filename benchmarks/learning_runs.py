@@ -190,8 +190,7 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     from localrl.training.session import NullProgress
     from localrl.training.setup import open_session
 
-    own = {"run.out": str(folder), "run.rollout_log_limit": 10**12, "learning.minibatches": 1}
-    settings = {**own, **with_paths(job.settings)}
+    settings = {"run.out": str(folder), "run.rollout_log_limit": 10**12, **with_paths(job.settings)}
     config, clock, step = RunConfig.create(settings), Clock(), 0
     opened = open_session(
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()

@@ -34,7 +34,6 @@ ALWAYS = {"run.eval_every": 0, "memory.threads": 1, "run.steps": STEPS, "task.ev
 RANDOM = {
     "rollout.group_size": 8,
     "rollout.prompts_per_step": 16,
-    "learning.minibatches": 1,
     "rollout.max_completion_tokens": 64,
     "lora.rank": 8,
 }

@@ -44,7 +44,6 @@ COMMON = {
     "rollout.temperature": 0.7,
     "rollout.group_size": 4,
     "learning.lr": 3e-4,
-    "learning.minibatches": 1,
     "learning.warmup_steps": 2,
     "task.eval_temperature": 0,
     "task.eval_prompts": 96,

@@ -10,8 +10,8 @@ Each arm, learning rate, seed and task is one run in a process of its own, evalu
 held-out prompts; its line is appended to benchmarks/tokens_to_learn/ when it ends, and a run that
 is there with the settings its arm has now is not made again. So the command may be stopped at any
 time and given again. The embedded model screens all strategies (5 to 10 seconds a run); the
-pretrained one takes 3 to 5 minutes a run on two cores. Tokens that a strategy samples and
-throws away count; those of evaluations do not.
+pretrained one takes 3 to 6 minutes a run in one thread, two at a time. Tokens that a strategy
+samples and throws away count; those of evaluations do not.
 
 Seconds are compared only between runs on one machine whose starts are less than an hour apart and
 which had the cores that they wanted. All arms of a seed therefore run in turn, and flat-8 again

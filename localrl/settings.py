@@ -252,9 +252,7 @@ class LearningConfig:
     minibatches: int = setting(
         1, "parts of a step's prompts, each with an optimizer update of its own", low=1
     )
-    updates_per_step: int = setting(
-        1, "passes over one step's rollouts, each with these updates", low=1
-    )
+    updates_per_step: int = setting(1, "updates on each of these parts", low=1)
 
 
 @dataclass(frozen=True)

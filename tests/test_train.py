@@ -234,7 +234,7 @@ def test_minutes_end_the_training(tiny_folder, tmp_path):
             {"rollout.group_size": 1, "learning.kappa": 0.0},
             "kappa is 0 and rollout.group_size is 1",
         ),
-        ({"learning.minibatches": 17}, "minibatches is 17, more than the"),
+        ({"learning.minibatches": 17}, "minibatches is 17, but a step has"),
         (
             {"rollout.strategy": "adaptive", "rollout.group_size": 3},
             "group_size is 3, which rounds of 2 completions cannot divide evenly",

@@ -67,7 +67,6 @@ def settings(job: Job) -> dict[str, Any]:
         "task.name": job.data,
         "task.rewards": f"{HERE.with_name('even_reward.py')}:{job.reward}_reward",
         "rollout.prompts_per_step": job.prompts,
-        "learning.minibatches": 1,  # as the others
         "rollout.group_size": job.group,
         "rollout.max_prompt_tokens": job.max_length - job.tokens,
         "rollout.max_completion_tokens": job.tokens,

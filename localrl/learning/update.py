@@ -88,7 +88,9 @@ class Updater:
         )
 
     def update(self, batch: Batch, plan: MemoryPlan) -> StepStats:
-        """Update the adapters on one step's batch; an empty batch changes nothing.
+        """Update the adapters on one step's batch, one mini-batch after another.
+
+        A mini-batch without anything to train is left out, so an empty batch changes nothing.
 
         With several ranks each gets the whole batch, computes its share of it, and applies the same
         update from the sum.

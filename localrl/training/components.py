@@ -44,6 +44,7 @@ from localrl.training.opened_task import open_and_check
 from localrl.training.resolved import ResolvedConfig, load, local_plan_request, open_policy
 from localrl.training.sampler import Rescore, Sampler
 from localrl.training.supervised import open_supervised
+from localrl.training.validate import check_minibatches
 
 ROUNDING = 0.01
 """Change of a completion's mean log-probability by 16-bit rounding alone: 0.05 nats per token in
@@ -137,6 +138,8 @@ def open_components(
                 try_rewards=trains and plan is None,
             )
         config, task, environments = opened.config, opened.task, opened.environments
+        if trains:
+            check_minibatches(config)
         resolved, tokenizer = replace(resolved, config=config), opened.tokenizer
         turns = environments is not None
         request = local_plan_request(resolved, prompts=opened.prompts, trains=trains, turns=turns)

@@ -43,12 +43,6 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
             "learning.kappa is 0 and rollout.group_size is 1: a completion would have nothing to "
             "be compared with. Leave kappa out, or raise the group size."
         )
-    if config.learning.minibatches > rollout.prompts_per_step:
-        raise ConfigError(
-            f"learning.minibatches is {config.learning.minibatches}, more than the "
-            f"{rollout.prompts_per_step} prompts of a step (rollout.prompts_per_step), and each "
-            "needs one. Lower it."
-        )
     if config.task.agent:
         _check_agent(config, shape)
     if shape.leaves > shape.roots:
@@ -57,6 +51,19 @@ def check(config: RunConfig, shape: Shape, task: Task) -> None:
     _check_reuse(config, shape)
     if task.environment or config.task.environment or config.task.tools or config.task.agent:
         _check_turns(config)
+
+
+def check_minibatches(config: RunConfig) -> None:
+    """Reject more mini-batches than a step has prompts, or examples.
+
+    Raises: ConfigError.
+    """
+    count, prompts = config.learning.minibatches, config.rollout.prompts_per_step
+    if count > prompts:
+        raise ConfigError(
+            f"learning.minibatches is {count}, but a step has {prompts} of the prompts of which "
+            "each needs one (rollout.prompts_per_step). Lower it."
+        )
 
 
 def _check_turns(config: RunConfig) -> None:

@@ -357,6 +357,13 @@ def test_the_command_refuses_what_means_nothing(tmp_path, capfd, words, message)
     assert message in done.stderr
 
 
+def test_a_step_has_an_example_for_each_mini_batch(sampled, tiny_folder, tmp_path):
+    wish = config(tiny_folder, str(sampled), tmp_path / "run", **{"learning.minibatches": 99})
+    with pytest.raises(ConfigError, match="minibatches is 99, but a step has"):
+        train(wish, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_refuses_the_same_and_the_demonstrations_own_settings_are_fine(tmp_path):
     settings = {"task.demonstrations": "worked.jsonl", "run.out": str(tmp_path / "run")}
     wish = RunConfig.create({**settings, "rollout.group_size": 8})
