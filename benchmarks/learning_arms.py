@@ -125,7 +125,7 @@ STAGED = {
     "flat-8 in small steps + early end": Arm(shaped(2, 8), "early end"),
 }
 """Ideas written as stages."""
-OPSD, SRPO = "2601.18734", "2604.02288"
+OPSD, SRPO, GKD = "2601.18734", "2604.02288", "2306.13649"
 DISTILLED = {
     "distillation": Arm(shaped(8, 2), "distillation", OPSD, biased=True),
     "distillation to go": Arm(shaped(8, 2), "distillation to go", OPSD, biased=True),
@@ -135,6 +135,13 @@ DISTILLED = {
         shaped(4, 8, learning__minibatches=2),
         "shown answer",
         OPSD,
+        biased=True,
+        rate_of="flat-8 in small steps",
+    ),
+    "taught": Arm(
+        shaped(16, 2, learning__minibatches=4),
+        "taught",
+        GKD,
         biased=True,
         rate_of="flat-8 in small steps",
     ),
@@ -239,7 +246,7 @@ SMOLLM2 = Subject(
     arms=(
         *("flat-8", "flat-8 in small steps", "flat-8 in mini-batches", "pairs in mini-batches"),
         *("2-GRPO in small steps", "CPPO in small steps"),
-        "shown answer",
+        *("shown answer", "taught"),
     ),
     rates=(3e-4, 6e-4, 1.2e-3),
     tuning_seeds=(100,),

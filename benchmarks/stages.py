@@ -8,6 +8,7 @@ from distillation import RULES, with_distillation
 from options import OVER, with_options
 from prefixes import STAGES, with_prefixes
 from rivals import instead, with_rival
+from taught import TAUGHT, with_teacher
 
 from localrl.training.session import Session
 
@@ -24,6 +25,8 @@ def _with(session: Session, name: str) -> Session:
         return with_prefixes(session, STAGES[name])
     if name in RULES:
         return with_distillation(session, name)
+    if name == TAUGHT:
+        return with_teacher(session)
     if name in OVER:
         return with_options(session, name)
     if name == "allocation":

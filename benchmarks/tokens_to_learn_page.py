@@ -41,6 +41,7 @@ COLORS = {
     "2-GRPO in small steps": "#0072B2",
     "CPPO in small steps": "#CC79A7",
     "shown answer": "#56B4E9",
+    "taught": "#882255",
 }
 """The arms in the picture."""
 

@@ -37,7 +37,7 @@ def group_logprobs(
     0 where the model did not write the token. One forward pass, `micro_rows` paths at a time, as
     forests if `shared`, else as plain rows; nothing is kept for a gradient.
     """
-    batch = _whole(groups)
+    batch = whole_batch(groups)
     found = [np.zeros(len(node.token_ids), np.float32) for node in batch.nodes]
     pack = forest_batches if shared else row_batches
     for micro in pack(batch, micro_rows):
@@ -51,7 +51,7 @@ def group_logprobs(
     return [[next(rest) for _ in group.nodes] for group in groups]
 
 
-def _whole(groups: Sequence[Group]) -> Batch:
+def whole_batch(groups: Sequence[Group]) -> Batch:
     """Build a batch from the groups in which every sampled token is a target."""
     nodes: list[BatchNode] = []
     for prompt, group in enumerate(groups):

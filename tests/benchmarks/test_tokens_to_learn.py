@@ -48,6 +48,7 @@ from learning_results import (
 )
 from learning_runs import Job, add_costs, identity, make, with_paths
 from outsider import described
+from taught import TAUGHT
 from tokens_to_learn import Bench, planned, turns
 from tokens_to_learn_page import (
     BEGIN,
@@ -132,7 +133,7 @@ def test_arms_differ_and_the_named_ones_exist():
     assert set(same) <= {"flat-8", "TRL"}  # TRL's step has that shape
     assert {*COLORS, *BASES, *SMOLLM2.arms, *EMBEDDED.arms, *CHOICES.arms} <= set(ARMS)
     assert set(OURS) <= set(EMBEDDED.arms)
-    biased = {"pruning", "prefixes", "options", "options in log text", *RULES}
+    biased = {"pruning", "prefixes", "options", "options in log text", TAUGHT, *RULES}
     there = [arm for arm in ARMS.values() if not arm.removed]
     assert all(arm.biased == bool(biased & {*(arm.rival or "").split(" + ")}) for arm in there)
 
