@@ -157,13 +157,22 @@ DISTILLED = {
 }
 """Towards the model that knows the answer, so their gradient is not that of a reward. They need a
 model that can read a hint, which the embedded one cannot."""
+ANSWERS = "the answers of the training prompts"
+"""Stands for a file of them as worked examples, which a run writes."""
+GIVEN = {
+    "worked examples": Arm(
+        shaped(8, 1, learning__kappa=None, task__demonstrations=ANSWERS),
+        rate_of="flat-8 in small steps",
+    ),
+}
+"""Nothing is generated: the tokens are those learned, as `localrl sft` learns them."""
 LISTED = {
     "options": Arm(shaped(8, 2), "options", biased=True),
     "options in text": Arm(shaped(8, 2), "options in text"),
     "options in log text": Arm(shaped(8, 2), "options in log text", biased=True),
 }
 """For tasks with a column `options`."""
-ARMS = OURS | REMOVED | RIVALS | STAGED | DISTILLED | LISTED
+ARMS = OURS | REMOVED | RIVALS | STAGED | DISTILLED | GIVEN | LISTED
 """Names without commas: options separate them so."""
 BASES = ("flat-8", "flat-8 in small steps")
 """What arms are compared with; the second says what is not merely the size of the steps."""
@@ -246,7 +255,7 @@ SMOLLM2 = Subject(
     arms=(
         *("flat-8", "flat-8 in small steps", "flat-8 in mini-batches", "pairs in mini-batches"),
         *("2-GRPO in small steps", "CPPO in small steps"),
-        *("shown answer", "taught"),
+        *("shown answer", "taught", *GIVEN),
     ),
     rates=(3e-4, 6e-4, 1.2e-3),
     tuning_seeds=(100,),

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from learning_arms import ARMS, BASE, SUBJECTS, Arm, Goal, Settings, Subject
+from learning_arms import ANSWERS, ARMS, BASE, SUBJECTS, Arm, Goal, Settings, Subject
 
 from localrl.errors import LocalRLError
 from localrl.runs.logs import read_jsonl
@@ -90,6 +90,24 @@ def with_paths(settings: Settings) -> Settings:
         "task.name": str(ROOT / task) if task.startswith("benchmarks/") else task,
         "task.rewards": [str(ROOT / each) if "/" in each else each for each in rewards],
     }
+
+
+def with_answers(settings: Settings, place: Path) -> Settings:
+    """Return the settings with a file, in the folder `place`, for `ANSWERS`.
+
+    It has the training prompts of a built-in task, each with its answer as the reply.
+    """
+    from localrl.tasks.builtin import load_task
+
+    if settings.get("task.demonstrations") != ANSWERS:
+        return settings
+    count, path = settings["task.train_prompts"], place / "answers.jsonl"
+    task = load_task(settings["task.name"], train_prompts=count)
+    with path.open("w", encoding="utf-8") as file:
+        for example in map(task.train, range(count)):
+            reply = {"role": "assistant", "content": str(example.answer)}
+            file.write(json.dumps({"messages": [*example.messages, reply]}) + "\n")
+    return settings | {"task.demonstrations": str(path)}
 
 
 # Where and when
@@ -190,7 +208,8 @@ def learn(job: Job, folder: Path) -> tuple[list[Run], str]:
     from localrl.training.session import NullProgress
     from localrl.training.setup import open_session
 
-    settings = {"run.out": str(folder), "run.rollout_log_limit": 10**12, **with_paths(job.settings)}
+    given = with_paths(with_answers(job.settings, folder.parent))
+    settings = {"run.out": str(folder), "run.rollout_log_limit": 10**12, **given}
     config, clock, step = RunConfig.create(settings), Clock(), 0
     opened = open_session(
         config, overwrite=False, resume=False, progress=NullProgress(), heartbeat=Heartbeat()

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from localrl.config import RunConfig
 from localrl.errors import ConfigError, DataError, LocalRLError
 from localrl.runs.logs import JsonLines
+from localrl.tasks.builtin import load_task
 from localrl.training import setup
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -46,7 +47,7 @@ from learning_results import (
     timed,
     tuning,
 )
-from learning_runs import Job, add_costs, identity, make, with_paths
+from learning_runs import Job, add_costs, identity, make, with_answers, with_paths
 from outsider import described
 from taught import TAUGHT
 from tokens_to_learn import Bench, planned, turns
@@ -136,6 +137,18 @@ def test_arms_differ_and_the_named_ones_exist():
     biased = {"pruning", "prefixes", "options", "options in log text", TAUGHT, *RULES}
     there = [arm for arm in ARMS.values() if not arm.removed]
     assert all(arm.biased == bool(biased & {*(arm.rival or "").split(" + ")}) for arm in there)
+
+
+def test_worked_examples_are_the_answers_of_the_training_prompts(tmp_path):
+    settings = Job.of(SMOLLM2, "three facts", "worked examples", 3e-4, 0).settings
+    path = Path(with_answers(settings, tmp_path)["task.demonstrations"])
+    task = load_task("extraction:2", train_prompts=settings["task.train_prompts"])
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    examples = [task.train(n) for n in range(task.train_size)]
+    assert [row[-1]["content"] for row in rows] == [example.answer for example in examples]
+    assert [tuple(row[:-1]) for row in rows] == [example.messages for example in examples]
+    held_out = [example.messages for example in task.evaluation(SMOLLM2.prompts)]
+    assert not any(tuple(row[:-1]) in held_out for row in rows)
 
 
 def test_results_name_no_folder_of_this_machine():
