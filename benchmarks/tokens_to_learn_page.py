@@ -42,6 +42,7 @@ COLORS = {
     "CPPO in small steps": "#CC79A7",
     "shown answer": "#56B4E9",
     "taught": "#882255",
+    "worked examples": "#000000",
 }
 """The arms in the picture."""
 
@@ -62,16 +63,13 @@ def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
     names = {arm for some in parts.values() for part in some for arm in part.arms}
     blocks += ["### What the arms set", arms_table(names)]
     insert("\n\n".join(blocks), docs / "strategies.md")
-    draw(next(iter(whole(parts) or parts.values())), docs / "strategies.png")
+    every = [part for some in parts.values() for part in some]
+    draw(list(filter(complete, every)) or every, docs / "strategies.png")
 
 
-def whole(parts: Mapping[str, Sequence[Part]]) -> list[Sequence[Part]]:
-    """Return the subjects on whose every task each arm was run with the planned seeds."""
-    return [
-        some
-        for some in parts.values()
-        if all(len(seeds) >= SEEDS for part in some for seeds in part.arms.values())
-    ]
+def complete(part: Part) -> bool:
+    """Return True if each of the picture's arms that a task has was run with the planned seeds."""
+    return all(len(part.arms[arm]) >= SEEDS for arm in COLORS if arm in part.arms)
 
 
 # Words and tables
@@ -282,7 +280,7 @@ def draw(parts: Sequence[Part], path: Path) -> None:
         len(parts), 2, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for part, panels in zip(parts, rows, strict=True):
-        seconds = part.subject.seconds
+        seconds, model = part.subject.seconds, part.subject.name
         for axes, (axis, scale) in zip(panels, (("tokens", 1000), (seconds, 1)), strict=True):
             for arm in (name for name in COLORS if name in part.arms):
                 _line(axes, part, arm, axis, scale)
@@ -290,10 +288,13 @@ def draw(parts: Sequence[Part], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
             axes.set(ylim=(0, 1), xlim=(0, None))
-        panels[0].set(xlabel="generated tokens, thousands", ylabel=f"pass@1, held out\n{part.task}")
+        panels[0].set(xlabel="tokens, thousands", ylabel=f"pass@1, {part.task}, {model}")
         kind = "processor seconds" if seconds == "cpu_s" else "seconds"
         panels[1].set(xlabel=f"{kind} of training")
-    rows[0][0].legend(frameon=False, loc="lower right")
+    lines = {line.get_label(): line for axes in rows.flat for line in axes.get_lines()}
+    known = [arm for arm in COLORS if arm in lines]
+    handles = [lines[arm] for arm in known]
+    figure.legend(handles, known, frameon=False, loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
