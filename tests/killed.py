@@ -47,9 +47,10 @@ for line in sys.stdin:
 class Killer:
     """Starts a run again and again and kills it after random times, until it has been enough."""
 
-    def __init__(self, settings: dict[str, Any], seed: int, most_s: float) -> None:
-        self.settings, self.random, self.most_s = settings, Random(seed), most_s
+    def __init__(self, settings: dict[str, Any], seed: int) -> None:
+        self.settings, self.random = settings, Random(seed)
         self.kills = 0
+        self.whole_s = 0.0
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
@@ -63,6 +64,12 @@ class Killer:
             assert stream is not None
             stream.close()
         self.server.wait()
+
+    def whole(self, out: Path) -> None:
+        """One run without a kill; the others are killed within the time that it took."""
+        started = time.monotonic()
+        self.run(out, kills=0)
+        self.whole_s = time.monotonic() - started
 
     def run(self, out: Path, *, kills: int, number: int = signal.SIGKILL) -> None:
         """One run to its end, with at most so many kills on the way."""
@@ -78,7 +85,7 @@ class Killer:
         self.server.stdin.flush()
         pid = int(self.server.stdout.readline())
         if kill:
-            time.sleep(self.random.uniform(0.0, self.most_s))
+            time.sleep(self.random.uniform(0.0, self.whole_s))
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(pid, number)
         code = int(self.server.stdout.readline())

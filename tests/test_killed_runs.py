@@ -20,14 +20,14 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def killer(tiny_folder, engine):
     settings = {**SETTINGS, "model.path": str(tiny_folder), "model.engine": engine}
-    killer = Killer(settings, seed=0, most_s=0.9)
+    killer = Killer(settings, seed=0)
     yield killer
     killer.close()
 
 
 @pytest.mark.exact
 def test_killed_many_times_it_ends_the_same(killer, tmp_path):
-    killer.run(tmp_path / "whole", kills=0)
+    killer.whole(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     runs = 0
     while killer.kills < 4:

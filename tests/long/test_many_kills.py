@@ -30,9 +30,9 @@ SETTINGS = {
 )
 @pytest.mark.parametrize("seed", [1])
 def test_runs_end_the_same_however_often_they_are_ended(tiny_folder, tmp_path, number, kills, seed):
-    killer = Killer({**SETTINGS, "model.path": str(tiny_folder)}, seed=seed, most_s=2.0)
+    killer = Killer({**SETTINGS, "model.path": str(tiny_folder)}, seed=seed)
     try:
-        killer.run(tmp_path / "whole", kills=0)
+        killer.whole(tmp_path / "whole")
         expected, runs = outcome(tmp_path / "whole"), 0
         while killer.kills < kills:
             out = tmp_path / f"run-{runs}"
