@@ -31,14 +31,12 @@ takes it to 0 within 3,000 tokens, and so does 0.3 of it with the reward; 0.1 wi
 better than the reward alone. Shown as an earlier turn, with the answer as the model's own reply and
 the same question again, the answer has the right form, and needs no reward.
 
-Also tried with the shown answer on `facts`, one or two seeds each, and not kept, since none was at
-0.5 after fewer tokens than it (4,400 and 5,000 on the same seeds): an update for every 8
-completions instead of 16 (4,000 tokens; on the other seed at 0 until 6,000), the reward's advantage
-added (4,700 and 5,600), only failures taught and the others left to their reward (4,700 and 4,800,
-but then higher: 0.59 and 0.73 after 6,300), the initial model as the teacher, as in OPSD (4,700 and
-5,000), and tokens drawn from the teacher at every prefix as targets, the gradient of KL(q, p). With
-a teacher that learns along, the last loses what it had learned (0.47 after 7,000, 0.06 after
-16,000); with the initial model it never drops and needs 5,400 and 5,500, at no learning rate fewer.
+Also tried with the shown answer on `facts`, on two seeds where it needs 5,000 and 4,400 tokens to
+0.5 itself, and not kept: an update for every 8 completions instead of 16 (3,700, and 11,000 after
+lying at 0 until 6,200), the reward's advantage added (5,700 and 4,700), only failures distilled and
+the others left to their reward's advantage (4,600 and 4,700, and then higher: 0.73 and 0.59 after
+6,300), and the initial model as the teacher, as in OPSD (4,900 and 4,900). `taught` learns tokens
+that the teacher draws instead.
 """
 
 from __future__ import annotations

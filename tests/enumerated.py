@@ -191,6 +191,21 @@ def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
     return found
 
 
+def padded(listed: Sequence[Sequence[int]]) -> tuple[np.ndarray, mx.array]:
+    """Return completions as ids (N, LONGEST), and a mask of that shape: 1 where there is a token."""
+    ids = np.array([[*one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
+    lengths = np.array([[len(one)] for one in listed])
+    return ids, mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
+
+
+def all_logprobs(session: Session, prompt: str, ids: np.ndarray) -> mx.array:
+    """Compute all log-probabilities (N, LONGEST, V) behind the prefixes of ids (N, LONGEST)."""
+    begun = np.array(session.policy.tokenizer.encode_text(prompt), np.int32)
+    tokens = np.concatenate([np.tile(begun, (len(ids), 1)), ids[:, :-1]], axis=1)
+    logits = session.policy.model(mx.array(tokens)).astype(mx.float32)[:, -LONGEST:]
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
 def exact_gradient(
     model: Any, stop: Sequence[int] = (), begun: tuple[int, ...] = ()
 ) -> tuple[np.ndarray, float]:

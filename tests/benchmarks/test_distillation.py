@@ -11,15 +11,16 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from enumerated import (
-    END,
     LONGEST,
     PAIRS,
     PROMPT,
+    all_logprobs,
     completions,
     examples,
     flattened,
     make_files,
     opened,
+    padded,
 )
 
 from localrl.backend import mx, nn
@@ -44,18 +45,7 @@ def session(tmp_path_factory):
 
 def exact(session: Distilling, credit: str) -> np.ndarray:
     """Compute the gradient (P,) of minus the KL that a credit stands for."""
-    model, tokenizer = session.policy.model, session.policy.tokenizer
-    listed = completions()
-    ids = np.array([[*one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
-    lengths = np.array([[len(one)] for one in listed])
-    mask = mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
-
-    def logprobs(prompt: str) -> Any:
-        """All log-probabilities (N, LONGEST, V) behind a prompt."""
-        before = np.tile(np.array(tokenizer.encode_text(prompt), np.int32), (len(ids), 1))
-        logits = model(mx.array(np.concatenate([before, ids[:, :-1]], axis=1))).astype(mx.float32)
-        logits = logits[:, -LONGEST:]
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    ids, mask = padded(completions())
 
     def chosen(found: Any) -> Any:
         """Log-probabilities (N,) of whole completions."""
@@ -63,14 +53,15 @@ def exact(session: Distilling, credit: str) -> np.ndarray:
         return (each * mask).sum(axis=-1)
 
     def value() -> Any:
-        own, taught = logprobs(PROMPT), mx.stop_gradient(logprobs(PROMPT + session.hint))
+        own = all_logprobs(session, PROMPT, ids)
+        taught = mx.stop_gradient(all_logprobs(session, PROMPT + session.hint, ids))
         if credit == "to go":
             return (mx.exp(chosen(own)) * (chosen(taught) - chosen(own))).sum()
         kl = (mx.exp(own) * (own - taught)).sum(axis=-1)
         # A prefix has the probability of all completions with it.
         return -(mx.stop_gradient(mx.exp(chosen(own)))[:, None] * mask * kl).sum()
 
-    return flattened(nn.value_and_grad(model, value)()[1])
+    return flattened(nn.value_and_grad(session.policy.model, value)()[1])
 
 
 def expectation(session: Distilling, credit: Literal["immediate", "to go"]) -> np.ndarray:

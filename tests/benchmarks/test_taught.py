@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from enumerated import (
-    END,
-    LONGEST,
     PROMPT,
     Measured,
+    all_logprobs,
     examples,
     flattened,
     make_files,
     opened,
+    padded,
 )
 
 from localrl.backend import mx, nn
@@ -57,29 +57,19 @@ def batch(session: Taught, scored: ScoredGroup, step: int) -> Any:
 
 def exact(session: Taught, scored: ScoredGroup) -> np.ndarray:
     """Compute the gradient (P,) of the wrong completions' cross-entropy to the teacher."""
-    model, tokenizer = session.policy.model, session.policy.tokenizer
     nodes = scored.group.nodes
     wrong = [n.token_ids for n, r in zip(nodes, scored.rewards, strict=True) if r == 0]
-    ids = np.array([[*one, *[END] * (LONGEST - len(one))] for one in wrong], np.int32)
-    lengths = np.array([[len(one)] for one in wrong])
-    mask = mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
-
-    def logprobs(prompt: str) -> Any:
-        before = np.tile(np.array(tokenizer.encode_text(prompt), np.int32), (len(ids), 1))
-        logits = model(mx.array(np.concatenate([before, ids[:, :-1]], axis=1))).astype(mx.float32)
-        logits = logits[:, -LONGEST:]
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
+    ids, mask = padded(wrong)
     with session.policy.as_reference():
-        teacher = mx.exp(logprobs(PROMPT + ANSWER + PROMPT))
+        teacher = mx.exp(all_logprobs(session, PROMPT + ANSWER + PROMPT, ids))
         mx.eval(teacher)
 
-    def loss() -> Any:
-        return -(mask[..., None] * teacher * logprobs(PROMPT)).sum()
+    def loss() -> mx.array:
+        return -(mask[..., None] * teacher * all_logprobs(session, PROMPT, ids)).sum()
 
     rewarded = [n for n, r in zip(nodes, scored.rewards, strict=True) if r is not None]
     tokens = sum(len(node.token_ids) for node in rewarded)
-    return flattened(nn.value_and_grad(model, loss)()[1]) / tokens
+    return flattened(nn.value_and_grad(session.policy.model, loss)()[1]) / tokens
 
 
 def test_the_mean_over_draws_is_the_gradient_of_the_forward_kl(session, scored):
