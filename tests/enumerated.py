@@ -192,7 +192,7 @@ def completions(stop: Sequence[int] = ()) -> list[tuple[int, ...]]:
 
 
 def padded(listed: Sequence[Sequence[int]]) -> tuple[np.ndarray, mx.array]:
-    """Return completions as ids (N, LONGEST), and a mask of that shape: 1 where there is a token."""
+    """Return completions as ids (N, LONGEST), and a mask of that shape: 1 for each token."""
     ids = np.array([[*one, *[END] * (LONGEST - len(one))] for one in listed], np.int32)
     lengths = np.array([[len(one)] for one in listed])
     return ids, mx.array((np.arange(LONGEST) < lengths).astype(np.float32))
