@@ -95,7 +95,7 @@ RIVALS = {
     "CPPO": Arm(shaped(4, 8, **GRPO), "pruning", CPPO, biased=True),
     "CPPO in small steps": Arm(shaped(2, 8, **GRPO), "pruning", CPPO, biased=True),
     "CPPO with allocation": Arm(shaped(16, 8, **GRPO), "pruning", CPPO, biased=True),
-    "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="GRPO-8"),
+    "TRL": Arm(shaped(4, 8), paper="TRL's GRPOTrainer", outside=True, rate_of="flat-8"),
 }
 REMOVED = {
     "single + thompson": Arm(shaped(16, 1, **THOMPSON), removed=True),

@@ -79,6 +79,7 @@ def described(job: Job) -> dict[str, Any]:
         "every": job.every,
         "stop": job.goal.stop,
         "limit_s": LIMIT_S,
+        "threads": config.memory.threads,
     }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-ROWS = 32
+ROWS = 64
 """Prompts generated at once in an evaluation."""
 
 Texts = list[list[dict[str, str]]]
@@ -130,7 +130,7 @@ def main() -> None:
     from transformers import AutoTokenizer, TrainerCallback, TrainerControl
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(job["threads"] or len(os.sched_getaffinity(0)))
     torch.manual_seed(job["seed"])
     course = Course(job)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

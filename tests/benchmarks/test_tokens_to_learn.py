@@ -286,7 +286,7 @@ def test_a_single_rate_needs_no_tuning_and_an_arm_may_take_anothers():
     one = replace(EMBEDDED, rates=(1e-3,))
     assert tuning(one, "pairs") == []
     assert rate(one, "pairs", {}) == 1e-3
-    runs = known(*tuned("GRPO-8", dict(zip(EMBEDDED.rates, (0.4, 0.9, 0.5), strict=True))))
+    runs = known(*tuned("flat-8", dict(zip(EMBEDDED.rates, (0.4, 0.9, 0.5), strict=True))))
     assert tuning(EMBEDDED, "TRL") == []
     assert rate(EMBEDDED, "TRL", runs) == EMBEDDED.rates[1]
 
