@@ -274,12 +274,12 @@ LONG = Subject(
             {"task.name": "benchmarks/ten_facts.py", **STRICT}, 0.7, 0.7, "mean_reward"
         ),
     },
-    arms=("flat-8 in small steps", "pairs", "tree by entropy", "tree by period"),
+    arms=("flat-8 in small steps", "tree by entropy", "tree by period"),
     rates=(3e-4,),
     tuning_seeds=(),
-    budget=30_000,
+    budget=18_000,
     every=3_000,
-    prompts=64,
+    prompts=32,
     seconds="cpu_s",
     at_once=2,
 )

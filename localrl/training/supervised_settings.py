@@ -19,6 +19,14 @@ USED = {
     ),
 }  # fmt: skip
 """Settings of these sections that mean something where completions are given."""
+WITHOUT_TASK = (
+    "task.filter_overlong_prompts",
+    "task.rewards",
+    "task.reward_weights",
+    "task.environment",
+    "task.agent",
+)
+"""Settings that mean nothing where no task is measured besides: no worked example is left out."""
 FIXED = {"rollout.strategy": "flat", "rollout.group_size": 1}
 """Settings with a value of their own there: one completion for each prompt."""
 
@@ -51,5 +59,5 @@ def _unused(config: RunConfig) -> Iterator[str]:
         if section in USED and name not in USED[section]:
             yield key
     yield "task.decided"
-    if config.task.name == NO_TASK:  # no worked example is ever left out
-        yield "task.filter_overlong_prompts"
+    if config.task.name == NO_TASK:
+        yield from WITHOUT_TASK

@@ -349,6 +349,8 @@ def test_a_row_that_cannot_be_learned_ends_it_before_the_run(tiny_folder, tmp_pa
             ("worked.jsonl", "--set", "task.filter_overlong_prompts=true"),
             "task.filter_overlong_prompts has no effect",
         ),
+        (("worked.jsonl", "--reward", "exact"), "task.rewards has no effect in a supervised run"),
+        (("worked.jsonl", "--set", "task.agent=a.py:play"), "task.agent has no effect in a superv"),
     ],
 )
 def test_the_command_refuses_what_means_nothing(tmp_path, capfd, words, message):
