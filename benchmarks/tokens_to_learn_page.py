@@ -27,16 +27,17 @@ from learning_runs import COSTS, Job, identity
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-COMPARED = (*BASES, "pairs")
-"""Arms that the tables compare with: the bases, and the default."""
+PAIRS = ("pairs", "pairs in larger steps")
+"""Of these the first that a task has is compared with besides; the second is the default."""
 SEEDS = 5
-"""Fewest seeds of a subject that is drawn, if there is one."""
+"""Fewest seeds of an arm that is drawn, if there is one."""
 ORDER = ("smollm2", "smollm2-long", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
 COLORS = {
     "flat-8": "#666666",
     "flat-8 in small steps": "#E69F00",
     "pairs": "#009E73",
+    "pairs in larger steps": "#A6761D",
     "pairs in mini-batches": "#D55E00",
     "2-GRPO in small steps": "#0072B2",
     "CPPO in small steps": "#CC79A7",
@@ -64,12 +65,15 @@ def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
     blocks += ["### What the arms set", arms_table(names)]
     insert("\n\n".join(blocks), docs / "strategies.md")
     every = [part for some in parts.values() for part in some]
-    draw(list(filter(complete, every)) or every, docs / "strategies.png")
+    least = SEEDS if any(pictured(part, SEEDS) for part in every) else 1
+    chosen = [(part, arms) for part in every if (arms := pictured(part, least))]
+    draw(chosen, docs / "strategies.png")
 
 
-def complete(part: Part) -> bool:
-    """Return True if each of the picture's arms that a task has was run with the planned seeds."""
-    return all(len(part.arms[arm]) >= SEEDS for arm in COLORS if arm in part.arms)
+def pictured(part: Part, least: int) -> list[str]:
+    """Return the arms of a task's picture, run with at least so many seeds; one alone is none."""
+    arms = [arm for arm in COLORS if len(part.arms.get(arm, ())) >= least]
+    return arms if len(arms) > 1 or least == 1 else []
 
 
 # Words and tables
@@ -150,17 +154,18 @@ def table_of_costs(part: Part) -> str:
     """Return tokens and seconds to the goal, against flat groups in both sizes of steps."""
     rows = []
     axes = ("tokens", part.subject.seconds)
+    compared = (*BASES, *[arm for arm in PAIRS if arm in part.arms][:1])
     for arm, seeds in part.arms.items():
         lr = next(iter(seeds.values()))[0]["lr"]
         row = [shown(arm), f"{lr:g}", len(seeds)]
         for axis, scale in zip(axes, (1000, 1), strict=True):
             row += [average(part.costs(arm, axis), scale)]
-            row += [_against(part, arm, base, axis) for base in COMPARED]
+            row += [_against(part, arm, base, axis) for base in compared]
         rows.append(row)
     words = "seconds" if axes[1] == "wall_s" else "processor seconds"
     heads = ["arm", "lr", "seeds", f"tokens to {part.goal.goal:g}, thousands"]
-    heads += [f"of {base}" for base in COMPARED]
-    return table([*heads, words, *(f"of {base}" for base in COMPARED)], rows)
+    heads += [f"of {base}" for base in compared]
+    return table([*heads, words, *(f"of {base}" for base in compared)], rows)
 
 
 def _against(part: Part, arm: str, base: str, axis: str) -> str:
@@ -268,8 +273,11 @@ def insert(text: str, page: Path) -> None:
 # The picture
 
 
-def draw(parts: Sequence[Part], path: Path) -> None:
-    """Draw pass@1 over tokens and over seconds, a row for each task: mean and range over seeds."""
+def draw(parts: Sequence[tuple[Part, Sequence[str]]], path: Path) -> None:
+    """Draw the measure over tokens and over seconds, a row for each task with its arms.
+
+    Lines are means over seeds, bands their range.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -279,16 +287,18 @@ def draw(parts: Sequence[Part], path: Path) -> None:
     figure, rows = pyplot.subplots(
         len(parts), 2, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
-    for part, panels in zip(parts, rows, strict=True):
+    for (part, arms), panels in zip(parts, rows, strict=True):
         seconds, model = part.subject.seconds, part.subject.name
         for axes, (axis, scale) in zip(panels, (("tokens", 1000), (seconds, 1)), strict=True):
-            for arm in (name for name in COLORS if name in part.arms):
+            for arm in arms:
                 _line(axes, part, arm, axis, scale)
             axes.axhline(part.goal.goal, color="black", lw=0.8, ls=":")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
             axes.set(ylim=(0, 1), xlim=(0, None))
-        panels[0].set(xlabel="tokens, thousands", ylabel=f"pass@1, {part.task}, {model}")
+        panels[0].set(
+            xlabel="tokens, thousands", ylabel=f"{part.goal.measure}, {part.task}, {model}"
+        )
         kind = "processor seconds" if seconds == "cpu_s" else "seconds"
         panels[1].set(xlabel=f"{kind} of training")
     lines = {line.get_label(): line for axes in rows.flat for line in axes.get_lines()}
