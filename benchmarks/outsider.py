@@ -7,6 +7,7 @@ in the environment that .ci/interop makes. Its process is benchmarks/peers/learn
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from localrl.tasks.loading import open_task
 RUNNER = ROOT / "benchmarks" / "peers" / "learn_trl.py"
 LIMIT_S = 1200.0
 """Seconds of training after which a run ends: a step takes TRL several times as long."""
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35)}
+"""Settings of glibc with which freed arrays are kept for the next ones: a sixth faster for TRL."""
 PROCESS_S = 3 * LIMIT_S
 """Most seconds of the whole process, evaluations included."""
 
@@ -42,7 +45,10 @@ def learn_outside(job: Job, python: str) -> tuple[list[Run], str]:
         (folder / "job.json").write_text(json.dumps(described(job)))
         command = [python, str(RUNNER), str(folder)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S)
+            env = {**os.environ, **KEEP}
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=PROCESS_S, env=env
+            )
         except subprocess.TimeoutExpired:
             raise LocalRLError(f"TRL was not done after {PROCESS_S:.0f} seconds.") from None
         if done.returncode or not (folder / "result.json").exists():

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+MICRO_ROWS = 8
+"""Completions of one backward pass: logits of a whole step would be gigabytes."""
 ROWS = 64
 """Prompts generated at once in an evaluation."""
 
@@ -165,8 +167,8 @@ def main() -> None:
             use_cpu=True,
             bf16=False,
             max_steps=100_000,
-            per_device_train_batch_size=job["prompts"] * job["group"],
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=MICRO_ROWS,
+            gradient_accumulation_steps=job["prompts"] * job["group"] // MICRO_ROWS,
             num_generations=job["group"],
             max_completion_length=job["tokens"],
             learning_rate=job["lr"],
