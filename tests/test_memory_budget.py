@@ -52,10 +52,7 @@ SETTINGS = {
     "learning.lr": 0.01,
     "run.steps": 2,
 }
-TREES = {
-    "rollout.strategy": "tree",
-    "rollout.fork_rule": "periodic",
-}
+TREES = {"rollout.strategy": "tree"}
 BESIDE = 100_000_000
 """Bytes that a run's process is taken to hold besides MLX's arrays."""
 THIRD = "def third(completion_ids):\n    return [sum(ids) % 3 == 0 for ids in completion_ids]\n"

@@ -27,8 +27,7 @@ BLOCKS = 16
 PROMPTS = {
     "flat": 30,
     "pairs": 40,
-    "tree by entropy": 30,
-    "tree by period": 24,
+    "trees": 30,
     "adaptive": 30,
     "early ends": 44,
 }
