@@ -55,9 +55,8 @@ def shaped(prompts: int, completions: int, **settings: Any) -> Settings:
 TRACKER: Settings = {"learning__kappa": 4.0}
 THOMPSON: Settings = {**TRACKER, "rollout__prompt_order": "thompson"}
 ADAPTIVE: Settings = {"rollout__strategy": "adaptive"}
-TREE: Settings = {**TRACKER, "rollout__strategy": "tree", "rollout__fork_rule": "entropy"}
-PERIODIC: Settings = {**TREE, "rollout__fork_rule": "periodic"}
-FOREST: Settings = {**PERIODIC, "rollout__strategy": "adaptive-tree"}
+TREE: Settings = {**TRACKER, "rollout__strategy": "tree", "rollout__fork_rule": "periodic"}
+FOREST: Settings = {**TREE, "rollout__strategy": "adaptive-tree"}
 GRPO: Settings = {"learning__objective": "grpo"}
 OURS = {
     "flat-8": Arm(),
@@ -68,7 +67,8 @@ OURS = {
     "pairs in larger steps": Arm(shaped(16, 2, **TRACKER)),
     "single": Arm(shaped(16, 1, **TRACKER)),
     "adaptive": Arm(shaped(4, 8, **TRACKER, **ADAPTIVE)),
-    "tree by entropy": Arm(shaped(3, 8, **TREE)),
+    "tree by entropy": Arm(shaped(3, 8, **TREE | {"rollout__fork_rule": "entropy"})),
+    "tree by period": Arm(shaped(3, 8, **TREE)),
     "pairs in mini-batches": Arm(
         shaped(16, 2, **TRACKER, learning__minibatches=2), rate_of="pairs"
     ),
@@ -100,7 +100,6 @@ RIVALS = {
 REMOVED = {
     "single + thompson": Arm(shaped(16, 1, **THOMPSON), removed=True),
     "adaptive + thompson": Arm(shaped(4, 8, **THOMPSON, **ADAPTIVE), removed=True),
-    "tree by period": Arm(shaped(3, 8, **PERIODIC), removed=True),
     "adaptive-tree": Arm(shaped(3, 8, **FOREST), removed=True),
     "adaptive-tree + thompson": Arm(shaped(3, 8, **FOREST | THOMPSON), removed=True),
     "tracker + down-sampling": Arm(
@@ -275,7 +274,7 @@ LONG = Subject(
             {"task.name": "benchmarks/ten_facts.py", **STRICT}, 0.7, 0.7, "mean_reward"
         ),
     },
-    arms=("flat-8 in small steps", "tree by entropy"),
+    arms=("flat-8 in small steps", "tree by entropy", "tree by period"),
     rates=(3e-4,),
     tuning_seeds=(),
     budget=18_000,

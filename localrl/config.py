@@ -61,7 +61,6 @@ REMOVED: Mapping[str, Any] = {
     "rollout.give_up": 0.9,
     "rollout.roots": 2,
     "rollout.fork_gap": 0,
-    "rollout.fork_rule": "entropy",
     "rollout.replay_groups": 0,
     "rollout.replay_age": 8,
     "rollout.replay_drift": 0.02,

@@ -39,11 +39,13 @@ REWARD = "def reward(completion_ids):\n    return [3 not in ids for ids in compl
 
 PAIRS = {"rollout.group_size": 2}
 TREE = {"rollout.strategy": "tree", "rollout.group_size": 4}
+PERIOD = {"rollout.fork_rule": "periodic"}
 FRESH: dict[str, dict[str, Any]] = {
     "flat": {"rollout.group_size": 4},
     "pairs": PAIRS,
     "single": {"rollout.group_size": 1},
-    "trees": TREE,
+    "tree by entropy": TREE,
+    "tree by period": TREE | PERIOD,
     "adaptive": {"rollout.strategy": "adaptive", "rollout.group_size": 4},
     "early ends": PAIRS | {"rollout.stop_text": "aa"},
     "small advantages": PAIRS | {"learning.min_advantage": 0.5},

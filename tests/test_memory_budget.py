@@ -52,7 +52,10 @@ SETTINGS = {
     "learning.lr": 0.01,
     "run.steps": 2,
 }
-TREES = {"rollout.strategy": "tree"}
+TREES = {
+    "rollout.strategy": "tree",
+    "rollout.fork_rule": "periodic",
+}
 BESIDE = 100_000_000
 """Bytes that a run's process is taken to hold besides MLX's arrays."""
 THIRD = "def third(completion_ids):\n    return [sum(ids) % 3 == 0 for ids in completion_ids]\n"

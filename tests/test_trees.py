@@ -61,10 +61,11 @@ def redraw(line) -> ScoredGroup:
     return ScoredGroup(group, rewards, {})
 
 
-def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder):
+@pytest.mark.parametrize("rule", ["entropy", "periodic"])
+def test_the_log_is_enough_to_redraw_every_tree(run, tiny_folder, rule):
     from localrl.policy.tokenizer import load_tokenizer
 
-    folder = run(**{"learning.kappa": 0.0})
+    folder = run(**{"rollout.fork_rule": rule, "learning.kappa": 0.0})
     tokenizer = load_tokenizer(tiny_folder)
     forked = 0
     for line in read_jsonl(folder / "rollouts.jsonl"):
@@ -144,7 +145,7 @@ def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
     from steps import gradient
 
     from localrl.rollouts.decode import Decoder
-    from localrl.rollouts.forking import EntropyRule, Spacing
+    from localrl.rollouts.forking import PeriodicRule, Spacing
     from localrl.rollouts.groups import Shape, sample_groups
 
     policy = tiny.make_tiny_policy(tmp_path / "model")
@@ -156,7 +157,7 @@ def test_gradients_of_different_decode_batches_agree(tiny_folder, tmp_path):
             examples,
             [policy.tokenizer.encode(example.messages) for example in examples],
             Shape(2, 6),
-            rule=EntropyRule(Spacing(2, 6, 12.0), threshold=0.0),
+            rule=PeriodicRule(Spacing(2, 6, 12.0)),
             max_completion_tokens=20,
             seed=0,
             step=1,

@@ -35,6 +35,7 @@ SETTINGS = (
     "rollout.strategy",
     "rollout.prompts_per_step",
     "rollout.group_size",
+    "rollout.fork_rule",
     "rollout.stop_loops",
     "rollout.reuse",
     "rollout.max_prompt_tokens",

@@ -135,6 +135,11 @@ class _OpenSegment:
         """Uniform numbers (room,) in (0, 1), one for each token."""
         return keyed_uniforms(self.room, *self.address)
 
+    @cached_property
+    def coins(self) -> np.ndarray:
+        """Uniform numbers (room,) of a second stream."""
+        return keyed_uniforms(self.room, *self.address, "coins")
+
 
 @dataclass(eq=False)
 class DecodeLog:
@@ -200,6 +205,12 @@ class DecodeLog:
         segments = [self.open[s] for s in rows.segments]
         places = zip(segments, rows.lengths, strict=True)
         return np.array([s.uniforms[min(n - s.start, s.room - 1)] for s, n in places])
+
+    def coins(self, rows: Rows) -> np.ndarray:
+        """Uniform numbers (B,) for fork rules, from a stream separate from the tokens'."""
+        segments = [self.open[s] for s in rows.segments]
+        places = zip(segments, rows.lengths, strict=True)
+        return np.array([s.coins[min(n - s.start, s.room - 1)] for s, n in places])
 
     def trees(self, rows: Rows) -> np.ndarray:
         """Tree index of each row, (B,)."""

@@ -56,6 +56,8 @@ class LiveView:
     """Number of forks on the path so far."""
     leaves_left: np.ndarray
     """Number of leaves that the row's tree may still add."""
+    coins: np.ndarray
+    """Uniform number in (0, 1) for each row, for randomised rules."""
     alive: np.ndarray
     """False for a finished row."""
     expected: np.ndarray
@@ -315,6 +317,7 @@ def _view(live: Rows, log: DecodeLog, entropies: np.ndarray) -> LiveView:
         since_fork=live.lengths - np.array([segment.start for segment in segments]),
         forks=np.array([segment.forks for segment in segments]),
         leaves_left=(most - log.leaves)[trees],
+        coins=log.coins(live),
         alive=live.alive,
         expected=np.array([r.expected_tokens for r in log.requests], np.float64)[trees],
     )

@@ -1,7 +1,7 @@
-"""The rule for where trees fork, which sees only the tokens generated so far.
+"""Fork rules, which see only the tokens generated so far.
 
 A decision that depends on the future of its path, or on the next token drawn, would bias the
-gradient; a `LiveView` contains neither. The rule applies what it learns from a batch from the next
+gradient; a `LiveView` contains neither. A rule applies what it learns from a batch from the next
 batch on.
 """
 
@@ -30,7 +30,7 @@ NUDGE = 0.02
 
 @dataclass
 class Spacing:
-    """The spacing and number of forks.
+    """The spacing and number of forks, shared by both rules.
 
     Forks become available along the expected length of a path, so they are not all used at its
     start; those of a path are at least a fifth of its expected length apart.
@@ -93,13 +93,31 @@ class EntropyRule:
             self.threshold = seen if self.threshold is None else _follow(self.threshold, seen)
 
 
-def make_rule(config: RolloutConfig, shape: Shape) -> EntropyRule | None:
-    """Build the rule in its initial state; None if nothing may fork."""
+@dataclass
+class PeriodicRule:
+    """The control: forks at random once the gap has passed, regardless of entropy."""
+
+    spacing: Spacing
+    chance: float = 0.5
+
+    def choose(self, view: LiveView) -> np.ndarray:
+        """Choose rows by their random number, the smallest of each tree first."""
+        wanted = self.spacing.open(view) & (view.coins < self.chance)
+        return within_budget(wanted, -view.coins, view)
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Update the expected path length."""
+        self.spacing.learn(groups)
+
+
+def make_rule(config: RolloutConfig, shape: Shape) -> EntropyRule | PeriodicRule | None:
+    """Build the configured rule in its initial state; None if nothing may fork."""
     if shape.leaves == shape.roots:
         return None
     # Half of the longest completion, until the first batch gives a better estimate.
     expected = config.max_completion_tokens / 2
-    return EntropyRule(Spacing(shape.roots, shape.leaves, expected))
+    spacing = Spacing(shape.roots, shape.leaves, expected)
+    return EntropyRule(spacing) if config.fork_rule == "entropy" else PeriodicRule(spacing)
 
 
 def within_budget(wanted: np.ndarray, priority: np.ndarray, view: LiveView) -> np.ndarray:

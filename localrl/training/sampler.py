@@ -18,7 +18,7 @@ from localrl.records import Example, Group, MemoryPlan, ScoredGroup
 from localrl.rollouts.adaptive import Score, collect
 from localrl.rollouts.agents import AgentTurns
 from localrl.rollouts.decode import Decoder
-from localrl.rollouts.forking import EntropyRule, make_rule
+from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.rollouts.reuse import CompletionCache, Prefix, verify
 from localrl.rollouts.turns import Turns
@@ -54,7 +54,7 @@ class Sampler:
     earlier: CompletionCache = field(default_factory=CompletionCache)
     rescored_tokens: int = 0
     """Number of tokens of earlier policies that were scored under a later one."""
-    rule: EntropyRule | None = field(init=False)
+    rule: EntropyRule | PeriodicRule | None = field(init=False)
     """The rule that decides where paths fork; None if they do not."""
 
     def __post_init__(self) -> None:

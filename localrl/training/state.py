@@ -25,7 +25,7 @@ from localrl.learning.tracker import PromptStats, Tracker
 from localrl.memory.adapting import MemoryMonitor
 from localrl.records import Example, Group, Leaf, MemoryPlan, Node, ScoredGroup
 from localrl.rewards.scoring import Tally
-from localrl.rollouts.forking import EntropyRule, Spacing
+from localrl.rollouts.forking import EntropyRule, PeriodicRule, Spacing
 from localrl.rollouts.reuse import CompletionCache
 from localrl.runs.checkpoints import Checkpoints
 from localrl.utils.codec import decode, encode, from_bytes, to_bytes
@@ -47,6 +47,7 @@ TYPES: dict[str, type] = {
         Leaf,
         MemoryPlan,
         Node,
+        PeriodicRule,
         ScoredGroup,
         Shown,
         Spacing,

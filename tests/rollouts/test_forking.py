@@ -16,6 +16,7 @@ from localrl.records import Example, ScoredGroup
 from localrl.rollouts.decode import Decoder, LiveView
 from localrl.rollouts.forking import (
     EntropyRule,
+    PeriodicRule,
     Spacing,
     forks_per_path,
     within_budget,
@@ -150,6 +151,7 @@ def view(**changes):
         "since_fork": [20, 20, 20, 20],
         "forks": [0, 0, 0, 0],
         "leaves_left": [2, 2, 2, 1],
+        "coins": [0.1, 0.9, 0.2, 0.3],
         "alive": [True, True, True, True],
         "expected": [np.nan] * 4,
     }
@@ -169,6 +171,11 @@ def test_the_most_uncertain_come_first_within_the_budget():
     rule = EntropyRule(spacing(), threshold=0.0)
     left = [1, 1, 1, 0]
     assert rule.choose(view(leaves_left=left)).tolist() == [False, True, False, False]
+
+
+def test_periodic_tosses_coins_and_ignores_entropy():
+    chosen = PeriodicRule(spacing()).choose(view())
+    assert chosen.tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize(

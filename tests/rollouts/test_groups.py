@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from localrl.errors import ConfigError
-from localrl.rollouts.forking import EntropyRule, make_rule
+from localrl.rollouts.forking import EntropyRule, PeriodicRule, make_rule
 from localrl.rollouts.groups import ONE, Shape, make_shape
 from localrl.settings import RolloutConfig
 
@@ -48,3 +48,4 @@ def test_only_shapes_with_forks_have_a_rule():
     assert isinstance(rule, EntropyRule)
     spacing = rule.spacing
     assert (spacing.roots, spacing.leaves, spacing.expected_length) == (2, 4, 25.0)
+    assert isinstance(make_rule(RolloutConfig(fork_rule="periodic"), Shape(1, 2)), PeriodicRule)

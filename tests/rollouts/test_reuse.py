@@ -14,7 +14,7 @@ from localrl.learning.credit import with_expected_reward
 from localrl.policy.scoring import group_logprobs
 from localrl.records import Completion, Example, Group, Node
 from localrl.rollouts.decode import Decoder
-from localrl.rollouts.forking import EntropyRule, Spacing, forks_per_path
+from localrl.rollouts.forking import PeriodicRule, Spacing, forks_per_path
 from localrl.rollouts.groups import Shape, sample_groups
 from localrl.rollouts.reuse import (
     CompletionCache,
@@ -344,7 +344,7 @@ def test_trees_begin_with_prefixes_too(policies):
     old, new = policies
     prefixes, _, _ = second_visit(new, first_visit(old))
     begun = [prefixes[0][:1], (), prefixes[2][:2]]
-    shape, rule = Shape(2, 6), EntropyRule(Spacing(2, 6, 12.0), threshold=0.0)
+    shape, rule = Shape(2, 6), PeriodicRule(Spacing(2, 6, 12.0))
     groups = complete(Decoder(new, 1.0, 16), begun, step=2, shape=shape, rule=rule)
     assert any(len(group.leaves) > 2 for group in groups[:2])
     assert len(groups[2].leaves) == 2  # all of its roots were there: nothing forks

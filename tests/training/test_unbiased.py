@@ -27,7 +27,8 @@ BLOCKS = 16
 PROMPTS = {
     "flat": 30,
     "pairs": 40,
-    "trees": 30,
+    "tree by entropy": 30,
+    "tree by period": 24,
     "adaptive": 30,
     "early ends": 44,
 }
