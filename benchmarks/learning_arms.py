@@ -254,7 +254,7 @@ SMOLLM2 = Subject(
     },
     arms=(
         *("flat-8", "flat-8 in small steps", "flat-8 in mini-batches", "pairs in mini-batches"),
-        *("2-GRPO in small steps", "CPPO in small steps"),
+        *("pairs in larger steps", "2-GRPO in small steps", "CPPO in small steps"),
         *("shown answer", "taught", *GIVEN),
     ),
     rates=(3e-4, 6e-4, 1.2e-3),

@@ -71,7 +71,10 @@ def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
 
 
 def pictured(part: Part, least: int) -> list[str]:
-    """Return the arms of a task's picture, run with at least so many seeds; one alone is none."""
+    """Return the arms of a task's picture: those with at least so many seeds.
+
+    One arm alone is no picture, unless one seed is enough.
+    """
     arms = [arm for arm in COLORS if len(part.arms.get(arm, ())) >= least]
     return arms if len(arms) > 1 or least == 1 else []
 
