@@ -29,7 +29,7 @@ from localrl.memory.limit import Limit
 from localrl.memory.plan import PlanRequest, fit, initial_plan
 from localrl.memory.sizes import quantised, read_sizes
 from localrl.records import MemoryPlan
-from localrl.training.calibrate import DIVISORS, _probe, _shorter
+from localrl.training.calibrate import DIVISORS, probe, shorter
 from localrl.training.memory_plan import _as_loaded, _workload
 
 HERE = Path(__file__).parent
@@ -111,7 +111,7 @@ def measure(name: str, done: set[Step]) -> Iterator[dict[str, Any]]:
         request = request_of(shape, step)
         plan = fit(request) if step.limit else request.plan
         updater = Updater(policy, RunConfig.create({"model.path": "random"}).learning, 1.0)
-        probes = [_probe(updater, request, _shorter(plan, n)).peak_bytes for n in DIVISORS]
+        probes = [probe(updater.gradient, request, shorter(plan, n)).peak_bytes for n in DIVISORS]
         peak = _peaks(policy, updater, plan)
         yield {"shape": name, "step": asdict(step), "plan": asdict(plan), "peak": peak,
             "probes": probes}  # fmt: skip
@@ -133,7 +133,7 @@ def _peaks(policy: Any, updater: Any, plan: MemoryPlan) -> dict[str, int]:
     mx.reset_peak_memory()
     segments = decoder.decode(prompts, requests)
     rollout = mx.get_peak_memory()
-    updater.shared = True
+    updater.gradient.shared = True
     updater.update(_batch(prompts, segments, 8), plan)  # from here on the moments exist
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -160,7 +160,7 @@ def predict(row: dict[str, Any]) -> dict[str, Any]:
     """A measured row with its predictions by the present formula."""
     request = request_of(SHAPES[row["shape"]], Step(**row["step"]))
     plan = MemoryPlan(**row["plan"])
-    short = [_shorter(plan, n) for n in DIVISORS]
+    short = [shorter(plan, n) for n in DIVISORS]
     found = solve(
         [Probe(request.estimate(s), p) for s, p in zip(short, row["probes"], strict=True)]
     )

@@ -38,6 +38,7 @@ from localrl.engines.cpu.buffers import release_all
 from localrl.engines.cpu.forward import ForwardPass
 from localrl.engines.cpu.sampling import draw
 from localrl.learning.credit import Credit
+from localrl.learning.gradient import GradientPass
 from localrl.learning.selection import Selection
 from localrl.learning.update import Updater
 from localrl.policy.packing import MicroBatch, forest_batches
@@ -54,7 +55,10 @@ def with_teacher(session: Session) -> Session:
     """Return the session with targets from the model that is shown the answer."""
     own = session.updater
     # As in a supervised run: no sampler has drawn the targets.
-    session.updater = TargetUpdater(own.policy, own.config, own.temperature, supervised=True)
+    temperature = own.gradient.temperature
+    updater = Updater(own.policy, own.config, temperature, supervised=True)
+    updater.gradient = TargetPass(own.policy, updater.objective, temperature, supervised=True)
+    session.updater = updater
     return instead(Taught, session)
 
 
@@ -66,11 +70,11 @@ class TaughtNode(BatchNode):
     """(n,) int32."""
 
 
-class TargetUpdater(Updater):
-    """An updater that learns the targets of its nodes in place of their tokens."""
+class TargetPass(GradientPass):
+    """A gradient of the targets of nodes in place of their tokens."""
 
-    def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
-        for micro in super()._micro_batches(batch, plan):
+    def micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
+        for micro in super().micro_batches(batch, plan):
             firsts = np.concatenate([[0], np.flatnonzero(np.diff(micro.nodes)) + 1])
             nodes = [batch.nodes[n] for n in micro.nodes[firsts]]
             targets = [n.targets if isinstance(n, TaughtNode) else n.token_ids for n in nodes]
@@ -117,6 +121,7 @@ class Taught(Session):
     def _draw(self, batch: Batch, uniforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Draw a token (n,) behind every prefix of every node. uniforms: (n,) of each node."""
         found = [np.empty(0, np.int32)] * len(batch.nodes)
+        temperature = self.updater.gradient.temperature
         for micro in forest_batches(batch, self.plan.micro_rows):
             one = ForwardPass(self.policy.engine.model, micro.tokens.levels, keep=False)
             states = one.forward()[:, micro.sources]
@@ -126,7 +131,7 @@ class Taught(Session):
             for start in range(0, len(marks), self.plan.head_chunk):
                 part = slice(start, start + self.plan.head_chunk)
                 logits = one.weights.logits(np.ascontiguousarray(states[:, part]))
-                tokens.append(np.array(draw(logits, marks[part], self.updater.temperature)[0]))
+                tokens.append(np.array(draw(logits, marks[part], temperature)[0]))
             release_all()
             parts = np.split(np.concatenate(tokens).astype(np.int32), starts[1:])
             for n, drawn in zip(micro.nodes[starts], parts, strict=True):

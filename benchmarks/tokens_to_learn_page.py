@@ -99,8 +99,10 @@ def intro(parts: Mapping[str, Sequence[Part]]) -> str:
         f"had its cores: their threads waited for one at most {MOST_WAITED:.0%} of the time, or,\n"
         f"where that is not known, they began at a load of at most {MOST_LOAD:g} ({loud} of\n"
         f"{len(runs)} runs did not); a processor's seconds in one thread always count. ≥ marks\n"
-        "a lower bound: a run that never gets there counts as all it spent. *Slanted* arms are\n"
-        "biased: their expected gradient is not that of the sampled groups."
+        "a lower bound: a run that never gets there counts as all it spent. Where that happened\n"
+        "to the other arm, a ratio is an upper bound, ≤, and where it happened to both it may lie\n"
+        "on either side, ≷. *Slanted* arms are biased: their expected gradient is not that of the\n"
+        "sampled groups."
     )
     return f"{how}\n\n{verdict([part for some in parts.values() for part in some])}"
 
@@ -148,8 +150,8 @@ def best(part: Part) -> str:
     kind = " of mean reward" if part.goal.measure == "mean_reward" else ""
     return (
         f"From {began:.2f} to {part.goal.goal:g}{kind}, the fewest tokens are those of"
-        f" {shown(arm)}: {found[arm]} of {base}'s, and {seconds or 'an unknown share'} of its"
-        " seconds."
+        f" {shown(arm)}: {found[arm]} of those of {base}, and {seconds or 'an unknown share'} of"
+        " its seconds."
     )
 
 

@@ -94,7 +94,7 @@ def batch_of(updater, groups):
 
 def make_updater(policy):
     updater = Updater(policy, LearningConfig(lr=0.0), temperature=1.0)
-    updater.shared = True  # as the first batch of a run finds out
+    updater.gradient.shared = True  # as the first batch of a run finds out
     return updater
 
 

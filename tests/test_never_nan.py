@@ -14,6 +14,7 @@ from steps import plan, selection
 from localrl import RunConfig, train
 from localrl.backend import tree_flatten
 from localrl.errors import LocalRLError
+from localrl.learning.gradient import GradientPass
 from localrl.learning.objectives import OBJECTIVES
 from localrl.learning.update import NO_UPDATE, Updater
 from localrl.runs.checkpoints import Checkpoints
@@ -52,7 +53,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
 ):
     on = {"model.engine": engine}
     plain = adapter(train(config(tiny_folder, tmp_path / "plain", **on)).folder)
-    real, calls = Updater.gradient, []
+    real, calls = GradientPass.__call__, []
 
     def poisoned(self, batch, plan, first):
         """The real gradient, with a NaN in one coefficient of the third step's batch."""
@@ -65,7 +66,7 @@ def test_a_nan_at_a_step_leaves_the_weights_of_a_run_that_skipped_it(
             batch = replace(batch, nodes=tuple(nodes))
         return real(self, batch, plan, first)
 
-    monkeypatch.setattr(Updater, "gradient", poisoned)
+    monkeypatch.setattr(GradientPass, "__call__", poisoned)
     folder = train(config(tiny_folder, tmp_path / "poisoned", **on)).folder
     monkeypatch.undo()
     update, steps = Updater.update, []

@@ -266,7 +266,7 @@ def score_in_turn(groups: Sequence[Group]) -> tuple[list[ScoredGroup], list[Cred
 
 def micro_batches(opened: Opened, batch: Batch) -> list[MicroBatch]:
     """Split the batch as the updater does after its first batch."""
-    pack = forest_batches if opened.updater.shared else row_batches
+    pack = forest_batches if opened.updater.gradient.shared else row_batches
     return list(pack(batch, opened.plan.micro_rows))
 
 

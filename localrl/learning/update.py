@@ -1,28 +1,24 @@
-"""The update: micro-batches, one gradient sum, one division, one optimizer step."""
+"""The update: one optimizer step for each mini-batch, undone if it is not finite."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from localrl.backend import mx, nn, optim, tree_flatten, tree_map, tree_unflatten
-from localrl.distributed.collective import ALONE, Ranks
+from localrl.backend import mx, optim, tree_map
 from localrl.distributed.shard import shard_batch
 from localrl.errors import LocalRLError
-from localrl.learning.objective import ObjectiveSums, kl_terms, policy_sums, sampler_correction
+from localrl.learning.gradient import GradientPass, views
 from localrl.learning.objectives import make_objective
 from localrl.learning.pass_logprobs import PassLogprobs
 from localrl.learning.schedule import rate_factor
-from localrl.learning.totals import Applied, Totals, joined
+from localrl.learning.totals import Applied, joined
 from localrl.policy.model import Policy
-from localrl.policy.packing import MicroBatch, forest_batches, row_batches
-from localrl.policy.scoring import forest_agrees
 from localrl.policy.size import relative_size, weight_norms
 from localrl.records import Batch, MemoryPlan, StepStats, Work
 from localrl.settings import LearningConfig
@@ -61,16 +57,12 @@ class Updater:
         supervised: True if completions are given, and no sampler has written them.
         """
         self.policy = policy
-        self.ranks: Ranks = ALONE
-        """The ranks that share each batch."""
-        self._beat = beat
-        self.shared: bool | None = None
-        """True if prompts and nodes are computed once; None until checked on the first batch."""
-        self._warn = warn
         self.config = config
         self.objective = make_objective(config, supervised=supervised)
+        self.gradient = GradientPass(
+            policy, self.objective, temperature, warn, beat, supervised=supervised
+        )
         self._supervised = supervised
-        self.temperature = temperature
         self._planned = planned
         self._norms: mx.array | None = None
         self.updates = 0
@@ -103,10 +95,10 @@ class Updater:
         parts, before = self._parts(batch), self._state()
         if not parts:
             return NO_UPDATE
-        self._choose_packing(parts[0], plan)
-        sample = _some(parts[0], DRIFT_TOKENS // self.ranks.size)
+        self.gradient.choose_packing(parts[0], plan)
+        sample = _some(parts[0], DRIFT_TOKENS // self.gradient.ranks.size)
         # In float32 the first gradient pass serves; in 16 bits it rounds by its own batch shapes.
-        unmoved = self._score(sample, plan) if self.policy.sixteen_bit else None
+        unmoved = self.gradient.score(sample, plan) if self.policy.sixteen_bit else None
         first = last = self._pass(parts, plan)
         for _ in range(self.config.updates_per_step - 1):
             # Repeating a failed update would fail the same way.
@@ -141,7 +133,7 @@ class Updater:
         count = self.config.minibatches
         parts = [replace(shard_batch(batch, n, count), z=batch.z / count) for n in range(count)]
         return [
-            shard_batch(part, self.ranks.rank, self.ranks.size)
+            shard_batch(part, self.gradient.ranks.rank, self.gradient.ranks.size)
             for part in parts
             if any(node.trained.any() for node in part.nodes)
         ]
@@ -174,123 +166,13 @@ class Updater:
         """
         sums = np.zeros(4)  # of changes, their squares, the gap's squares, and tokens
         sixteen_bit = self.policy.sixteen_bit
-        for micro in self._micro_batches(sample, plan):
+        for micro in self.gradient.micro_batches(sample, plan):
             known = before.of(micro)
-            change = np.array(self._logprobs(micro, plan.head_chunk)) - known
+            change = np.array(self.gradient.logprobs(micro, plan.head_chunk)) - known
             gap = np.nan_to_num(known - micro.anchor_logprobs) * sixteen_bit
             sums += np.array([np.abs(change).sum(), change @ change, gap @ gap, len(change)])
-        total, moved, rounding, count = (float(number) for number in self.ranks.sum(sums))
+        total, moved, rounding, count = (float(number) for number in self.gradient.ranks.sum(sums))
         return total / count * math.sqrt(beyond_rounding(moved, rounding))
-
-    def _score(self, batch: Batch, plan: MemoryPlan) -> PassLogprobs:
-        """Log-probabilities of the trained tokens as the adapters are, without a gradient."""
-        found = PassLogprobs()
-        for micro in self._micro_batches(batch, plan):
-            found.add(micro, np.array(self._logprobs(micro, plan.head_chunk)))
-        return found
-
-    def gradient(
-        self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None
-    ) -> tuple[Any, Totals]:
-        """Gradient of the objective over the batch, divided once by Z, and the sums it comes from.
-
-        first: the log-probabilities to clip around, of the step's first pass; None: this pass is
-        the first. With several ranks each computes its share of the batch, and all get the sum.
-        """
-        value_and_grad = nn.value_and_grad(self.policy.model, self._loss)
-        total, gradient = Totals(), None
-        self._choose_packing(batch, plan)
-        done, tokens = 0, sum(int(node.trained.sum()) for node in batch.nodes)
-        for micro in self._micro_batches(batch, plan):
-            self._beat(Work("learning", done, tokens))
-            done += len(micro.anchor_logprobs)
-            reference = self._reference(micro, plan.head_chunk)
-            known = None if first is None else mx.array(first.of(micro))
-            (_, sums, logprobs), grad = value_and_grad(micro, reference, known, plan)
-            gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
-            # Frees this micro-batch's graph before the next one is built.
-            mx.eval(*vars(sums).values(), logprobs, gradient)
-            total.add(sums, micro)
-            total.logprobs.add(micro, np.array(logprobs))
-        if self.ranks.size > 1:
-            gradient, total = self._of_all(gradient, total)
-        return tree_map(lambda g: g / batch.z, gradient), total
-
-    def _of_all(self, gradient: Any, total: Totals) -> tuple[Any, Totals]:
-        """Sum gradients and totals over ranks; gradient: None if this rank computed nothing."""
-        if gradient is None:
-            gradient = tree_map(mx.zeros_like, self.policy.model.trainable_parameters())
-        flat: Any = tree_flatten(gradient)
-        whole = self.ranks.sum(np.concatenate([array.ravel() for array in _views(gradient)]))
-        ends = np.cumsum([array.size for _, array in flat])[:-1]
-        summed = [
-            (name, mx.array(part.reshape(array.shape)))
-            for (name, array), part in zip(flat, np.split(whole, ends), strict=True)
-        ]
-        told = self.ranks.gather(json.dumps(total.sums()).encode())
-        return tree_unflatten(summed), Totals.of([json.loads(one) for one in told], total.logprobs)
-
-    def _choose_packing(self, batch: Batch, plan: MemoryPlan) -> None:
-        """Check once, on the first batch, if the family can be scored as forests."""
-        if self.shared is not None or not batch.nodes:  # another rank has it all
-            return
-        self.shared = forest_agrees(
-            self.policy, batch, temperature=self.temperature, head_chunk=plan.head_chunk
-        )
-        if not self.shared:
-            self._warn(
-                "this model's family scores shared prefixes differently from whole sequences, "
-                "so the update computes every completion separately, which is slower"
-            )
-
-    def _micro_batches(self, batch: Batch, plan: MemoryPlan) -> Iterator[MicroBatch]:
-        """Pack the batch as forests, or as plain rows for families that cannot score forests."""
-        pack = forest_batches if self.shared else row_batches
-        return pack(batch, plan.micro_rows)
-
-    def _loss(
-        self,
-        micro: MicroBatch,
-        reference: mx.array | None,
-        first: mx.array | None,
-        plan: MemoryPlan,
-    ) -> tuple[mx.array, ObjectiveSums, mx.array]:
-        """Loss of a micro-batch, its sums, and its log-probabilities (N,) without a gradient."""
-        logprobs = self.policy.engine.token_logprobs(
-            micro,
-            temperature=self.temperature,
-            head_chunk=plan.head_chunk,
-            gradient=True,
-            recompute=plan.grad_checkpoint,
-        )
-        own = mx.stop_gradient(logprobs)
-        first = own if first is None else first
-        anchors, coefficients = mx.array(micro.anchor_logprobs), mx.array(micro.coefficients)
-        # A token that no sampler wrote needs no correction for one.
-        anchors = mx.where(mx.isnan(anchors), first, anchors) if self._supervised else anchors
-        sums = policy_sums(self.objective, logprobs, first, anchors, coefficients, micro.rows)
-        if reference is not None:
-            weights = mx.array(micro.kl_weights)
-            ratio = sampler_correction(first, anchors) * mx.exp(logprobs - first)
-            loss, value = kl_terms(self.objective.kl_estimator, logprobs, reference, ratio)
-            loss = sums.loss + (weights * loss).sum()
-            sums = replace(sums, loss=loss, kl=(weights * value).sum())
-        return sums.loss, sums, own
-
-    def _reference(self, micro: MicroBatch, head_chunk: int) -> mx.array | None:
-        """Log-probabilities (N,) under the KL's reference; None if all KL weights are 0."""
-        if not micro.kl_weights.any():
-            return None
-        with self.policy.as_reference():
-            logprobs = self._logprobs(micro, head_chunk)
-        # Evaluated now so that this pass's activations are freed before the next pass.
-        mx.eval(logprobs)
-        return logprobs
-
-    def _logprobs(self, micro: MicroBatch, head_chunk: int) -> mx.array:
-        return self.policy.engine.token_logprobs(
-            micro, temperature=self.temperature, head_chunk=head_chunk
-        )
 
     def _apply(self, batch: Batch, plan: MemoryPlan, first: PassLogprobs | None = None) -> Applied:
         """Make one update."""
@@ -352,16 +234,10 @@ def _some(batch: Batch, tokens: int) -> Batch:
 
 def _finite(tree: Any) -> bool:
     """Return True if all numbers in a tree of arrays are finite."""
-    return all(np.isfinite(array).all() for array in _views(tree))
+    return all(np.isfinite(array).all() for array in views(tree))
 
 
 def global_norm(tree: Any) -> float:
     """Joint Euclidean norm of all float32 arrays in a tree."""
     # In NumPy, because hundreds of small arrays would be as many operations in MLX's graph.
-    return math.sqrt(sum(float(np.vdot(array, array)) for array in _views(tree)))
-
-
-def _views(tree: Any) -> Iterator[np.ndarray]:
-    mx.eval(tree)
-    flat: Any = tree_flatten(tree)
-    return (np.array(array, copy=False) for _, array in flat)
+    return math.sqrt(sum(float(np.vdot(array, array)) for array in views(tree)))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from localrl.backend import mx
-from localrl.learning.update import Updater
+from localrl.learning.gradient import GradientPass
 from localrl.memory.calibration import Probe, key_of, remember, solve
 from localrl.memory.estimate import Coefficients, paths_at_once
 from localrl.memory.plan import PlanRequest, fit, refit
@@ -21,7 +21,7 @@ LEAST_LENGTH, MOST_LENGTH = 8, 1024
 
 
 def calibrate_plan(
-    updater: Updater,
+    gradient: GradientPass,
     request: PlanRequest,
     plan: MemoryPlan,
     warn: Callable[[str], None],
@@ -34,7 +34,7 @@ def calibrate_plan(
 
     Raises: MemoryBudgetError if not even the smallest batches fit.
     """
-    coefficients = measure(updater, request, plan)
+    coefficients = measure(gradient, request, plan)
     if coefficients is None:
         warn("two short passes took memory that no constants explain; the plan uses priors instead")
         return plan
@@ -50,12 +50,12 @@ def calibrate_plan(
     return replace(found, dequantise=plan.dequantise)
 
 
-def measure(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
+def measure(gradient: GradientPass, request: PlanRequest, plan: MemoryPlan) -> Coefficients | None:
     """Return coefficients solved from gradients of the planned number of rows, at two lengths."""
-    return solve([_probe(updater, request, _shorter(plan, divisor)) for divisor in DIVISORS])
+    return solve([probe(gradient, request, shorter(plan, divisor)) for divisor in DIVISORS])
 
 
-def _shorter(plan: MemoryPlan, divisor: int) -> MemoryPlan:
+def shorter(plan: MemoryPlan, divisor: int) -> MemoryPlan:
     """Return the plan with its lengths and head chunk divided; the number of chunks stays."""
     lengths = {
         name: min(MOST_LENGTH, max(LEAST_LENGTH, getattr(plan, name) // divisor))
@@ -64,17 +64,18 @@ def _shorter(plan: MemoryPlan, divisor: int) -> MemoryPlan:
     return replace(plan, **lengths, head_chunk=max(1, plan.head_chunk // divisor))
 
 
-def _probe(updater: Updater, request: PlanRequest, plan: MemoryPlan) -> Probe:
+def probe(gradient: GradientPass, request: PlanRequest, plan: MemoryPlan) -> Probe:
+    """Measure the peak of one gradient of the plan's sizes."""
     batch = probe_batch(
         paths_at_once(request.workloads[plan.group_size], plan), plan, request.sizes.vocabulary
     )
-    updater.gradient(batch, plan)  # decides how the family is scored, and warms up
-    shared, updater.shared = updater.shared, bool(updater.shared)
+    gradient(batch, plan)  # decides how the family is scored, and warms up
+    shared, gradient.shared = gradient.shared, bool(gradient.shared)
     try:
-        peak = peak_of(lambda: updater.gradient(batch, plan))
+        peak = peak_of(lambda: gradient(batch, plan))
         return Probe(request.estimate(plan), peak)
     finally:
-        updater.shared = None if shared else shared
+        gradient.shared = None if shared else shared
 
 
 def peak_of(work: Callable[[], object]) -> int:

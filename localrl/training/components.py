@@ -15,6 +15,7 @@ from localrl.config import RunConfig
 from localrl.distributed.collective import ALONE, Ranks
 from localrl.engines.choose import choose_engine
 from localrl.engines.floats import TRIED, Prompts
+from localrl.learning.gradient import GradientPass
 from localrl.learning.tracker import Tracker
 from localrl.learning.update import Updater
 from localrl.memory.plan import PlanRequest
@@ -173,8 +174,11 @@ def open_components(
             warn("memory.recalibrate has no effect: this engine's memory is counted, not measured")
         if trains and planned is None and worth_measuring(config, request, plan):
             beat(Work("measuring memory"))
-            plan = calibrate_plan(updater, request, plan, warn, anew=config.memory.recalibrate)
-        updater.ranks = ranks  # set only now, since each machine measures its own memory
+            plan = calibrate_plan(
+                updater.gradient, request, plan, warn, anew=config.memory.recalibrate
+            )
+        # Only now, since each machine measures its own memory.
+        updater.gradient.ranks = ranks
         decoder = _decoder(config, policy, plan, heartbeat, opened.decide)
         tracker = Tracker()
         yield Components(
@@ -195,7 +199,7 @@ def open_components(
                 tracker,
                 shape_of(config, plan),
                 opened.scorer.score,
-                _rescore(updater),
+                _rescore(updater.gradient),
                 environments,
                 ranks,
                 opened.demonstrations,
@@ -286,15 +290,15 @@ def _check_rounding(updater: Updater, warn: Callable[[str], None]) -> None:
         )
 
 
-def _rescore(updater: Updater) -> Rescore:
+def _rescore(gradient: GradientPass) -> Rescore:
     def rescore(groups: Sequence[Group], plan: MemoryPlan) -> list[list[np.ndarray]]:
         return group_logprobs(
-            updater.policy,
+            gradient.policy,
             groups,
-            shared=bool(updater.shared),
+            shared=bool(gradient.shared),
             micro_rows=plan.micro_rows,
             head_chunk=plan.head_chunk,
-            temperature=updater.temperature,
+            temperature=gradient.temperature,
         )
 
     return rescore

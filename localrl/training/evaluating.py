@@ -127,7 +127,7 @@ def _expected_step_s(session: Session, judging: Judging) -> float:
     update_s = 0.0
     if session.ranks.size == 1:
         update_s = time_gradient(
-            session.updater,
+            session.updater.gradient,
             plan,
             paths=completions,
             lengths=[total // len(groups) for total in means],
@@ -143,7 +143,7 @@ def _supervised_step_s(session: Session, given: Demonstrations) -> float:
         return 0.0
     paths = session.config.rollout.prompts_per_step
     each_s = time_gradient(
-        session.updater,
+        session.updater.gradient,
         session.plan,
         paths=paths,
         lengths=[round(length) for length in given.mean],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from localrl.config import RunConfig
-from localrl.learning.update import Updater
+from localrl.learning.gradient import GradientPass
 from localrl.records import MemoryPlan
 from localrl.runs.schedule import evaluations_after
 from localrl.training.calibrate import probe_batch
@@ -89,7 +89,12 @@ def informative_share(rewards: Sequence[float], group: int, *, tracked: bool) ->
 
 
 def time_gradient(
-    updater: Updater, plan: MemoryPlan, *, paths: int, lengths: Sequence[int], vocabulary: int
+    gradient: GradientPass,
+    plan: MemoryPlan,
+    *,
+    paths: int,
+    lengths: Sequence[int],
+    vocabulary: int,
 ) -> float:
     """Seconds of the gradient of one completion, timed on a micro-batch.
 
@@ -101,13 +106,13 @@ def time_gradient(
     rows = min(paths, plan.micro_rows, TIMED_ROWS)
     part = -(-prompt // plan.group_size)
     shape = replace(plan, max_prompt_tokens=part, max_completion_tokens=tokens)
-    shared, updater.shared = updater.shared, False
+    shared, gradient.shared = gradient.shared, False
     try:
         warm = replace(shape, max_completion_tokens=min(WARM, tokens))
-        updater.gradient(probe_batch(plan.group_size, warm, vocabulary), plan)
+        gradient(probe_batch(plan.group_size, warm, vocabulary), plan)
         batch = probe_batch(rows, shape, vocabulary)
         started = time.perf_counter()
-        updater.gradient(batch, plan)
+        gradient(batch, plan)
         return (time.perf_counter() - started) / rows
     finally:
-        updater.shared = shared
+        gradient.shared = shared

@@ -114,7 +114,7 @@ def capture(session: Session, step: int) -> State:
         "rewards": session.scorer.tallies(),
         "updates": updater.updates,
         "skipped": updater.skipped,
-        "shared": updater.shared,
+        "shared": updater.gradient.shared,
         "kernels": session.policy.engine.kernels,
     }
     flat: Any = {
@@ -173,7 +173,7 @@ def restore(state: State, session: Session) -> None:
     updater.optimizer.state = tree_unflatten(list(optimizer.items()))
     mx.eval(session.policy.model.trainable_parameters(), updater.optimizer.state)
     updater.updates, updater.skipped = values["updates"], values["skipped"]
-    updater.shared = values["shared"]
+    updater.gradient.shared = values["shared"]
     session.tokens, session.trained_s = values["tokens"], values["trained_s"]
     session.unrewarded = values.get("unrewarded", 0)
     session.evaluations = dict(values["evaluations"])

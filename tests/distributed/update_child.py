@@ -36,8 +36,8 @@ with contextlib.ExitStack() as stack:
     updater = Updater(policy, config, TEMPERATURE)
     mine = batch
     if place is not None:
-        updater.ranks, _ = stack.enter_context(join(place))
-        mine = shard_batch(batch, updater.ranks.rank, updater.ranks.size)
+        updater.gradient.ranks, _ = stack.enter_context(join(place))
+        mine = shard_batch(batch, updater.gradient.ranks.rank, updater.gradient.ranks.size)
     gradient, _ = updater.gradient(mine, plan())
     stats = [asdict(updater.update(batch, plan())) for _ in range(3)]
 arrays = {f"gradient/{name}": np.array(a) for name, a in tree_flatten(gradient)}

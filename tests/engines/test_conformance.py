@@ -121,7 +121,7 @@ def batch():
 
 def gradient(policy, *, shared, recomputed=False):
     updater = Updater(policy, LearningConfig(lr=0.0), TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     return updater.gradient(batch(), replace(plan(4), grad_checkpoint=recomputed))
 
 

@@ -190,7 +190,7 @@ def plain_gradient(model, made: Batch):
 
 def gradient(policy, made: Batch, *, shared: bool, recompute: bool = False):
     updater = Updater(policy, LEARNING, TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     return updater.gradient(made, replace(plan(), grad_checkpoint=recompute))[0]
 
 

@@ -110,7 +110,7 @@ def test_drift_starts_at_exactly_0_in_16_bits(sixteen, monkeypatch):
     """The pass after the update is compared with one of the same shapes before it."""
     batch = batch_of(sampled_groups(sixteen, BF16), "clipped")
     updater = Updater(sixteen, LearningConfig(lr=0.0), TEMPERATURE)
-    updater.shared = True
+    updater.gradient.shared = True
     calls = counted(monkeypatch)
     assert updater.update(batch, plan(micro_rows=100)).drift == 0.0
     assert calls == [False, True, False]
@@ -125,14 +125,14 @@ def test_drift_of_a_moved_policy_in_16_bits_is_without_rounding(policy, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(Policy, "sixteen_bit", property(lambda self, known=sixteen_bit: known))
             updater = Updater(policy, LearningConfig(lr=0.0), TEMPERATURE)
-            logprobs = updater._logprobs
+            logprobs = updater.gradient.logprobs
 
             def rounding(micro, head_chunk, calls=calls, draws=draws, logprobs=logprobs):
                 calls.append(1)
                 exact = np.array(logprobs(micro, head_chunk))
                 return mx.array(exact + draws.normal(0, BF16, len(exact)).astype(np.float32))
 
-            updater._logprobs = rounding
+            updater.gradient.logprobs = rounding
             found[sixteen_bit] = updater.update(batch, plan(micro_rows=100)).drift
     assert found[False] == pytest.approx(0.04, rel=0.15)
     assert found[True] < 0.015
@@ -141,7 +141,7 @@ def test_drift_of_a_moved_policy_in_16_bits_is_without_rounding(policy, monkeypa
 def test_drift_in_float32_needs_no_further_pass(policy, monkeypatch):
     batch = batch_of(sampled_groups(policy, BF16), "clipped")
     updater = Updater(policy, LearningConfig(lr=0.0), TEMPERATURE)
-    updater.shared = True
+    updater.gradient.shared = True
     calls = counted(monkeypatch)
     assert updater.update(batch, plan(micro_rows=100)).drift < 1e-5
     assert calls == [True, False]

@@ -97,7 +97,7 @@ def test_the_gradient_equals_the_plain_one(policy, config, shared, first):
         sizes = [len(node.token_ids) for node in batch.nodes]
         known = first_pass(batch, [np.full(n, first, np.float32) for n in sizes])
     updater = Updater(policy, config, TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     gradient, total = updater.gradient(batch, plan(), known)
     assert relative_difference(gradient, expected) < 1e-5
     assert total.loss / batch.z == pytest.approx(value.item(), rel=1e-5)
@@ -108,7 +108,7 @@ def test_the_gradient_equals_the_plain_one(policy, config, shared, first):
 def test_any_micro_batch_size_gives_the_same_gradient(policy, micro_rows, head_chunk, shared):
     batch = make_batch(groups())
     updater = Updater(policy, LearningConfig(clip_low=1.0, clip_high=100.0), TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     whole, _ = updater.gradient(batch, plan(micro_rows=100, head_chunk=1000))
     parts, _ = updater.gradient(batch, plan(micro_rows, head_chunk))
     assert relative_difference(parts, whole) < 1e-5
@@ -338,7 +338,7 @@ def test_stale_tokens_of_the_same_policy_teach_what_fresh_ones_do(policy, shared
     fresh = aged(policy, reused(), {})
     stale = aged(policy, reused(), dict.fromkeys(range(4), np.zeros(3, np.float32)))
     updater = Updater(policy, LearningConfig(), TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     one, other = (updater.gradient(make_batch([g]), plan())[0] for g in (fresh, stale))
     for (name, a), (_, b) in zip(tree_flatten(one), tree_flatten(other), strict=True):
         assert np.array_equal(np.array(a), np.array(b)), name
@@ -361,7 +361,7 @@ def test_the_gradient_of_stale_tokens_equals_the_plain_one(policy, shared):
 
     _, expected = nn.value_and_grad(policy.model, loss)()
     updater = Updater(policy, LearningConfig(), TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     found, _ = updater.gradient(make_batch([stale]), plan())
     assert relative_difference(found, expected) < 1e-5
 

@@ -252,7 +252,7 @@ def test_after_two_short_passes_the_prediction_holds(learner, tmp_path, monkeypa
     updater, sizes = learner
     made = wish(sizes, 10**9, **WANTED)
     before, warned = weights(updater), []
-    plan = calibrate_plan(updater, made, made.plan, warned.append, anew=False)
+    plan = calibrate_plan(updater.gradient, made, made.plan, warned.append, anew=False)
     assert warned == []
     assert plan.measured
     workload = made.workloads[4]
@@ -279,7 +279,7 @@ def test_the_probes_are_short(learner):
     class Watched:
         shared = True
 
-        def gradient(self, batch, plan):
+        def __call__(self, batch, plan):
             seen.append((len(batch.nodes), max(len(node.token_ids) for node in batch.nodes)))
             return updater.gradient(batch, plan)
 
@@ -296,7 +296,7 @@ def test_what_no_constants_explain_is_said_and_priors_stay(learner, monkeypatch)
     made = wish(sizes, 10**9, **SHORT)
     monkeypatch.setattr(calibrate, "peak_of", lambda work: 10**12)
     warned = []
-    assert calibrate_plan(updater, made, made.plan, warned.append, anew=False) == made.plan
+    assert calibrate_plan(updater.gradient, made, made.plan, warned.append, anew=False) == made.plan
     assert "the plan uses priors" in warned[0]
 
 
@@ -306,7 +306,7 @@ def test_what_cannot_be_stored_is_said_and_used(learner, tmp_path, monkeypatch):
     updater, sizes = learner
     made = wish(sizes, 10**9, **SHORT)
     warned = []
-    assert calibrate_plan(updater, made, made.plan, warned.append, anew=False).measured
+    assert calibrate_plan(updater.gradient, made, made.plan, warned.append, anew=False).measured
     assert "could not store" in warned[0]
 
 
@@ -316,9 +316,9 @@ def test_calibrating_anew_may_change_group_and_length(learner, tmp_path, monkeyp
     updater, sizes = learner
     made = wish(sizes, 10**9, **SHORT)
     short = replace(made.plan, max_completion_tokens=24)
-    kept = calibrate_plan(updater, made, short, print, anew=False)
+    kept = calibrate_plan(updater.gradient, made, short, print, anew=False)
     assert kept.max_completion_tokens == 24
-    anew = calibrate_plan(updater, made, short, print, anew=True)
+    anew = calibrate_plan(updater.gradient, made, short, print, anew=True)
     assert anew.max_completion_tokens == 32
     assert anew.predicted_bytes <= MEASURED_SHARE * 10**9
 

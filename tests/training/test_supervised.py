@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_cross_entropy_however_it_is_packed(tmp_path, en
     for shared in (True, False):
         for micro_rows in (1, 2, 100):
             updater = Updater(policy, LearningConfig(), 1.0, supervised=True)
-            updater.shared = shared
+            updater.gradient.shared = shared
             gradient, total = updater.gradient(batch, plan(micro_rows))
             assert relative_difference(gradient, expected) < 1e-5
             assert total.loss / z == pytest.approx(value.item(), rel=1e-5)

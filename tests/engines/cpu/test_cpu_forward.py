@@ -71,7 +71,7 @@ def batch(kind: str, kl: float = 0.1) -> Batch:
 
 def gradient(policy, wish, *, shared=True, recomputed=False, micro_rows=8, chunk=16):
     updater = Updater(policy, WITH_KL, TEMPERATURE)
-    updater.shared = shared
+    updater.gradient.shared = shared
     made = replace(plan(micro_rows, chunk), grad_checkpoint=recomputed)
     return updater.gradient(wish, made)
 

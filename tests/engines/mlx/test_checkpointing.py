@@ -46,7 +46,7 @@ def batch(kl: bool = True) -> Batch:
 
 def gradient(policy: Policy, shared: bool, recomputed: bool, batch: Batch):
     updater = Updater(policy, WITH_KL, 0.8)
-    updater.shared = shared
+    updater.gradient.shared = shared
     return updater.gradient(batch, replace(plan(8), grad_checkpoint=recomputed))
 
 

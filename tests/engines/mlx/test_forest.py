@@ -64,7 +64,7 @@ def gradients(policy):
     found = []
     for shared in (True, False):
         updater = Updater(policy, WIDE, 0.8)
-        updater.shared = shared
+        updater.gradient.shared = shared
         gradient, total = updater.gradient(batch(), plan())
         found.append((gradient, total))
     return found
@@ -102,7 +102,7 @@ def test_a_family_that_keeps_more_falls_back_to_rows_and_says_so(tmp_path, monke
     updater = Updater(policy, WIDE, 0.8, warnings.append)
     first, _ = updater.gradient(batch(), plan())
     second, _ = updater.gradient(batch(), plan())
-    assert updater.shared is False
+    assert updater.gradient.shared is False
     assert len(warnings) == 1
     assert relative_difference(first, second) == 0
 

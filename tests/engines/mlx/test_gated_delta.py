@@ -133,7 +133,7 @@ def test_where_a_gradient_is_wanted_no_kernel_without_one_is_taken(
     assert policy.engine.check_recompute().accepted
     assert asked
     updater = Updater(policy, LearningConfig(lr=0.0), 1.0)
-    updater.shared = True
+    updater.gradient.shared = True
     batch = selection(OBJECTIVES["clipped"], [scored(flat_group(4), [1, 0, 0, 1])]).batch
     updater.gradient(batch, replace(plan(4), grad_checkpoint=recompute))
     assert not any(asked)
