@@ -306,7 +306,7 @@ def status(options: Options, seeds: str) -> None:
                 click.echo(f"{name:9} {arm:28} {task:12} {there} of {len(jobs)} at lr {lr:g}")
 
 
-@main.command("page", help="Write docs/strategies.md, between its markers, and its picture.")
+@main.command("page", help="Write docs/strategies.md and its tables and picture.")
 @click.pass_obj
 def write_page(options: Options) -> None:
     """Write what the results say."""

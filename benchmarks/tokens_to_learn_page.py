@@ -1,4 +1,4 @@
-"""The results on docs/strategies.md and its picture, from the runs of tokens_to_learn.py."""
+"""The results in docs/strategies.md and strategies-tables.md, from tokens_to_learn.py's runs."""
 
 from __future__ import annotations
 
@@ -19,77 +19,49 @@ from learning_results import (
     Part,
     collect,
     cost,
-    curve,
     rate,
     tuning,
 )
 from learning_runs import COSTS, Job, identity
+from tokens_to_learn_picture import picture
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PAIRS = ("pairs", "pairs in larger steps")
 """Of these the first that a task has is compared with besides; the second is the default."""
-SEEDS = 5
-"""Fewest seeds of an arm that is drawn, if there is one."""
 ORDER = ("smollm2", "smollm2-long", "embedded", "choices")
 """Of the subjects on the page: the pretrained model first."""
-COLORS = {
-    "flat-8": "#666666",
-    "flat-8 in small steps": "#E69F00",
-    "pairs": "#009E73",
-    "pairs in larger steps": "#A6761D",
-    "pairs in mini-batches": "#D55E00",
-    "2-GRPO in small steps": "#0072B2",
-    "CPPO in small steps": "#CC79A7",
-    "shown answer": "#56B4E9",
-    "taught": "#882255",
-    "worked examples": "#000000",
-}
-"""The arms in the picture."""
 
 
 def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
-    """Put the results of the subjects between the page's markers, and draw the picture.
+    """Put the results of the subjects between the pages' markers, and draw the picture.
 
-    Raises: ClickException if there are none yet, or if the page lacks its markers.
+    Raises: ClickException if there are none yet, or if a page lacks its markers.
     """
     parts = {name: list(collect(SUBJECTS[name], known.get(name, {}))) for name in ORDER}
     parts = {name: some for name, some in parts.items() if some}
     if not parts:
         raise click.ClickException("There are no results yet, so the page stays as it is.")
-    blocks = [intro(parts)]
-    blocks += ["![pass@1 over generated tokens and over seconds](strategies.png)"]
-    for name, some in parts.items():
-        blocks += section(SUBJECTS[name], some, known[name])
-    names = {arm for some in parts.values() for part in some for arm in part.arms}
-    blocks += ["### What the arms set", arms_table(names)]
-    insert("\n\n".join(blocks), docs / "strategies.md")
     every = [part for some in parts.values() for part in some]
-    least = SEEDS if any(pictured(part, SEEDS) for part in every) else 1
-    chosen = [(part, arms) for part in every if (arms := pictured(part, least))]
-    draw(chosen, docs / "strategies.png")
-
-
-def pictured(part: Part, least: int) -> list[str]:
-    """Return the arms of a task's picture: those with at least so many seeds.
-
-    One arm alone is no picture, unless one seed is enough.
-    """
-    arms = [arm for arm in COLORS if len(part.arms.get(arm, ())) >= least]
-    return arms if len(arms) > 1 or least == 1 else []
+    blocks = ["![pass@1 over generated tokens and over seconds](strategies.png)", intro(every)]
+    for part in every:
+        blocks += [title(part), best(part), summary(part)]
+    insert(blocks, docs / "strategies.md")
+    insert([verdict(every), *in_full(parts, known)], docs / "strategies-tables.md")
+    picture(every, docs / "strategies.png")
 
 
 # Words and tables
 
 
-def intro(parts: Mapping[str, Sequence[Part]]) -> str:
-    """Return how the figures were made, and what they say of every arm."""
-    runs = [run for some in parts.values() for part in some for run in part.runs]
+def intro(parts: Sequence[Part]) -> str:
+    """Return how the figures were made."""
+    runs = [run for part in parts for run in part.runs]
     machines = sorted({run["where"]["machine"] for run in runs})
     days = sorted(time.strftime("%Y-%m-%d", time.gmtime(r["where"]["started"])) for r in runs)
     when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-    loud = sum(not part.timed(run) for some in parts.values() for part in some for run in part.runs)
-    how = (
+    loud = sum(not part.timed(run) for part in parts for run in part.runs)
+    return (
         f"Measured {when} on: {'; '.join(machines)}. Made by `benchmarks/tokens_to_learn.py` from\n"
         "the runs in `benchmarks/tokens_to_learn/`. pass@1 is on held-out prompts; a rising curve\n"
         "is fitted to a run's evaluations (pool adjacent violators); the goal is reached where it\n"
@@ -104,7 +76,6 @@ def intro(parts: Mapping[str, Sequence[Part]]) -> str:
         "on either side, ≷. *Slanted* arms are biased: their expected gradient is not that of the\n"
         "sampled groups."
     )
-    return f"{how}\n\n{verdict([part for some in parts.values() for part in some])}"
 
 
 def verdict(parts: Sequence[Part]) -> str:
@@ -117,23 +88,40 @@ def verdict(parts: Sequence[Part]) -> str:
     return "\n".join([*lines, *(["", f"Not better on any task: {rest}."] if rest else [])])
 
 
-def section(subject: Subject, parts: Sequence[Part], known: Known) -> list[str]:
-    """Return everything about one model."""
-    pretrained = subject.name.startswith("smollm2")
-    title = "SmolLM2-135M-Instruct" if pretrained else "the embedded model"
+def in_full(parts: Mapping[str, Sequence[Part]], known: Mapping[str, Known]) -> list[str]:
+    """Return all tables: what the arms spend, set, and which learning rates they were given."""
     blocks = []
-    for part in parts:
-        blocks += [f"### `{part.task}` with {title}", best(part), table_of_costs(part)]
-        blocks += [f"Spent until {part.goal.goal:g} besides, means over the seeds:", details(part)]
-    if len(subject.rates) > 1:
-        task = next(iter(subject.tasks))
-        blocks += [
-            f"Learning rates with {title}: thousands of tokens to the goal on `{task}`, with\n"
-            f"seeds of their own ({', '.join(map(str, subject.tuning_seeds))}). The rate with the\n"
-            "fewest serves the arm everywhere.",
-            rates_table(subject, known),
-        ]
-    return blocks
+    for name, some in parts.items():
+        for part in some:
+            blocks += [title(part), table_of_costs(part)]
+            blocks += [f"Spent until {part.goal.goal:g} besides, means over the seeds:"]
+            blocks += [details(part)]
+        blocks += learning_rates(SUBJECTS[name], known[name])
+    names = {arm for some in parts.values() for part in some for arm in part.arms}
+    return [*blocks, "## What the arms set", arms_table(names)]
+
+
+def title(part: Part) -> str:
+    """Return the heading of a task."""
+    return f"### `{part.task}` with {model(part.subject)}"
+
+
+def model(subject: Subject) -> str:
+    """Return the name of a subject's model."""
+    return "SmolLM2-135M-Instruct" if subject.name.startswith("smollm2") else "the embedded model"
+
+
+def learning_rates(subject: Subject, known: Known) -> list[str]:
+    """Return how the rates of a subject's arms were found."""
+    if len(subject.rates) == 1:
+        return []
+    task, seeds = next(iter(subject.tasks)), ", ".join(map(str, subject.tuning_seeds))
+    return [
+        f"### Learning rates of `{task}`",
+        f"Thousands of tokens to the goal with {model(subject)}, seeds of their own ({seeds}).\n"
+        "The rate with the fewest serves the arm in all of the model's tasks above.",
+        rates_table(subject, known),
+    ]
 
 
 def best(part: Part) -> str:
@@ -155,12 +143,24 @@ def best(part: Part) -> str:
     )
 
 
+def summary(part: Part) -> str:
+    """Return tokens and seconds to the goal of the arms that there are, against the base."""
+    arms = [arm for arm in part.arms if not ARMS[arm].removed]
+    return _costs(part, arms, [base_of(part.arms) or BASES[0]])
+
+
 def table_of_costs(part: Part) -> str:
-    """Return tokens and seconds to the goal, against flat groups in both sizes of steps."""
+    """Return those of all arms, against flat groups in both sizes of steps and against pairs."""
+    compared = [arm for arm in BASES if arm in part.arms]
+    return _costs(part, list(part.arms), compared + [a for a in PAIRS if a in part.arms][:1])
+
+
+def _costs(part: Part, arms: Sequence[str], compared: Sequence[str]) -> str:
+    """Return a row of costs for each arm, as ratios to each of those that it is compared with."""
     rows = []
     axes = ("tokens", part.subject.seconds)
-    compared = (*BASES, *[arm for arm in PAIRS if arm in part.arms][:1])
-    for arm, seeds in part.arms.items():
+    for arm in arms:
+        seeds = part.arms[arm]
         lr = next(iter(seeds.values()))[0]["lr"]
         row = [shown(arm), f"{lr:g}", len(seeds)]
         for axis, scale in zip(axes, (1000, 1), strict=True):
@@ -262,8 +262,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def insert(text: str, page: Path) -> None:
-    """Put text between the page's markers; what a person wrote around them stays.
+def insert(blocks: Sequence[str], page: Path) -> None:
+    """Put blocks of text between the page's markers; what a person wrote around them stays.
 
     Raises: ClickException for a page without them.
     """
@@ -272,61 +272,5 @@ def insert(text: str, page: Path) -> None:
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise click.ClickException(f"{page} lacks the lines {BEGIN} and {END}.")
+    text = "\n\n".join(blocks)
     page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
-
-
-# The picture
-
-
-def draw(parts: Sequence[tuple[Part, Sequence[str]]], path: Path) -> None:
-    """Draw the measure over tokens and over seconds, a row for each task with its arms.
-
-    Lines are means over seeds, bands their range.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (10, 3.4 * len(parts))
-    figure, rows = pyplot.subplots(
-        len(parts), 2, figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for (part, arms), panels in zip(parts, rows, strict=True):
-        seconds, model = part.subject.seconds, part.subject.name
-        for axes, (axis, scale) in zip(panels, (("tokens", 1000), (seconds, 1)), strict=True):
-            for arm in arms:
-                _line(axes, part, arm, axis, scale)
-            axes.axhline(part.goal.goal, color="black", lw=0.8, ls=":")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
-            axes.set(ylim=(0, 1), xlim=(0, None))
-        panels[0].set(
-            xlabel="tokens, thousands", ylabel=f"{part.goal.measure}, {part.task}, {model}"
-        )
-        kind = "processor seconds" if seconds == "cpu_s" else "seconds"
-        panels[1].set(xlabel=f"{kind} of training")
-    lines = {line.get_label(): line for axes in rows.flat for line in axes.get_lines()}
-    known = [arm for arm in COLORS if arm in lines]
-    handles = [lines[arm] for arm in known]
-    figure.legend(handles, known, frameon=False, loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _line(axes: Any, part: Part, arm: str, axis: str, scale: float) -> None:
-    """Draw an arm as far as all of its seeds go; seconds of quiet runs only."""
-    runs = [
-        run
-        for each in part.arms[arm].values()
-        for run in each[:1]
-        if axis == "tokens" or part.timed(run)
-    ]
-    if not runs:
-        return
-    curves = [curve(run, axis) for run in runs]
-    grid = np.linspace(0, min(spent[-1] for spent, _ in curves), 200)
-    lines = np.array([np.interp(grid, *each) for each in curves])
-    axes.plot(grid / scale, lines.mean(axis=0), color=COLORS[arm], label=arm, lw=1.8)
-    band = (lines.min(axis=0), lines.max(axis=0))
-    axes.fill_between(grid / scale, *band, color=COLORS[arm], alpha=0.12, lw=0)

@@ -51,17 +51,8 @@ from learning_runs import Job, add_costs, identity, make, with_answers, with_pat
 from outsider import described
 from taught import TAUGHT
 from tokens_to_learn import Bench, planned, turns
-from tokens_to_learn_page import (
-    BEGIN,
-    COLORS,
-    END,
-    average,
-    collect,
-    insert,
-    shown,
-    verdict,
-    write,
-)
+from tokens_to_learn_page import BEGIN, END, average, collect, insert, shown, verdict, write
+from tokens_to_learn_picture import COLORS
 
 RATE = EMBEDDED.rates[0]
 NOON = 1_800_000_000.0
@@ -580,6 +571,12 @@ def test_the_page_says_what_the_results_say(tmp_path, monkeypatch):
     assert text.startswith("# Mine\n\nbefore\n")
     assert text.endswith("after\n")
     assert "old" not in text
+    assert "| pairs | 0.0003 | 2 | 10 | 0.51 (0.50 to 0.52) | 10 | 0.50, 1 pair |" in text
+    assert (
+        f"From 0.20 to {SMOLLM2.tasks['facts'].goal:g}, the fewest tokens are those of pairs: 0.51"
+        in text
+    )
+    text = (tmp_path / "strategies-tables.md").read_text()
     part = text.partition("### `facts` with SmolLM2-135M-Instruct")[2]
     row = next(line for line in part.splitlines() if line.startswith("| pairs |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -590,10 +587,6 @@ def test_the_page_says_what_the_results_say(tmp_path, monkeypatch):
     assert "| *CPPO* |" in part
     assert "- pairs: tokens on `facts`" in text
     assert "Not better on any task: *CPPO*." in text
-    assert (
-        f"From 0.20 to {SMOLLM2.tasks['facts'].goal:g}, the fewest tokens are those of pairs: 0.51"
-        in part
-    )
     assert (tmp_path / "strategies.png").stat().st_size > 10_000
     assert text.index("`facts`") < text.index("`steps`")
     assert "| *CPPO* | arXiv 2503.22342, pruning | `learning.objective=grpo` |" in text
@@ -617,12 +610,12 @@ def test_without_results_the_page_stays(tmp_path):
 
 def test_the_page_keeps_what_stands_around_the_results(tmp_path):
     page = tmp_path / "strategies.md"
-    insert("new", page)
-    insert("newer", page)
-    assert page.read_text() == f"# Strategies\n\n{BEGIN}\n\nnewer\n\n{END}\n"
+    insert(["new"], page)
+    insert(["newer", "newest"], page)
+    assert page.read_text() == f"# Strategies\n\n{BEGIN}\n\nnewer\n\nnewest\n\n{END}\n"
     page.write_text("no markers\n")
     with pytest.raises(click.ClickException, match="lacks"):
-        insert("new", page)
+        insert(["new"], page)
     assert page.read_text() == "no markers\n"
 
 
