@@ -264,10 +264,13 @@ class Part:
 
     def against(self, arm: str, base: str, axis: str) -> Ratio | None:
         """Return an arm's cost against a base arm's, paired over seeds."""
+        return ratio(self.pairs(arm, base, axis))
+
+    def pairs(self, arm: str, base: str, axis: str) -> list[tuple[Cost, Cost]]:
+        """Return the costs of an arm and of a base arm for each seed that both have."""
         counts = self.timed if axis == self.subject.seconds else None
         runs = pairs_of(self.arms.get(arm, {}), self.arms.get(base, {}), counts)
-        both = [(self._cost(mine, axis), self._cost(other, axis)) for mine, other in runs]
-        return ratio(both)
+        return [(self._cost(mine, axis), self._cost(other, axis)) for mine, other in runs]
 
     def costs(self, arm: str, axis: str) -> list[Cost]:
         """Return the cost of each seed's first run, for seconds its first quiet one."""

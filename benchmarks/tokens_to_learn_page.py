@@ -14,12 +14,15 @@ from learning_results import (
     HOUR_S,
     MOST_LOAD,
     MOST_WAITED,
+    SEEDS,
     Cost,
     Known,
     Part,
+    Ratio,
     collect,
     cost,
     rate,
+    ratio,
     tuning,
 )
 from learning_runs import COSTS, Job, identity
@@ -44,8 +47,10 @@ def write(known: Mapping[str, Known], docs: Path = DOCS) -> None:
         raise click.ClickException("There are no results yet, so the page stays as it is.")
     every = [part for some in parts.values() for part in some]
     blocks = ["![pass@1 over generated tokens and over seconds](strategies.png)", intro(every)]
-    for part in every:
-        blocks += [title(part), best(part), summary(part)]
+    for some in parts.values():
+        blocks += together(some)
+        for part in some:
+            blocks += [title(part), best(part), summary(part)]
     insert(blocks, docs / "strategies.md")
     insert([verdict(every), *in_full(parts, known)], docs / "strategies-tables.md")
     picture(every, docs / "strategies.png")
@@ -124,6 +129,29 @@ def learning_rates(subject: Subject, known: Known) -> list[str]:
     ]
 
 
+def together(parts: Sequence[Part]) -> list[str]:
+    """Return what the arms need of the base, over the seeds of all tasks; nothing for one task."""
+    if len(parts) == 1:
+        return []
+    base, axes = base_of(parts[0].arms), ("tokens", parts[0].subject.seconds)
+    rows = []
+    for arm in parts[0].arms:
+        if arm == base or ARMS[arm].removed:
+            continue
+        both = [[part.pairs(arm, base, axis) for part in parts] for axis in axes]
+        if all(len(each) >= SEEDS for each in both[0]):
+            found = [ratio([pair for each in some for pair in each]) for some in both]
+            rows.append([shown(arm), *(_counted(r, len(parts) * SEEDS) for r in found)])
+    if not rows:
+        return []
+    names = " and ".join(f"`{part.task}`" for part in parts)
+    return [
+        f"### {names} together, with {model(parts[0].subject)}",
+        f"Ratios over the seeds of all tasks, of arms with {SEEDS} seeds of each:",
+        table(["arm", f"tokens, of {base}", f"seconds, of {base}"], rows),
+    ]
+
+
 def best(part: Part) -> str:
     """Return what the arm with the fewest tokens needs of the base's tokens and seconds."""
     base = base_of(part.arms)
@@ -177,10 +205,14 @@ def _against(part: Part, arm: str, base: str, axis: str) -> str:
     """Return the ratio to a base arm, and the number of pairs if some seeds have none."""
     if arm == base:
         return "1"
-    found = part.against(arm, base, axis)
+    return _counted(part.against(arm, base, axis), len(part.arms[arm]))
+
+
+def _counted(found: Ratio | None, pairs: int) -> str:
+    """Return a ratio, with the number of its pairs if there could be more."""
     if found is None:
         return "-"
-    if found.pairs == len(part.arms[arm]):
+    if found.pairs == pairs:
         return str(found)
     return f"{found}, {found.pairs} pair{'s' * (found.pairs > 1)}"
 
