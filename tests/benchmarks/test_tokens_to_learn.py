@@ -29,6 +29,7 @@ import learning_results
 import learning_runs
 import outsider
 import tokens_to_learn
+import tokens_to_learn_page
 from distillation import RULES
 from learning_arms import ARMS, BASES, CHOICES, EMBEDDED, LONG, OURS, REMOVED, SMOLLM2, SUBJECTS
 from learning_results import (
@@ -51,7 +52,17 @@ from learning_runs import Job, add_costs, identity, make, with_answers, with_pat
 from outsider import described
 from taught import TAUGHT
 from tokens_to_learn import Bench, planned, turns
-from tokens_to_learn_page import BEGIN, END, average, collect, insert, shown, verdict, write
+from tokens_to_learn_page import (
+    BEGIN,
+    END,
+    average,
+    collect,
+    insert,
+    shown,
+    together,
+    verdict,
+    write,
+)
 from tokens_to_learn_picture import COLORS
 
 RATE = EMBEDDED.rates[0]
@@ -559,6 +570,21 @@ def test_two_seeds_make_no_arm_better():
     parts = [part for name in SUBJECTS for part in collect(SUBJECTS[name], synthetic()[name])]
     assert parts
     assert "- none" in verdict(parts)
+
+
+def test_the_seeds_of_all_tasks_are_taken_together(monkeypatch):
+    parts = list(collect(SMOLLM2, synthetic()["smollm2"]))
+    assert len(parts) == 2
+    assert together(parts) == []  # two seeds are too few
+    monkeypatch.setattr(tokens_to_learn_page, "SEEDS", 2)
+    assert together(parts[:1]) == []
+    rows = together(parts)[-1].splitlines()
+    pairs = next(line for line in rows if line.startswith("| pairs |"))
+    each = [parts[0].against("pairs", "flat-8", "tokens")]
+    assert each[0] is not None
+    assert pairs.startswith(f"| pairs | {each[0].mean:.2f} (")  # both tasks have the same ratios
+    assert pairs.endswith("0.50 (0.50 to 0.50), 2 pairs |")  # seconds of one seed of each task
+    assert not any(line.startswith("| flat-8 |") for line in rows)
 
 
 def test_the_page_says_what_the_results_say(tmp_path, monkeypatch):
