@@ -13,7 +13,7 @@ PROMPT_WEIGHTS = ("none", "mean", "std", "maxrl")
 """Prompt weights defined in `localrl.learning.weighting`."""
 
 STRATEGIES = ("flat", "tree", "adaptive")
-FORK_RULES = ("entropy", "periodic")
+FORK_RULES = ("periodic", "entropy")
 THINKING = ("auto", "on", "off")
 DEVICES = ("auto", "cpu")
 ENGINES = ("auto", "mlx", "cpu")
@@ -190,7 +190,9 @@ class RolloutConfig:
     prompts_per_step: int = setting(16, "distinct prompts per step", low=1)
     group_size: int = setting(0, "maximum completions per prompt; 0: 2 if flat, else 8", low=0)
     strategy: str = setting("flat", "independent completions, trees, rounds", choices=STRATEGIES)
-    fork_rule: str = setting("entropy", "rule for where trees fork", choices=FORK_RULES)
+    fork_rule: str = setting(
+        "periodic", "where trees fork: at random places or at uncertain tokens", choices=FORK_RULES
+    )
     stop_loops: bool = setting(
         False, "end a completion that repeats itself; its repetition is not trained: a bias"
     )

@@ -39,13 +39,13 @@ REWARD = "def reward(completion_ids):\n    return [3 not in ids for ids in compl
 
 PAIRS = {"rollout.group_size": 2}
 TREE = {"rollout.strategy": "tree", "rollout.group_size": 4}
-PERIOD = {"rollout.fork_rule": "periodic"}
+ENTROPY = {"rollout.fork_rule": "entropy"}
 FRESH: dict[str, dict[str, Any]] = {
     "flat": {"rollout.group_size": 4},
     "pairs": PAIRS,
     "single": {"rollout.group_size": 1},
-    "tree by entropy": TREE,
-    "tree by period": TREE | PERIOD,
+    "tree by entropy": TREE | ENTROPY,
+    "tree by period": TREE,
     "adaptive": {"rollout.strategy": "adaptive", "rollout.group_size": 4},
     "early ends": PAIRS | {"rollout.stop_text": "aa"},
     "small advantages": PAIRS | {"learning.min_advantage": 0.5},

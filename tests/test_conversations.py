@@ -56,7 +56,7 @@ def run(folder, out, **settings):
 
 STRATEGIES = {
     "flat": {},
-    "tree": {"rollout.strategy": "tree"},
+    "tree": {"rollout.strategy": "tree", "rollout.fork_rule": "entropy"},
     "adaptive": {"rollout.strategy": "adaptive"},
 }
 

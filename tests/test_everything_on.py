@@ -34,6 +34,7 @@ EVERYTHING = BASE | {
 }
 TREES = BASE | {
     "rollout.strategy": "tree",
+    "rollout.fork_rule": "entropy",
     "rollout.group_size": 8,
 }
 VARYING = ("time/", "memory/", "step_time")

@@ -39,6 +39,7 @@ SMALL = {
 PARTS = {
     "trees": {
         "rollout.strategy": "tree",
+        "rollout.fork_rule": "entropy",
         "rollout.reuse": 0.5,
         "learning.kl_coef": 0.01,
         "learning.updates_per_step": 2,

@@ -17,6 +17,7 @@ from localrl.runs.logs import read_jsonl
 
 SETTINGS = {
     "rollout.strategy": "tree",
+    "rollout.fork_rule": "entropy",
     "rollout.prompts_per_step": 4,
     "rollout.group_size": 6,
     "rollout.max_completion_tokens": 16,

@@ -95,7 +95,7 @@ class EntropyRule:
 
 @dataclass
 class PeriodicRule:
-    """The control: forks at random once the gap has passed, regardless of entropy."""
+    """Forks at random once the gap has passed, regardless of entropy."""
 
     spacing: Spacing
     chance: float = 0.5

@@ -21,6 +21,7 @@ SETTINGS = {
     "run.steps": 10,
     "run.checkpoint_every": 1,
     "rollout.strategy": "tree",
+    "rollout.fork_rule": "entropy",
     "rollout.reuse": 0.5,
 }
 

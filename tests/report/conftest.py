@@ -38,6 +38,7 @@ def tree_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task.rewards": f"{rewards}:short",
         "task.eval_prompts": 4,
         "rollout.strategy": "tree",
+        "rollout.fork_rule": "entropy",
         "rollout.prompts_per_step": 8,
         "rollout.group_size": 6,
         "rollout.max_completion_tokens": 24,

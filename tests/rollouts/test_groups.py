@@ -45,7 +45,7 @@ def test_only_shapes_with_forks_have_a_rule():
     assert make_rule(config, Shape(4, 4, 2)) is None
     assert make_rule(config, ONE) is None
     rule = make_rule(config, Shape(2, 4, 2))
-    assert isinstance(rule, EntropyRule)
+    assert isinstance(rule, PeriodicRule)
     spacing = rule.spacing
     assert (spacing.roots, spacing.leaves, spacing.expected_length) == (2, 4, 25.0)
-    assert isinstance(make_rule(RolloutConfig(fork_rule="periodic"), Shape(1, 2)), PeriodicRule)
+    assert isinstance(make_rule(RolloutConfig(fork_rule="entropy"), Shape(1, 2)), EntropyRule)
