@@ -580,9 +580,9 @@ def test_the_seeds_of_all_tasks_are_taken_together(monkeypatch):
     assert together(parts[:1]) == []
     rows = together(parts)[-1].splitlines()
     pairs = next(line for line in rows if line.startswith("| pairs |"))
-    each = [parts[0].against("pairs", "flat-8", "tokens")]
-    assert each[0] is not None
-    assert pairs.startswith(f"| pairs | {each[0].mean:.2f} (")  # both tasks have the same ratios
+    one = parts[0].against("pairs", "flat-8", "tokens")
+    assert one is not None
+    assert pairs.startswith(f"| pairs | {one.mean:.2f} (")  # both tasks have the same ratios
     assert pairs.endswith("0.50 (0.50 to 0.50), 2 pairs |")  # seconds of one seed of each task
     assert not any(line.startswith("| flat-8 |") for line in rows)
 
